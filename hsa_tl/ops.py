@@ -1,0 +1,194 @@
+"""torch.library operators: schemas, fakes, autograd. The only place where an implementation is looked up.
+
+Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chunk_len [N] where a chunk is short.
+An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`.
+"""
+
+import functools
+import importlib
+import json
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from hsa_tl import retrieval
+from hsa_tl.pairs import Pairs, check_range, sort_pairs
+from hsa_tl.problem import Problem
+
+custom_op = functools.partial(torch.library.custom_op, mutates_args=())
+
+
+def implementation(name: str):
+    """The module hsa_tl.impl.<name>, imported when first asked for."""
+    return importlib.import_module(f"hsa_tl.impl.{name}")
+
+
+def preferred(problem: Problem) -> tuple[str, ...]:
+    """Implementations for impl="auto", fastest first."""
+    if problem.device_type != "cuda" or problem.dtype == torch.float64:
+        return ("reference",)
+    if torch.cuda.get_device_capability()[0] == 9:
+        return ("tilelang", "triton", "reference")
+    return ("triton", "reference")
+
+
+def resolve(impl: str, problem: Problem) -> str:
+    """The implementation to run; NotImplementedError if an explicit one cannot."""
+    names = preferred(problem) if impl == "auto" else (impl,)
+    reasons = []
+    for name in names:
+        reason = implementation(name).unavailable(problem)
+        if reason is None:
+            return name
+        reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
+    raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(map(repr, preferred(problem)))}")
+
+
+def problem_of(q: Tensor, k: Tensor, weights: Tensor, indices: Tensor, chunk_len: Tensor | None) -> Problem:
+    B, T, HQ, D = q.shape
+    _, N, S, H, _ = k.shape
+    return Problem(
+        B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
+        per_head=weights.shape[2] != H, device_type=q.device.type,
+    )  # fmt: skip
+
+
+@custom_op("hsa_tl::build_pairs")
+def build_pairs(indices: Tensor, num_chunks: int, validate: bool) -> tuple[Tensor, Tensor]:
+    if validate:
+        check_range(indices, num_chunks)
+    return tuple(sort_pairs(indices, num_chunks))
+
+
+@build_pairs.register_fake
+def _(indices, num_chunks, validate):
+    B, _, H, _ = indices.shape
+    return indices.new_empty(indices.numel()), indices.new_empty(B * H * num_chunks + 1, dtype=torch.int64)
+
+
+@custom_op("hsa_tl::pack")
+def pack(
+    cu_seqlens: Tensor, indices: Tensor, chunk_size: int, num_chunks: int, validate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed sequences as one of whole chunks: each token's row, the selection in global chunks, chunk_len."""
+    T = indices.shape[1]
+    if validate:
+        retrieval.check_cu_seqlens(cu_seqlens, T)
+    lens = cu_seqlens.diff().long()
+    chunks = (lens + chunk_size - 1) // chunk_size
+    ends = chunks.cumsum(0)
+    first = ends - chunks
+    t = torch.arange(T, device=indices.device)
+    seq = torch.searchsorted(cu_seqlens[1:].long(), t, right=True).clamp(max=len(lens) - 1)
+    limit = chunks[seq][None, :, None, None]
+    if validate:
+        check_range(indices, limit)
+    position = first[seq] * chunk_size + t - cu_seqlens[seq]
+    valid = (indices >= 0) & (indices < limit)
+    packed = torch.where(valid, indices + first[seq][None, :, None, None], -1).int()
+    c = torch.arange(num_chunks, device=indices.device)
+    of = torch.searchsorted(ends, c, right=True).clamp(max=len(lens) - 1)
+    chunk_len = (lens[of] - (c - first[of]) * chunk_size).clamp(0, chunk_size).int()
+    return position, packed, chunk_len
+
+
+@pack.register_fake
+def _(cu_seqlens, indices, chunk_size, num_chunks, validate):
+    position = indices.new_empty(indices.shape[1], dtype=torch.int64)
+    return position, torch.empty_like(indices, memory_format=torch.contiguous_format), indices.new_empty(num_chunks)
+
+
+@custom_op("hsa_tl::attention")
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, pair: Optional[Tensor],
+    offsets: Optional[Tensor], chunk_len: Optional[Tensor], scale: float, impl: str, config: str,
+    deterministic: bool, validate: bool,
+) -> Tensor:  # fmt: skip
+    N = k.shape[1]
+    if validate and pair is None:
+        check_range(indices, N)
+    module = implementation(resolve(impl, problem_of(q, k, weights, indices, chunk_len)))
+    if pair is None and module.FORWARD_NEEDS_PAIRS:
+        pair, offsets = sort_pairs(indices, N)
+    pairs = None if pair is None else Pairs(pair, offsets)
+    return module.forward(q, k, v, weights, indices, pairs, chunk_len, scale, json.loads(config or "null"))
+
+
+@attention.register_fake
+def _(q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config, deterministic, validate):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@custom_op("hsa_tl::attention_backward")
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, pair: Tensor, offsets: Tensor,
+    chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    module = implementation(resolve(impl, problem_of(q, k, weights, indices, chunk_len)))
+    return module.backward(
+        do, q, k, v, weights, indices, Pairs(pair, offsets), chunk_len, scale, json.loads(config or "null"),
+        deterministic,
+    )  # fmt: skip
+
+
+@attention_backward.register_fake
+def _(do, q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config, deterministic):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, weights, indices, pair, offsets, chunk_len, *ctx.static, _ = inputs
+    ctx.save_for_backward(q, k, v, weights, indices, pair, offsets, chunk_len)
+
+
+def _attention_backward(ctx, do):
+    gradients = attention_backward(do, *ctx.saved_tensors, *ctx.static)
+    return (*gradients, *(None,) * 9)
+
+
+attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+@custom_op("hsa_tl::retrieve")
+def retrieve(
+    q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, q_start: int, exclude_window: int,
+    cu_seqlens: Optional[Tensor], scale: float, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if impl not in ("auto", "reference"):
+        raise NotImplementedError(f"retrieve_chunks has no impl={impl!r} yet; use 'auto' or 'reference'")
+    return retrieval.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale)
+
+
+@retrieve.register_fake
+def _(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale, impl):
+    shape = (*q_slc.shape[:3], topk)
+    dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
+    return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
+
+
+@custom_op("hsa_tl::retrieve_backward")
+def retrieve_backward(
+    dscores: Tensor, indices: Tensor, q_slc: Tensor, landmarks: Tensor, cu_seqlens: Optional[Tensor], chunk_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return retrieval.retrieve_backward(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale)
+
+
+@retrieve_backward.register_fake
+def _(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_slc, landmarks))
+
+
+def _retrieve_setup(ctx, inputs, output):
+    q_slc, landmarks, _, chunk_size, _, _, cu_seqlens, scale, _ = inputs
+    ctx.static = chunk_size, scale
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], q_slc, landmarks, cu_seqlens)
+
+
+def _retrieve_backward(ctx, dscores, _):
+    return (*retrieve_backward(dscores, *ctx.saved_tensors, *ctx.static), *(None,) * 7)
+
+
+retrieve.register_autograd(_retrieve_backward, setup_context=_retrieve_setup)

@@ -1,0 +1,79 @@
+"""Problem: the static description of one attention call; what configs, tables, cost models and cases are keyed by."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+GEMMS = {"forward": 2, "backward": 5, "dkdv": 4, "dq": 3}  # [rows, D] x [D, S] products for each pair, by direction
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Dims of one `hsa_attention` call. Legend in hsa_tl.api; N chunks, each of S key slots.
+
+    masked: a chunk may hold fewer than S keys. per_head: weights per query head (else per key/value head).
+    """
+
+    B: int
+    T: int
+    N: int
+    HQ: int
+    H: int
+    D: int
+    S: int
+    K: int
+    dtype: torch.dtype = torch.bfloat16
+    masked: bool = False
+    per_head: bool = False
+    device_type: str = "cuda"
+    scale: float | None = field(default=None, compare=False)
+
+    @property
+    def G(self) -> int:
+        """Query heads for each key/value head."""
+        return self.HQ // self.H
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def pairs(self) -> int:
+        """(token, key/value head, chunk) pairs of a causal selection: token t takes min(K, t // S) chunks."""
+        full, tail = divmod(self.T, self.S)
+        per_head = self.S * sum(min(self.K, i) for i in range(full)) + tail * min(self.K, full)
+        return self.B * self.H * per_head
+
+    def pair_flops(self, direction: str = "forward") -> int:
+        """FLOPs of one pair: 2 * G * S * D for each matrix product."""
+        return GEMMS[direction] * 2 * self.G * self.S * self.D
+
+    def flops(self, direction: str = "forward") -> int:
+        return self.pairs * self.pair_flops(direction)
+
+    def dense_flops(self, direction: str = "forward") -> int:
+        """FLOPs of causal dense attention with the same heads and length."""
+        return GEMMS[direction] * self.B * self.HQ * self.D * self.T * self.T
+
+    def chunk_bytes(self) -> int:
+        """Keys and values of one chunk and head."""
+        return 2 * self.S * self.D * self.itemsize
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.scale if self.scale is not None else 1.0 / math.sqrt(self.D)
+
+    def __str__(self) -> str:
+        extra = ("-masked" if self.masked else "") + ("-perhead" if self.per_head else "")
+        return f"B{self.B}-T{self.T}-{self.HQ}x{self.H}-D{self.D}-S{self.S}-K{self.K}-{self.dtype_name}{extra}"
