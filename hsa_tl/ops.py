@@ -45,15 +45,6 @@ def resolve(impl: str, problem: Problem) -> str:
     raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(map(repr, preferred(problem)))}")
 
 
-def problem_of(q: Tensor, k: Tensor, weights: Tensor, indices: Tensor, chunk_len: Tensor | None) -> Problem:
-    B, T, HQ, D = q.shape
-    _, N, S, H, _ = k.shape
-    return Problem(
-        B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
-        per_head=weights.shape[2] != H, device_type=q.device.type,
-    )  # fmt: skip
-
-
 @custom_op("hsa_tl::build_pairs")
 def build_pairs(indices: Tensor, num_chunks: int, validate: bool) -> tuple[Tensor, Tensor]:
     if validate:
@@ -108,7 +99,7 @@ def attention(
     N = k.shape[1]
     if validate and pair is None:
         check_range(indices, N)
-    module = implementation(resolve(impl, problem_of(q, k, weights, indices, chunk_len)))
+    module = implementation(resolve(impl, Problem.of(q, k, weights, indices, chunk_len)))
     if pair is None and module.FORWARD_NEEDS_PAIRS:
         pair, offsets = sort_pairs(indices, N)
     pairs = None if pair is None else Pairs(pair, offsets)
@@ -125,7 +116,7 @@ def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, pair: Tensor, offsets: Tensor,
     chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    module = implementation(resolve(impl, problem_of(q, k, weights, indices, chunk_len)))
+    module = implementation(resolve(impl, Problem.of(q, k, weights, indices, chunk_len)))
     return module.backward(
         do, q, k, v, weights, indices, Pairs(pair, offsets), chunk_len, scale, json.loads(config or "null"),
         deterministic,

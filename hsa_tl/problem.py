@@ -1,7 +1,6 @@
 """Problem: the static description of one attention call; what configs, tables, cost models and cases are keyed by."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -33,7 +32,16 @@ class Problem:
     masked: bool = False
     per_head: bool = False
     device_type: str = "cuda"
-    scale: float | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, q, k, weights, indices, chunk_len) -> "Problem":
+        """The problem of tensors as operators pass them: k [B, N, S, H, D], chunk_len None when chunks are full."""
+        B, T, HQ, D = q.shape
+        _, N, S, H, _ = k.shape
+        return cls(
+            B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
+            per_head=weights.shape[2] != H, device_type=q.device.type,
+        )  # fmt: skip
 
     @property
     def G(self) -> int:
@@ -69,10 +77,6 @@ class Problem:
     def chunk_bytes(self) -> int:
         """Keys and values of one chunk and head."""
         return 2 * self.S * self.D * self.itemsize
-
-    @property
-    def softmax_scale(self) -> float:
-        return self.scale if self.scale is not None else 1.0 / math.sqrt(self.D)
 
     def __str__(self) -> str:
         extra = ("-masked" if self.masked else "") + ("-perhead" if self.per_head else "")

@@ -1,0 +1,74 @@
+"""Launchers of the TileLang programs: on Hopper, and on the CPU through TileLang's C target (float32)."""
+
+import dataclasses
+import functools
+import importlib.util
+
+import torch
+
+from hsa_tl.autotune import table
+from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.problem import Problem
+
+FORWARD_NEEDS_PAIRS = False
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("tilelang") is not None
+
+
+def unavailable(problem: Problem) -> str | None:
+    """Why the TileLang programs cannot run this problem here, or None."""
+    if not _installed():
+        return "the package tilelang is not installed"
+    if problem.device_type == "cpu":
+        return None if problem.dtype == torch.float32 else "the CPU target runs float32 only"
+    if problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return "on CUDA it runs bfloat16 and float16"
+    for program in configs.PROGRAMS:
+        if not configs.space(program, problem):
+            return f"no legal config for {program}"
+    return None
+
+
+def _kernel(program: str, problem: Problem, config: dict | None):
+    from hsa_tl.kernels_tilelang import compile
+
+    return compile.kernel(program, problem, table.resolve(program, problem, config))
+
+
+def _arguments(q, k, v, weights, indices, chunk_len):
+    """The programs' views: heads split into [H, G], contiguous; chunk_len always there."""
+    H = k.shape[3]
+    q, weights = (x.unflatten(2, (H, x.shape[2] // H)).contiguous() for x in (q, weights))
+    if chunk_len is None:
+        chunk_len = torch.empty(k.shape[1], dtype=torch.int32, device=k.device)  # not read
+    return q, k.contiguous(), v.contiguous(), weights, indices.contiguous(), chunk_len
+
+
+def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
+    """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
+    problem = Problem.of(q, k, weights, indices, chunk_len)
+    kernel = _kernel("hsa_fwd_token", problem, config)
+    q, k, v, weights, indices, chunk_len = _arguments(q, k, v, weights, indices, chunk_len)
+    out = torch.empty_like(q)
+    if problem.T:
+        kernel(q, k, v, weights, indices, chunk_len, scale, out)
+    return out.flatten(2, 3)
+
+
+def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
+    """dq, dk, dv, dweights; every program here is deterministic. See hsa_tl.ops for the arguments."""
+    problem = Problem.of(q, k, weights, indices, chunk_len)
+    dq_kernel = _kernel("hsa_bwd_dq_token", problem, config)
+    dkdv_kernel = _kernel("hsa_bwd_dkdv_chunk", problem, config)
+    q, k, v, weights, indices, chunk_len = _arguments(q, k, v, weights, indices, chunk_len)
+    do = do.contiguous().view_as(q)
+    dq, dk, dv, dweights = (torch.empty_like(x) for x in (q, k, v, weights))
+    if problem.T:
+        dq_kernel(q, k, v, weights, indices, chunk_len, do, scale, dq, dweights)
+        dkdv_kernel(q, k, v, weights, pairs.pair, pairs.offsets, chunk_len, do, scale, dk, dv)
+    return dq.flatten(2, 3), dk, dv, dweights.flatten(2, 3)

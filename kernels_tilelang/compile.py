@@ -1,0 +1,45 @@
+"""The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
+
+import importlib
+
+import tilelang
+from tilelang import tvm
+
+from hsa_tl.kernels_tilelang.config import blocks_per_sm, static_key
+from hsa_tl.kernels_tilelang.cpu_target import cpu_program
+from hsa_tl.problem import Problem
+
+SM_90A = {"kind": "cuda", "arch": "sm_90a"}
+# Tiles are whole chunks and slots are checked in the program, so no access needs a guard, which would cost the copies
+# their asynchrony.
+PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True}
+
+_KERNELS: dict = {}
+
+tilelang.set_log_level("WARNING")
+
+
+def build(program: str, problem: Problem, config) -> tvm.tirx.PrimFunc:
+    """The program's IR for a problem's static dims."""
+    module = importlib.import_module(f"hsa_tl.kernels_tilelang.{program}")
+    blocks = max(1, blocks_per_sm(program, problem, config))
+    return getattr(module, program)(**static_key(problem), min_blocks=blocks, config=config)
+
+
+def lower(program: str, problem: Problem, config):
+    """The artifact for sm_90a: CUDA source and device module. Needs neither a GPU nor nvcc."""
+    target = tvm.target.Target(SM_90A)
+    with tvm.transform.PassContext(opt_level=3, config=PASS_CONFIGS), target:
+        return tilelang.lower(build(program, problem, config), target=target)
+
+
+def kernel(program: str, problem: Problem, config):
+    """A callable kernel for the problem's device; compiled once for each static key and config, any B, T, N and H."""
+    key = (program, problem.device_type, config, *static_key(problem).values())
+    if key not in _KERNELS:
+        ir = build(program, problem, config)
+        if problem.device_type == "cpu":
+            _KERNELS[key] = tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
+        else:
+            _KERNELS[key] = tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS)
+    return _KERNELS[key]

@@ -1,0 +1,102 @@
+"""dk[c] = scale * sum over pairs of dS^T q and dv[c] = sum over pairs of (w P)^T do: chunk-stationary backward.
+
+With P = softmax(q . K^T * scale) and dP = do V^T of a pair: delta = rowsum(P * dP), dS = w * P * (dP - delta).
+One CTA owns a chunk and a key/value head. Its keys and values stay in shared memory, dk and dv in registers; the
+(token, slot) pairs that chose it stream by, block_M // G at a time: block_M gathered rows of q and do. No atomics and
+no (T, N) mask: the pair index says who chose the chunk, in stable order, so the result is deterministic.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config import ChunkConfig
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
+
+
+def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: ChunkConfig):
+    rows = config.block_M
+    tile = rows // G  # pairs; rows past tile * G are padding
+    B, tokens, N, H = T.dynamic("B, tokens, N, H")
+    pairs, segments = T.dynamic("pairs, segments")
+
+    @T.prim_func
+    def hsa_bwd_dkdv_chunk(
+        q: T.Tensor((B, tokens, H, G, D), dtype),
+        k: T.Tensor((B, N, S, H, D), dtype),
+        v: T.Tensor((B, N, S, H, D), dtype),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        pair: T.Tensor((pairs,), "int32"),
+        offsets: T.Tensor((segments,), "int64"),
+        chunk_len: T.Tensor((N,), "int32"),
+        dout: T.Tensor((B, tokens, H, G, D), dtype),
+        scale: T.float32,
+        dk: T.Tensor((B, N, S, H, D), dtype),
+        dv: T.Tensor((B, N, S, H, D), dtype),
+    ):
+        with T.Kernel(N, H, B, threads=config.threads) as (i_c, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            q_shared = T.alloc_shared([rows, D], dtype)
+            do_shared = T.alloc_shared([rows, D], dtype)
+            k_shared = T.alloc_shared([S, D], dtype)
+            v_shared = T.alloc_shared([S, D], dtype)
+            p_shared = T.alloc_shared([rows, S], dtype)
+            ds_shared = T.alloc_shared([rows, S], dtype)
+            slot_shared = T.alloc_shared([T.ceildiv(rows, G)], "int32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            acc_dp = T.alloc_fragment([rows, S], "float32")
+            acc_dk = T.alloc_fragment([S, D], "float32")
+            acc_dv = T.alloc_fragment([S, D], "float32")
+            row_max = T.alloc_fragment([rows], "float32")
+            row_sum = T.alloc_fragment([rows], "float32")
+            row_weight = T.alloc_fragment([rows], "float32")
+            delta = T.alloc_fragment([rows], "float32")
+            begin = T.alloc_var("int64")
+            end = T.alloc_var("int64")
+
+            begin = offsets[(i_b * H + i_h) * N + i_c]
+            end = offsets[(i_b * H + i_h) * N + i_c + 1]
+            T.copy(k[i_b, i_c, :, i_h, :], k_shared)
+            T.copy(v[i_b, i_c, :, i_h, :], v_shared)
+            T.clear(acc_dk)
+            T.clear(acc_dv)
+
+            for i_m in T.serial(T.ceildiv(end - begin, tile)):
+                for m in T.Parallel(T.ceildiv(rows, G)):
+                    i_p = begin + i_m * tile + m
+                    slot_shared[m] = T.if_then_else((m < tile) & (i_p < end), pair[T.min(i_p, end - 1)], -1)
+                for r, d in T.Parallel(rows, D):
+                    slot = slot_shared[r // G]
+                    q_shared[r, d] = T.if_then_else(slot >= 0, q[i_b, T.max(slot, 0) // K, i_h, r % G, d], 0)
+                for r, d in T.Parallel(rows, D):
+                    slot = slot_shared[r // G]
+                    do_shared[r, d] = T.if_then_else(slot >= 0, dout[i_b, T.max(slot, 0) // K, i_h, r % G, d], 0)
+                for r in T.Parallel(rows):
+                    slot = slot_shared[r // G]
+                    row_weight[r] = T.if_then_else(
+                        slot >= 0,
+                        weights[i_b, T.max(slot, 0) // K, i_h, T.min(r % G, heads_w - 1), T.max(slot, 0) % K],
+                        0.0,
+                    )
+
+                T.clear(acc_s)
+                T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                T.clear(acc_dp)
+                T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
+                for r, s in T.Parallel(rows, S):
+                    acc_s[r, s] = acc_s[r, s] / row_sum[r]
+                for r, s in T.Parallel(rows, S):
+                    acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
+                T.reduce_sum(acc_dp, delta, dim=1)
+                for r, s in T.Parallel(rows, S):
+                    ds_shared[r, s] = row_weight[r] * (acc_dp[r, s] - acc_s[r, s] * delta[r])
+                for r, s in T.Parallel(rows, S):
+                    p_shared[r, s] = row_weight[r] * acc_s[r, s]
+                T.gemm(p_shared, do_shared, acc_dv, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
+                T.gemm(ds_shared, q_shared, acc_dk, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
+
+            for s, d in T.Parallel(S, D):
+                dk[i_b, i_c, s, i_h, d] = acc_dk[s, d] * scale
+            for s, d in T.Parallel(S, D):
+                dv[i_b, i_c, s, i_h, d] = acc_dv[s, d]
+
+    return hsa_bwd_dkdv_chunk

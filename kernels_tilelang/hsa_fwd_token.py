@@ -1,0 +1,70 @@
+"""out[t] = sum_k weights[t, k] * softmax(q[t] . K[c]^T * scale) V[c], c = indices[t, k]: token-stationary forward.
+
+One CTA owns a token and a key/value head: its G query heads are the rows, padded to a multiple of 16. The K selected
+chunks stream through shared memory; the output stays in registers. A chunk's softmax is complete within its tile, so
+the output is never rescaled, and the weight over the row sum folds into P before the cast.
+An empty slot reads chunk 0 with weight 0: a branch around the copy would make it synchronous.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, valid_chunk
+
+
+def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: TokenConfig):
+    rows = padded_rows(G)
+    B, tokens, N, H = T.dynamic("B, tokens, N, H")
+
+    @T.prim_func
+    def hsa_fwd_token(
+        q: T.Tensor((B, tokens, H, G, D), dtype),
+        k: T.Tensor((B, N, S, H, D), dtype),
+        v: T.Tensor((B, N, S, H, D), dtype),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        indices: T.Tensor((B, tokens, H, K), "int32"),
+        chunk_len: T.Tensor((N,), "int32"),
+        scale: T.float32,
+        out: T.Tensor((B, tokens, H, G, D), dtype),
+    ):
+        with T.Kernel(tokens, H, B, threads=config.threads) as (i_t, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            T.disable_warp_group_reg_alloc()
+            q_shared = T.alloc_shared([rows, D], dtype)
+            k_shared = T.alloc_shared([S, D], dtype)
+            v_shared = T.alloc_shared([S, D], dtype)
+            p_shared = T.alloc_shared([rows, S], dtype)
+            o_shared = T.alloc_shared([rows, D], dtype)
+            weights_shared = T.alloc_shared([heads_w, K], "float32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            acc_o = T.alloc_fragment([rows, D], "float32")
+            row_max = T.alloc_fragment([rows], "float32")
+            row_sum = T.alloc_fragment([rows], "float32")
+
+            for r, d in T.Parallel(rows, D):
+                q_shared[r, d] = T.if_then_else(r < G, q[i_b, i_t, i_h, T.min(r, G - 1), d], 0)
+            for r, i_k in T.Parallel(heads_w, K):
+                c = indices[i_b, i_t, i_h, i_k]
+                weights_shared[r, i_k] = T.if_then_else((c >= 0) & (c < N), weights[i_b, i_t, i_h, r, i_k], 0.0)
+            # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
+            T.sync_threads()
+            T.clear(acc_o)
+
+            for i_k in T.Pipelined(K, num_stages=config.num_stages):
+                i_c = valid_chunk(indices[i_b, i_t, i_h, i_k], N)
+                T.copy(k[i_b, i_c, :, i_h, :], k_shared)
+                T.clear(acc_s)
+                T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
+                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
+                for r in T.Parallel(rows):
+                    row_sum[r] = weights_shared[T.min(r, heads_w - 1), i_k] / row_sum[r]
+                for r, s in T.Parallel(rows, S):
+                    p_shared[r, s] = acc_s[r, s] * row_sum[r]
+                T.copy(v[i_b, i_c, :, i_h, :], v_shared)
+                T.gemm(p_shared, v_shared, acc_o, policy=T.GemmWarpPolicy.FullCol)  # [rows, D]
+
+            T.copy(acc_o, o_shared)
+            for r, d in T.Parallel(G, D):
+                out[i_b, i_t, i_h, r, d] = o_shared[r, d]
+
+    return hsa_fwd_token

@@ -1,0 +1,24 @@
+"""Pieces that two or more programs use."""
+
+import tilelang.language as T
+
+LOG2E = 1.4426950408889634
+
+
+@T.macro
+def exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length):
+    """acc_s = exp2((acc_s - row_max) * scale_log2) and row_sum, its sum over the chunk; length None: S real keys."""
+    if length is not None:
+        for r, s in T.Parallel(rows, S):
+            acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], -T.infinity("float32"))
+    T.reduce_max(acc_s, row_max, dim=1, clear=True)
+    for r in T.Parallel(rows):
+        row_max[r] = row_max[r] * scale_log2
+    for r, s in T.Parallel(rows, S):
+        acc_s[r, s] = T.exp2(acc_s[r, s] * scale_log2 - row_max[r])  # one FFMA an element
+    T.reduce_sum(acc_s, row_sum, dim=1)
+
+
+def valid_chunk(index, num_chunks):
+    """A chunk to read for a slot: the slot's own, or chunk 0 for an empty one, whose weight is 0."""
+    return T.if_then_else((index >= 0) & (index < num_chunks), index, 0)
