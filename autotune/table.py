@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-
 from hsa_tl.kernels_tilelang.config import CONFIGS, from_dict, space, static_key, why_illegal
+
 from hsa_tl.problem import Problem
 
 DEVICES = ("h100", "h200", "h800")

@@ -32,9 +32,12 @@ CASES = (
     _case("k16-d128", "a small selection: K * S = 1024", "tune bench", K=16),
     _case("k16-d64", "the CPU benchmark's case", "tune bench", D=64, K=16),
     _case("g4", "4 query heads a key/value head: rows pad to 16", "bench", HQ=16, H=4, K=16),
-    _case("g1", "multi-head attention: one query head a key/value head", "ci bench", HQ=4, H=4, K=16),
+    _case("g1", "multi-head attention: one query head a key/value head", "bench", HQ=4, H=4, K=16),
     _case("g32-s32", "rows and chunk size off the paper's", "ci", HQ=32, S=32, K=16),
-    _case("tail-perhead", "a short last chunk, weights for each query head", "ci", T=4000, K=16, per_head=True),
+    _case(
+        "tail-perhead", "a short last chunk, weights for each query head, rows padded to 16", "ci",
+        T=4000, HQ=16, H=4, K=16, per_head=True,
+    ),  # fmt: skip
 )
 
 

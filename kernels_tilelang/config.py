@@ -128,7 +128,9 @@ def space(program: str, problem: Problem) -> list:
     else:
         options = (ChunkConfig(*x) for x in product((64, 128, 32, 16), (128, 256, 64, 32)))
     legal = [c for c in options if why_illegal(program, problem, c) is None]
-    return [c for c in legal if c.threads > 32] or legal  # one warp only where S or D does not split over two
+    # Whole warpgroups can use wgmma; a lone warp is for an S or D that does not split over two.
+    enough = 128 if CONFIGS[program] is ChunkConfig else 64
+    return [c for c in legal if c.threads >= enough] or legal
 
 
 def from_dict(program: str, fields: dict):

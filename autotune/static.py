@@ -1,0 +1,176 @@
+"""The static check: lower for sm_90a, assemble, read ptxas and SASS, predict. Needs nvcc and cuobjdump, no GPU."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from hsa_tl.autotune import cost
+from hsa_tl.kernels_tilelang.config import DIRECTIONS, PROGRAMS, describe, space, static_key, total_threads
+
+from hsa_tl.cases import Case
+from hsa_tl.problem import Problem
+
+COLUMNS = (
+    "case", "program", "direction", "D", "G", "S", "K", "heads_w", "masked", "dtype", "config", "threads", "device",
+    "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "ns_per_pair", "limiter", "roofline_ns", "error",
+)  # fmt: skip
+
+
+class MissingTool(RuntimeError):
+    """nvcc or cuobjdump cannot be found."""
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What ptxas and cuobjdump say of one program; smem_bytes is the static part."""
+
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    sass: str
+
+
+def _tool(name: str) -> str | None:
+    folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+def missing_tools() -> str | None:
+    """One line that says what the static check lacks, or None."""
+    lacking = [name for name in ("nvcc", "cuobjdump") if _tool(name) is None]
+    if not lacking:
+        return None
+    return f"the static check needs {' and '.join(lacking)} (CUDA toolkit 12.8 or later) on PATH or under CUDA_HOME"
+
+
+def _cache_file(source: str) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = subprocess.run([_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    return base / "hsa-tl" / "static" / f"{hashlib.sha256((version + source).encode()).hexdigest()}.json"
+
+
+def assemble(source: str) -> Assembled:
+    """Compiles CUDA source for sm_90a; cached by source and nvcc version in the user's cache folder."""
+    if reason := missing_tools():
+        raise MissingTool(reason)
+    cached = _cache_file(source)
+    if cached.is_file():
+        return Assembled(**json.loads(cached.read_text()))
+    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+    with tempfile.TemporaryDirectory() as folder:
+        cu, cubin = Path(folder) / "program.cu", Path(folder) / "program.cubin"
+        cu.write_text(source)
+        arguments = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "--cubin", "-w", "-Xptxas", "-v"]
+        includes = [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
+        run = subprocess.run([_tool("nvcc"), *arguments, *includes, "-o", cubin, cu], capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"nvcc refused the program: {run.stderr[-800:]}")
+        sass = subprocess.run([_tool("cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True)
+
+    def number(pattern: str) -> int:
+        match = re.search(pattern, run.stderr)
+        return int(match.group(1)) if match else 0
+
+    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    result = Assembled(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes smem"), sass.stdout)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(asdict(result)))
+    temporary.replace(cached)
+    return result
+
+
+def ctas_per_sm(registers: int, smem: int, threads: int, device: cost.Device) -> int:
+    """CTAs resident on an SM: registers by partition, shared memory with 1 KB reserved for each, 2048 threads."""
+    warps = threads // 32
+    warps_for_partition = device.registers // 4 // (-(-registers // 8) * 8 * 32)
+    by_registers = warps_for_partition * 4 // warps
+    by_smem = device.smem // (-(-smem // 128) * 128 + 1024)
+    return max(0, min(by_registers, by_smem, 2048 // threads, 32))
+
+
+def analyse(case: str, program: str, problem: Problem, config, device: str = "h200") -> dict:
+    """One row of the static table. A program that does not lower or assemble is a row with its error."""
+    from hsa_tl.kernels_tilelang.compile import lower
+
+    gpu = cost.DEVICES[device]
+    row = dict.fromkeys(COLUMNS)
+    row |= {"case": case, "program": program, "direction": DIRECTIONS[program], **static_key(problem)}
+    row |= {"config": describe(config), "threads": config.threads, "device": device}
+    row |= {"roofline_ns": cost.roofline(program, problem, gpu)[0]}
+    try:
+        artifact = lower(program, problem, config)
+        (function,) = artifact.device_mod.functions.values()
+        dynamic = int(function.attrs["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in function.attrs else 0
+        made = assemble(artifact.kernel_source)
+        sass = cost.parse_sass(made.sass)
+        smem = dynamic + made.smem_bytes
+        ctas = ctas_per_sm(made.registers, smem, total_threads(program, config), gpu)
+        row |= {"registers": made.registers, "spill_bytes": made.spill_bytes, "smem_bytes": smem, "ctas_per_sm": ctas}
+        row |= {"hgmma": cost.count(sass, "HGMMA"), "hmma": cost.count(sass, "HMMA")}
+        row["ns_per_pair"], row["limiter"] = cost.predict(program, problem, config, max(1, ctas), sass, gpu)
+    except MissingTool:
+        raise
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+    return row
+
+
+def faults(row: dict) -> list[str]:
+    """Why a row fails the static check: an error, spills, a CTA that does not fit, tensor cores that are not used."""
+    if row["error"]:
+        return [row["error"]]
+    # wgmma takes 64 rows and a whole warpgroup; a token's tile has too few rows for it.
+    claim = "hgmma" if row["program"] == "hsa_bwd_dkdv_chunk" and row["threads"] >= 128 else "hmma"
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"{row['spill_bytes']} bytes of spills")
+    if row["ctas_per_sm"] < 1:
+        found.append("no CTA fits an SM")
+    if not row[claim]:
+        found.append(f"no {claim.upper()} instruction")
+    return found
+
+
+def _analyse_job(job) -> dict:
+    return analyse(*job)
+
+
+def table_rows(
+    cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, first_only=False, jobs=None, progress=None
+):
+    """Rows of every program x every config of its space for the cases; `progress(done, total)` after each.
+
+    first_only: the heuristic config alone. Raises MissingTool when nvcc or cuobjdump is not there.
+    """
+    if reason := missing_tools():
+        raise MissingTool(reason)
+    work, seen = [], set()
+    for case in cases:
+        for program in programs:
+            for config in space(program, case.problem)[: 1 if first_only else None]:
+                key = (program, config, *static_key(case.problem).values())
+                if key not in seen:
+                    seen.add(key)
+                    work.append((case.name, program, case.problem, config, device))
+    rows: dict[int, dict] = {}
+    with ProcessPoolExecutor(jobs or min(4, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_analyse_job, job): i for i, job in enumerate(work)}
+        for future in as_completed(futures):
+            rows[futures[future]] = future.result()
+            if progress:
+                progress(len(rows), len(work))
+    return [rows[i] for i in range(len(work))]
