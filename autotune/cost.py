@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass
 
 from hsa_tl.kernels_tilelang.config import DIRECTIONS, padded_rows
-
 from hsa_tl.problem import Problem
 
 

@@ -14,14 +14,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from hsa_tl.autotune import cost
-from hsa_tl.kernels_tilelang.config import DIRECTIONS, PROGRAMS, describe, space, static_key, total_threads
-
 from hsa_tl.cases import Case
+from hsa_tl.kernels_tilelang.config import DIRECTIONS, PROGRAMS, describe, space, static_key, total_threads
 from hsa_tl.problem import Problem
 
 COLUMNS = (
     "case", "program", "direction", "D", "G", "S", "K", "heads_w", "masked", "dtype", "config", "threads", "device",
-    "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "ns_per_pair", "limiter", "roofline_ns", "error",
+    "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "ns_per_pair", "limiter", "roofline_ns",
+    "error",
 )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from hsa_tl.kernels_tilelang.config import CONFIGS, from_dict, space, static_key, why_illegal
 
+from hsa_tl.kernels_tilelang.config import CONFIGS, from_dict, space, static_key, why_illegal
 from hsa_tl.problem import Problem
 
 DEVICES = ("h100", "h200", "h800")
@@ -28,8 +28,8 @@ def read(path: Path) -> list[dict]:
 
 def write(path: Path, device: str, rows: list[dict]) -> None:
     """Writes a table, one row a line, sorted; the file is replaced at once."""
-    lines = sorted(json.dumps(row) for row in rows)
-    text = '{"device": "%s", "rows": [\n%s\n]}\n' % (device, ",\n".join(lines))
+    lines = ",\n".join(sorted(json.dumps(row) for row in rows))
+    text = f'{{"device": "{device}", "rows": [\n{lines}\n]}}\n'
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)

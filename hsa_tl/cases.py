@@ -35,9 +35,15 @@ CASES = (
     _case("g1", "multi-head attention: one query head a key/value head", "bench", HQ=4, H=4, K=16),
     _case("g32-s32", "rows and chunk size off the paper's", "ci", HQ=32, S=32, K=16),
     _case(
-        "tail-perhead", "a short last chunk, weights for each query head, rows padded to 16", "ci",
-        T=4000, HQ=16, H=4, K=16, per_head=True,
-    ),  # fmt: skip
+        "tail-perhead",
+        "a short last chunk, weights for each query head, rows padded to 16",
+        "ci",
+        T=4000,
+        HQ=16,
+        H=4,
+        K=16,
+        per_head=True,
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""The inverted index: (token, slot) pairs sorted by chunk. Chunk-stationary programs walk it; no (T, N) mask is built."""
+"""The inverted index: (token, slot) pairs sorted by chunk, for chunk-stationary programs: no (T, N) mask."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ import torch
 class Pairs(NamedTuple):
     """Pairs of a selection `indices` [B, T, H, K], grouped by (batch, head, chunk).
 
-    pair [B * T * H * K] int32: t * K + slot, sorted by (b, h, chunk) and stable in (t, slot); empty slots stand last.
-    offsets [B * H * N + 1] int64: the pairs of (b, h, c) are pair[offsets[i] : offsets[i + 1]], i = (b * H + h) * N + c.
+    pair [B * T * H * K] int32: t * K + slot, sorted by (b, h, chunk), stable in (t, slot); empty slots stand last.
+    offsets [B * H * N + 1] int64: those of (b, h, c) are pair[offsets[i] : offsets[i + 1]], i = (b * H + h) * N + c.
     """
 
     pair: torch.Tensor

@@ -3,10 +3,10 @@
 import importlib
 
 import tilelang
-from hsa_tl.kernels_tilelang.config import blocks_per_sm, static_key
-from hsa_tl.kernels_tilelang.cpu_target import cpu_program
 from tilelang import tvm
 
+from hsa_tl.kernels_tilelang.config import blocks_per_sm, static_key
+from hsa_tl.kernels_tilelang.cpu_target import cpu_program
 from hsa_tl.problem import Problem
 
 SM_90A = {"kind": "cuda", "arch": "sm_90a"}

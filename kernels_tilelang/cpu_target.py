@@ -1,8 +1,9 @@
 """Runs a CUDA-authored, tile-level TileLang program on the CPU: the proof that needs no GPU.
 
-TileLang's C target knows neither shared memory and fragments nor parallel loops. Rewriting the tile-level
-IR before lowering is enough: on-chip buffers become local, T.Parallel becomes serial, the launch's thread count,
-barriers and hints for ptxas go, and a tile's product is summed before it is accumulated. float32 only (the C target has no 16-bit types); atomics become plain read-modify-write.
+TileLang's C target knows neither shared memory and fragments nor parallel loops. Rewriting the tile-level IR before
+lowering is enough: on-chip buffers become local, T.Parallel becomes serial, the launch's thread count, barriers and
+hints for ptxas go, and a tile's product is summed before it is accumulated. float32 only (the C target has no 16-bit
+types); atomics become plain read-modify-write.
 """
 
 from tilelang import tvm  # noqa: F401  (puts the bundled tvm on the path)

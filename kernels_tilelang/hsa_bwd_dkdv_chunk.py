@@ -7,6 +7,7 @@ no (T, N) mask: the pair index says who chose the chunk, in stable order, so the
 """
 
 import tilelang.language as T
+
 from hsa_tl.kernels_tilelang.config import ChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
 

@@ -6,6 +6,7 @@ chunks stream through shared memory; dq and every delta stay on chip. The row st
 """
 
 import tilelang.language as T
+
 from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, valid_chunk
 

@@ -7,6 +7,7 @@ An empty slot reads chunk 0 with weight 0: a branch around the copy would make i
 """
 
 import tilelang.language as T
+
 from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, valid_chunk
 

@@ -1,6 +1,5 @@
 """Launchers of the TileLang programs: on Hopper, and on the CPU through TileLang's C target (float32)."""
 
-import dataclasses
 import functools
 import importlib.util
 
@@ -40,7 +39,7 @@ def _kernel(program: str, problem: Problem, config: dict | None):
     return compile.kernel(program, problem, table.resolve(program, problem, config))
 
 
-def _arguments(q, k, v, weights, indices, chunk_len):
+def arguments(q, k, v, weights, indices, chunk_len):
     """The programs' views: heads split into [H, G], contiguous; chunk_len always there."""
     H = k.shape[3]
     q, weights = (x.unflatten(2, (H, x.shape[2] // H)).contiguous() for x in (q, weights))
@@ -53,7 +52,7 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
     problem = Problem.of(q, k, weights, indices, chunk_len)
     kernel = _kernel("hsa_fwd_token", problem, config)
-    q, k, v, weights, indices, chunk_len = _arguments(q, k, v, weights, indices, chunk_len)
+    q, k, v, weights, indices, chunk_len = arguments(q, k, v, weights, indices, chunk_len)
     out = torch.empty_like(q)
     if problem.T:
         kernel(q, k, v, weights, indices, chunk_len, scale, out)
@@ -65,7 +64,7 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None
     problem = Problem.of(q, k, weights, indices, chunk_len)
     dq_kernel = _kernel("hsa_bwd_dq_token", problem, config)
     dkdv_kernel = _kernel("hsa_bwd_dkdv_chunk", problem, config)
-    q, k, v, weights, indices, chunk_len = _arguments(q, k, v, weights, indices, chunk_len)
+    q, k, v, weights, indices, chunk_len = arguments(q, k, v, weights, indices, chunk_len)
     do = do.contiguous().view_as(q)
     dq, dk, dv, dweights = (torch.empty_like(x) for x in (q, k, v, weights))
     if problem.T:
