@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs bench/gpu.py where the project may not be installed and there may be no network: what the machine lacks is taken
+# from .bundle/ (*.tar.xz and *.whl, each unpacked into .bundle/site), the project itself from this checkout.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -x .venv/bin/python ]; then
+  python=.venv/bin/python
+else
+  python=${PYTHON:-python3}
+  site=.bundle/site
+  if [ ! -d "$site" ]; then
+    mkdir -p "$site"
+    for archive in .bundle/*.tar.xz; do
+      [ -e "$archive" ] && tar -xJf "$archive" -C "$site"
+    done
+    for wheel in .bundle/*.whl; do
+      [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$site"
+    done
+  fi
+  # The same package map as pyproject.toml, as links.
+  package=.bundle/package/hsa_tl
+  mkdir -p "$package"
+  for entry in hsa_tl/* kernels_tilelang autotune model bench; do
+    ln -sfn "$PWD/$entry" "$package/$(basename "$entry")"
+  done
+  export PYTHONPATH="$PWD/.bundle/package:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
+  export TILELANG_CACHE_DIR="${TILELANG_CACHE_DIR:-$PWD/.bundle/tilelang-cache}"
+fi
+exec "$python" -m hsa_tl.bench.gpu "$@"
