@@ -93,6 +93,18 @@ def assemble(source: str) -> Assembled:
     return result
 
 
+def barrier_in_elected_branch(source: str) -> bool:
+    """Whether CUDA source waits at a barrier inside a branch that one elected thread takes: it would never return."""
+    for found in re.finditer(r"if \(tl::tl_shuffle_elect<\d+>\(\)\) \{", source):
+        depth, end = 1, found.end()
+        while depth:
+            depth += {"{": 1, "}": -1}.get(source[end], 0)
+            end += 1
+        if re.search(r"__syncthreads|__sync_thread_partial", source[found.end() : end]):
+            return True
+    return False
+
+
 def ctas_per_sm(registers: int, smem: int, threads: int, device: cost.Device) -> int:
     """CTAs resident on an SM: registers by partition, shared memory with 1 KB reserved for each, 2048 threads."""
     warps = threads // 32
@@ -115,6 +127,8 @@ def analyse(case: str, program: str, problem: Problem, config, device: str = "h2
         artifact = lower(program, problem, config)
         (function,) = artifact.device_mod.functions.values()
         dynamic = int(function.attrs["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in function.attrs else 0
+        if barrier_in_elected_branch(artifact.kernel_source):
+            raise RuntimeError("a barrier stands inside a branch that one elected thread takes")
         made = assemble(artifact.kernel_source)
         sass = cost.parse_sass(made.sass)
         smem = dynamic + made.smem_bytes

@@ -103,10 +103,12 @@ def why_illegal(program: str, problem: Problem, config) -> str | None:
     if config.threads % 32 or not 32 <= config.threads <= 256:
         return f"threads must be 32 to 256 in whole warps, got {config.threads}"
     if program == "hsa_bwd_dkdv_chunk":
-        if config.block_M < p.G or config.block_M % (16 * warps):
-            return f"block_M must be at least G = {p.G} and a multiple of {16 * warps}, got {config.block_M}"
-        if p.D % (16 * warps):
-            return f"{warps} warps need D to be a multiple of {16 * warps}, got {p.D}"
+        # A warpgroup multiplies 64 rows at a time with wgmma, fewer warps 16 each with mma.sync.
+        rows, columns = (64, 16) if warps in (4, 8) else (16 * warps, 16 * warps)
+        if config.block_M < p.G or config.block_M % rows:
+            return f"block_M must be at least G = {p.G} and a multiple of {rows}, got {config.block_M}"
+        if p.D % columns:
+            return f"{warps} warps need D to be a multiple of {columns}, got {p.D}"
     else:
         if p.S % (16 * warps) or p.D % (16 * warps):
             return f"{warps} warps need S and D to be multiples of {16 * warps}, got {p.S} and {p.D}"
@@ -124,13 +126,14 @@ def why_illegal(program: str, problem: Problem, config) -> str | None:
 def space(program: str, problem: Problem) -> list:
     """Every legal config of the program's search space, in a fixed order."""
     if CONFIGS[program] is TokenConfig:
-        options = (TokenConfig(*x) for x in product((128, 64, 32), (2, 3)))
+        options = [TokenConfig(*x) for x in product((128, 64, 32), (2, 3, 1))]
+        preferred = [c for c in options if c.threads >= 64 and c.num_stages >= 2]
     else:
-        options = (ChunkConfig(*x) for x in product((64, 128, 32, 16), (128, 256, 64, 32)))
+        options = [ChunkConfig(*x) for x in product((64, 128, 32, 16), (128, 256, 64))]
+        preferred = [c for c in options if c.threads >= 128]
+    # A lone warp, an unpipelined loop and less than a warpgroup are for shapes that nothing better fits.
     legal = [c for c in options if why_illegal(program, problem, c) is None]
-    # Whole warpgroups can use wgmma; a lone warp is for an S or D that does not split over two.
-    enough = 128 if CONFIGS[program] is ChunkConfig else 64
-    return [c for c in legal if c.threads >= enough] or legal
+    return [c for c in legal if c in preferred] or legal
 
 
 def from_dict(program: str, fields: dict):

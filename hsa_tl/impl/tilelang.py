@@ -29,7 +29,8 @@ def unavailable(problem: Problem) -> str | None:
         return "on CUDA it runs bfloat16 and float16"
     for program in configs.PROGRAMS:
         if not configs.space(program, problem):
-            return f"no legal config for {program}"
+            reason = configs.why_illegal(program, problem, configs.CONFIGS[program]())
+            return f"no config of {program} suits it: {reason}"
     return None
 
 

@@ -1,0 +1,153 @@
+"""What only the TileLang programs promise: no recompilation, legal configs, the table's order of lookup."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hsa_tl import cases, hsa_attention
+from hsa_tl.autotune import table, tuner
+from hsa_tl.kernels_tilelang import compile
+from hsa_tl.kernels_tilelang.config import (
+    CONFIGS,
+    PROGRAMS,
+    ChunkConfig,
+    TokenConfig,
+    blocks_per_sm,
+    from_dict,
+    space,
+    static_key,
+    why_illegal,
+)
+from hsa_tl.problem import Problem
+from hsa_tl.testing import make_inputs, run_with_gradients
+
+PAPER = cases.case("paper-d128").problem
+SMALL = Problem(B=1, T=48, N=3, HQ=2, H=1, D=16, S=16, K=2, dtype=torch.float32, device_type="cpu")
+
+
+def test_a_new_length_batch_or_head_count_does_not_recompile():
+    run_with_gradients(hsa_attention, make_inputs(SMALL), chunk_size=16, impl="tilelang")
+    before = set(compile._KERNELS)
+    for changed in (replace(SMALL, T=80, N=5), replace(SMALL, B=3), replace(SMALL, HQ=4, H=2)):
+        run_with_gradients(hsa_attention, make_inputs(changed), chunk_size=16, impl="tilelang")
+    assert set(compile._KERNELS) == before
+    assert {key[0] for key in before} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("threads", [32, 64, 128])
+def test_any_config_gives_the_same_result(threads):
+    """On the CPU a config changes no number: block_M only regroups the pairs of a tile."""
+    inputs = make_inputs(SMALL)
+    config = {"hsa_fwd_token": {"threads": threads}, "hsa_bwd_dkdv_chunk": {"block_M": threads}}
+    a = run_with_gradients(hsa_attention, inputs, chunk_size=16, impl="tilelang", config=config)
+    b = run_with_gradients(hsa_attention, inputs, chunk_size=16, impl="tilelang")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "program, changes, config, words",
+    [
+        ("hsa_fwd_token", {}, ChunkConfig(), "takes a TokenConfig, got ChunkConfig"),
+        ("hsa_fwd_token", {"D": 40}, TokenConfig(), "D must be a multiple of 16, got 40"),
+        ("hsa_fwd_token", {}, TokenConfig(threads=100), "threads must be 32 to 256 in whole warps, got 100"),
+        ("hsa_fwd_token", {"S": 16}, TokenConfig(), "4 warps need S and D to be multiples of 64, got 16 and 128"),
+        ("hsa_fwd_token", {}, TokenConfig(num_stages=0), "num_stages must be at least 1, got 0"),
+        ("hsa_fwd_token", {}, TokenConfig(num_stages=8), "shared memory must be at most 232448 bytes"),
+        ("hsa_bwd_dkdv_chunk", {"HQ": 128}, ChunkConfig(), "block_M must be at least G = 128"),
+        ("hsa_bwd_dkdv_chunk", {}, ChunkConfig(block_M=32), "a multiple of 64, got 32"),
+        ("hsa_bwd_dkdv_chunk", {"D": 48}, ChunkConfig(threads=64), "2 warps need D to be a multiple of 32, got 48"),
+        ("hsa_bwd_dkdv_chunk", {"D": 256}, ChunkConfig(), "registers must be at most 255 a thread"),
+    ],
+)
+def test_why_illegal_says_what_and_why(program, changes, config, words):
+    assert words in why_illegal(program, replace(PAPER, **changes), config)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_space_is_legal_and_fits(case, program):
+    configs = space(program, case.problem)
+    assert configs and len(set(configs)) == len(configs)
+    for c in configs:
+        assert why_illegal(program, case.problem, c) is None and blocks_per_sm(program, case.problem, c) >= 1
+
+
+def test_every_shape_of_the_contract_has_a_config_or_is_listed_here():
+    """Without a config impl="auto" takes Triton, and impl="tilelang" says why not."""
+    lacking = set()
+    for program in PROGRAMS:
+        for D, S, G in itertools.product((16, 32, 64, 96, 128, 192, 256), (16, 32, 64, 128), (1, 3, 5, 16, 32)):
+            if not space(program, replace(PAPER, D=D, S=S, HQ=G, H=1)):
+                lacking.add((program, D, S, G))
+    # Two [S, D] accumulators exceed the registers of 256 threads; 32 rows exceed those of the one warp that S or D = 16
+    # leaves.
+    expected = {("hsa_bwd_dkdv_chunk", D, 128, G) for D in (192, 256) for G in (1, 3, 5, 16, 32)}
+    expected |= {(program, D, 16, 32) for D in (192, 256) for program in ("hsa_fwd_token", "hsa_bwd_dq_token")}
+    assert lacking == expected | {("hsa_bwd_dq_token", 16, 128, 32)}
+
+
+def _row(T, **config):
+    return {"program": "hsa_fwd_token", **static_key(PAPER), "T": T, "config": config}
+
+
+def test_lookup_order(monkeypatch):
+    """Explicit config, then the nearest T of the same static key, then the heuristic."""
+    near, far = _row(16384, threads=64, num_stages=3), _row(1 << 20, threads=64, num_stages=2)
+    other = near | {"K": 8}
+    monkeypatch.setattr(table, "shipped", lambda device: (other, far, near))
+    monkeypatch.setattr(table, "device_name", lambda: "h200")
+    assert table.resolve("hsa_fwd_token", PAPER) == TokenConfig(64, 3)
+    assert table.resolve("hsa_fwd_token", cases.at_length(PAPER, 1 << 19)) == TokenConfig(64, 2)
+    assert table.resolve("hsa_fwd_token", PAPER, {"hsa_fwd_token": {"num_stages": 2}}) == TokenConfig(128, 2)
+    assert table.resolve("hsa_bwd_dq_token", PAPER) == space("hsa_bwd_dq_token", PAPER)[0]
+    monkeypatch.setattr(table, "device_name", lambda: None)
+    assert table.resolve("hsa_fwd_token", PAPER) == space("hsa_fwd_token", PAPER)[0]
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"nonsense": {}}, "config must name programs among hsa_fwd_token"),
+        ({"hsa_fwd_token": {"warps": 4}}, r"must have fields among threads, num_stages, got \['warps'\]"),
+        ({"hsa_fwd_token": {"threads": 96}}, "config of hsa_fwd_token must suit"),
+    ],
+)
+def test_a_bad_config_is_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        table.resolve("hsa_fwd_token", PAPER, config)
+
+
+@pytest.mark.parametrize("device", table.DEVICES)
+def test_shipped_rows_are_legal_and_say_where_they_come_from(device):
+    for row in table.shipped(device):
+        names = {"D": row["D"], "S": row["S"], "K": row["K"], "masked": row["masked"], "T": row["T"]}
+        problem = replace(PAPER, HQ=row["G"], H=1, per_head=row["heads_w"] > 1, **names)
+        assert static_key(problem) == {k: row[k] for k in static_key(problem)}
+        assert why_illegal(row["program"], problem, from_dict(row["program"], row["config"])) is None
+        assert row["source"] in ("static", "measured") and row["versions"]
+
+
+def test_a_table_is_sorted_and_reads_back(tmp_path):
+    rows = [_row(2, threads=64), _row(1, threads=64)]
+    table.write(tmp_path / "x.json", "h200", rows)
+    assert table.read(tmp_path / "x.json") == sorted(rows, key=json.dumps)
+    assert table.read(tmp_path / "absent.json") == []
+
+
+def test_the_best_row_prefers_measurement_over_prediction():
+    def row(config, ns, us=None, spills=0):
+        made = {"program": "hsa_fwd_token", "config": config, "ns_per_pair": ns, "median_us": us, "error": None}
+        return made | {"threads": 128, "spill_bytes": spills, "ctas_per_sm": 1, "hmma": 1, "hgmma": 0}
+
+    fast, slow = row("threads=128,num_stages=2", 2.0), row("threads=64,num_stages=2", 1.0, spills=4)
+    case = cases.case("paper-d128")
+    (chosen,) = tuner.best(case, [fast, slow])
+    assert chosen["config"] == {"threads": 128, "num_stages": 2} and chosen["source"] == "static"
+    timed = [row("threads=128,num_stages=2", 1.0, us=9.0), row("threads=64,num_stages=3", 2.0, us=8.0)]
+    (chosen,) = tuner.best(case, timed)
+    assert chosen["config"] == {"threads": 64, "num_stages": 3} and chosen["source"] == "measured"
+    assert set(CONFIGS) == set(PROGRAMS)
