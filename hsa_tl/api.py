@@ -51,7 +51,7 @@ def _require_common(chunk_size: int, scale: float | None, impl: str) -> None:
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-        _require(math.isfinite(scale), "scale", "be finite", scale)
+        _require(math.isfinite(scale) and scale >= 0, "scale", "be finite and at least 0", scale)
     _require(impl in IMPLS, "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
 
 

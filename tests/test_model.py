@@ -60,14 +60,14 @@ def test_it_learns_to_copy_from_the_chunk_it_must_find():
         layer.q_slc.weight.copy_(encoder.landmark.weight)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *layer.parameters()], 3e-3)
     losses = []
-    for _ in range(120):
-        keys = torch.nn.functional.normalize(torch.randn(16, 4, C // 2), dim=-1) * 4
-        values = torch.randn(16, 4, C // 2)
-        x = torch.cat([torch.cat([keys, values], -1).repeat_interleave(S, 1), torch.zeros(16, 1, C)], 1)
-        target = torch.randint(4, (16,))
-        x[:, -1, : C // 2] = keys[torch.arange(16), target]
+    for _ in range(80):
+        keys = torch.nn.functional.normalize(torch.randn(8, 4, C // 2), dim=-1) * 4
+        values = torch.randn(8, 4, C // 2)
+        x = torch.cat([torch.cat([keys, values], -1).repeat_interleave(S, 1), torch.zeros(8, 1, C)], 1)
+        target = torch.randint(4, (8,))
+        x[:, -1, : C // 2] = keys[torch.arange(8), target]
         out = layer(x[:, -1:], encoder(x), q_start=4 * S)[:, 0, C // 2 :]
-        loss = (out - values[torch.arange(16), target]).square().mean()
+        loss = (out - values[torch.arange(8), target]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

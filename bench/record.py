@@ -1,0 +1,144 @@
+"""Benchmark rows: the one schema, where a number comes from, and files that are whole or absent."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; p20, p50, p80 are None where there is none, and note says why."""
+
+    kernel: str
+    provider: str
+    mode: str  # forward, backward, train = forward + backward
+    metric: str  # time, throughput, peak_extra_memory
+    unit: str
+    x_name: str
+    x: int
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    config: str
+    selection: str
+    device: str
+    versions: str
+    commit: str
+    note: str = ""
+
+    @property
+    def key(self) -> tuple:
+        return (self.kernel, self.provider, self.mode, self.metric, self.x, self.config, self.selection, self.device)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes beside path, then renames: a reader finds the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(rows: list[Row], folder: Path, name: str = "bench") -> None:
+    """folder/name.csv and folder/name.json, sorted."""
+    rows = sorted(rows, key=lambda r: r.key)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(r) for r in rows)
+    write_atomic(folder / f"{name}.csv", out.getvalue())
+    write_atomic(folder / f"{name}.json", "[\n" + ",\n".join(json.dumps(asdict(r)) for r in rows) + "\n]\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV file, none if it does not exist. ValueError: a file of another schema."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        names = [f.name for f in fields(Row)]
+        if reader.fieldnames != names:
+            raise ValueError(f"{path} must have the columns {', '.join(names)}, got {reader.fieldnames}")
+        number = {"p20", "p50", "p80"}
+        return [
+            Row(**{k: int(v) if k == "x" else (float(v) if v else None) if k in number else v for k, v in r.items()})
+            for r in reader
+        ]
+
+
+def fastest_dense(rows: list[Row]) -> dict[tuple[str, int], float]:
+    """(mode, length) -> milliseconds of the fastest dense provider, what HSA is held against."""
+    out: dict[tuple[str, int], float] = {}
+    for r in rows:
+        if r.metric == "time" and r.kernel == "dense_attention" and r.p50 is not None:
+            out[r.mode, r.x] = min(r.p50, out.get((r.mode, r.x), r.p50))
+    return out
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a number depends on, without importing any of it."""
+    out = {"python": platform.python_version()}
+    for name in ("hsa-tl", "torch", "triton", "tilelang"):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def versions() -> str:
+    return ", ".join(f"{k} {v}" for k, v in package_versions().items())
+
+
+def memory_limit_bytes() -> int:
+    """The memory this process may use: the control group's limit or the machine's memory."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        return min(total, int(limit.read_text()))
+    except (OSError, ValueError):
+        return total
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's with its threads and memory limit."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} threads, {memory_limit_bytes() / 2**30:.0f} GiB memory limit"
+
+
+def commit() -> str:
+    """The checkout's commit, with -dirty and a digest of its local changes; HSA_COMMIT where there is no checkout."""
+    root = Path(__file__).resolve().parent.parent
+    named = os.environ.get("HSA_COMMIT", "unknown")
+    if not (root / ".git").exists():
+        return named
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", root, *args], check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # Results are written while measuring: they are no change of what is measured.
+        changes = git("diff", "HEAD", "--", ".", ":!bench/results")
+        digest = "-dirty-" + hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
+        return git("rev-parse", "--short=12", "HEAD") + digest
+    except (OSError, subprocess.CalledProcessError):
+        return named

@@ -1,0 +1,288 @@
+"""`hsa-tl demo`: HSA on real text, forward and backward. Every number of out/demo.json is measured in this run."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hsa_tl import api, cases, text
+from hsa_tl.bench import gate, plot, record, timing
+from hsa_tl.bench.providers import provider
+from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.problem import Problem
+from hsa_tl.testing import make_selection
+
+WIDTH = 100
+TOPKS = (16, 64)
+ACCURACY_TOKENS = {"cpu": 512, "cuda": 2048}
+STATIC_CASES = ("paper-d128", "paper-d64")
+TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
+UNION_PAYS = 0.45  # of the chunks walked token by token
+IMPLS = ("reference", "tilelang", "triton")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _base(device: str) -> Problem:
+    return cases.on_cpu(cases.case("k16-d64").problem) if device == "cpu" else cases.case("paper-d128").problem
+
+
+def make_console() -> Console:
+    """Colours and the terminal's width on a terminal, WIDTH columns in a pipe or a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+def show_table(console: Console, title: str, names, rows, right: tuple[int, ...] = ()) -> None:
+    """Prints a title and a plain table; the columns in `right` are numbers."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i, name in enumerate(names):
+        out.add_column(name, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*(escape(str(x)) for x in row))
+    console.print(escape(title), style="bold", highlight=False)
+    console.print(out)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar on a terminal, nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def accuracy(corpus: text.Corpus, device: str) -> tuple[Problem, list[dict]]:
+    """out and gradients of every implementation against float64, on retrieved chunks of real text."""
+    cpu = device == "cpu"
+    problem = cases.at_length(_base(device), ACCURACY_TOKENS[device], K=4 if cpu else 16)
+    inputs = text.text_inputs(problem, corpus).to(device)
+    want = gate.expected(provider("hsa-reference").oracle, inputs, problem.S)
+    rows = []
+    for impl in IMPLS:
+        p = provider(f"hsa-{impl}")
+        row = {"implementation": impl, "unavailable": p.unavailable(problem)}
+        if row["unavailable"] is None:
+            start = time.perf_counter()
+            results = gate.compare(p.attention, inputs, problem.S, want)
+            row |= {"seconds": time.perf_counter() - start, "errors": [r._asdict() for r in results]}
+        rows.append(row)
+    return problem, rows
+
+
+def selections(corpus: text.Corpus, problem: Problem, topks) -> tuple[list[dict], torch.Tensor]:
+    """What retrieval does on text beside chance: overlap, unions, the best chunk; and the first K's indices."""
+    f = text.text_features(corpus.data, problem)
+    rows, first = [], None
+    for K in topks:
+        start = time.perf_counter()
+        _, chosen = api.retrieve_chunks(f.q_slc, f.landmarks, K, chunk_size=problem.S)
+        seconds = time.perf_counter() - start
+        first = chosen if first is None else first
+        by_chance = make_selection(1, problem.T, problem.H, K, problem.S)
+        for kind, indices in (("text", chosen), ("random", by_chance)):
+            unions = {str(n): text.union_size(indices, problem.S, n) for n in TILES}
+            share = {n: u / (int(n) * K) for n, u in unions.items()}
+            rows.append({
+                "selection": kind, "K": K, "tokens": problem.T, "chunks": problem.N,
+                "retrieve_seconds": seconds if kind == "text" else None,
+                "overlap": text.neighbour_overlap(indices, problem.S), "union_chunks": unions, "union_share": share,
+                "union_pays_from_tokens": next((int(n) for n, s in share.items() if s < UNION_PAYS), None),
+                "best_chunk_found": text.best_chunk_found(corpus.data, indices, problem.S),
+            })  # fmt: skip
+    return rows, first
+
+
+def retrieval_times(corpus: text.Corpus, problem: Problem, lengths, device: str) -> dict[int, float]:
+    """Milliseconds of retrieve_chunks at each length: what HSA pays before attention."""
+    out = {}
+    for T in lengths:
+        p = cases.at_length(problem, T)
+        f = text.text_features(corpus.data, p)
+        q_slc, landmarks = (x.to(device=device, dtype=p.dtype) for x in f[:2])
+
+        def run(q_slc=q_slc, landmarks=landmarks):
+            return api.retrieve_chunks(q_slc, landmarks, problem.K, chunk_size=problem.S)
+
+        out[T] = timing.measure({"": run}, device=device, seconds=0.5)[""].p50
+    return out
+
+
+def static_rows(console: Console) -> list[dict]:
+    """The static table for an H200, of the first config of each program; one line instead where a tool is missing."""
+    try:
+        from hsa_tl.autotune.static import table_rows
+
+        return table_rows(tuple(map(cases.case, STATIC_CASES)), device="h200", first_only=True, jobs=2)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        console.print(f"4. No static table for an H200 here: {reason}", markup=False, highlight=False)
+        return []
+
+
+def _show_accuracy(console: Console, problem: Problem, rows: list[dict]) -> None:
+    lines, notes = [], []
+    for row in rows:
+        name, errors = row["implementation"], row.get("errors", [])
+        if row["unavailable"]:
+            lines.append((name, *("",) * 6, "unavailable"))
+            notes.append(f"{name} is unavailable: {row['unavailable']}")
+            continue
+        wrong = [e["message"] for e in errors if e["message"]]
+        notes += [f"{name}: {message}" for message in wrong]
+        verdict = "FAIL" if wrong else "pass"
+        lines.append((name, *(f"{e['rms_error']:.1e}" for e in errors), f"{row['seconds']:.1f}", verdict))
+    names = ("implementation", *gate.QUANTITIES, "seconds", "verdict")
+    title = f"1. Accuracy: RMS error relative to float64, {problem}"
+    show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6))
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def _show_selections(console: Console, rows: list[dict]) -> None:
+    lines = []
+    for r in rows:
+        unions = (f"{r['union_chunks'][str(n)]:.0f} ({r['union_share'][str(n)]:.2f})" for n in TILES)
+        pays = r["union_pays_from_tokens"]
+        share = (f"{r['overlap']:.2f}", *unions, f"{pays} tokens" if pays else "never", f"{r['best_chunk_found']:.2f}")
+        lines.append((r["K"], r["selection"], *share))
+    unions = (f"union of {n}" for n in TILES)
+    names = ("K", "selection", "overlap", *unions, f"< {UNION_PAYS} from", "best chunk found")
+    title = f"2. Retrieval, {rows[0]['tokens']} tokens: overlap of neighbours, distinct chunks (share of tokens x K)"
+    show_table(console, title, names, lines, right=(0, 2, 3, 4, 5, 7))
+
+
+def _show_speed(console: Console, rows: list[record.Row], retrieval: dict[int, float]) -> None:
+    at = {(r.mode, r.x, r.metric): r for r in rows if r.provider == "hsa-auto"}
+    dense, lines = record.fastest_dense(rows), []
+    for mode, T in dict.fromkeys((r.mode, r.x) for r in rows):
+        hsa, memory = at[mode, T, "time"], at.get((mode, T, "peak_extra_memory"))
+        has_dense, has_hsa = (mode, T) in dense, hsa.p50 is not None
+        cells = (
+            f"{dense[mode, T]:.4g}" if has_dense else "",
+            f"{hsa.p50:.4g}" if has_hsa else "",
+            f"{hsa.p50 / dense[mode, T]:.2f}" if has_dense and has_hsa else "",
+            f"{retrieval[T]:.4g}",
+            "" if memory is None or memory.p50 is None else f"{memory.p50:.0f}",
+        )
+        lines.append((mode, T, *cells))
+    notes = dict.fromkeys(f"{r.provider}: {r.note}" for r in rows if r.metric == "time" and r.p50 is None)
+    names = ("mode", "T", "dense ms", "HSA ms", "HSA / dense", "retrieval ms", "HSA extra MiB")
+    title = f"3. Speed on {rows[0].device}: {rows[0].config.split(': ')[1]}, text"
+    show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6))
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def _show_static(console: Console, rows: list[dict]) -> None:
+    if not rows:
+        return
+    lines = []
+    for r in rows:
+        if r["error"]:
+            lines.append((r["program"], r["D"], r["config"], *("",) * 6, r["error"]))
+            continue
+        numbers = (r["registers"], r["spill_bytes"], f"{r['smem_bytes'] / 1024:.0f}", r["ctas_per_sm"])
+        cells = (*numbers, r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.1f}", r["limiter"])
+        lines.append((r["program"], r["D"], r["config"], *cells))
+    names = ("program", "D", "config", "regs", "spills", "smem", "CTAs", "MMA", "ns/pair", "limiter")
+    dims = ", ".join(f"{n}={rows[0][n]}" for n in ("G", "S", "dtype"))
+    title = f"4. Assembled for an H200, not run: {dims}; smem in KiB, pair = (token, chunk)"
+    show_table(console, title, names, lines, right=(1, 3, 4, 5, 6, 7, 8))
+
+
+def run_demo(
+    path: Path | None, out: Path, tokens: int, lengths: list[int], device: str, speed_s: float, console: Console
+) -> bool:
+    """Runs the demo, prints its tables and writes demo.json, speed.csv and the plots under out.
+
+    Returns False if an implementation is less accurate than it must be. ValueError, OSError: a text that cannot be
+    read or is too short, before anything is written.
+    """
+    base = _base(device)
+    topks = tuple(K for K in TOPKS if (K + 1) * base.S + max(TILES) <= tokens)
+    if not topks:
+        raise ValueError(f"tokens must be at least {(min(TOPKS) + 1) * base.S + max(TILES)}, got {tokens}")
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        bar.update(step, description=name)
+        yield
+        bar.advance(step)
+        seconds[name] = round(time.perf_counter() - start, 2)
+
+    threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(min(2, threads))
+    try:
+        with progress_bar(console) as bar:
+            step = bar.add_task("text", total=6)
+            with part("text"):
+                corpus = text.read_corpus(path, at_least=max(tokens, *lengths, *ACCURACY_TOKENS.values()))
+                out.mkdir(parents=True, exist_ok=True)
+            source = {"device": record.device_name(device), "versions": record.package_versions()}
+            source["commit"] = record.commit()
+            console.print(
+                f"text: {corpus.name}, the first {tokens} bytes, one token each\ndevice: {source['device']}\n"
+            )
+            with part("accuracy"):
+                accuracy_problem, errors = accuracy(corpus, device)
+            _show_accuracy(console, accuracy_problem, errors)
+            with part("selections"):
+                found, chosen = selections(corpus, cases.at_length(cases.on_cpu(base), tokens), topks)
+            _show_selections(console, found)
+            with part("speed"):
+                dense = ("dense",) if device == "cpu" else ("dense", "dense-cudnn", "dense-flash")
+                case = dataclasses.replace(cases.case("k16-d64"), name="demo", problem=base)
+                speed = run_sweep(
+                    [case], lengths, ("forward", "train"), (*dense, "hsa-auto"), "text", device, deadline_s=speed_s,
+                    threads=None, seconds=1.0, corpus=corpus,
+                )  # fmt: skip
+                retrieval = retrieval_times(corpus, base, lengths, device)
+            _show_speed(console, speed, retrieval)
+            with part("static table"):
+                static = static_rows(console)
+            _show_static(console, static)
+            with part("plots"):
+                record.write_rows(speed, out, "speed")
+                written = _plots(console, out, corpus, chosen[0, :, 0], base.S, found)
+    finally:
+        torch.set_num_threads(threads)
+    result = source | {
+        "text": {"name": corpus.name, "bytes": len(corpus.data), "tokens": tokens}, "seconds": seconds,
+        "accuracy": {"problem": str(accuracy_problem), "implementations": errors}, "selections": found,
+        "speed": [dataclasses.asdict(r) for r in speed], "retrieval_ms": retrieval, "static": static,
+    }  # fmt: skip
+    record.write_atomic(out / "demo.json", json.dumps(result, indent=1, default=str) + "\n")
+    console.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    console.print("wrote " + ", ".join(str(p) for p in (out / "demo.json", out / "speed.csv", *written)))
+    return not any(e["message"] for row in errors for e in row.get("errors", ()))
+
+
+def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict]) -> list[Path]:
+    map_path = out / "chosen_chunks.png"
+    return [
+        *plot_or_say(console, plot.plot_speed, out / "speed.csv", out, "speed"),
+        *plot_or_say(console, plot.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
+        *plot_or_say(console, plot.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
+    ]
+
+
+def plot_or_say(console: Console, function: Callable, *args) -> list[Path]:
+    """The files of a plot, or none and one line that says what is missing."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        console.print(f"no plot: {error}", markup=False, highlight=False)
+        return []

@@ -1,0 +1,184 @@
+"""Vectorised PyTorch implementation: what impl="auto" runs on CPU.
+
+Chunk stationary: each step owns the query rows of the (token, slot) pairs that selected one chunk. With the pair's
+weight w, P = softmax(q K^T * scale), dP = do V^T and delta = rowsum(P dP), it adds
+
+    out += w P V      dweights += delta      dq += scale dS K      dk += scale dS^T q      dv += (w P)^T do
+
+where dS = w P (dP - delta). Rows of one token are G query heads; nothing but the inputs is kept between the passes.
+"""
+
+import itertools
+import math
+
+import torch
+
+FORWARD_NEEDS_PAIRS = True
+
+_LOG2E = math.log2(math.e)
+# Elements of one [rows, max(S, D)] buffer: five of them should stay in a CPU's cache; accelerators want fewer launches.
+_BLOCK_ELEMENTS = {"cpu": 2**19}
+_BLOCK_ELEMENTS_ACCELERATOR = 2**23
+# Scores (as powers of two) within this bound need no row maximum: exp2 neither overflows nor flushes to zero.
+_MAX_UNSHIFTED = 40.0
+# Backward multiplies by the weight early and divides it out of dweights; one smaller than this is multiplied in last.
+_MIN_WEIGHT = 1e-12
+# Rows summed at a time into dk and dv: short sums err less than one long one and are as fast.
+_ROWS_PER_SUM = 128
+
+
+def unavailable(problem):
+    """Why this implementation cannot run the problem: it always can."""
+    return None
+
+
+class _Plan:
+    """Operands laid out by (b, h, chunk), and the pairs cut into blocks of one chunk each."""
+
+    def __init__(self, q, k, v, weights, indices, pairs, chunk_len, scale):
+        self.B, self.T, HQ, self.D = q.shape
+        self.N, self.S, self.H = k.shape[1:4]
+        self.K, self.G, self.GW = indices.shape[3], HQ // self.H, weights.shape[2] // self.H
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.device = q.device
+        elements = _BLOCK_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
+        self.pairs_per_block = max(1, elements // (max(self.S, self.D) * self.G))
+
+        # One matrix a segment; a segment is (b * H + h) * N + chunk.
+        k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype) for x in (k, v))  # [B, H, N, S, D]
+        self.k, self.v = (x.flatten(0, 2).unbind() for x in (k, v))  # [S, D]
+        self.k_t, self.v_t = (x.mT.contiguous().flatten(0, 2).unbind() for x in (k, v))  # [D, S]
+        self.scale2 = scale * _LOG2E
+        norm = torch.linalg.vector_norm
+        q_norm = norm(q, dim=-1, dtype=self.dtype).view(self.B, self.T, self.H, self.G).amax((1, 3))
+        bound = q_norm[:, :, None] * norm(k, dim=-1).amax(-1) * abs(self.scale2)  # of |score|, [B, H, N]
+        self.unshifted = (bound <= _MAX_UNSHIFTED).flatten().tolist()
+
+        offsets = pairs.offsets.tolist()
+        pair = pairs.pair[: offsets[-1]]
+        self.t = pair // self.K
+        per_head = torch.tensor(offsets[:: self.N], device=self.device).diff()
+        first = torch.arange(self.B * self.H, device=self.device) * (self.T * self.K)
+        self.slot = torch.repeat_interleave(first, per_head) + pair  # the pair's place in [B, H, T, K]
+        split = weights.view(self.B, self.T, self.H, self.GW, self.K).permute(0, 2, 1, 4, 3)
+        self.weights = split.reshape(-1, self.GW).index_select(0, self.slot)  # [pairs, GW]
+
+        lengths = [self.S] * self.N if chunk_len is None else chunk_len.tolist()
+        blocks = []  # (b * H + h, segment, real keys, first pair, end)
+        for segment, (start, stop) in enumerate(itertools.pairwise(offsets)):
+            head, length = segment // self.N, lengths[segment % self.N]
+            if start < stop and length:
+                n = math.ceil((stop - start) / math.ceil((stop - start) / self.pairs_per_block))
+                blocks += [(head, segment, length, i, min(i + n, stop)) for i in range(start, stop, n)]
+        # By first token rather than by chunk: consecutive blocks then gather and add to tokens still in cache.
+        tokens = self.t[torch.tensor([block[3] for block in blocks], dtype=torch.int64, device=self.device)].tolist()
+        self.blocks = [b for _, _, b in sorted(zip([b[0] for b in blocks], tokens, blocks, strict=True))]
+
+    def buffer(self, width):
+        return torch.empty(self.pairs_per_block * self.G * width, dtype=self.dtype, device=self.device)
+
+    def zeros(self, *shape):
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def heads(self, x):
+        """x [B, T, HQ, D] -> B * H views [T, G, D]."""
+        return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
+
+    def exp_scores(self, rows, segment, out):
+        """q rows [n * G, D] -> out [n * G, L] = exp(q K^T * scale) times a factor for each row, and its row sums."""
+        torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
+        if not self.unshifted[segment] or out.shape[1] == 1:  # a lone key has P exactly 1, hence dS exactly 0
+            out.sub_(out.amax(-1, keepdim=True))
+        return out.exp2_().sum(-1, keepdim=True)
+
+
+def _gather(source, t, out):
+    if source.dtype == out.dtype:
+        torch.index_select(source, 0, t, out=out)
+    else:
+        out.copy_(source.index_select(0, t))
+
+
+def _add_rows(total, t, rows):
+    """total[t] += rows, in a fixed order on every device."""
+    if total.device.type == "cpu":
+        total.index_add_(0, t, rows)
+    else:  # index_add_ is atomic there; this sorts
+        total.index_put_((t.long(),), rows, accumulate=True)
+
+
+def _add_product(total, a, b):
+    """total [L, D] += a^T b, of a [rows, L] and b [rows, D]."""
+    groups = len(a) // _ROWS_PER_SUM
+    if groups > 1:
+        rows = groups * _ROWS_PER_SUM
+        total += torch.bmm(a[:rows].view(groups, _ROWS_PER_SUM, -1).mT, b[:rows].view(groups, _ROWS_PER_SUM, -1)).sum(0)
+        a, b = a[rows:], b[rows:]
+    total += a.T @ b
+
+
+def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
+    """out [B, T, HQ, D] of q [B, T, HQ, D], k and v [B, N, S, H, D], weights [B, T, HW, K], indices [B, T, H, K]."""
+    if not pairs.offsets[-1]:
+        return q.new_zeros(q.shape)
+    plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
+    G, D = plan.G, plan.D
+    out = plan.zeros(*q.shape)
+    q_heads, out_heads = plan.heads(q), plan.heads(out)
+    row_buffer, p_buffer = plan.buffer(D), plan.buffer(plan.S)
+    for head, segment, L, start, stop in plan.blocks:
+        t, n = plan.t[start:stop], stop - start
+        rows, p = row_buffer[: n * G * D].view(n * G, D), p_buffer[: n * G * L].view(n * G, L)
+        rows_by_head = rows.view(n, G, D)
+
+        _gather(q_heads[head], t, rows_by_head)
+        row_sum = plan.exp_scores(rows, segment, out=p)
+        torch.mm(p, plan.v[segment][:L], out=rows)
+        rows_by_head.mul_((plan.weights[start:stop] / row_sum.view(n, G))[..., None])
+        _add_rows(out_heads[head], t, rows_by_head)
+    return out.to(q.dtype)
+
+
+def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
+    """(dq, dk, dv, dweights), shaped and typed as q, k, v, weights; always deterministic."""
+    if not pairs.offsets[-1]:
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v, weights))
+    plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
+    B, T, N, S, K, H, G, GW, D = plan.B, plan.T, plan.N, plan.S, plan.K, plan.H, plan.G, plan.GW, plan.D
+    dq, dk, dv = plan.zeros(*q.shape), plan.zeros(B * H * N, S, D), plan.zeros(B * H * N, S, D)
+    dw_pairs = torch.zeros_like(plan.weights)
+    do_heads, q_heads, dq_heads = plan.heads(do), plan.heads(q), plan.heads(dq)
+    do_buffer, q_buffer = plan.buffer(D), plan.buffer(D)
+    p_buffer, dp_buffer, ds_buffer = plan.buffer(S), plan.buffer(S), plan.buffer(S)
+    # w = early * late: a weight that is about zero cannot be divided out again.
+    small = plan.weights.abs() < _MIN_WEIGHT
+    late = torch.where(small, plan.weights, 1) if small.any() else None
+    early = plan.weights if late is None else torch.where(small, 1, plan.weights)
+    for head, segment, L, start, stop in plan.blocks:
+        t, n, w = plan.t[start:stop], stop - start, early[start:stop]
+        do_rows, q_rows = (x[: n * G * D].view(n * G, D) for x in (do_buffer, q_buffer))
+        p, dp, ds = (x[: n * G * L].view(n * G, L) for x in (p_buffer, dp_buffer, ds_buffer))
+        do_by_head = do_rows.view(n, G, D)
+
+        _gather(q_heads[head], t, q_rows.view(n, G, D))
+        _gather(do_heads[head], t, do_by_head)
+        # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
+        row_sum = plan.exp_scores(q_rows, segment, out=p)
+        do_by_head.mul_((w / row_sum.view(n, G))[..., None])
+        torch.mm(do_rows, plan.v_t[segment][:, :L], out=dp)
+        delta = torch.mul(p, dp, out=ds).sum(-1, keepdim=True)
+        dw = delta.view(n, G) / w
+        dw_pairs[start:stop] = dw if GW == G else dw.sum(-1, keepdim=True)
+        ds.addcmul_(p, delta.div_(row_sum), value=-1)
+        if late is not None:
+            do_by_head.mul_(late[start:stop, :, None])
+            ds.view(n, G, L).mul_(late[start:stop, :, None])
+
+        _add_product(dv[segment, :L], p, do_rows)
+        _add_product(dk[segment, :L], ds, q_rows)
+        torch.addmm(do_rows, ds, plan.k[segment][:L], beta=0, alpha=scale, out=do_rows)
+        _add_rows(dq_heads[head], t, do_by_head)
+    dk, dv = (x.view(B, H, N, S, D).permute(0, 2, 3, 1, 4).to(k.dtype).contiguous() for x in (dk.mul_(scale), dv))
+    dweights = weights.new_zeros(B * H * T * K, GW).index_copy_(0, plan.slot, dw_pairs)
+    dweights = dweights.view(B, H, T, K, GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
+    return dq.to(q.dtype), dk, dv, dweights

@@ -1,0 +1,397 @@
+"""Triton kernels of the HSA attention operator, and their launchers: the baseline on NVIDIA GPUs.
+
+    o[t, c] = softmax(q[t] . k[c]^T * scale) v[c]          out[t] = sum over slots of weights[t, slot] * o[t, c(slot)]
+
+forward_kernel  one program owns a token and a KV head: its G query rows stay, the K selected chunks stream past.
+dq_kernel       the same walk once more; recomputes the probabilities and gives dq and dweights.
+dkdv_kernel     one program owns a chunk: its keys and values stay, the tokens that selected it are gathered through
+                the inverted index, and dk and dv are summed in registers. No atomics: every sum has a fixed order.
+
+Softmax is complete inside one chunk, so backward needs nothing saved: row maximum and row sum are recomputed, and
+delta = rowsum(p * dp) is the gradient of the weight. CPU tensors run under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Mapping
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+# The kernels are plain functions here; _form() makes the compiled or the interpreted form. Reductions name their
+# combine function because tl.max and tl.sum, jitted when triton was imported, cannot be called by the interpreter.
+
+
+def forward_kernel(
+    q, k, v, weights, indices, chunk_len, out, T, N, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2)
+    row = (i_b.to(tl.int64) * T + tl.program_id(0)) * H + i_h
+    heads = tl.arange(0, ROWS)
+    keys = tl.arange(0, S)
+    cols = tl.arange(0, BLOCK_D)
+    slots = tl.arange(0, BLOCK_K)
+
+    q_at = heads[:, None] * D + cols[None, :]
+    kv_at = keys[:, None] * (H * D) + cols[None, :]
+    base = row * (G * D)
+    indices += row * K
+    k += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
+    v += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
+    q_mask = (heads < G)[:, None] & (cols < D)[None, :]
+    q_tile = tl.load(q + base + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
+    acc_o = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+
+    weights += row * (G * K if PER_HEAD else K)
+    # Causal rows have their empty slots last: stop after the last chunk instead of walking K slots.
+    chosen = tl.load(indices + slots, mask=slots < K, other=-1)
+    ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
+    ahead = tl.load(indices)
+    for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
+        chunk = ahead
+        ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
+        valid = (chunk >= 0) & (chunk < N)
+        if PER_HEAD:
+            w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)
+        else:
+            w = tl.load(weights + slot, mask=valid, other=0.0)
+        # An empty slot between others reads zeros: a branch here would stop the loads from being pipelined.
+        tile = chunk.to(tl.int64) * (S * H * D)
+        kv_mask = (cols < tl.where(valid, D, 0))[None, :]
+        k_tile = tl.load(k + tile + kv_at, mask=kv_mask, other=0.0)  # [S, D]
+        v_tile = tl.load(v + tile + kv_at, mask=kv_mask, other=0.0)
+
+        acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # [ROWS, S]
+        if chunk_len is not None:
+            length = tl.maximum(tl.load(chunk_len + chunk, mask=valid, other=S), 1)
+            acc_s = tl.where((keys < length)[None, :], acc_s, float("-inf"))
+        p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
+        row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
+        acc_o += tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee") * (w / row_sum)[:, None]
+
+    tl.store(out + base + q_at, acc_o.to(out.dtype.element_ty), mask=q_mask)
+
+
+def dq_kernel(
+    do, q, k, v, weights, indices, chunk_len, dq, dweights, T, N, scale, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2)
+    row = (i_b.to(tl.int64) * T + tl.program_id(0)) * H + i_h
+    heads = tl.arange(0, ROWS)
+    keys = tl.arange(0, S)
+    cols = tl.arange(0, BLOCK_D)
+    slots = tl.arange(0, BLOCK_K)
+
+    q_at = heads[:, None] * D + cols[None, :]
+    kv_at = keys[:, None] * (H * D) + cols[None, :]
+    base = row * (G * D)
+    indices += row * K
+    k += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
+    v += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
+    q_mask = (heads < G)[:, None] & (cols < D)[None, :]
+    q_tile = tl.load(q + base + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
+    do_tile = tl.load(do + base + q_at, mask=q_mask, other=0.0)
+    acc_dq = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+
+    weights += row * (G * K if PER_HEAD else K)
+    dweights += row * (G * K if PER_HEAD else K)
+    chosen = tl.load(indices + slots, mask=slots < K, other=-1)
+    ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
+    ahead = tl.load(indices)
+    for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
+        chunk = ahead
+        ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
+        valid = (chunk >= 0) & (chunk < N)
+        if PER_HEAD:
+            w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)[:, None]
+        else:
+            w = tl.load(weights + slot, mask=valid, other=0.0)
+        tile = chunk.to(tl.int64) * (S * H * D)
+        kv_mask = (cols < tl.where(valid, D, 0))[None, :]
+        k_tile = tl.load(k + tile + kv_at, mask=kv_mask, other=0.0)  # [S, D]
+        v_tile = tl.load(v + tile + kv_at, mask=kv_mask, other=0.0)
+
+        acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # [ROWS, S]
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        if chunk_len is not None:
+            length = tl.maximum(tl.load(chunk_len + chunk, mask=valid, other=S), 1)
+            acc_s = tl.where((keys < length)[None, :], acc_s, float("-inf"))
+        p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
+        row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
+        delta = tl.reduce(p * dp, 1, tl.standard._sum_combine) / row_sum
+        if PER_HEAD:
+            tl.store(dweights + heads * K + slot, delta, mask=heads < G)
+        else:
+            tl.store(dweights + slot, tl.reduce(delta, 0, tl.standard._sum_combine))
+        ds = p * (w / row_sum[:, None]) * (dp - delta[:, None])
+        acc_dq += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision="ieee")
+
+    tl.store(dq + base + q_at, (acc_dq * scale).to(dq.dtype.element_ty), mask=q_mask)
+
+
+def dkdv_kernel(
+    do, q, k, v, weights, chunk_len, pair, offsets, dk, dv, T, N, splits, scale, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+):  # fmt: skip
+    i_c = tl.program_id(0) // splits
+    i_split = tl.program_id(0) % splits
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2)
+    rows = tl.arange(0, ROWS)
+    keys = tl.arange(0, S)
+    cols = tl.arange(0, BLOCK_D)
+    TOKENS: tl.constexpr = ROWS // G
+    token = rows // G
+    head = rows % G
+
+    # Transposed here, not in the loop: the loop would write both tiles to shared memory again for every block of rows.
+    tile = ((i_b * N + i_c).to(tl.int64) * (S * H) + i_h) * D
+    kv_at = keys[:, None] * (H * D) + cols[None, :]
+    kv_mask = (keys < S)[:, None] & (cols < D)[None, :]
+    k_tile = tl.trans(tl.load(k + tile + kv_at, mask=kv_mask, other=0.0))  # [D, S]
+    v_tile = tl.trans(tl.load(v + tile + kv_at, mask=kv_mask, other=0.0))
+    acc_dk = tl.full([BLOCK_D, S], 0.0, tl.float32)
+    acc_dv = tl.full([BLOCK_D, S], 0.0, tl.float32)
+    if chunk_len is not None:
+        key_mask = (keys < tl.maximum(tl.load(chunk_len + i_c), 1))[None, :]
+
+    segment = (i_b * H + i_h).to(tl.int64) * N + i_c
+    start = tl.load(offsets + segment) + i_split * TOKENS
+    count = (tl.load(offsets + segment + 1) - start).to(tl.int32)
+    if TOKENS * G < ROWS:
+        token = tl.where(token < TOKENS, token, 2**30)  # rows without a token: masked
+    for first in range(0, count, splits * TOKENS):
+        mask = token < count - first
+        at = tl.load(pair + (start + first) + token, mask=mask, other=0)
+        row = (i_b.to(tl.int64) * T + at // K) * H + i_h
+        q_at = (row * G + head)[:, None] * D + cols[None, :]
+        q_mask = mask[:, None] & (cols < D)[None, :]
+        q_tile = tl.load(q + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
+        do_tile = tl.load(do + q_at, mask=q_mask, other=0.0)
+        if PER_HEAD:
+            w = tl.load(weights + (row * G + head) * K + at % K, mask=mask, other=0.0)
+        else:
+            w = tl.load(weights + row * K + at % K, mask=mask, other=0.0)
+
+        acc_s = tl.dot(q_tile, k_tile, input_precision="ieee") * scale_log2  # [ROWS, S]
+        if WANT_DK:
+            dp = tl.dot(do_tile, v_tile, input_precision="ieee")
+        if chunk_len is not None:
+            acc_s = tl.where(key_mask, acc_s, float("-inf"))
+        p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
+        row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
+        pw = p * (w / row_sum)[:, None]
+        # [D, S] and not [S, D]: p and ds then go to the tensor cores from shared memory, not from registers.
+        if WANT_DK:
+            delta = tl.reduce(p * dp, 1, tl.standard._sum_combine) / row_sum
+            ds = pw * (dp - delta[:, None])
+            acc_dk += tl.dot(tl.trans(q_tile), ds.to(q_tile.dtype), input_precision="ieee")  # [D, S]
+        if WANT_DV:
+            acc_dv += tl.dot(tl.trans(do_tile), pw.to(do_tile.dtype), input_precision="ieee")
+
+    tile += (i_split * tl.num_programs(2)).to(tl.int64) * N * (S * H * D)
+    if WANT_DK:
+        tl.store(dk + tile + kv_at, tl.trans(acc_dk * scale).to(dk.dtype.element_ty), mask=kv_mask)
+    if WANT_DV:
+        tl.store(dv + tile + kv_at, tl.trans(acc_dv).to(dv.dtype.element_ty), mask=kv_mask)
+
+
+FORWARD_NEEDS_PAIRS = False
+_CONFIG_KEYS = ("block_M", "num_warps", "num_stages", "num_splits")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HOPPER_SHARED_BYTES = 232448
+_REGISTER_AREA = 64 * 128  # S * D up to which ptxas keeps dk and dv of one chunk in registers together
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _shared_bytes(kernel, rows: int, num_stages: int, S: int, block_D: int, itemsize: int) -> int:
+    """Shared memory of one program, as Triton 3.9 allocates it: a streamed tile once for each buffer, others once."""
+    if kernel is dkdv_kernel:
+        elements = 2 * S * block_D + num_stages * 2 * rows * block_D + rows * S
+    else:
+        buffers = num_stages if rows >= 64 else max(1, num_stages - 1)
+        elements = buffers * 2 * S * block_D + (2 if kernel is dq_kernel else 1) * rows * block_D + rows * S
+    return elements * itemsize + 512
+
+
+def plan(kernel, G: int, D: int, S: int, itemsize: int, shared_limit: int = _HOPPER_SHARED_BYTES) -> dict | None:
+    """block_M, num_warps and num_stages for one kernel, or None if nothing fits in `shared_limit` bytes.
+
+    Chosen from ptxas reports for sm_90a (no spills at D = 64 and 128, S = 64), not from timings.
+    """
+    block_D = _next_power_of_two(max(16, D))
+    least = _next_power_of_two(max(16, G))
+    area = S * block_D
+    heights, stages = (least,), (2, 1)
+    if itemsize == 4:  # no tensor cores: operands go through registers, so few rows on many warps
+        num_warps = 8 if area * least <= 16 * _REGISTER_AREA else 16
+    elif kernel is dkdv_kernel:
+        # 64 rows on 4 warps leave room for two programs on an SM, each of which hides the other's loads.
+        num_warps = 4 if area <= _REGISTER_AREA and least <= 64 else 8
+        heights = tuple(max(least, rows) for rows in (64, 32, 16))
+    else:
+        num_warps = 2 if area < 4096 else 4 if area <= _REGISTER_AREA and least <= 64 else 8
+        if 3 * _shared_bytes(kernel, least, 3, S, block_D, itemsize) <= shared_limit:
+            stages = (3, 2, 1)  # one more buffer for k and v, as long as three programs share an SM
+    for rows in heights:
+        for num_stages in stages:
+            if _shared_bytes(kernel, rows, num_stages, S, block_D, itemsize) <= shared_limit:
+                settings = {"block_M": rows, "num_warps": num_warps, "num_stages": num_stages}
+                if kernel is dkdv_kernel and itemsize < 4 and block_D >= 64 and area <= 4096:
+                    settings["maxnreg"] = 168  # 65536 registers hold three programs; ptxas asks for 164 to 218
+                return settings
+    return None
+
+
+def _overrides(config, G: int) -> dict:
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be None or a mapping, got {config!r}")
+    least = _next_power_of_two(max(16, G))
+    for key, value in config.items():
+        if key not in _CONFIG_KEYS:
+            raise ValueError(f"config must have no keys but {', '.join(_CONFIG_KEYS)}, got {key!r}")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config[{key!r}] must be a positive int, got {value!r}")
+        if key in ("block_M", "num_warps") and value & (value - 1):
+            raise ValueError(f"config[{key!r}] must be a power of two, got {value}")
+        if key == "block_M" and value < least:
+            raise ValueError(f"config['block_M'] must be at least {least} for {G} query heads a group, got {value}")
+    return dict(config)
+
+
+def _device_shared_bytes(device=None) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def unavailable(problem) -> str | None:
+    """Why this implementation cannot run `problem` here; None if it can."""
+    if triton is None:
+        return "triton is not installed"
+    if problem.device_type == "cpu":
+        return None if problem.dtype == torch.float32 else "the interpreter runs float32 only"
+    if problem.device_type != "cuda":
+        return f"it runs on cuda and cpu tensors, not on {problem.device_type}"
+    if problem.dtype not in _DTYPES:
+        return "it runs bfloat16, float16 and float32"
+    if not torch.cuda.is_available():
+        return "no CUDA device is present"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    limit = _device_shared_bytes()
+    for kernel in (forward_kernel, dq_kernel, dkdv_kernel):
+        if plan(kernel, problem.G, problem.D, problem.S, problem.dtype.itemsize, limit) is None:
+            return f"{kernel.__name__} needs more than the {limit} bytes of shared memory that a block can have"
+    return None
+
+
+@functools.cache
+def _form(kernel, interpreted: bool):
+    """A kernel to launch: interpreted for CPU tensors, compiled for CUDA, both in one process."""
+    if not interpreted:
+        # A new T or N must not compile again, not even when it becomes divisible by 16 or 1.
+        return triton.jit(kernel, do_not_specialize=["T", "N", "splits"])
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # On a copy with its own globals: the interpreter adds its names to the globals of what it rewrites.
+    copy = types.FunctionType(kernel.__code__, dict(kernel.__globals__), kernel.__name__)
+    copy.__annotations__ = kernel.__annotations__
+    return InterpretedFunction(copy)
+
+
+def _launch(kernel, grid, *args, **constants):
+    interpreted = args[0].device.type == "cpu" or triton.knobs.runtime.interpret
+    with torch.cuda.device_of(args[0]):
+        _form(kernel, interpreted)[grid](*args, **constants, enable_fp_fusion=True)
+
+
+def _setup(kernel, q, k, weights, indices, config):
+    """The constants and the settings of a launch."""
+    G, D, S, H = q.shape[2] // k.shape[3], q.shape[3], k.shape[2], k.shape[3]
+    if q.device.type == "cpu":
+        settings = {"block_M": _next_power_of_two(max(64, G)), "num_warps": 4, "num_stages": 1}
+    else:
+        settings = plan(kernel, G, D, S, q.dtype.itemsize, _device_shared_bytes(q.device))
+    settings |= _overrides(config, G)
+    constants = {"H": H, "G": G, "D": D, "S": S, "K": indices.shape[3], "PER_HEAD": weights.shape[2] != H}
+    constants["BLOCK_D"] = _next_power_of_two(max(16, D))
+    constants |= {key: settings[key] for key in ("num_warps", "num_stages", "maxnreg") if key in settings}
+    if kernel is dkdv_kernel:
+        constants["ROWS"] = settings["block_M"]
+    else:
+        constants["ROWS"] = _next_power_of_two(max(16, G))
+        constants["BLOCK_K"] = _next_power_of_two(indices.shape[3])
+    return constants, settings.get("num_splits")
+
+
+def _default_splits(device, programs: int, blocks: int) -> int:
+    """Programs for each chunk: enough to fill the device twice, as long as each has some 8 blocks of rows to sum."""
+    if device.type == "cpu":
+        return 1
+    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count // programs
+    return max(1, min(wanted, blocks // (8 * programs)))
+
+
+def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
+    B, T, _, _ = q.shape
+    N, H = k.shape[1], k.shape[3]
+    if 0 in (q.numel(), k.numel(), indices.numel()):
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    q, k, v, weights, indices = (x.contiguous() for x in (q, k, v, weights, indices))
+    out = torch.empty_like(q)
+    constants, _ = _setup(forward_kernel, q, k, weights, indices, config)
+    scale_log2 = scale * math.log2(math.e)
+    _launch(forward_kernel, (T, H, B), q, k, v, weights, indices, chunk_len, out, T, N, scale_log2, **constants)
+    return out
+
+
+def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
+    """(dq, dk, dv, dweights). Always deterministic."""
+    B, T, _, _ = q.shape
+    _, N, S, H, _ = k.shape
+    if 0 in (q.numel(), k.numel(), indices.numel()):
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
+    do, q, k, v, weights, indices = (x.contiguous() for x in (do, q, k, v, weights, indices))
+    scale_log2 = scale * math.log2(math.e)
+
+    dq = torch.empty_like(q)
+    dweights = torch.zeros_like(weights)  # the kernel skips the empty slots at the end of a row
+    constants, _ = _setup(dq_kernel, q, k, weights, indices, config)
+    _launch(
+        dq_kernel, (T, H, B), do, q, k, v, weights, indices, chunk_len, dq, dweights, T, N, scale, scale_log2,
+        **constants,
+    )  # fmt: skip
+
+    constants, splits = _setup(dkdv_kernel, q, k, weights, indices, config)
+    tokens = constants["ROWS"] // constants["G"]
+    splits = splits or _default_splits(q.device, B * H * N, indices.numel() // tokens)
+    dk, dv = (torch.empty_like(k) if splits == 1 else k.new_empty(splits, *k.shape, dtype=torch.float32) for _ in "kv")
+    together = S * constants["BLOCK_D"] <= _REGISTER_AREA
+    for want_dk, want_dv in [(True, True)] if together else [(True, False), (False, True)]:
+        _launch(
+            dkdv_kernel, (N * splits, H, B), do, q, k, v, weights, chunk_len, pairs.pair, pairs.offsets, dk, dv, T, N,
+            splits, scale, scale_log2, WANT_DK=want_dk, WANT_DV=want_dv, **constants,
+        )  # fmt: skip
+    if splits > 1:
+        dk, dv = dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+    return dq, dk, dv, dweights

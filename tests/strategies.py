@@ -1,0 +1,148 @@
+"""Calls of `hsa_attention` that the tests share: dims, generators, hypothesis strategies, and the comparison."""
+
+import functools
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from hsa_tl import hsa_attention
+from hsa_tl.oracle import attention_oracle
+from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradients
+
+# TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
+EXAMPLES = {"reference": 25, "tilelang": 10, "triton": 4}
+IMPLS = (*EXAMPLES, "auto")
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+
+
+class Dims(NamedTuple):
+    """Dims of one call; legend in hsa_tl.api."""
+
+    B: int = 1
+    T: int = 40
+    T_kv: int = 48
+    HQ: int = 3
+    H: int = 1
+    D: int = 16
+    S: int = 16
+    K: int = 3
+    per_head: bool = False
+
+    @property
+    def N(self) -> int:
+        return -(-self.T_kv // self.S)
+
+
+# Few static keys, since TileLang compiles a program for each: MHA, and G and K that are not powers of two.
+STATIC = ({"HQ": 2, "H": 2, "D": 32, "K": 2}, {"HQ": 3, "H": 1, "D": 16, "K": 3})
+
+
+@st.composite
+def dims(draw, static=STATIC) -> Dims:
+    T = draw(st.just(1) | st.integers(8, 18))
+    return Dims(
+        # At least 8 tokens and 2 keys: the yardstick is a maximal rounding error, which a few numbers do not tell.
+        B=8 if T == 1 else draw(st.integers(1, 2)),
+        T=T,
+        T_kv=draw(st.sampled_from((32, 48)) | st.integers(2, 50)),
+        per_head=draw(st.booleans()),
+        **draw(st.sampled_from(static)),
+    )
+
+
+def make_call(d: Dims, seed: int | None = None, low: int = -1) -> Inputs:
+    """Normal q, k, v, do, weights of both signs; indices uniform in [low, N): empty slots and duplicates anywhere."""
+    g = torch.Generator().manual_seed(torch.initial_seed() % 2**31 if seed is None else seed)
+    randn = functools.partial(torch.randn, generator=g)
+    return Inputs(
+        q=randn(d.B, d.T, d.HQ, d.D),
+        k=randn(d.B, d.T_kv, d.H, d.D),
+        v=randn(d.B, d.T_kv, d.H, d.D),
+        weights=randn(d.B, d.T, d.HQ if d.per_head else d.H, d.K),
+        indices=torch.randint(low, d.N, (d.B, d.T, d.H, d.K), generator=g, dtype=torch.int32),
+        do=randn(d.B, d.T, d.HQ, d.D),
+    )
+
+
+def make_exact_call(d: Dims, seed: int) -> Inputs:
+    """A call whose sums are exact in any order, at scale 1/4: q = 0, whole chunks, small integers elsewhere."""
+    g = torch.Generator().manual_seed(seed)
+    call = make_call(d._replace(T_kv=d.N * d.S), seed)
+    k, v, weights, do = (torch.randint(-2, 3, x.shape, generator=g).float() for x in (*call[1:4], call.do))
+    return call._replace(q=torch.zeros_like(call.q), k=k, v=v, weights=weights, do=do)
+
+
+seeds = st.integers(0, 2**31 - 1)
+calls = st.builds(make_call, dims(), seeds)
+exact_calls = st.builds(make_exact_call, dims(), seeds)
+
+
+def property_of_each_impl(**strategies):
+    """A property `check(impl, **drawn)` of every implementation, each with as many examples as its speed allows."""
+
+    def decorate(check):
+        @pytest.mark.parametrize("impl", EXAMPLES)
+        def test(impl):
+            @hypothesis.settings(max_examples=EXAMPLES[impl])
+            @hypothesis.given(**strategies)
+            def holds(**drawn):
+                check(impl, **drawn)
+
+            holds()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
+def _nudged(call: Inputs) -> Inputs:
+    """Every number moved by up to two units in the last place."""
+    eps = torch.finfo(call.q.dtype).eps
+    return Inputs(*(x * (1 + 2 * eps * (2 * torch.rand(x.shape) - 1)) if x.is_floating_point() else x for x in call))
+
+
+def expected(call: Inputs, oracle=attention_oracle, **options) -> tuple[dict, dict]:
+    """The oracle's out and gradients in the call's dtype and in float64.
+
+    A few float32 numbers can come out lucky, which would make the yardstick short. So the low result is, element by
+    element, the worst of the call and of three calls whose inputs moved by an ulp or two: what a stable algorithm may
+    do.
+    """
+    high = run_with_gradients(oracle, double(call), **options)
+    low = run_with_gradients(oracle, call, **options)
+    for _ in range(3):
+        other = run_with_gradients(oracle, _nudged(call), **options)
+        for name, x in low.items():
+            worse = (other[name] - high[name]).abs() > (x - high[name]).abs()
+            low[name] = torch.where(worse, other[name], x)
+    return low, high
+
+
+def assert_all_as_accurate_as(actual: dict, low: dict, high: dict) -> None:
+    assert actual.keys() == low.keys() == high.keys()
+    for name in actual:
+        assert_as_accurate_as(name, actual[name], low[name], high[name])
+
+
+def run(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:
+    """out and gradients of `hsa_attention`; chunk_size is 16 unless told."""
+    return run_with_gradients(hsa_attention, call, impl=impl, **({"chunk_size": 16} | options))
+
+
+def check(impl: str, call: Inputs, oracle=attention_oracle, **options) -> dict[str, torch.Tensor]:
+    """Out and all gradients of an implementation against the oracle; returns them."""
+    options = {"chunk_size": 16} | options
+    actual = run(impl, call, **options)
+    assert_all_as_accurate_as(actual, *expected(call, oracle, **options))
+    return actual
+
+
+def largest_allocation(function, *args, **kwargs) -> int:
+    """Bytes of the largest single allocation on the CPU while function(*args, **kwargs) runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function(*args, **kwargs)
+    return max(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")

@@ -1,0 +1,174 @@
+"""hsa_attention on every implementation: out and all gradients against the float64 oracle, case by case."""
+
+import itertools
+
+import pytest
+import torch
+from strategies import Dims, assert_all_as_accurate_as, check, each_impl, expected, make_call, run
+
+from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
+from hsa_tl.oracle import attention_oracle, attention_oracle_packed, retrieve_oracle
+from hsa_tl.testing import Inputs, assert_as_accurate_as, double
+
+PLAIN = Dims()
+
+# Dims that differ from the defaults, each for a reason. TileLang compiles for each G, D, S, K, short chunk or not, and
+# heads of the weights.
+DIMS = {
+    "plain": PLAIN,
+    "tail": Dims(T=41, T_kv=41),
+    "one-key-in-last-chunk": Dims(T_kv=49),
+    "shorter-than-a-chunk": Dims(T=7, T_kv=7),
+    "one-token": Dims(B=16, T=1),
+    "more-keys-than-queries": Dims(T=5, T_kv=90),
+    "more-queries-than-keys": Dims(T=30, T_kv=17),
+    "mha": Dims(HQ=2, H=2, D=32, K=2),
+    "g16-one-slot": Dims(HQ=16, K=1),
+    "two-kv-heads": Dims(HQ=6, H=2),
+    "batch": Dims(B=2, T=20, T_kv=41, HQ=6, H=2),
+    "weights-per-query-head": Dims(HQ=6, H=2, per_head=True),
+    "more-slots-than-chunks": Dims(T=20, T_kv=16),
+    "chunk-of-32": Dims(T_kv=80, S=32, K=2),
+}
+
+
+def _per_slot(call: Inputs, indices: list[int]) -> Inputs:
+    """The same indices for every token."""
+    return call._replace(indices=torch.tensor(indices, dtype=torch.int32).expand_as(call.indices).contiguous())
+
+
+@each_impl
+@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+def test_dims(impl, dims):
+    check(impl, make_call(dims), chunk_size=dims.S)
+
+
+SELECTIONS = {
+    "all-empty": [-1, -1, -1],
+    "empty-in-the-middle": [2, -1, 0],
+    "empty-first": [-1, 1, 2],
+    "duplicates": [1, 1, 1],
+    "duplicates-around-empty": [2, -1, 2],
+    "descending": [2, 1, 0],
+}
+
+
+@each_impl
+@pytest.mark.parametrize("indices", SELECTIONS.values(), ids=SELECTIONS)
+def test_selection(impl, indices):
+    actual = check(impl, _per_slot(make_call(Dims(T_kv=41)), indices))
+    if max(indices) < 0:
+        assert all((x == 0).all() for x in actual.values())
+
+
+@each_impl
+def test_gradient_of_a_chunk_nobody_selected_is_zero(impl):
+    actual = check(impl, _per_slot(make_call(Dims(T_kv=60)), [0, -1, 2]))
+    for name in ("dk", "dv"):
+        unselected = torch.cat([actual[name][:, 16:32], actual[name][:, 48:]], 1)
+        assert (unselected == 0).all()
+
+
+@each_impl
+@pytest.mark.parametrize("scale", (0.5, 1.5))
+def test_scale(impl, scale):
+    check(impl, make_call(Dims()), scale=scale)
+
+
+def _strided(call: Inputs) -> Inputs:
+    """The same values as views: heads before tokens, k and v in one buffer, every other column, weights transposed."""
+    kv = torch.cat([call.k, call.v], -1)
+    D = call.k.shape[-1]
+    wide = torch.randn(*call.do.shape[:3], 2 * D)
+    wide[..., ::2] = call.do
+    strided = Inputs(
+        q=call.q.transpose(1, 2).contiguous().transpose(1, 2),
+        k=kv[..., :D],
+        v=kv[..., D:],
+        weights=call.weights.mT.contiguous().mT,
+        indices=call.indices.transpose(1, 3).contiguous().transpose(1, 3),
+        do=wide[..., ::2],
+    )
+    assert all(torch.equal(a, b) and not a.is_contiguous() for a, b in zip(strided, call, strict=True))
+    return strided
+
+
+@each_impl
+@pytest.mark.parametrize("T_kv", (48, 41))
+def test_strided_inputs(impl, T_kv):
+    check(impl, _strided(make_call(Dims(B=2, T=20, T_kv=T_kv, HQ=6, H=2))))
+
+
+@each_impl
+def test_broadcast_incoming_gradient(impl):
+    call = make_call(Dims())
+    check(impl, call._replace(do=torch.ones(()).expand_as(call.do)))
+
+
+@each_impl
+def test_chunk_of_one_key(impl):
+    """Its softmax is 1 whatever the score, so dq and dk vanish, up to the rounding of numbers of dv's size."""
+    call = make_call(Dims(B=16, T=1, T_kv=1))
+    actual, (low, high) = run(impl, call), expected(call, chunk_size=16)
+    for name in ("dq", "dk"):
+        like = torch.randn_like(low[name])
+        assert_as_accurate_as(name, actual[name] + like, like, like.double())
+    for name in ("out", "dv", "dweights"):
+        assert_as_accurate_as(name, actual[name], low[name], high[name])
+
+
+PACKED = {
+    "lengths": [20, 33, 16],
+    "empty-sequence": [20, 0, 21],
+    "empty-first-and-last": [0, 20, 0],
+    "shorter-than-a-chunk": [7, 17, 1],
+    "one-sequence": [25],
+}
+
+
+def _packed(lengths: list[int], dims: Dims = PLAIN) -> tuple[Inputs, torch.Tensor]:
+    T = sum(lengths)
+    call = make_call(dims._replace(T=T, T_kv=T))
+    limit = torch.cat([torch.full((n,), -(-n // dims.S)) for n in lengths])[:, None, None]
+    indices = torch.randint(0, 1 << 20, call.indices.shape) % (limit + 1) - 1
+    return call._replace(indices=indices.int()), torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@each_impl
+@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
+def test_packed(impl, lengths):
+    call, cu_seqlens = _packed(lengths)
+    check(impl, call, attention_oracle_packed, cu_seqlens=cu_seqlens)
+
+
+@each_impl
+def test_packed_equals_separate_calls(impl):
+    call, cu_seqlens = _packed([20, 0, 7, 18], Dims(per_head=True))
+    actual = run(impl, call, cu_seqlens=cu_seqlens)
+    ends = cu_seqlens.tolist()
+    parts = [run(impl, Inputs(*(x[:, a:b] for x in call))) for a, b in itertools.pairwise(ends) if b > a]
+    separate = {name: torch.cat([p[name] for p in parts], 1) for name in actual}
+    _, high = expected(call, attention_oracle_packed, cu_seqlens=cu_seqlens, chunk_size=16)
+    assert_all_as_accurate_as(actual, separate, high)
+
+
+@each_impl
+def test_retrieval_to_output(impl):
+    """The whole block, gradients to retrieval included: rows with few visible chunks or none."""
+    B, T, H, D, K = 1, 60, 2, 16, 3
+    call = make_call(Dims(B=B, T=T, T_kv=T, HQ=6, H=H, D=D, K=K))
+    q_slc, landmarks = torch.randn(B, T, H, D), torch.randn(B, -(-T // 16), H, D)
+
+    def block(retrieve, attention, q_slc, landmarks, call, **options):
+        leaves = [x.detach().requires_grad_() for x in (q_slc, landmarks, *call[:3])]
+        scores, indices = retrieve(*leaves[:2], K, chunk_size=16)
+        out = attention(*leaves[2:], fusion_weights(scores), indices, chunk_size=16, **options)
+        gradients = torch.autograd.grad(out, leaves, call.do)
+        return dict(zip(("out", "dq_slc", "dlandmarks", "dq", "dk", "dv"), (out, *gradients), strict=True))
+
+    actual = block(retrieve_chunks, hsa_attention, q_slc, landmarks, call, impl=impl)
+    low = block(retrieve_oracle, attention_oracle, q_slc, landmarks, call)
+    high = block(retrieve_oracle, attention_oracle, q_slc.double(), landmarks.double(), double(call))
+    assert (actual["out"][:, :16] == 0).all()
+    assert (actual["dlandmarks"][:, 0] != 0).any()
+    assert_all_as_accurate_as(actual, low, high)

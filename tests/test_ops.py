@@ -1,0 +1,185 @@
+"""The torch.library operators: schemas, fakes, autograd, torch.compile, gradcheck."""
+
+import pytest
+import torch
+from strategies import Dims, assert_all_as_accurate_as, expected, make_call
+
+from hsa_tl import fusion_weights, hsa_attention, ops, retrieve_chunks
+from hsa_tl.testing import run_with_gradients
+
+S = 16
+
+
+def _operator_calls(call):
+    """Arguments of every operator at once, the backward ones included: name -> arguments."""
+    q, k, v, weights, indices, do = call
+    N = k.shape[1] // S
+    k, v = (x.unflatten(1, (N, S)) for x in (k, v))
+    pair, offsets = ops.build_pairs(indices, N, True)
+    chunk_len = torch.full((N,), S, dtype=torch.int32)
+    chunk_len[-1] = 3
+    cu_seqlens = torch.tensor([0, 17, q.shape[1]], dtype=torch.int32)
+    q_slc, landmarks = torch.randn(1, q.shape[1], 2, 16), torch.randn(1, N, 2, 16)
+    _, chosen = ops.retrieve(q_slc, landmarks, 2, S, 9, 0, None, 0.25, "auto")
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, weights)]
+    both = [x.detach().requires_grad_() for x in (q_slc, landmarks)]
+    return {
+        "build_pairs": (indices, N, True),
+        "pack": (cu_seqlens, indices.clamp(max=0), S, N + 2, True),
+        "attention": (*leaves, indices, pair, offsets, None, 0.25, "auto", "", False, True),
+        "attention_short_chunk": (*leaves, indices, pair, offsets, chunk_len, 0.25, "reference", "", True, False),
+        "attention_without_pairs": (q, k, v, weights, indices, None, None, None, 0.25, "auto", "", False, True),
+        "attention_backward": (*(do, q, k, v, weights, indices, pair, offsets, chunk_len, 0.25, "auto", "", False),),
+        "retrieve": (*both, 2, S, 9, 0, None, 0.25, "auto"),
+        "retrieve_packed": (*both, 2, S, 0, 0, cu_seqlens, 0.25, "auto"),
+        "retrieve_backward": (torch.randn(chosen.shape), chosen, q_slc, landmarks, None, S, 0.25),
+    }
+
+
+OPERATOR_CALLS = (
+    "build_pairs",
+    "pack",
+    "attention",
+    "attention_short_chunk",
+    "attention_without_pairs",
+    "attention_backward",
+    "retrieve",
+    "retrieve_packed",
+    "retrieve_backward",
+)
+
+
+@pytest.mark.parametrize("per_head", (False, True))
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_opcheck(name, per_head):
+    calls = _operator_calls(make_call(Dims(HQ=4, H=2, T_kv=64, per_head=per_head)))
+    assert calls.keys() == set(OPERATOR_CALLS)
+    operators = {x for x in vars(ops).values() if isinstance(x, torch._library.custom_ops.CustomOpDef)}
+    assert {x._name for x in operators} == {n for n in OPERATOR_CALLS if n in vars(ops)}, "an operator has no check"
+    operator = next(
+        x for x in operators if x._name == max((o._name for o in operators if name.startswith(o._name)), key=len)
+    )
+    torch.library.opcheck(operator, calls[name])
+
+
+def layer(q_slc, landmarks, q, k, v, cu_seqlens=None):
+    """Retrieval to output, the way a model calls it."""
+    scores, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=S, cu_seqlens=cu_seqlens)
+    weights = fusion_weights(scores)
+    return hsa_attention(q, k, v, weights, indices, chunk_size=S, cu_seqlens=cu_seqlens)
+
+
+def _layer_inputs(T, chunks=None):
+    d = Dims(T=T, T_kv=T, HQ=6, H=2)
+    call = make_call(d)
+    inputs = (torch.randn(1, T, 2, 16), torch.randn(1, chunks or d.N, 2, 16), *call[:3])
+    return [x.requires_grad_() for x in inputs], call.do
+
+
+def _out_and_gradients(function, inputs, do, **options):
+    out = function(*inputs, **options)
+    return (out.detach(), *torch.autograd.grad(out, inputs, do))
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile_equals_eager(backend):
+    """One graph for every length: whole chunks, a short last one, both."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for T in (64, 96, 128):
+        inputs, do = _layer_inputs(T)
+        eager, actual = (_out_and_gradients(f, inputs, do) for f in (layer, compiled))
+        for a, b in zip(actual, eager, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+    inputs, do = _layer_inputs(70)
+    for a, b in zip(*(_out_and_gradients(f, inputs, do) for f in (layer, compiled)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_packed_sequences():
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in ([20, 44], [33, 31]):
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        inputs, do = _layer_inputs(64, sum(-(-n // S) for n in lengths))
+        eager, actual = (_out_and_gradients(f, inputs, do, cu_seqlens=cu_seqlens) for f in (layer, compiled))
+        for a, b in zip(actual, eager, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_without_gradients():
+    torch._dynamo.reset()
+    inputs, _ = _layer_inputs(40)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs), layer(*inputs))
+
+
+@pytest.mark.parametrize(
+    "dims", (Dims(T=4, T_kv=18, D=4), Dims(T=3, T_kv=20, D=4, HQ=4, H=2, K=2, per_head=True)), ids=str
+)
+def test_gradcheck(dims):
+    q, k, v, weights, indices, _ = make_call(dims)
+    leaves = [x.double().requires_grad_() for x in (q, k, v, weights)]
+    assert torch.autograd.gradcheck(lambda *x: hsa_attention(*x, indices, chunk_size=S), leaves)
+
+
+def test_gradcheck_packed():
+    T = 24
+    q, k, v, weights, indices, _ = make_call(Dims(T=T, T_kv=T, D=4))
+    leaves = [x.double().requires_grad_() for x in (q, k, v, weights)]
+    cu_seqlens = torch.tensor([0, 17, 17, T], dtype=torch.int32)
+    indices = indices.clamp(max=0)
+    f = lambda *x: hsa_attention(*x, indices, chunk_size=S, cu_seqlens=cu_seqlens)  # noqa: E731
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", (0, 1, 2, 3))
+def test_gradient_of_one_input(wanted):
+    call = make_call(Dims())
+    leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(call[:4])]
+    out = hsa_attention(*leaves, call.indices, chunk_size=S)
+    (gradient,) = torch.autograd.grad(out, leaves[wanted], call.do)
+    everything = run_with_gradients(hsa_attention, call, chunk_size=S)
+    torch.testing.assert_close(gradient, list(everything.values())[1 + wanted], rtol=0, atol=0)
+
+
+def test_no_gradient_no_pairs(monkeypatch):
+    """Inference does not build what only the backward needs."""
+    called = []
+    monkeypatch.setattr(ops, "build_pairs", lambda *x: called.append(x))
+    call = make_call(Dims())
+    out = hsa_attention(*call[:5], chunk_size=S)
+    with torch.no_grad():
+        hsa_attention(*(x.requires_grad_() for x in call[:4]), call.indices, chunk_size=S)
+    assert not called and not out.requires_grad
+
+
+def test_no_double_backward():
+    """A second derivative is an error, not a wrong number."""
+    call = make_call(Dims())
+    leaves = [x.requires_grad_() for x in call[:4]]
+    out = hsa_attention(*leaves, call.indices, chunk_size=S)
+    gradients = torch.autograd.grad(out, leaves, call.do, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"(?i)autograd|differentiable|grad"):
+        torch.autograd.grad(sum(x.square().sum() for x in gradients), leaves)
+
+
+def test_backward_twice():
+    """retain_graph=True: what was saved is not overwritten."""
+    call = make_call(Dims())
+    leaves = [x.requires_grad_() for x in call[:4]]
+    out = hsa_attention(*leaves, call.indices, chunk_size=S)
+    first = torch.autograd.grad(out, leaves, call.do, retain_graph=True)
+    second = torch.autograd.grad(out, leaves, call.do)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_incoming_gradient_of_another_layout():
+    call = make_call(Dims(B=2, HQ=6, H=2))
+    do = call.do.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    assert not do.is_contiguous()
+    assert_all_as_accurate_as(
+        run_with_gradients(hsa_attention, call._replace(do=do), chunk_size=S), *expected(call, chunk_size=S)
+    )

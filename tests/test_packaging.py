@@ -1,0 +1,85 @@
+"""What is installed: the declared packages are the folders, the wheel holds only hsa_tl, the import is light."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read with Python 3.11's tomllib")
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("hsa_tl", "kernels_tilelang", "autotune", "model", "bench")
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> str:
+    """What a fresh interpreter prints."""
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(cwd)} | ({"PYTHONPATH": str(path)} if path else {})
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def folders_with_modules() -> dict[str, str]:
+    """Package name -> folder, for every folder of the tree that holds Python files."""
+    folders = {f.parent.relative_to(ROOT) for top in FOLDERS for f in (ROOT / top).rglob("*.py")}
+    return {".".join((() if f.parts[0] == "hsa_tl" else ("hsa_tl",)) + f.parts): f.as_posix() for f in folders}
+
+
+def test_declared_packages_are_the_folders():
+    on_disk = folders_with_modules()
+    assert sorted(SETUPTOOLS["packages"]) == sorted(on_disk)
+    mapped = SETUPTOOLS["package-dir"]
+    for package, folder in on_disk.items():
+        # The nearest mapped ancestor decides, as in setuptools.
+        ancestor = next(p for p in (package.rsplit(".", n)[0] for n in range(3)) if p in mapped)
+        assert mapped[ancestor] + package.removeprefix(ancestor).replace(".", "/") == folder
+        assert (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, unpacked. Built from a copy: a build writes into its source tree."""
+    source, out, site = (tmp_path_factory.mktemp(x) for x in ("source", "out", "site"))
+    for x in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+        ignore = shutil.ignore_patterns("__pycache__", "results")
+        (shutil.copytree(ROOT / x, source / x, ignore=ignore) if (ROOT / x).is_dir() else shutil.copy(ROOT / x, source))
+    name = python(f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))", source)
+    zipfile.ZipFile(out / name.splitlines()[-1]).extractall(site)
+    return site
+
+
+def test_wheel_holds_hsa_tl_only(wheel):
+    assert sorted(p.name.split("-")[0] for p in wheel.iterdir()) == ["hsa_tl", "hsa_tl"]
+    sources = {f.relative_to(ROOT).as_posix() for top in FOLDERS for f in (ROOT / top).rglob("*.py")}
+    packed = {f.relative_to(wheel).as_posix() for f in wheel.rglob("*.py")}
+    assert packed == {f if f.startswith("hsa_tl/") else f"hsa_tl/{f}" for f in sources}
+    tables = {f.name for f in (ROOT / "autotune/tables").glob("*.json")}
+    assert {f.name for f in wheel.glob("hsa_tl/autotune/tables/*.json")} == tables
+    metadata = next(wheel.glob("hsa_tl-*.dist-info"))
+    assert "hsa-tl = hsa_tl.cli:app" in (metadata / "entry_points.txt").read_text()
+    assert list(metadata.rglob("LICENSE"))
+
+
+def test_wheel_imports(wheel):
+    code = f"""if True:
+        import torch, hsa_tl, hsa_tl.kernels_tilelang.config, hsa_tl.autotune.table, hsa_tl.model, hsa_tl.bench
+        assert all(m.__file__.startswith({str(wheel)!r}) for m in (hsa_tl, hsa_tl.kernels_tilelang, hsa_tl.model))
+        q = torch.randn(1, 40, 2, 16)
+        _, indices = hsa_tl.retrieve_chunks(q, torch.randn(1, 3, 2, 16), 2, chunk_size=16)
+        print(hsa_tl.hsa_attention(q, q, q, torch.ones(1, 40, 2, 2), indices, chunk_size=16).shape)
+    """
+    assert python(code, wheel, wheel) == "torch.Size([1, 40, 2, 16])"
+
+
+@pytest.mark.parametrize("module", ("hsa_tl", "hsa_tl.autotune.table", "hsa_tl.model"))
+def test_import_is_light(module, tmp_path):
+    """Neither tilelang nor triton beyond what torch itself loads, and no CUDA context."""
+    heavy = "print(*sorted(set(m.split('.')[0] for m in sys.modules) & {'tilelang', 'triton', 'tvm', 'typer', 'rich'}))"
+    with_torch = python(f"import sys, torch; {heavy}", tmp_path)
+    assert (
+        python(f"import sys, torch, {module}; assert not torch.cuda.is_initialized(); {heavy}", tmp_path) == with_torch
+    )

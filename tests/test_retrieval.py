@@ -1,0 +1,164 @@
+"""retrieve_chunks against the dense oracle: exact selections, ties, gradients, blocks, memory."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import largest_allocation, seeds
+
+from hsa_tl import retrieval, retrieve_chunks
+from hsa_tl.oracle import retrieve_oracle
+from hsa_tl.testing import assert_as_accurate_as
+
+
+def _inputs(B, T, N, R, D_r=16, seed=0, dtype=torch.float32, low=-1, high=1):
+    """Small integers: at D_r = 16, scale 1/4, every score is exact, and many are equal."""
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(low, high + 1, (B, n, R, D_r), generator=g).to(dtype) for n in (T, N))
+
+
+def assert_equals_oracle(q_slc, landmarks, topk, **options):
+    scores, indices = retrieve_chunks(q_slc, landmarks, topk, **options)
+    high_scores, high_indices = retrieve_oracle(q_slc.double(), landmarks.double(), topk, **options)
+    assert indices.dtype == torch.int32
+    assert scores.dtype == (torch.float64 if q_slc.dtype == torch.float64 else torch.float32)
+    assert torch.equal(indices, high_indices)
+    assert torch.equal(scores.double(), high_scores)
+    return scores, indices
+
+
+problems = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 2),
+        "T": st.integers(1, 90),
+        "N": st.integers(0, 8),
+        "R": st.integers(1, 3),
+        "seed": seeds,
+        "dtype": st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+    }
+)
+options = st.fixed_dictionaries(
+    {
+        "topk": st.integers(1, 10),
+        "chunk_size": st.sampled_from((16, 32)),
+        "q_start": st.integers(0, 70),
+        "exclude_window": st.integers(0, 50),
+        "scale": st.sampled_from((None, 1.0, 0.5, 0.0)),
+    }
+)
+
+
+@given(problems, options)
+def test_equals_the_oracle(problem, options):
+    assert_equals_oracle(*_inputs(**problem), **options)
+
+
+@given(problems, options, st.integers(1, 50))
+def test_blocks_change_nothing(problem, options, block):
+    q_slc, landmarks = _inputs(**problem, low=-3, high=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "BLOCK_SCORES", block)
+        assert_equals_oracle(q_slc, landmarks, **options)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_equal_scores_prefer_the_lower_chunk(dtype):
+    """All scores equal, and zeros of either sign: the first topk visible chunks win."""
+    q_slc = torch.ones(1, 200, 1, 16, dtype=dtype)
+    landmarks = torch.zeros(1, 12, 1, 16, dtype=dtype)
+    landmarks[:, ::2] = -0.0
+    _, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16)
+    slots = torch.arange(3)
+    assert torch.equal(indices[0, :, 0], torch.where(slots < torch.arange(200)[:, None] // 16, slots, -1).int())
+
+
+def test_visible_chunks():
+    """Whole chunks in the past: the first token of chunk 1 sees chunk 0, and the window hides what it covers whole."""
+    q_slc, landmarks = _inputs(1, 64, 4, 1)
+    _, indices = retrieve_chunks(q_slc, landmarks, 4, chunk_size=16)
+    assert (indices >= 0).sum(-1).flatten().tolist() == [p // 16 for p in range(64)]
+    _, indices = retrieve_chunks(q_slc, landmarks, 4, chunk_size=16, exclude_window=32)
+    assert [int((row >= 0).sum()) for row in indices[0, :, 0]] == [
+        sum((i + 1) * 16 <= p and i * 16 <= p - 32 for i in range(4)) for p in range(64)
+    ]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(sum), st.integers(1, 4), st.integers(0, 40), seeds)
+def test_packed_equals_separate_calls(lengths, topk, window, seed):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    chunks = [-(-n // 16) for n in lengths]
+    q_slc, landmarks = (
+        x.requires_grad_() for x in _inputs(1, sum(lengths), sum(chunks), 2, seed=seed, dtype=torch.float64)
+    )
+    options = {"chunk_size": 16, "exclude_window": window}
+    scores, indices = retrieve_chunks(q_slc, landmarks, topk, cu_seqlens=cu_seqlens, **options)
+    parts = [
+        retrieve_chunks(q, m, topk, **options)
+        for q, m in zip(q_slc.split(lengths, 1), landmarks.split(chunks, 1), strict=True)
+    ]
+    other_scores, other_indices = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    assert torch.equal(indices, other_indices)
+    assert torch.equal(scores, other_scores)
+    gradients = [torch.autograd.grad(x.clamp(min=-100).sum(), (q_slc, landmarks)) for x in (scores, other_scores)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def _gradients(retrieve, q_slc, landmarks, dscores, **options):
+    leaves = [x.detach().requires_grad_() for x in (q_slc, landmarks)]
+    scores, _ = retrieve(*leaves, 5, chunk_size=16, **options)
+    return torch.autograd.grad(scores, leaves, dscores.to(scores.dtype))
+
+
+@pytest.mark.parametrize("block", (retrieval.BLOCK_SCORES, 100))
+@pytest.mark.parametrize("q_start", (0, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_gradients(dtype, q_start, block, monkeypatch):
+    """Non-contiguous inputs, rows with few visible chunks or none, an infinite incoming gradient in no slot."""
+    monkeypatch.setattr(retrieval, "BLOCK_SCORES", block)
+    q_slc, landmarks = (x.mT.contiguous().mT for x in _inputs(2, 70, 7, 3, dtype=dtype, low=-9, high=9))
+    dscores = torch.randn(2, 70, 3, 5)
+    actual = _gradients(retrieve_chunks, q_slc, landmarks, dscores, q_start=q_start)
+    low = _gradients(retrieve_oracle, q_slc.float(), landmarks.float(), dscores, q_start=q_start)
+    high = _gradients(retrieve_oracle, q_slc.double(), landmarks.double(), dscores.double(), q_start=q_start)
+    for name, a, l, h in zip(("dq_slc", "dlandmarks"), actual, low, high, strict=True):
+        assert_as_accurate_as(name, a, l.to(dtype), h)
+
+
+def test_gradient_of_an_empty_slot_is_ignored():
+    """Autograd may hand NaN or inf to slots of score -inf; they belong to no chunk."""
+    q_slc, landmarks = _inputs(1, 40, 3, 1)
+    dscores = torch.ones(1, 40, 1, 5)
+    _, indices = retrieve_chunks(q_slc, landmarks, 5, chunk_size=16)
+    expected = _gradients(retrieve_chunks, q_slc, landmarks, dscores)
+    for value in (torch.nan, torch.inf):
+        actual = _gradients(retrieve_chunks, q_slc, landmarks, dscores.masked_fill(indices < 0, value))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_gradcheck():
+    q_slc, landmarks = torch.randn(1, 20, 2, 4).double(), torch.randn(1, 4, 2, 4).double()
+
+    def scores(q_slc, landmarks):
+        scores, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16, q_start=30)
+        return scores.masked_fill(indices < 0, 0.0)
+
+    assert torch.autograd.gradcheck(scores, (q_slc.requires_grad_(), landmarks.requires_grad_()), fast_mode=True)
+
+
+def test_indices_are_not_differentiable():
+    q_slc, landmarks = (x.requires_grad_() for x in _inputs(1, 40, 3, 1))
+    scores, indices = retrieve_chunks(q_slc, landmarks, 2, chunk_size=16)
+    assert scores.requires_grad and not indices.requires_grad
+
+
+def test_memory_is_linear_in_tokens(monkeypatch):
+    """Forward and backward build no (T, N) matrix, not of bytes: no allocation is larger than its half."""
+    monkeypatch.setattr(retrieval, "BLOCK_SCORES", 1 << 14)
+    T, N = 4096, 256
+    leaves = [x.requires_grad_() for x in _inputs(1, T, N, 1, low=-9, high=9)]
+
+    def step():
+        scores, _ = retrieve_chunks(*leaves, 4, chunk_size=16)
+        torch.autograd.grad(scores, leaves, torch.ones_like(scores))
+
+    assert largest_allocation(step) <= T * N // 2
