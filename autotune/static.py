@@ -1,7 +1,9 @@
 """The static check: lower for sm_90a, assemble, read ptxas and SASS, predict. Needs nvcc and cuobjdump, no GPU."""
 
+import csv
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from hsa_tl.autotune import cost
 from hsa_tl.cases import Case
+from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang.config import DIRECTIONS, PROGRAMS, describe, space, static_key, total_threads
 from hsa_tl.problem import Problem
 
@@ -39,7 +42,8 @@ class Assembled:
     sass: str
 
 
-def _tool(name: str) -> str | None:
+def find_tool(name: str) -> str | None:
+    """Path of a CUDA tool: on PATH, under CUDA_HOME, or the one that triton's package carries."""
     folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
@@ -49,7 +53,7 @@ def _tool(name: str) -> str | None:
 
 def missing_tools() -> str | None:
     """One line that says what the static check lacks, or None."""
-    lacking = [name for name in ("nvcc", "cuobjdump") if _tool(name) is None]
+    lacking = [name for name in ("nvcc", "cuobjdump") if find_tool(name) is None]
     if not lacking:
         return None
     return f"the static check needs {' and '.join(lacking)} (CUDA toolkit 12.8 or later) on PATH or under CUDA_HOME"
@@ -57,7 +61,7 @@ def missing_tools() -> str | None:
 
 def _cache_file(source: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = subprocess.run([_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
     return base / "hsa-tl" / "static" / f"{hashlib.sha256((version + source).encode()).hexdigest()}.json"
 
 
@@ -75,10 +79,14 @@ def assemble(source: str) -> Assembled:
         cu.write_text(source)
         arguments = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "--cubin", "-w", "-Xptxas", "-v"]
         includes = [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
-        run = subprocess.run([_tool("nvcc"), *arguments, *includes, "-o", cubin, cu], capture_output=True, text=True)
+        run = subprocess.run(
+            [find_tool("nvcc"), *arguments, *includes, "-o", cubin, cu], capture_output=True, text=True
+        )
         if run.returncode:
             raise RuntimeError(f"nvcc refused the program: {run.stderr[-800:]}")
-        sass = subprocess.run([_tool("cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True)
+        sass = subprocess.run(
+            [find_tool("cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True
+        )
 
     def number(pattern: str) -> int:
         match = re.search(pattern, run.stderr)
@@ -86,10 +94,7 @@ def assemble(source: str) -> Assembled:
 
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
     result = Assembled(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes smem"), sass.stdout)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(result)))
-    temporary.replace(cached)
+    write_atomic(cached, json.dumps(asdict(result)))
     return result
 
 
@@ -188,3 +193,12 @@ def table_rows(
             if progress:
                 progress(len(rows), len(work))
     return [rows[i] for i in range(len(work))]
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """The rows as CSV, COLUMNS first line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang.config import CONFIGS, from_dict, space, static_key, why_illegal
 from hsa_tl.problem import Problem
 
 DEVICES = ("h100", "h200", "h800")
+KEY = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of static_key
 
 
 def device_name() -> str | None:
@@ -29,10 +31,17 @@ def read(path: Path) -> list[dict]:
 def write(path: Path, device: str, rows: list[dict]) -> None:
     """Writes a table, one row a line, sorted; the file is replaced at once."""
     lines = ",\n".join(sorted(json.dumps(row) for row in rows))
-    text = f'{{"device": "{device}", "rows": [\n{lines}\n]}}\n'
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_atomic(path, f'{{"device": "{device}", "rows": [\n{lines}\n]}}\n')
+
+
+def merge(path: Path, device: str, rows: list[dict]) -> None:
+    """Writes rows into a table; an old row of the same program, static key and T goes."""
+
+    def identity(row: dict) -> tuple:
+        return tuple(row[k] for k in ("program", "T", *KEY))
+
+    new = {identity(r) for r in rows}
+    write(path, device, [r for r in read(path) if identity(r) not in new] + rows)
 
 
 @functools.cache

@@ -86,7 +86,7 @@ def measure(case: Case, ranked: list[dict], *, deadline: float, progress: Callab
             break
         program = row["program"]
         config = next(c for c in configs.space(program, problem) if configs.describe(c) == row["config"])
-        row = dict(row)
+        row = row | {"median_us": None}
         try:
             check(program, problem, config)
             row["median_us"] = 1e3 * do_bench(launch(program, problem, config, inputs), return_mode="median")

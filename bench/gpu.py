@@ -16,6 +16,7 @@ from hsa_tl import cases
 from hsa_tl.autotune import table, tuner
 from hsa_tl.bench import record
 from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.files import write_atomic
 
 LENGTHS = (4096, 16384, 65536)
 SELECTIONS = ("random", "overlap")
@@ -71,10 +72,10 @@ def run_agenda(steps: list[Step], state: State, path: Path, seconds: float, cloc
         except Exception as error:
             status, detail, ok = "failed", {"error": f"{type(error).__name__}: {error}"[-2000:]}, False
         state.steps[step.name] = {"status": status, "seconds": round(clock() - begin, 1), **detail}
-        record.write_atomic(path, json.dumps(asdict(state), indent=1) + "\n")
+        write_atomic(path, json.dumps(asdict(state), indent=1) + "\n")
         if status == "failed" and step.required:
             break
-    record.write_atomic(path, json.dumps(asdict(state), indent=1) + "\n")
+    write_atomic(path, json.dumps(asdict(state), indent=1) + "\n")
     return ok
 
 
@@ -98,7 +99,7 @@ def tune(out: Path, seconds: float) -> dict:
         measured = tuner.measure(case, ranked, deadline=deadline)
         rows += measured
         chosen += tuner.best(case, [r for r in measured if r.get("median_us")])
-    record.write_atomic(out / "tuning.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_atomic(out / "tuning.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     table.write(out / "table.json", table.device_name() or "unknown", chosen)
     return {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
 

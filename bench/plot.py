@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from hsa_tl.bench import record
+from hsa_tl.files import write_atomic
 
 TITLES = {"forward": "Forward", "backward": "Backward", "train": "Forward + backward"}
 STYLES = {
@@ -55,7 +56,7 @@ def length_axis(ax, lengths: list[int]) -> None:
 def save(figure, path: Path) -> list[Path]:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
-    record.write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
     pyplot().close(figure)
     return [path]
 
@@ -186,8 +187,9 @@ def plot_chosen(chosen, S: int, files: tuple[tuple[str, int], ...], text_name: s
         top = ax.secondary_xaxis("top")
         top.set_xticks([m for _, m in wide], [name for name, _ in wide], fontsize=7)
         top.tick_params(length=0)
+    legend = "\nred: borders of files" if len(borders) > 1 else ""
     ax.grid(False)
     ax.set_xlabel(f"retrieved chunk ({S} bytes each)")
     ax.set_ylabel("chunk of the retrieving tokens")
-    ax.set_title(f"Which chunks do tokens retrieve? {T} bytes of {text_name}, K = {K}\nred: borders of files", pad=22)
+    ax.set_title(f"Which chunks do tokens retrieve? {T} bytes of {text_name}, K = {K}{legend}", pad=22)
     return save(figure, path)

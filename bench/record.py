@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from hsa_tl.files import write_atomic
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,17 +40,6 @@ class Row:
     @property
     def key(self) -> tuple:
         return (self.kernel, self.provider, self.mode, self.metric, self.x, self.config, self.selection, self.device)
-
-
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes beside path, then renames: a reader finds the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_rows(rows: list[Row], folder: Path, name: str = "bench") -> None:

@@ -1,9 +1,8 @@
 """hsa-tl: what works here, how accurate and how fast it is, and the demo. Thin commands over the library."""
 
 import contextlib
-import os
-import shutil
-import sysconfig
+import json
+import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,6 +11,8 @@ import typer
 
 from hsa_tl import cases
 from hsa_tl.api import IMPLS
+from hsa_tl.autotune import cost, table, tuner
+from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import gate, plot, record
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.bench.sweep import run_sweep, selection_inputs
@@ -21,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = make_console()
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 VERDICTS = {True: "pass", False: "FAIL"}
-TOOLS = ("nvcc", "cuobjdump", "nvdisasm")
+TOOLS = ("nvcc", "cuobjdump")
 
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
 CaseName = Annotated[str, typer.Option("--case", help="a named problem, see hsa_tl/cases.py")]
@@ -33,7 +34,7 @@ def one_line_errors():
     """What the user got wrong, or what is missing, in one line on stderr, and exit code 2."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, static_check.MissingTool) as error:
         named = isinstance(error, OSError) and error.filename is not None
         message = f"{error.filename}: {error.strerror}" if named else str(error)
         typer.echo(f"error: {' '.join(message.split())}", err=True)
@@ -75,14 +76,6 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def find_tool(name: str) -> str | None:
-    """Path of a CUDA tool: on PATH, under CUDA_HOME, or in a Python package that brings it."""
-    packages = Path(sysconfig.get_path("purelib"))
-    folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    folders += map(str, [*packages.glob("nvidia/*/bin"), packages / "triton" / "backends" / "nvidia" / "bin"])
-    return shutil.which(name, path=os.pathsep.join(folders))
-
-
 @app.command()
 def info() -> None:
     """Versions, the device, and which implementations work here or why not."""
@@ -91,7 +84,7 @@ def info() -> None:
     problem = problem if device == "cuda" else cases.on_cpu(problem)
     rows = [*record.package_versions().items(), ("commit", record.commit()), ("device", record.device_name(device))]
     for name in TOOLS:
-        rows.append((name, find_tool(name) or "not found: kernels are not assembled for sm_90a here"))
+        rows.append((name, static_check.find_tool(name) or "not found: kernels are not assembled for sm_90a here"))
     show_table(console, "Versions and tools", ("what", "here"), rows)
     rows = [(name, "yes" if (reason := why_not(name, problem)) is None else "no", reason or "") for name in
             IMPLS]  # fmt: skip
@@ -201,6 +194,99 @@ def show_speed(rows: list[record.Row], title: str) -> None:
     show_table(console, title, names, lines, right=(1, 3, 4, 5, 6, 7))
     for (name, note), points in notes.items():
         console.print(f"{name} has no time for {', '.join(points)}: {note}", markup=False, highlight=False)
+
+
+def show_static(rows: list[dict], title: str) -> bool:
+    """Prints static rows; False if one has a fault."""
+    lines, notes = [], []
+    for r in rows:
+        wrong = static_check.faults(r)
+        notes += [f"{r['case']} {r['program']} {r['config']}: {fault}" for fault in wrong]
+        known = r["error"] is None
+        numbers = [r["registers"], r["spill_bytes"], r["smem_bytes"], r["ctas_per_sm"]] if known else [""] * 4
+        model = [r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.2f}", r["limiter"]] if known else [""] * 3
+        timed = [f"{r['median_us']:.0f}" if r["median_us"] else ""] if "median_us" in r else []
+        config = r["config"].replace("threads=", "t=").replace("num_stages=", "s=").replace("block_M=", "M=")
+        lines.append((r["case"], r["program"], config, *numbers, *model, f"{r['roofline_ns']:.2f}", *timed))
+    names = ("case", "program", "config", "regs", "spill", "smem", "CTAs", "MMA", "ns/pair", "limiter", "roof")
+    names += ("us",) if any("median_us" in r for r in rows) else ()
+    show_table(console, title, names, lines, right=(3, 4, 5, 6, 7, 8, 10, 11))
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    return not notes
+
+
+@app.command()
+def static(
+    case_names: Annotated[
+        Optional[list[str]], typer.Option("--case", help="repeatable; by default those tagged ci")
+    ] = None,
+    device: Annotated[str, typer.Option(help="h100, h200 or h800: whose bandwidths the prediction takes")] = "h200",
+    out: Annotated[Optional[Path], typer.Option(help="a CSV file to write")] = None,
+    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
+) -> None:
+    """Lowers and assembles every config for sm_90a and reads registers, spills, SASS; predicts ns per pair. No GPU.
+
+    Exit code 1 if a config spills, fails or misses its tensor-core instructions, 2 if nvcc or cuobjdump is missing.
+    """
+    with one_line_errors():
+        if device not in cost.DEVICES:
+            raise ValueError(f"device must be one of {', '.join(cost.DEVICES)}, got {device!r}")
+        chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
+        with progress_bar(console) as bar:
+            step = bar.add_task("lower, assemble, read", total=None)
+            rows = static_check.table_rows(
+                chosen,
+                device=device,
+                jobs=jobs,
+                progress=lambda done, total: bar.update(step, completed=done, total=total),
+            )
+        if out:
+            static_check.write_csv(rows, out)
+    ok = show_static(rows, f"sm_90a, predicted for {device}; smem in bytes, pair = (token, key/value head, chunk)")
+    if out:
+        console.print(f"wrote {out}")
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def autotune(
+    case_name: CaseName = "paper-d128",
+    device: Annotated[Optional[str], typer.Option(help="h100, h200 or h800: static; by default the GPU here")] = None,
+    minutes: Annotated[float, typer.Option(help="stop measuring after so long")] = 9.0,
+    out: Annotated[Optional[Path], typer.Option(help="a table to write the best rows to, merged with its own")] = None,
+    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
+) -> None:
+    """Ranks the configs of a case: statically for a named device, by measurement where a Hopper GPU is present.
+
+    Exit code 2 if nvcc or cuobjdump is missing.
+    """
+    with one_line_errors():
+        case, here = cases.case(case_name), table.device_name()
+        target = device or here or "h200"
+        if target not in cost.DEVICES:
+            raise ValueError(f"device must be one of {', '.join(cost.DEVICES)}, got {target!r}")
+        with progress_bar(console) as bar:
+            step = bar.add_task("rank", total=None)
+
+            def progress(done: int, total: int) -> None:
+                bar.update(step, completed=done, total=total)
+
+            rows = tuner.rank(case, target, jobs=jobs, progress=progress)
+            measured = device is None and here is not None
+            if measured:
+                bar.update(step, description="measure", completed=0)
+                rows = tuner.measure(case, rows, deadline=time.monotonic() + minutes * 60, progress=progress)
+        chosen = tuner.best(case, rows)
+        if out:
+            table.merge(out, target, chosen)
+    how = "measured on" if measured else "static, predicted for"
+    show_static(rows, f"{case.problem}: {how} {target}, best first")
+    for row in chosen:
+        console.print(f"{row['program']}: {json.dumps(row['config'])} ({row['source']})", markup=False, highlight=False)
+    if out:
+        console.print(f"wrote {out}")
 
 
 @app.command()

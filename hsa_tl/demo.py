@@ -18,6 +18,7 @@ from hsa_tl import api, cases, text
 from hsa_tl.bench import gate, plot, record, timing
 from hsa_tl.bench.providers import provider
 from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.files import write_atomic
 from hsa_tl.problem import Problem
 from hsa_tl.testing import make_selection
 
@@ -264,13 +265,15 @@ def run_demo(
         "accuracy": {"problem": str(accuracy_problem), "implementations": errors}, "selections": found,
         "speed": [dataclasses.asdict(r) for r in speed], "retrieval_ms": retrieval, "static": static,
     }  # fmt: skip
-    record.write_atomic(out / "demo.json", json.dumps(result, indent=1, default=str) + "\n")
+    write_atomic(out / "demo.json", json.dumps(result, indent=1, default=str) + "\n")
     console.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     console.print("wrote " + ", ".join(str(p) for p in (out / "demo.json", out / "speed.csv", *written)))
     return not any(e["message"] for row in errors for e in row.get("errors", ()))
 
 
 def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict]) -> list[Path]:
+    if plot_or_say(console, plot.pyplot) == []:
+        return []
     map_path = out / "chosen_chunks.png"
     return [
         *plot_or_say(console, plot.plot_speed, out / "speed.csv", out, "speed"),
@@ -279,8 +282,8 @@ def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict
     ]
 
 
-def plot_or_say(console: Console, function: Callable, *args) -> list[Path]:
-    """The files of a plot, or none and one line that says what is missing."""
+def plot_or_say(console: Console, function: Callable, *args):
+    """What a plot function returns, its files; [] and one line that says what is missing where it cannot."""
     try:
         return function(*args)
     except ValueError as error:

@@ -10,7 +10,8 @@ import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# Tensors are tiny: under xdist, threads of one worker would only spin against those of the other.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 torch.use_deterministic_algorithms(True, warn_only=True)  # also fills torch.empty with NaN
 torch.utils.deterministic.fill_uninitialized_memory = True
 

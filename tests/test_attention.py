@@ -70,9 +70,31 @@ def test_gradient_of_a_chunk_nobody_selected_is_zero(impl):
 
 
 @each_impl
-@pytest.mark.parametrize("scale", (0.5, 1.5))
+@pytest.mark.parametrize("scale", (0.0, 1.5))
 def test_scale(impl, scale):
-    check(impl, make_call(Dims()), scale=scale)
+    check(impl, make_call(Dims(T_kv=41)), scale=scale)
+
+
+@each_impl
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_numbers_of_an_unselected_chunk_are_not_read(impl, value):
+    """Empty slots must not read chunk 0 and multiply by 0."""
+    call = make_call(Dims())
+    call = call._replace(indices=torch.where(call.indices == 0, -1, call.indices))
+    bad = call._replace(k=call.k.clone(), v=call.v.clone())
+    bad.k[:, :16], bad.v[:, :16] = value, value
+    clean, actual = run(impl, call), run(impl, bad)
+    assert all(torch.equal(actual[name], clean[name]) for name in clean)
+
+
+@each_impl
+@pytest.mark.parametrize("dims", (Dims(T=0), Dims(B=0)), ids=("no-token", "no-batch"))
+def test_nothing_to_do(impl, dims):
+    call = make_call(dims)
+    actual = run(impl, call)
+    assert actual["out"].shape == call.q.shape
+    for name, x in zip(("dq", "dk", "dv", "dweights"), call, strict=False):
+        assert actual[name].shape == x.shape and (actual[name] == 0).all()
 
 
 def _strided(call: Inputs) -> Inputs:

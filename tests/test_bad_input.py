@@ -92,7 +92,11 @@ VALUE_ERRORS = [
     *((attention, {"chunk_size": s}, rf"chunk_size must be .*16, 32, 64 or 128, got {s}") for s in (1, 8, 24, 256)),
     (retrieve, {"chunk_size": 48}, r"chunk_size must be 16, 32, 64 or 128, got 48"),
     (attention, {"chunk_size": 0}, r"chunk_size must be .*got 0"),
-    *((f, {"scale": x}, rf"scale must be finite.*, got {x}") for f in (attention, retrieve) for x in (float("nan"), -0.5)),
+    *(
+        (f, {"scale": x}, rf"scale must be finite.*, got {x}")
+        for f in (attention, retrieve)
+        for x in (float("nan"), -0.5)
+    ),
     (attention, {"impl": "cuda"}, r"impl must be one of auto, reference, tilelang, triton, got 'cuda'"),
     (retrieve, {"impl": "cuda"}, r"impl must be one of"),
     (retrieve, {"topk": 0}, r"topk must be at least 1, got 0"),

@@ -240,13 +240,16 @@ def plan(kernel, G: int, D: int, S: int, itemsize: int, shared_limit: int = _HOP
     block_D = _next_power_of_two(max(16, D))
     least = _next_power_of_two(max(16, G))
     area = S * block_D
+    hopper = shared_limit >= _HOPPER_SHARED_BYTES
     heights, stages = (least,), (2, 1)
     if itemsize == 4:  # no tensor cores: operands go through registers, so few rows on many warps
         num_warps = 8 if area * least <= 16 * _REGISTER_AREA else 16
     elif kernel is dkdv_kernel:
-        # 64 rows on 4 warps leave room for two programs on an SM, each of which hides the other's loads.
-        num_warps = 4 if area <= _REGISTER_AREA and least <= 64 else 8
-        heights = tuple(max(least, rows) for rows in (64, 32, 16))
+        # 64 rows on 4 warps leave room for two programs on an SM, each of which hides the other's loads. Without
+        # wgmma the tiles of k and v stay in registers: half of the rows, twice the warps.
+        large = area > (_REGISTER_AREA if hopper else 4096)
+        num_warps = 8 if large or least > 64 else 4
+        heights = tuple(max(least, rows) for rows in ((64, 32, 16) if hopper or not large else (32, 16)))
     else:
         num_warps = 2 if area < 4096 else 4 if area <= _REGISTER_AREA and least <= 64 else 8
         if 3 * _shared_bytes(kernel, least, 3, S, block_D, itemsize) <= shared_limit:
@@ -255,7 +258,7 @@ def plan(kernel, G: int, D: int, S: int, itemsize: int, shared_limit: int = _HOP
         for num_stages in stages:
             if _shared_bytes(kernel, rows, num_stages, S, block_D, itemsize) <= shared_limit:
                 settings = {"block_M": rows, "num_warps": num_warps, "num_stages": num_stages}
-                if kernel is dkdv_kernel and itemsize < 4 and block_D >= 64 and area <= 4096:
+                if kernel is dkdv_kernel and itemsize < 4 and hopper and block_D >= 64 and area <= 4096:
                     settings["maxnreg"] = 168  # 65536 registers hold three programs; ptxas asks for 164 to 218
                 return settings
     return None
