@@ -12,7 +12,14 @@ MAPPED = ("kernels_tilelang", "autotune", "model", "bench")
 
 # Lowest layer first. A module imports from lower layers only; those of no pattern are on top and import each other.
 LAYERS = (
-    ("hsa_tl.problem", "hsa_tl.impl", "hsa_tl.kernels_tilelang", "hsa_tl.autotune", "hsa_tl.bench"),  # empty packages
+    (
+        "hsa_tl.problem",
+        "hsa_tl.files",
+        "hsa_tl.impl",
+        "hsa_tl.kernels_tilelang",
+        "hsa_tl.autotune",
+        "hsa_tl.bench",
+    ),  # empty packages
     (
         "hsa_tl.kernels_tilelang.config",
         "hsa_tl.cases",

@@ -135,7 +135,7 @@ def _block(x, retrieve, attention, topk=3, **options):
     return out, indices
 
 
-@property_of_each_impl(T=st.integers(17, 60), seed=seeds, data=st.data())
+@property_of_each_impl(T=st.integers(17, 50), seed=seeds, data=st.data())
 def test_causality(impl, T, seed, data):
     """Tokens at positions >= p, whatever they hold, NaN too, change no selection and no output before p."""
     p = data.draw(st.integers(1, T - 1), label="p")
@@ -149,9 +149,9 @@ def test_causality(impl, T, seed, data):
         assert torch.equal(new_out[:, :p], out[:, :p]), value
 
 
-@property_of_each_impl(T=st.integers(17, 64), seed=seeds)
+@property_of_each_impl(T=st.integers(33, 50), seed=seeds)
 def test_full_selection_does_not_depend_on_topk(impl, T, seed):
-    """With every visible chunk selected, and up to 3 are, K = 3 and K = 4 agree with attention over all of them."""
+    """With every visible chunk selected, 3 at most, K = 3 and K = 4 agree with attention over all of them."""
     x = torch.randn(1, T, 16, generator=torch.Generator().manual_seed(seed))
 
     def block(x, retrieve, attention, topk, **options):

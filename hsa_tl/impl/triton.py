@@ -54,14 +54,15 @@ def forward_kernel(
     acc_o = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
 
     weights += row * (G * K if PER_HEAD else K)
-    # Causal rows have their empty slots last: stop after the last chunk instead of walking K slots.
+    # Causal rows have their empty slots last: stop after the last chunk instead of walking K slots. The next index is
+    # loaded one slot ahead, or Triton would spend a pipeline stage on it and leave k and v a single buffer.
     chosen = tl.load(indices + slots, mask=slots < K, other=-1)
     ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
     ahead = tl.load(indices)
     for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
-        chunk = ahead
+        valid = (ahead >= 0) & (ahead < N)
+        chunk = tl.where(valid, ahead, 0)
         ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
-        valid = (chunk >= 0) & (chunk < N)
         if PER_HEAD:
             w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)
         else:
@@ -113,9 +114,9 @@ def dq_kernel(
     ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
     ahead = tl.load(indices)
     for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
-        chunk = ahead
+        valid = (ahead >= 0) & (ahead < N)
+        chunk = tl.where(valid, ahead, 0)
         ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
-        valid = (chunk >= 0) & (chunk < N)
         if PER_HEAD:
             w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)[:, None]
         else:
@@ -329,7 +330,6 @@ def _launch(kernel, grid, *args, **constants):
 
 
 def _setup(kernel, q, k, weights, indices, config):
-    """The constants and the settings of a launch."""
     G, D, S, H = q.shape[2] // k.shape[3], q.shape[3], k.shape[2], k.shape[3]
     if q.device.type == "cpu":
         settings = {"block_M": _next_power_of_two(max(64, G)), "num_warps": 4, "num_stages": 1}
