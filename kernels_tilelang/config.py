@@ -8,6 +8,7 @@ from hsa_tl.problem import Problem
 SMEM_LIMIT = 227 * 1024  # bytes a CTA may ask for on sm_90
 SMEM_SM = 228 * 1024  # bytes of an SM, SMEM_RESERVED of them for each CTA
 SMEM_RESERVED = 1024 + 128  # 128: static shared memory (barriers), rounded up
+SMEM_ALIGNMENT = 2048  # what aligning swizzled tiles to 1 KB may add
 MAX_REGISTERS = 255  # a thread
 WORKING_REGISTERS = 52  # beside the accumulators: addresses, row statistics, operands; less made ptxas spill
 PRODUCER_THREADS = 128
@@ -53,16 +54,19 @@ def static_key(problem: Problem) -> dict:
 
 
 def smem_bytes(program: str, problem: Problem, config) -> int:
-    """Shared memory that the program's buffers take, before TileLang overlays those that do not live together."""
+    """At most so much shared memory does a CTA take: buffers that live together, reductions across warps, alignment."""
     p, size = problem, problem.itemsize
+    reductions = 4 * config.threads * (2 if program == "hsa_fwd_token" else 3)
     if program == "hsa_bwd_dkdv_chunk":
-        return 2 * (config.block_M * p.D + p.S * p.D + config.block_M * p.S) * size + 4 * -(-config.block_M // p.G)
-    rows, stages = padded_rows(p.G), max(1, config.num_stages)
-    tiles = 2 * stages * p.S * p.D + rows * p.S
+        buffers = 2 * (config.block_M * p.D + p.S * p.D + config.block_M * p.S) * size + 4 * -(-config.block_M // p.G)
+        return buffers + SMEM_ALIGNMENT + (reductions if config.threads > 2 * config.block_M else 0)
+    rows = padded_rows(p.G)
+    tiles = 2 * config.num_stages * p.S * p.D + rows * p.S + rows * p.D
     weights = 4 * p.K * (p.G if p.per_head else 1)
-    if program == "hsa_fwd_token":
-        return (tiles + 2 * rows * p.D) * size + weights
-    return (tiles + 3 * rows * p.D) * size + weights + 4 * rows * p.K
+    if program == "hsa_bwd_dq_token":
+        tiles += rows * p.D
+        weights += 4 * rows * p.K
+    return tiles * size + weights + reductions + SMEM_ALIGNMENT
 
 
 def total_threads(program: str, config) -> int:
@@ -126,7 +130,7 @@ def why_illegal(program: str, problem: Problem, config) -> str | None:
 def space(program: str, problem: Problem) -> list:
     """Every legal config of the program's search space, in a fixed order."""
     if CONFIGS[program] is TokenConfig:
-        options = [TokenConfig(*x) for x in product((128, 64, 32), (2, 3, 1))]
+        options = [TokenConfig(*x) for x in ((128, 2), (128, 3), (64, 2), (64, 1), (32, 2), (32, 1))]
         preferred = [c for c in options if c.threads >= 64 and c.num_stages >= 2]
     else:
         options = [ChunkConfig(*x) for x in product((64, 128, 32, 16), (128, 256, 64))]

@@ -102,7 +102,7 @@ def property_of_each_impl(**strategies):
 def _nudged(call: Inputs) -> Inputs:
     """Every number moved by up to two units in the last place."""
     eps = torch.finfo(call.q.dtype).eps
-    return Inputs(*(x * (1 + 2 * eps * (2 * torch.rand(x.shape) - 1)) if x.is_floating_point() else x for x in call))
+    return Inputs(*(x * (1 + 2 * eps * (2 * torch.rand_like(x) - 1)) if x.is_floating_point() else x for x in call))
 
 
 def expected(call: Inputs, oracle=attention_oracle, **options) -> tuple[dict, dict]:

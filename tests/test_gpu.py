@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strategies import Dims, assert_all_as_accurate_as, make_call
+from strategies import Dims, assert_all_as_accurate_as, expected, make_call
 
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks
 from hsa_tl.oracle import attention_oracle, attention_oracle_packed, retrieve_oracle
@@ -44,7 +44,10 @@ def on_gpu(call: Inputs, dtype: torch.dtype) -> Inputs:
 
 def check(impl: str, call: Inputs, oracle=attention_oracle, **options) -> None:
     actual = run_with_gradients(hsa_attention, call, impl=impl, **options)
-    low, high = (run_with_gradients(oracle, x, **options) for x in (call, double(call)))
+    if call.q.dtype == torch.float32:
+        low, high = expected(call, oracle, **options)
+    else:  # the rounding of the type outweighs the luck of a sum
+        low, high = (run_with_gradients(oracle, x, **options) for x in (call, double(call)))
     assert_all_as_accurate_as(actual, low, high)
 
 
@@ -178,7 +181,7 @@ def test_cuda_graph(impl):
     """A captured forward replays on new contents: it reads nothing on the host."""
     call, other = (on_gpu(make_call(Dims(T=64, T_kv=512, HQ=16, D=128, S=64, K=8), s), torch.bfloat16) for s in (1, 2))
     forward = lambda x: hsa_attention(*x[:5], chunk_size=64, impl=impl)  # noqa: E731
-    expected = forward(other)
+    wanted = forward(other)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -190,7 +193,7 @@ def test_cuda_graph(impl):
     for x, y in zip(call, other, strict=True):
         x.copy_(y)
     graph.replay()
-    assert torch.equal(out, expected)
+    assert torch.equal(out, wanted)
 
 
 def layer(q_slc, landmarks, q, k, v):

@@ -41,18 +41,19 @@ class _Plan:
         self.K, self.G, self.GW = indices.shape[3], HQ // self.H, weights.shape[2] // self.H
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
-        elements = _BLOCK_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-        self.pairs_per_block = max(1, elements // (max(self.S, self.D) * self.G))
 
         # One matrix a segment; a segment is (b * H + h) * N + chunk.
         k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype) for x in (k, v))  # [B, H, N, S, D]
         self.k, self.v = (x.flatten(0, 2).unbind() for x in (k, v))  # [S, D]
         self.k_t, self.v_t = (x.mT.contiguous().flatten(0, 2).unbind() for x in (k, v))  # [D, S]
         self.scale2 = scale * _LOG2E
-        norm = torch.linalg.vector_norm
-        q_norm = norm(q, dim=-1, dtype=self.dtype).view(self.B, self.T, self.H, self.G).amax((1, 3))
-        bound = q_norm[:, :, None] * norm(k, dim=-1).amax(-1) * abs(self.scale2)  # of |score|, [B, H, N]
-        self.unshifted = (bound <= _MAX_UNSHIFTED).flatten().tolist()
+        # |score| <= |q| |k| scale2
+        q_norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True, dtype=self.dtype)
+        self.q_norm = self.heads(q_norm)  # [T, G, 1]
+        k_norm = torch.linalg.vector_norm(k, dim=-1).amax(-1) * abs(self.scale2)  # [B, H, N]
+        self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten().tolist()
+        highest = q_norm.view(self.B, self.T, self.H, self.G).amax((1, 3)).flatten().tolist()
+        self.unshifted = [highest[i // self.N] <= limit for i, limit in enumerate(self.q_limit)]
 
         offsets = pairs.offsets.tolist()
         pair = pairs.pair[: offsets[-1]]
@@ -63,12 +64,15 @@ class _Plan:
         split = weights.view(self.B, self.T, self.H, self.GW, self.K).permute(0, 2, 1, 4, 3)
         self.weights = split.reshape(-1, self.GW).index_select(0, self.slot)  # [pairs, GW]
 
+        # Cut so that, to the last bit, no token's result depends on the tokens after it.
+        elements = _BLOCK_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
+        longest = max(b - a for a, b in itertools.pairwise(offsets))
+        n = self.pairs_per_block = min(longest, max(1, elements // (max(self.S, self.D) * self.G)))
         lengths = [self.S] * self.N if chunk_len is None else chunk_len.tolist()
         blocks = []  # (b * H + h, segment, real keys, first pair, end)
         for segment, (start, stop) in enumerate(itertools.pairwise(offsets)):
             head, length = segment // self.N, lengths[segment % self.N]
             if start < stop and length:
-                n = math.ceil((stop - start) / math.ceil((stop - start) / self.pairs_per_block))
                 blocks += [(head, segment, length, i, min(i + n, stop)) for i in range(start, stop, n)]
         # By first token rather than by chunk: consecutive blocks then gather and add to tokens still in cache.
         tokens = self.t[torch.tensor([block[3] for block in blocks], dtype=torch.int64, device=self.device)].tolist()
@@ -84,11 +88,14 @@ class _Plan:
         """x [B, T, HQ, D] -> B * H views [T, G, D]."""
         return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
 
-    def exp_scores(self, rows, segment, out):
+    def exp_scores(self, rows, head, segment, t, out):
         """q rows [n * G, D] -> out [n * G, L] = exp(q K^T * scale) times a factor for each row, and its row sums."""
         torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
-        if not self.unshifted[segment] or out.shape[1] == 1:  # a lone key has P exactly 1, hence dS exactly 0
-            out.sub_(out.amax(-1, keepdim=True))
+        if out.shape[1] == 1:  # P is exactly 1, hence dS exactly 0
+            out.sub_(out)
+        elif not self.unshifted[segment]:
+            unshifted = self.q_norm[head].index_select(0, t).view(-1, 1) <= self.q_limit[segment]
+            out.sub_(out.amax(-1, keepdim=True).masked_fill_(unshifted, 0))
         return out.exp2_().sum(-1, keepdim=True)
 
 
@@ -132,7 +139,7 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
         rows_by_head = rows.view(n, G, D)
 
         _gather(q_heads[head], t, rows_by_head)
-        row_sum = plan.exp_scores(rows, segment, out=p)
+        row_sum = plan.exp_scores(rows, head, segment, t, out=p)
         torch.mm(p, plan.v[segment][:L], out=rows)
         rows_by_head.mul_((plan.weights[start:stop] / row_sum.view(n, G))[..., None])
         _add_rows(out_heads[head], t, rows_by_head)
@@ -163,7 +170,7 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None
         _gather(q_heads[head], t, q_rows.view(n, G, D))
         _gather(do_heads[head], t, do_by_head)
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
-        row_sum = plan.exp_scores(q_rows, segment, out=p)
+        row_sum = plan.exp_scores(q_rows, head, segment, t, out=p)
         do_by_head.mul_((w / row_sum.view(n, G))[..., None])
         torch.mm(do_rows, plan.v_t[segment][:, :L], out=dp)
         delta = torch.mul(p, dp, out=ds).sum(-1, keepdim=True)
