@@ -130,7 +130,7 @@ def why_illegal(program: str, problem: Problem, config) -> str | None:
 def space(program: str, problem: Problem) -> list:
     """Every legal config of the program's search space, in a fixed order."""
     if CONFIGS[program] is TokenConfig:
-        options = [TokenConfig(*x) for x in ((128, 2), (128, 3), (64, 2), (64, 1), (32, 2), (32, 1))]
+        options = [TokenConfig(*x) for x in ((128, 2), (128, 3), (64, 2), (128, 1), (64, 1), (32, 2), (32, 1))]
         preferred = [c for c in options if c.threads >= 64 and c.num_stages >= 2]
     else:
         options = [ChunkConfig(*x) for x in product((64, 128, 32, 16), (128, 256, 64))]

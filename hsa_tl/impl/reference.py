@@ -25,6 +25,8 @@ _MAX_UNSHIFTED = 40.0
 _MIN_WEIGHT = 1e-12
 # Rows summed at a time into dk and dv: short sums err less than one long one and are as fast.
 _ROWS_PER_SUM = 128
+# MKL computes a row the same way, to the last bit, however many such multiples of rows stand around it.
+_ROWS_MULTIPLE = 16
 
 
 def unavailable(problem):
@@ -79,7 +81,7 @@ class _Plan:
         self.blocks = [b for _, _, b in sorted(zip([b[0] for b in blocks], tokens, blocks, strict=True))]
 
     def buffer(self, width):
-        return torch.empty(self.pairs_per_block * self.G * width, dtype=self.dtype, device=self.device)
+        return torch.empty((self.pairs_per_block * self.G + _ROWS_MULTIPLE) * width, dtype=self.dtype, device=self.device)
 
     def zeros(self, *shape):
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -89,8 +91,9 @@ class _Plan:
         return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
 
     def exp_scores(self, rows, head, segment, t, out):
-        """q rows [n * G, D] -> out [n * G, L] = exp(q K^T * scale) times a factor for each row, and its row sums."""
+        """q rows [>= n * G, D] -> out [>= n * G, L] = exp(q K^T * scale) up to a factor in each row, and its row sums."""
         torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
+        out = out[: len(t) * self.G]
         if out.shape[1] == 1:  # P is exactly 1, hence dS exactly 0
             out.sub_(out)
         elif not self.unshifted[segment]:
@@ -135,8 +138,9 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     row_buffer, p_buffer = plan.buffer(D), plan.buffer(plan.S)
     for head, segment, L, start, stop in plan.blocks:
         t, n = plan.t[start:stop], stop - start
-        rows, p = row_buffer[: n * G * D].view(n * G, D), p_buffer[: n * G * L].view(n * G, L)
-        rows_by_head = rows.view(n, G, D)
+        padded = math.ceil(n * G / _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        rows, p = row_buffer[: padded * D].view(padded, D), p_buffer[: padded * L].view(padded, L)
+        rows_by_head = rows[: n * G].view(n, G, D)
 
         _gather(q_heads[head], t, rows_by_head)
         row_sum = plan.exp_scores(rows, head, segment, t, out=p)
