@@ -59,13 +59,13 @@ def launch(program: str, problem: Problem, config, inputs: Inputs) -> Callable[[
     k, v = (x.unflatten(1, whole) for x in (inputs.k, inputs.v))
     arguments = launcher.arguments(inputs.q, k, v, inputs.weights, inputs.indices, None)
     q, k, v, weights, indices, chunk_len = arguments
-    scale, do = problem.D**-0.5, inputs.do.view_as(q)
+    scale, do, spare = problem.D**-0.5, inputs.do.view_as(q), launcher.spare_chunk(indices, problem.N)
     if program == "hsa_fwd_token":
         out = torch.empty_like(q)
-        return lambda: kernel(q, k, v, weights, indices, chunk_len, scale, out)
+        return lambda: kernel(q, k, v, weights, indices, spare, chunk_len, scale, out)
     if program == "hsa_bwd_dq_token":
         dq, dweights = torch.empty_like(q), torch.empty_like(weights)
-        return lambda: kernel(q, k, v, weights, indices, chunk_len, do, scale, dq, dweights)
+        return lambda: kernel(q, k, v, weights, indices, spare, chunk_len, do, scale, dq, dweights)
     pair, offsets = ops.build_pairs(indices, problem.N, False)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     return lambda: kernel(q, k, v, weights, pair, offsets, chunk_len, do, scale, dk, dv)

@@ -223,7 +223,7 @@ def hsa_attention(
     _require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
     K = indices.shape[3]
     _require(
-        weights.shape in ((B, T, H, K), (B, T, HQ, K)),
+        weights.shape[:2] == (B, T) and weights.shape[3] == K and (weights.shape[2] == H or weights.shape[2] == HQ),
         "weights",
         f"have shape [{B}, {T}, {H} or {HQ}, {K}] to match indices",
         f"shape {list(weights.shape)}",

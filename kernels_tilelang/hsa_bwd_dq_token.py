@@ -8,7 +8,7 @@ chunks stream through shared memory; dq and every delta stay on chip. The row st
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, valid_chunk
+from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, exp_rows
 
 
 def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: TokenConfig):
@@ -22,6 +22,7 @@ def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: 
         v: T.Tensor((B, N, S, H, D), dtype),
         weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
         indices: T.Tensor((B, tokens, H, K), "int32"),
+        spare: T.Tensor((B, tokens, H), "int32"),
         chunk_len: T.Tensor((N,), "int32"),
         dout: T.Tensor((B, tokens, H, G, D), dtype),
         scale: T.float32,
@@ -59,7 +60,7 @@ def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: 
             T.clear(acc_dq)
 
             for i_k in T.Pipelined(K, num_stages=config.num_stages):
-                i_c = valid_chunk(indices[i_b, i_t, i_h, i_k], N)
+                i_c = chunk_or_spare(indices[i_b, i_t, i_h, i_k], N, spare[i_b, i_t, i_h])
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
                 T.copy(v[i_b, i_c, :, i_h, :], v_shared)
                 T.clear(acc_s)
@@ -83,7 +84,7 @@ def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: 
             for r, d in T.Parallel(rows, D):
                 dq_shared[r, d] = acc_dq[r, d] * scale
             for r, d in T.Parallel(G, D):
-                dq[i_b, i_t, i_h, r, d] = dq_shared[r, d]
+                dq[i_b, i_t, i_h, r, d] = T.if_then_else(spare[i_b, i_t, i_h] >= 0, dq_shared[r, d], 0)
             if heads_w == 1:
                 T.clear(dw_sum)
                 for r in T.serial(G):

@@ -3,13 +3,14 @@
 One CTA owns a token and a key/value head: its G query heads are the rows, padded to a multiple of 16. The K selected
 chunks stream through shared memory; the output stays in registers. A chunk's softmax is complete within its tile, so
 the output is never rescaled, and the weight over the row sum folds into P before the cast.
-An empty slot reads chunk 0 with weight 0: a branch around the copy would make it synchronous.
+An empty slot reads `spare`, a chunk that the token chose elsewhere, with weight 0: a branch around the copy would make
+it synchronous.
 """
 
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, valid_chunk
+from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, exp_rows
 
 
 def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: TokenConfig):
@@ -23,6 +24,7 @@ def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Tok
         v: T.Tensor((B, N, S, H, D), dtype),
         weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
         indices: T.Tensor((B, tokens, H, K), "int32"),
+        spare: T.Tensor((B, tokens, H), "int32"),
         chunk_len: T.Tensor((N,), "int32"),
         scale: T.float32,
         out: T.Tensor((B, tokens, H, G, D), dtype),
@@ -51,7 +53,7 @@ def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Tok
             T.clear(acc_o)
 
             for i_k in T.Pipelined(K, num_stages=config.num_stages):
-                i_c = valid_chunk(indices[i_b, i_t, i_h, i_k], N)
+                i_c = chunk_or_spare(indices[i_b, i_t, i_h, i_k], N, spare[i_b, i_t, i_h])
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
                 T.clear(acc_s)
                 T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
@@ -65,6 +67,6 @@ def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Tok
 
             T.copy(acc_o, o_shared)
             for r, d in T.Parallel(G, D):
-                out[i_b, i_t, i_h, r, d] = o_shared[r, d]
+                out[i_b, i_t, i_h, r, d] = T.if_then_else(spare[i_b, i_t, i_h] >= 0, o_shared[r, d], 0)
 
     return hsa_fwd_token

@@ -16,9 +16,16 @@ def exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length):
         row_max[r] = row_max[r] * scale_log2
     for r, s in T.Parallel(rows, S):
         acc_s[r, s] = T.exp2(acc_s[r, s] * scale_log2 - row_max[r])  # one FFMA an element
+    if length is not None:  # again: -inf * 0 is no number
+        for r, s in T.Parallel(rows, S):
+            acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], 0.0)
     T.reduce_sum(acc_s, row_sum, dim=1)
 
 
-def valid_chunk(index, num_chunks):
-    """A chunk to read for a slot: the slot's own, or chunk 0 for an empty one, whose weight is 0."""
-    return T.if_then_else((index >= 0) & (index < num_chunks), index, 0)
+def chunk_or_spare(index, num_chunks, spare):
+    """The chunk to read for a slot: its own, or for an empty one, whose weight is 0, a chunk that the token chose.
+
+    Any other chunk might hold an inf or nan that the token must not see: 0 * nan is nan. A token that chose none
+    (spare -1) reads chunk 0, and its result is replaced by 0.
+    """
+    return T.if_then_else((index >= 0) & (index < num_chunks), index, T.max(spare, 0))

@@ -65,9 +65,9 @@ def test_blocks_change_nothing(problem, options, block):
 def test_equal_scores_prefer_the_lower_chunk(dtype):
     """All scores equal, and zeros of either sign: the first topk visible chunks win."""
     q_slc = torch.ones(1, 200, 1, 16, dtype=dtype)
-    landmarks = torch.zeros(1, 12, 1, 16, dtype=dtype)
-    landmarks[:, ::2] = -0.0
-    _, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16)
+    landmarks = torch.ones(1, 12, 1, 16, dtype=dtype)
+    landmarks[:, ::2] = -1.0
+    _, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16, scale=0.0)
     slots = torch.arange(3)
     assert torch.equal(indices[0, :, 0], torch.where(slots < torch.arange(200)[:, None] // 16, slots, -1).int())
 

@@ -81,7 +81,8 @@ class _Plan:
         self.blocks = [b for _, _, b in sorted(zip([b[0] for b in blocks], tokens, blocks, strict=True))]
 
     def buffer(self, width):
-        return torch.empty((self.pairs_per_block * self.G + _ROWS_MULTIPLE) * width, dtype=self.dtype, device=self.device)
+        rows = self.pairs_per_block * self.G + _ROWS_MULTIPLE
+        return torch.empty(rows * width, dtype=self.dtype, device=self.device)
 
     def zeros(self, *shape):
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -91,7 +92,7 @@ class _Plan:
         return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
 
     def exp_scores(self, rows, head, segment, t, out):
-        """q rows [>= n * G, D] -> out [>= n * G, L] = exp(q K^T * scale) up to a factor in each row, and its row sums."""
+        """exp(q K^T * scale) of q rows [n * G or more, D] into out [.., L], up to a factor a row; the row sums."""
         torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
         out = out[: len(t) * self.G]
         if out.shape[1] == 1:  # P is exactly 1, hence dS exactly 0

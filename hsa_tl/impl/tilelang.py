@@ -41,12 +41,17 @@ def _kernel(program: str, problem: Problem, config: dict | None):
 
 
 def arguments(q, k, v, weights, indices, chunk_len):
-    """The programs' views: heads split into [H, G], contiguous; chunk_len always there."""
+    """What every program takes: heads split into [H, G], contiguous; chunk_len always there."""
     H = k.shape[3]
     q, weights = (x.unflatten(2, (H, x.shape[2] // H)).contiguous() for x in (q, weights))
     if chunk_len is None:
         chunk_len = torch.empty(k.shape[1], dtype=torch.int32, device=k.device)  # not read
     return q, k.contiguous(), v.contiguous(), weights, indices.contiguous(), chunk_len
+
+
+def spare_chunk(indices, num_chunks: int):
+    """[B, T, H]: a chunk that the token chose, for its empty slots to read; -1 if it chose none."""
+    return torch.where(indices < num_chunks, indices, -1).amax(-1)
 
 
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
@@ -55,20 +60,22 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     kernel = _kernel("hsa_fwd_token", problem, config)
     q, k, v, weights, indices, chunk_len = arguments(q, k, v, weights, indices, chunk_len)
     out = torch.empty_like(q)
-    if problem.T:
-        kernel(q, k, v, weights, indices, chunk_len, scale, out)
+    if q.numel():
+        kernel(q, k, v, weights, indices, spare_chunk(indices, problem.N), chunk_len, scale, out)
     return out.flatten(2, 3)
 
 
 def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
     """dq, dk, dv, dweights; every program here is deterministic. See hsa_tl.ops for the arguments."""
     problem = Problem.of(q, k, weights, indices, chunk_len)
+    if not q.numel():
+        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
     dq_kernel = _kernel("hsa_bwd_dq_token", problem, config)
     dkdv_kernel = _kernel("hsa_bwd_dkdv_chunk", problem, config)
     q, k, v, weights, indices, chunk_len = arguments(q, k, v, weights, indices, chunk_len)
     do = do.contiguous().view_as(q)
     dq, dk, dv, dweights = (torch.empty_like(x) for x in (q, k, v, weights))
-    if problem.T:
-        dq_kernel(q, k, v, weights, indices, chunk_len, do, scale, dq, dweights)
-        dkdv_kernel(q, k, v, weights, pairs.pair, pairs.offsets, chunk_len, do, scale, dk, dv)
+    spare = spare_chunk(indices, problem.N)
+    dq_kernel(q, k, v, weights, indices, spare, chunk_len, do, scale, dq, dweights)
+    dkdv_kernel(q, k, v, weights, pairs.pair, pairs.offsets, chunk_len, do, scale, dk, dv)
     return dq.flatten(2, 3), dk, dv, dweights.flatten(2, 3)
