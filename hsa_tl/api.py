@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,27 @@ IMPLS = ("auto", "reference", "tilelang", "triton")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _require(ok: bool, name: str, rule: str, value: object) -> None:
+def _require(ok: bool, name: str, rule: str | Callable[[], str], value: object) -> None:
+    """rule and value may be functions: under torch.compile, printing a length would make it a constant of the graph."""
     if not ok:
+        rule, value = (x() if callable(x) else x for x in (rule, value))
         raise ValueError(f"{name} must {rule}, got {value}")
+
+
+def _shape_of(x: torch.Tensor) -> Callable[[], str]:
+    return lambda: f"shape {list(x.shape)}"
+
+
+def _require_shape(name: str, x: torch.Tensor, dims: tuple, reason: str) -> None:
+    """dims: numbers, or "N" and "N >= 1" for free ones. Dim by dim: comparing shapes as a whole fixes lengths too."""
+    same = all(n >= d.count(">= 1") if isinstance(d, str) else n == d for n, d in zip(x.shape, dims, strict=True))
+    _require(same, name, lambda: f"have shape [{', '.join(map(str, dims))}] {reason}", _shape_of(x))
 
 
 def _require_tensor(name: str, x: object, ndim: int, like: torch.Tensor | None = None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    _require(x.ndim == ndim, name, f"have {ndim} dimensions", f"shape {list(x.shape)}")
+    _require(x.ndim == ndim, name, f"have {ndim} dimensions", _shape_of(x))
     if like is not None:
         _require(x.device == like.device, name, f"be on {like.device} like the other tensors", x.device)
 
@@ -42,7 +55,7 @@ def _require_float(name: str, x: torch.Tensor, like: torch.Tensor | None = None)
 def _require_int(name: str, x: object, low: int) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(x).__name__}")
-    _require(x >= low, name, f"be at least {low}", x)
+    _require(x >= low, name, f"be at least {low}", lambda: x)
 
 
 def _require_common(chunk_size: int, scale: float | None, impl: str) -> None:
@@ -58,8 +71,8 @@ def _require_common(chunk_size: int, scale: float | None, impl: str) -> None:
 def _require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
     _require_tensor("cu_seqlens", cu_seqlens, 1, q)
     _require(cu_seqlens.dtype == torch.int32, "cu_seqlens", "have dtype int32", cu_seqlens.dtype)
-    _require(cu_seqlens.shape[0] >= 2, "cu_seqlens", "hold at least two offsets", f"shape {list(cu_seqlens.shape)}")
-    _require(q.shape[0] == 1, "cu_seqlens", "come with batch size B = 1", f"B = {q.shape[0]}")
+    _require(cu_seqlens.shape[0] >= 2, "cu_seqlens", "hold at least two offsets", _shape_of(cu_seqlens))
+    _require(q.shape[0] == 1, "cu_seqlens", "come with batch size B = 1", lambda: f"B = {q.shape[0]}")
 
 
 def _validates(x: torch.Tensor, validate: bool | None) -> bool:
@@ -104,7 +117,7 @@ def fusion_weights(
     """
     if not isinstance(scores, torch.Tensor):
         raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}")
-    _require(scores.ndim >= 1, "scores", "have a last dimension of slots", f"shape {list(scores.shape)}")
+    _require(scores.ndim >= 1, "scores", "have a last dimension of slots", _shape_of(scores))
     _require(scores.dtype in FLOATS, "scores", "have a floating dtype", scores.dtype)
     _require(kind in fusion.KINDS, "kind", f"be one of {', '.join(fusion.KINDS)}", repr(kind))
     _require((swa_lse is not None) == (kind == "joint"), "swa_lse", 'be given for kind="joint" only', f"kind={kind!r}")
@@ -115,10 +128,10 @@ def fusion_weights(
     _require_tensor("swa_lse", swa_lse, scores.ndim - 1, scores)
     heads, lse_heads = scores.shape[-2], swa_lse.shape[-1]
     _require(
-        swa_lse.shape[:-1] == scores.shape[:-2] and lse_heads % heads == 0,
+        all(a == b for a, b in zip(swa_lse.shape[:-1], scores.shape[:-2], strict=True)) and lse_heads % heads == 0,
         "swa_lse",
-        f"have shape {list(scores.shape[:-1])} or a multiple of its heads",
-        f"shape {list(swa_lse.shape)}",
+        lambda: f"have shape {list(scores.shape[:-1])} or a multiple of its heads",
+        _shape_of(swa_lse),
     )
     return fusion.joint(scores.repeat_interleave(lse_heads // heads, -2), swa_lse.to(scores.dtype))
 
@@ -152,12 +165,7 @@ def retrieve_chunks(
     _require_float("q_slc", q_slc)
     _require_float("landmarks", landmarks, q_slc)
     B, _T, R, D_r = q_slc.shape
-    _require(
-        landmarks.shape[0] == B and landmarks.shape[2:] == q_slc.shape[2:],
-        "landmarks",
-        f"have shape [{B}, N, {R}, {D_r}] to match q_slc",
-        f"shape {list(landmarks.shape)}",
-    )
+    _require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc")
     _require_int("topk", topk, 1)
     _require_int("q_start", q_start, 0)
     _require_int("exclude_window", exclude_window, 0)
@@ -206,27 +214,20 @@ def hsa_attention(
     _require_float("q", q)
     _require_float("k", k, q)
     _require_float("v", v, q)
-    _require(
-        k.shape[0] == B and k.shape[3] == D and T_kv > 0 and H > 0,
-        "k",
-        f"have shape [{B}, T_kv >= 1, H >= 1, {D}] to match q",
-        f"shape {list(k.shape)}",
-    )
-    _require(v.shape == k.shape, "v", f"have k's shape {list(k.shape)}", f"shape {list(v.shape)}")
-    _require(HQ % H == 0 and HQ > 0, "q", f"have a multiple of k's {H} heads", f"{HQ} heads")
-    _require(
-        indices.shape[:3] == (B, T, H) and indices.shape[3] > 0,
-        "indices",
-        f"have shape [{B}, {T}, {H}, K >= 1] to match q and k",
-        f"shape {list(indices.shape)}",
-    )
+    _require_shape("k", k, (B, "T_kv >= 1", "H >= 1", D), "to match q")
+    _require_shape("v", v, tuple(k.shape), "like k")
+    _require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k's {H} heads", lambda: f"{HQ} heads")
+    _require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k")
     _require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
     K = indices.shape[3]
     _require(
-        weights.shape[:2] == (B, T) and weights.shape[3] == K and (weights.shape[2] == H or weights.shape[2] == HQ),
+        weights.shape[0] == B
+        and weights.shape[1] == T
+        and (per_head or weights.shape[2] == H)
+        and weights.shape[3] == K,
         "weights",
-        f"have shape [{B}, {T}, {H} or {HQ}, {K}] to match indices",
-        f"shape {list(weights.shape)}",
+        lambda: f"have shape [{B}, {T}, {H} or {HQ}, {K}] to match indices",
+        _shape_of(weights),
     )
     weights_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _require(weights.dtype == weights_dtype, "weights", f"have dtype {weights_dtype}", weights.dtype)
@@ -242,7 +243,7 @@ def hsa_attention(
             chunk_len = (T_kv - chunk_size * torch.arange(N, device=q.device)).clamp(max=chunk_size).int()
     else:
         _require_cu_seqlens(cu_seqlens, q)
-        _require(T_kv == T, "k", f"have q's {T} tokens with cu_seqlens", f"{T_kv} tokens")
+        _require(T_kv == T, "k", lambda: f"have q's {T} tokens with cu_seqlens", lambda: f"{T_kv} tokens")
         N = T // chunk_size + cu_seqlens.shape[0] - 1
         position, indices, chunk_len = ops.pack(cu_seqlens, indices, chunk_size, N, validate)
         k, v = (x.new_zeros(1, N * chunk_size, H, D).index_copy(1, position, x) for x in (k, v))

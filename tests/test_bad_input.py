@@ -70,7 +70,7 @@ VALUE_ERRORS = [
     (attention, {"k": zeros(B, T, H, 32)}, r"k must have shape \[2, .*, 16\].* got shape \[2, 40, 2, 32\]"),
     (attention, {"k": zeros(1, T, H, D)}, r"k must have shape \[2, .*got shape \[1,"),
     (attention, {"k": zeros(B, 0, H, D), "v": zeros(B, 0, H, D)}, r"k must have shape .*T_kv >= 1"),
-    (attention, {"v": zeros(B, T + 1, H, D)}, r"v must have k's shape \[2, 40, 2, 16\], got shape \[2, 41"),
+    (attention, {"v": zeros(B, T + 1, H, D)}, r"v must have shape \[2, 40, 2, 16\] like k, got shape \[2, 41"),
     (attention, {"q": zeros(B, T, 5, D)}, r"q must have a multiple of k's 2 heads, got 5 heads"),
     (attention, {"indices": zeros(B, T, HQ, K, dtype=torch.int32)}, r"indices must have shape \[2, 40, 2, K >= 1\]"),
     (attention, {"indices": zeros(B, T, H, 0, dtype=torch.int32)}, r"indices must .*K >= 1.*got shape \[2, 40, 2, 0\]"),
