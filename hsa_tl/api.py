@@ -221,10 +221,7 @@ def hsa_attention(
     _require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
     K = indices.shape[3]
     _require(
-        weights.shape[0] == B
-        and weights.shape[1] == T
-        and (per_head or weights.shape[2] == H)
-        and weights.shape[3] == K,
+        weights.shape[0] == B and weights.shape[1] == T and weights.shape[2] in (H, HQ) and weights.shape[3] == K,
         "weights",
         lambda: f"have shape [{B}, {T}, {H} or {HQ}, {K}] to match indices",
         _shape_of(weights),
