@@ -202,7 +202,7 @@ def hsa_attention(
     gradient 0. Nothing is saved but the inputs and, for the backward, the inverted index.
     cu_seqlens [n + 1] int32 (B = 1, T_kv = T): packed sequences, whose chunks start at the sequence's own start.
     impl: "auto" (the fastest that supports the problem here), "reference", "tilelang", "triton".
-    config: {program name: config} overrides the tuned choice. deterministic: bitwise the same gradients every run.
+    config: {program name: fields} of that impl overrides its choice. deterministic: bitwise the same gradients always.
     validate: check indices on CUDA too (default: HSA_VALIDATE=1); without it an index out of range is an empty slot.
     ValueError / TypeError: names the argument, the rule and the value. NotImplementedError: impl cannot run here.
     """

@@ -224,3 +224,18 @@ def test_unable_implementation(impl, dtype):
 def test_retrieval_has_one_implementation(impl):
     with pytest.raises(NotImplementedError, match=rf"retrieve_chunks has no impl='{impl}'.*use 'auto' or 'reference'"):
         retrieve(impl=impl)
+
+
+@pytest.mark.parametrize(
+    "impl, config, words",
+    [
+        ("reference", {"hsa_fwd_token": {}}, r"config must be None for impl='reference'"),
+        ("triton", {"hsa_fwd_token": {}}, r"config must name kernels among forward_kernel, .*got \['hsa_fwd_token'\]"),
+        ("triton", {"forward_kernel": {"threads": 4}}, r"config must have no fields but .*got 'threads'"),
+        ("triton", {"forward_kernel": {"num_warps": 3}}, r"config\['num_warps'\] must be a power of two, got 3"),
+        ("tilelang", {"forward_kernel": {}}, r"config must name programs among hsa_fwd_token, .*got 'forward_kernel'"),
+    ],
+)
+def test_config_of_another_implementation(impl, config, words):
+    with pytest.raises(ValueError, match=words):
+        attention(impl=impl, config=config)

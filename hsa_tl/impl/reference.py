@@ -130,6 +130,8 @@ def _add_product(total, a, b):
 
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     """out [B, T, HQ, D] of q [B, T, HQ, D], k and v [B, N, S, H, D], weights [B, T, HW, K], indices [B, T, H, K]."""
+    if config:
+        raise ValueError(f"config must be None for impl='reference', which has no programs, got {sorted(config)}")
     if not pairs.offsets[-1]:
         return q.new_zeros(q.shape)
     plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Mapping
 
 import torch
 
@@ -265,22 +264,23 @@ def plan(kernel, G: int, D: int, S: int, itemsize: int, shared_limit: int = _HOP
     return None
 
 
-def _overrides(config, G: int) -> dict:
-    if config is None:
-        return {}
-    if not isinstance(config, Mapping):
-        raise ValueError(f"config must be None or a mapping, got {config!r}")
+def _overrides(config, kernel, G: int) -> dict:
+    """The fields of `config`, {kernel name: fields}, for one kernel; ValueError names what is wrong."""
+    kernels = tuple(f.__name__ for f in (forward_kernel, dq_kernel, dkdv_kernel))
+    if unknown := set(config or ()) - set(kernels):
+        raise ValueError(f"config must name kernels among {', '.join(kernels)}, got {sorted(unknown)}")
+    fields = (config or {}).get(kernel.__name__, {})
     least = _next_power_of_two(max(16, G))
-    for key, value in config.items():
+    for key, value in fields.items():
         if key not in _CONFIG_KEYS:
-            raise ValueError(f"config must have no keys but {', '.join(_CONFIG_KEYS)}, got {key!r}")
+            raise ValueError(f"config must have no fields but {', '.join(_CONFIG_KEYS)}, got {key!r}")
         if type(value) is not int or value < 1:
             raise ValueError(f"config[{key!r}] must be a positive int, got {value!r}")
         if key in ("block_M", "num_warps") and value & (value - 1):
             raise ValueError(f"config[{key!r}] must be a power of two, got {value}")
         if key == "block_M" and value < least:
             raise ValueError(f"config['block_M'] must be at least {least} for {G} query heads a group, got {value}")
-    return dict(config)
+    return dict(fields)
 
 
 def _device_shared_bytes(device=None) -> int:
@@ -335,7 +335,7 @@ def _setup(kernel, q, k, weights, indices, config):
         settings = {"block_M": _next_power_of_two(max(64, G)), "num_warps": 4, "num_stages": 1}
     else:
         settings = plan(kernel, G, D, S, q.dtype.itemsize, _device_shared_bytes(q.device))
-    settings |= _overrides(config, G)
+    settings |= _overrides(config, kernel, G)
     constants = {"H": H, "G": G, "D": D, "S": S, "K": indices.shape[3], "PER_HEAD": weights.shape[2] != H}
     constants["BLOCK_D"] = _next_power_of_two(max(16, D))
     constants |= {key: settings[key] for key in ("num_warps", "num_stages", "maxnreg") if key in settings}
