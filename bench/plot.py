@@ -11,6 +11,7 @@ from hsa_tl.files import write_atomic
 TITLES = {"forward": "Forward", "backward": "Backward", "train": "Forward + backward"}
 STYLES = {
     "dense": ("#444444", "o"),
+    "dense-expanded": ("#9a6fb0", "P"),
     "dense-cudnn": ("#888888", "s"),
     "dense-flash": ("#b08d57", "D"),
     "dense-fa3": ("#7a3e00", "^"),
@@ -19,7 +20,11 @@ STYLES = {
     "hsa-tilelang": ("#c2185b", "^"),
     "hsa-triton": ("#e07b00", "D"),
 }
-NAMES = {"dense": "dense causal (torch SDPA)", "hsa-auto": "HSA (auto)"}
+NAMES = {
+    "dense": "dense causal (torch SDPA)",
+    "dense-expanded": "dense causal (torch SDPA, heads expanded)",
+    "hsa-auto": "HSA (auto)",
+}
 
 
 def pyplot():

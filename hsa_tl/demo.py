@@ -244,7 +244,7 @@ def run_demo(
                 found, chosen = selections(corpus, cases.at_length(cases.on_cpu(base), tokens), topks)
             _show_selections(console, found)
             with part("speed"):
-                dense = ("dense",) if device == "cpu" else ("dense", "dense-cudnn", "dense-flash")
+                dense = ("dense-expanded",) if device == "cpu" else ("dense", "dense-cudnn", "dense-flash")
                 case = dataclasses.replace(cases.case("k16-d64"), name="demo", problem=base)
                 speed = run_sweep(
                     [case], lengths, ("forward", "train"), (*dense, "hsa-auto"), "text", device, deadline_s=speed_s,

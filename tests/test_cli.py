@@ -43,7 +43,7 @@ def test_bench_writes_rows_and_a_plot(tmp_path):
     run("bench", "--device", "cpu", "--lengths", "256", "--mode", "train", "--minutes", 0.5, "--out", tmp_path)
     rows = list(csv.DictReader((tmp_path / "bench.csv").open()))
     timed = {r["provider"] for r in rows if r["metric"] == "time" and r["p50"]}
-    assert timed == {"dense", "hsa-auto"} and json.loads((tmp_path / "bench.json").read_text())
+    assert timed == {"dense", "dense-expanded", "hsa-auto"} and json.loads((tmp_path / "bench.json").read_text())
     assert any(p.stat().st_size > 5000 for p in tmp_path.glob("*.png"))
 
 
