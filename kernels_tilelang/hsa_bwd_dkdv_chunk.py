@@ -9,7 +9,7 @@ no (T, N) mask: the pair index says who chose the chunk, in stable order, so the
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config import ChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, softmax_and_delta
 
 
 def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: ChunkConfig):
@@ -81,12 +81,8 @@ def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config
                 T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
                 T.clear(acc_dp)
                 T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
-                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
-                for r, s in T.Parallel(rows, S):
-                    acc_s[r, s] = acc_s[r, s] / row_sum[r]
-                for r, s in T.Parallel(rows, S):
-                    acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
-                T.reduce_sum(acc_dp, delta, dim=1)
+                length = chunk_len[i_c] if masked else None
+                softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale * LOG2E, length)
                 for r, s in T.Parallel(rows, S):
                     ds_shared[r, s] = row_weight[r] * (acc_dp[r, s] - acc_s[r, s] * delta[r])
                 for r, s in T.Parallel(rows, S):

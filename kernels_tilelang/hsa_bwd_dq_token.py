@@ -8,7 +8,7 @@ chunks stream through shared memory; dq and every delta stay on chip. The row st
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
-from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, exp_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, softmax_and_delta
 
 
 def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: TokenConfig):
@@ -67,12 +67,8 @@ def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: 
                 T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
                 T.clear(acc_dp)
                 T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
-                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
-                for r, s in T.Parallel(rows, S):
-                    acc_s[r, s] = acc_s[r, s] / row_sum[r]
-                for r, s in T.Parallel(rows, S):
-                    acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
-                T.reduce_sum(acc_dp, delta, dim=1)
+                length = chunk_len[i_c] if masked else None
+                softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale * LOG2E, length)
                 for r, s in T.Parallel(rows, S):
                     ds_shared[r, s] = weights_shared[T.min(r, heads_w - 1), i_k] * (
                         acc_dp[r, s] - acc_s[r, s] * delta[r]

@@ -22,6 +22,17 @@ def exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length):
     T.reduce_sum(acc_s, row_sum, dim=1)
 
 
+@T.macro
+def softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale_log2, length):
+    """acc_s = P, the softmax of the scores in it; acc_dp = P * dP of the dP in it; delta = rowsum(P * dP)."""
+    exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length)
+    for r, s in T.Parallel(rows, S):
+        acc_s[r, s] = acc_s[r, s] / row_sum[r]
+    for r, s in T.Parallel(rows, S):
+        acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
+    T.reduce_sum(acc_dp, delta, dim=1)
+
+
 def chunk_or_spare(index, num_chunks, spare):
     """The chunk to read for a slot: its own, or for an empty one, whose weight is 0, a chunk that the token chose.
 
