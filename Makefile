@@ -5,7 +5,7 @@ MINUTES ?= 9
 JOBS ?= 2
 SOURCES := hsa_tl kernels_tilelang autotune model bench tests
 
-.PHONY: setup demo test lint gpu clean
+.PHONY: setup demo test lint gpu bundle clean
 
 setup: .venv/.installed
 
@@ -29,6 +29,10 @@ lint: setup
 # On a Hopper machine, which may have no network: gpu tests, a short tuning, a sweep. Resumable. See bench/AGENDA.md.
 gpu:
 	bash bench/gpu.sh --minutes $(MINUTES)
+
+# What the GPU run needs and no GPU: static ranks and compiled kernels, into .bundle/.
+bundle: setup
+	bash bench/gpu.sh --prepare
 
 clean:
 	rm -rf .venv build dist out *.egg-info

@@ -13,11 +13,14 @@ import torch
 import typer
 
 from hsa_tl import cases
-from hsa_tl.autotune import table, tuner
+from hsa_tl.autotune import static, table, tuner
 from hsa_tl.bench import record
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.files import write_atomic
+from hsa_tl.kernels_tilelang import compile
+from hsa_tl.kernels_tilelang import config as configs
 
+PREPARED = Path(".bundle/ranked.json")
 LENGTHS = (4096, 16384, 65536)
 SELECTIONS = ("random", "overlap")
 SWEPT = ("paper-d128", "k16-d128", "paper-d64")
@@ -89,14 +92,38 @@ def run_tests(seconds: float) -> dict:
     return {"result": tail.splitlines()[-1]}
 
 
+def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None) -> int:
+    """Does without a GPU what tuning would spend a lease on: static ranks to a file, kernels into TileLang's cache.
+
+    Returns how many kernels were compiled. Needs nvcc.
+    """
+    wanted = cases.find("tune") if wanted is None else wanted
+    rows = [row for case in wanted for row in tuner.rank(case, "h200", jobs=2)]
+    for case in wanted:
+        for program in configs.PROGRAMS:
+            for config in configs.space(program, case.problem):
+                compile.kernel(program, case.problem, config)
+    write_atomic(path, json.dumps({"commit": record.commit(), "rows": rows}) + "\n")
+    return len(rows)
+
+
+def ranked(case: cases.Case, path: Path = PREPARED) -> list[dict]:
+    """Static rows of a case: what prepare() left of this commit, else ranked now."""
+    if path.is_file():
+        prepared = json.loads(path.read_text())
+        rows = [r for r in prepared["rows"] if r["case"] == case.name]
+        if rows and prepared["commit"] == record.commit():
+            return rows
+    return tuner.rank(case, table.device_name() or "h100")
+
+
 def tune(out: Path, seconds: float) -> dict:
     """Measures the cases tagged tune, best static rank first; every row goes to tuning.json, the best to table.json."""
     end, rows, chosen = time.monotonic() + seconds, [], []
     wanted = cases.find("tune")
     for i, case in enumerate(wanted):
-        ranked = tuner.rank(case, table.device_name() or "h100")
         deadline = time.monotonic() + (end - time.monotonic()) / (len(wanted) - i)
-        measured = tuner.measure(case, ranked, deadline=deadline)
+        measured = tuner.measure(case, ranked(case), deadline=deadline)
         rows += measured
         chosen += tuner.best(case, [r for r in measured if r.get("median_us")])
     write_atomic(out / "tuning.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
@@ -121,8 +148,15 @@ def sweep(out: Path, seconds: float) -> dict:
 def main(
     minutes: Annotated[float, typer.Option(help="budget of the whole run")] = 9.0,
     out: Annotated[Path, typer.Option(help="a folder for each device is made in it")] = Path("bench/results"),
+    prepare_only: Annotated[bool, typer.Option("--prepare", help="only what needs no GPU: rank, compile")] = False,
 ) -> None:
-    """Exit code 0 when every step that ran is green, 1 when one failed, 2 without a Hopper GPU."""
+    """Exit code 0 when every step that ran is green, 1 when one failed, 2 without a Hopper GPU (or nvcc)."""
+    if prepare_only:
+        if reason := static.missing_tools():
+            typer.echo(f"error: {reason}", err=True)
+            raise typer.Exit(2)
+        typer.echo(f"ranked and compiled {prepare()} kernels into {PREPARED.parent}")
+        return
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         typer.echo("error: make gpu needs a Hopper GPU (compute capability 9.0), and torch sees none here", err=True)
         raise typer.Exit(2)

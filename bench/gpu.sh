@@ -24,6 +24,7 @@ else
     ln -sfn "$PWD/$entry" "$package/$(basename "$entry")"
   done
   export PYTHONPATH="$PWD/.bundle/package:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
-  export TILELANG_CACHE_DIR="${TILELANG_CACHE_DIR:-$PWD/.bundle/tilelang-cache}"
 fi
+# Kernels compiled by --prepare, on any machine with nvcc, are found here.
+export TILELANG_CACHE_DIR="${TILELANG_CACHE_DIR:-$PWD/.bundle/tilelang-cache}"
 exec "$python" -m hsa_tl.bench.gpu "$@"

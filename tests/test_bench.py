@@ -99,6 +99,20 @@ def test_red_tests_end_the_gpu_run_and_are_tried_again(tmp_path):
     assert [name for name, _ in log] == ["tests", "tests", "tune", "sweep"]
 
 
+def test_prepared_ranks_are_used_at_their_commit_only(monkeypatch, tmp_path):
+    path, row = tmp_path / "ranked.json", {"case": CASE.name, "program": "hsa_fwd_token"}
+    monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: [row])
+    compiled = []
+    monkeypatch.setattr(gpu.compile, "kernel", lambda program, problem, config: compiled.append((program, config)))
+    assert gpu.prepare(path, (CASE,)) == 1
+    assert {program for program, _ in compiled} == set(gpu.configs.PROGRAMS)
+    monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: "ranked now")
+    assert gpu.ranked(CASE, path) == [row]
+    assert gpu.ranked(dataclasses.replace(CASE, name="other"), path) == "ranked now"
+    monkeypatch.setattr(gpu.record, "commit", lambda: "another")
+    assert gpu.ranked(CASE, path) == "ranked now"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the run itself starts where there is a GPU")
 def test_without_a_gpu_the_gpu_run_says_so(tmp_path, capsys):
     import typer
