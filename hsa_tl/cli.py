@@ -203,7 +203,9 @@ def show_static(rows: list[dict], title: str) -> bool:
         wrong = static_check.faults(r)
         notes += [f"{r['case']} {r['program']} {r['config']}: {fault}" for fault in wrong]
         known = r["error"] is None
-        numbers = [r["registers"], r["spill_bytes"], r["smem_bytes"], r["ctas_per_sm"]] if known else [""] * 4
+        numbers = (
+            [r["registers"], r["spill_bytes"], f"{r['smem_bytes'] / 1024:.0f}", r["ctas_per_sm"]] if known else [""] * 4
+        )
         model = [r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.2f}", r["limiter"]] if known else [""] * 3
         timed = [f"{r['median_us']:.0f}" if r["median_us"] else ""] if "median_us" in r else []
         config = r["config"].replace("threads=", "t=").replace("num_stages=", "s=").replace("block_M=", "M=")
@@ -243,7 +245,7 @@ def static(
             )
         if out:
             static_check.write_csv(rows, out)
-    ok = show_static(rows, f"sm_90a, predicted for {device}; smem in bytes, pair = (token, key/value head, chunk)")
+    ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
     if out:
         console.print(f"wrote {out}")
     if not ok:

@@ -4,12 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 GEMMS = {"forward": 2, "backward": 5, "dkdv": 4, "dq": 3}  # [rows, D] x [D, S] products for each pair, by direction
 
 

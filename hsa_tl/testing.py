@@ -106,12 +106,6 @@ def double(inputs: Inputs) -> Inputs:
     return Inputs(*(x.double() if x.is_floating_point() else x for x in inputs))
 
 
-def relative_error(actual: torch.Tensor, high: torch.Tensor) -> float:
-    """RMS of actual - high over the RMS of high."""
-    high = high.double()
-    return float((actual.double() - high).norm() / high.norm().clamp(min=1e-300))
-
-
 def assert_as_accurate_as(name: str, actual: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
     """Asserts that `actual` is as near to the float64 `high` as the eager reference `low` of the same dtype.
 
