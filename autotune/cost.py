@@ -8,7 +8,7 @@ the innermost loop of the assembled program. It finds cliffs; it is not a measur
 import re
 from dataclasses import dataclass
 
-from hsa_tl.kernels_tilelang.config import DIRECTIONS, padded_rows
+from hsa_tl.kernels_tilelang.config import Config
 from hsa_tl.problem import Problem
 
 
@@ -19,6 +19,7 @@ class Device:
     name: str
     hbm: float
     l2: float = 7.0e12  # [A] working figure for tile reads
+    reduce: float = 2.0e12  # [A] float32 reduce-add into L2
     sms: int = 132
     clock: float = 1.755e9
     tensor_flops_clock: float = 4096  # dense 16-bit, an SM and clock
@@ -37,25 +38,17 @@ class Device:
 DEVICES = {d.name: d for d in (Device("h100", 3.0e12), Device("h200", 4.3e12), Device("h800", 3.0e12))}
 
 
-def pair_bytes(program: str, problem: Problem) -> dict[str, float]:
-    """Bytes that one pair moves through L2 and HBM, keys and values resident in L2."""
-    p = problem
-    row = p.G * p.D * p.itemsize  # one token's q, do, dq or out for one key/value head
-    if program == "hsa_bwd_dkdv_chunk":
-        return {"l2": 2 * row, "hbm": 2 * row / p.K}
-    rows_moved = {"hsa_fwd_token": 2, "hsa_bwd_dq_token": 3}[program]
-    return {"l2": p.chunk_bytes() + rows_moved * row / p.K, "hbm": rows_moved * row / p.K}
+def memory_ns(config: Config, problem: Problem, device: Device) -> dict[str, float]:
+    """ns for each pair that its bytes take at each level."""
+    rates = {"l2": device.l2, "hbm": device.hbm, "reduce": device.reduce}
+    return {level: moved / rates[level] * 1e9 for level, moved in config.pair_bytes(problem).items()}
 
 
-def roofline(program: str, problem: Problem, device: Device) -> tuple[float, str]:
+def roofline(config: Config, problem: Problem, device: Device) -> tuple[float, str]:
     """Least ns for each pair and what sets it, at full wgmma rate and perfect overlap."""
-    flops = problem.pair_flops(DIRECTIONS[program])
-    moved = pair_bytes(program, problem)
-    bounds = {
-        "tensor": flops / device.tensor_flops_clock * device.ns_for_each_clock,
-        "l2": moved["l2"] / device.l2 * 1e9,
-        "hbm": moved["hbm"] / device.hbm * 1e9,
-    }
+    flops = problem.pair_flops(config.DIRECTION)
+    bounds = {"tensor": flops / device.tensor_flops_clock * device.ns_for_each_clock}
+    bounds |= memory_ns(config, problem, device)
     limiter = max(bounds, key=bounds.get)
     return bounds[limiter], limiter
 
@@ -122,20 +115,21 @@ def loop_work(loop, device: Device) -> dict[str, float]:
 BARRIER_CLOCKS, WGMMA_WAIT_CLOCKS, INSTRUCTION_CLOCKS, GLOBAL_LOAD_CLOCKS = 30, 90, 2, 700
 
 
-def predict(program: str, problem: Problem, config, ctas: int, sass, device: Device) -> tuple[float, str]:
+def predict(config: Config, problem: Problem, ctas: int, sass, device: Device) -> tuple[float, str]:
     """ns for each pair and the limiter, from the loop that holds the matrix products and the bytes a pair moves."""
+    memory = memory_ns(config, problem, device)
+    if config.tensor_core() is None:
+        return max(memory.values()), max(memory, key=memory.get)
     loops = [loop_work(loop, device) for loop in inner_loops(sass)]
     loops = [f for f in loops if f["flops"]]
     if not loops:
-        raise ValueError(f"{program}: no inner loop with matrix products in the SASS")
+        raise ValueError("no inner loop with matrix products in the SASS")
     f = max(loops, key=lambda x: x["flops"])
     warps = config.threads // 32
     groups = warps / 4
     flops = f["flops"] * (groups if f["hgmma_clocks"] else warps)
-    rows = padded_rows(problem.G) if program != "hsa_bwd_dkdv_chunk" else config.block_M
-    pairs_for_tile = 1 if program != "hsa_bwd_dkdv_chunk" else config.block_M // problem.G
-    tile_flops = problem.pair_flops(DIRECTIONS[program]) / problem.G * rows
-    pairs = flops / tile_flops * pairs_for_tile  # the compiler may have unrolled the loop
+    tile_flops = problem.pair_flops(config.DIRECTION) / problem.G * config.rows(problem)
+    pairs = flops / tile_flops * config.pairs(problem)  # the compiler may have unrolled the loop
     tensor = f["hgmma_clocks"] * groups + f["hmma"] * warps * 4096 / device.tensor_flops_clock / device.mma_sync
     serial = f["issue"] * INSTRUCTION_CLOCKS + f["barriers"] * BARRIER_CLOCKS + f["waits"] * WGMMA_WAIT_CLOCKS
     serial += GLOBAL_LOAD_CLOCKS if f["loads"] else 0
@@ -147,7 +141,6 @@ def predict(program: str, problem: Problem, config, ctas: int, sass, device: Dev
         "latency": max(serial, tensor) / ctas,
     }
     bounds = {name: value / pairs * device.ns_for_each_clock for name, value in clocks.items()}
-    moved = pair_bytes(program, problem)
-    bounds |= {"l2": moved["l2"] / device.l2 * 1e9, "hbm": moved["hbm"] / device.hbm * 1e9}
+    bounds |= memory
     top = sorted(bounds, key=bounds.get, reverse=True)[:3]
     return sum(bounds[name] ** 4 for name in top) ** 0.25, top[0]  # near ties cost extra

@@ -18,7 +18,7 @@ from pathlib import Path
 from hsa_tl.autotune import cost
 from hsa_tl.cases import Case
 from hsa_tl.files import write_atomic
-from hsa_tl.kernels_tilelang.config import DIRECTIONS, PROGRAMS, describe, space, static_key, total_threads
+from hsa_tl.kernels_tilelang.config import PROGRAMS, describe, parse, space, static_key
 from hsa_tl.problem import Problem
 
 COLUMNS = (
@@ -125,9 +125,9 @@ def analyse(case: str, program: str, problem: Problem, config, device: str = "h2
 
     gpu = cost.DEVICES[device]
     row = dict.fromkeys(COLUMNS)
-    row |= {"case": case, "program": program, "direction": DIRECTIONS[program], **static_key(problem)}
+    row |= {"case": case, "program": program, "direction": config.DIRECTION, **static_key(problem)}
     row |= {"config": describe(config), "threads": config.threads, "device": device}
-    row |= {"roofline_ns": cost.roofline(program, problem, gpu)[0]}
+    row |= {"roofline_ns": cost.roofline(config, problem, gpu)[0]}
     try:
         artifact = lower(program, problem, config)
         (function,) = artifact.device_mod.functions.values()
@@ -137,10 +137,10 @@ def analyse(case: str, program: str, problem: Problem, config, device: str = "h2
         made = assemble(artifact.kernel_source)
         sass = cost.parse_sass(made.sass)
         smem = dynamic + made.smem_bytes
-        ctas = ctas_per_sm(made.registers, smem, total_threads(program, config), gpu)
+        ctas = ctas_per_sm(made.registers, smem, config.total_threads(), gpu)
         row |= {"registers": made.registers, "spill_bytes": made.spill_bytes, "smem_bytes": smem, "ctas_per_sm": ctas}
         row |= {"hgmma": cost.count(sass, "HGMMA"), "hmma": cost.count(sass, "HMMA")}
-        row["ns_per_pair"], row["limiter"] = cost.predict(program, problem, config, max(1, ctas), sass, gpu)
+        row["ns_per_pair"], row["limiter"] = cost.predict(config, problem, max(1, ctas), sass, gpu)
     except MissingTool:
         raise
     except Exception as error:
@@ -152,14 +152,13 @@ def faults(row: dict) -> list[str]:
     """Why a row fails the static check: an error, spills, a CTA that does not fit, tensor cores that are not used."""
     if row["error"]:
         return [row["error"]]
-    # wgmma takes 64 rows and a whole warpgroup; a token's tile has too few rows for it.
-    claim = "hgmma" if row["program"] == "hsa_bwd_dkdv_chunk" and row["threads"] >= 128 else "hmma"
+    claim = parse(row["program"], row["config"]).tensor_core()
     found = []
     if row["spill_bytes"]:
         found.append(f"{row['spill_bytes']} bytes of spills")
     if row["ctas_per_sm"] < 1:
         found.append("no CTA fits an SM")
-    if not row[claim]:
+    if claim and not row[claim]:
         found.append(f"no {claim.upper()} instruction")
     return found
 

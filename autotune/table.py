@@ -61,8 +61,7 @@ def lookup(program: str, problem: Problem, device: str) -> dict | None:
 def heuristic(program: str, problem: Problem):
     """The config without a table: the first of the space, whose order is a preference; on the CPU a small tile."""
     if problem.device_type == "cpu":
-        config = CONFIGS[program]()
-        return CONFIGS[program](block_M=max(16, problem.G)) if program == "hsa_bwd_dkdv_chunk" else config
+        return CONFIGS[program].on_cpu(problem)
     return space(program, problem)[0]
 
 

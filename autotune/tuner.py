@@ -3,6 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
@@ -85,7 +86,7 @@ def measure(case: Case, ranked: list[dict], *, deadline: float, progress: Callab
         if time.monotonic() > deadline:
             break
         program = row["program"]
-        config = next(c for c in configs.space(program, problem) if configs.describe(c) == row["config"])
+        config = configs.parse(program, row["config"])
         row = row | {"median_us": None}
         try:
             check(program, problem, config)
@@ -108,10 +109,9 @@ def best(case: Case, rows: list[dict]) -> list[dict]:
             continue
         key = (lambda r: r["median_us"]) if timed else (lambda r: r["ns_per_pair"])
         row = min(timed or mine, key=key)
-        fields = dict(item.split("=") for item in row["config"].split(","))
         chosen.append(
             {"program": program, **configs.static_key(case.problem), "T": case.problem.T}
-            | {"config": {k: int(v) for k, v in fields.items()}, "source": "measured" if timed else "static"}
+            | {"config": asdict(configs.parse(program, row["config"])), "source": "measured" if timed else "static"}
             | {"median_us": row.get("median_us"), "ns_per_pair": row["ns_per_pair"], "candidates": len(mine)}
             | {"versions": versions()}
         )

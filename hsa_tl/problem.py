@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-GEMMS = {"forward": 2, "backward": 5, "dkdv": 4, "dq": 3}  # [rows, D] x [D, S] products for each pair, by direction
+# [rows, D] x [D, S] products for each pair, by direction
+GEMMS = {"forward": 2, "backward": 5, "dkdv": 4, "dq": 3, "index": 0, "combine": 0}
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,14 @@ tilelang.set_log_level("WARNING")
 
 def build(program: str, problem: Problem, config) -> tvm.tirx.PrimFunc:
     """The program's IR for a problem's static dims."""
-    module = importlib.import_module(f"hsa_tl.kernels_tilelang.{program}")
-    blocks = max(1, blocks_per_sm(program, problem, config))
-    return getattr(module, program)(**static_key(problem), min_blocks=blocks, config=config)
+    folder = "sm90a." if config.specialised and problem.device_type == "cuda" else ""
+    module = importlib.import_module(f"hsa_tl.kernels_tilelang.{folder}{program}")
+    blocks = max(1, blocks_per_sm(config, problem))
+    return getattr(module, program)(**_static_dims(problem, config), min_blocks=blocks, config=config)
+
+
+def _static_dims(problem: Problem, config) -> dict:
+    return {name: value for name, value in static_key(problem).items() if name in config.KEY}
 
 
 def lower(program: str, problem: Problem, config):
@@ -35,7 +40,7 @@ def lower(program: str, problem: Problem, config):
 
 def kernel(program: str, problem: Problem, config):
     """A callable kernel for the problem's device; compiled once for each static key and config, any B, T, N and H."""
-    key = (program, problem.device_type, config, *static_key(problem).values())
+    key = (program, problem.device_type, config, *_static_dims(problem, config).values())
     if key not in _KERNELS:
         ir = build(program, problem, config)
         if problem.device_type == "cpu":

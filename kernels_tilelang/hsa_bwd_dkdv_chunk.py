@@ -8,11 +8,11 @@ no (T, N) mask: the pair index says who chose the chunk, in stable order, so the
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import ChunkConfig
+from hsa_tl.kernels_tilelang.config import BwdDkdvChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, softmax_and_delta
 
 
-def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: ChunkConfig):
+def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdDkdvChunkConfig):
     rows = config.block_M
     tile = rows // G  # pairs; rows past tile * G are padding
     B, tokens, N, H = T.dynamic("B, tokens, N, H")

@@ -7,11 +7,11 @@ chunks stream through shared memory; dq and every delta stay on chip. The row st
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
+from hsa_tl.kernels_tilelang.config import BwdDqTokenConfig, padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, softmax_and_delta
 
 
-def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: TokenConfig):
+def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdDqTokenConfig):
     rows = padded_rows(G)
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
 

@@ -9,11 +9,11 @@ it synchronous.
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import TokenConfig, padded_rows
+from hsa_tl.kernels_tilelang.config import FwdTokenConfig, padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, exp_rows
 
 
-def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: TokenConfig):
+def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdTokenConfig):
     rows = padded_rows(G)
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
 

@@ -23,14 +23,15 @@ def test_every_config_assembles_without_spills_and_with_tensor_cores(case, progr
         row = static.analyse(case.name, program, case.problem, c)
         assert static.faults(row) == [], row
         # The config's own arithmetic must agree with what ptxas and the driver would allow.
-        assert row["ctas_per_sm"] >= config.blocks_per_sm(program, case.problem, c), row
-        assert row["smem_bytes"] <= config.smem_bytes(program, case.problem, c), row
+        assert row["ctas_per_sm"] >= config.blocks_per_sm(c, case.problem), row
+        assert row["smem_bytes"] <= c.smem_bytes(case.problem), row
         assert row["roofline_ns"] <= row["ns_per_pair"] < 100 * row["roofline_ns"], row
 
 
 def test_faults_are_named():
     row = dict.fromkeys(static.COLUMNS) | {
-        "program": "hsa_bwd_dkdv_chunk", "threads": 128, "spill_bytes": 8, "ctas_per_sm": 0, "hgmma": 0, "hmma": 9,
+        "program": "hsa_bwd_dkdv_chunk", "config": "block_M=64,threads=128",
+        "spill_bytes": 8, "ctas_per_sm": 0, "hgmma": 0, "hmma": 9,
     }  # fmt: skip
     assert static.faults(row) == ["8 bytes of spills", "no CTA fits an SM", "no HGMMA instruction"]
     assert static.faults(row | {"spill_bytes": 0, "ctas_per_sm": 1, "hgmma": 1}) == []

@@ -13,8 +13,8 @@ from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
     CONFIGS,
     PROGRAMS,
-    ChunkConfig,
-    TokenConfig,
+    BwdDkdvChunkConfig,
+    FwdTokenConfig,
     blocks_per_sm,
     from_dict,
     space,
@@ -51,16 +51,21 @@ def test_any_config_gives_the_same_result(threads):
 @pytest.mark.parametrize(
     "program, changes, config, words",
     [
-        ("hsa_fwd_token", {}, ChunkConfig(), "takes a TokenConfig, got ChunkConfig"),
-        ("hsa_fwd_token", {"D": 40}, TokenConfig(), "D must be a multiple of 16, got 40"),
-        ("hsa_fwd_token", {}, TokenConfig(threads=100), "threads must be 32 to 256 in whole warps, got 100"),
-        ("hsa_fwd_token", {"S": 16}, TokenConfig(), "4 warps need S and D to be multiples of 64, got 16 and 128"),
-        ("hsa_fwd_token", {}, TokenConfig(num_stages=0), "num_stages must be at least 1, got 0"),
-        ("hsa_fwd_token", {}, TokenConfig(num_stages=8), "shared memory must be at most 232448 bytes"),
-        ("hsa_bwd_dkdv_chunk", {"HQ": 128}, ChunkConfig(), "block_M must be at least G = 128"),
-        ("hsa_bwd_dkdv_chunk", {}, ChunkConfig(block_M=32), "a multiple of 64, got 32"),
-        ("hsa_bwd_dkdv_chunk", {"D": 48}, ChunkConfig(threads=64), "2 warps need D to be a multiple of 32, got 48"),
-        ("hsa_bwd_dkdv_chunk", {"D": 256}, ChunkConfig(), "registers must be at most 255 a thread"),
+        ("hsa_fwd_token", {}, BwdDkdvChunkConfig(), "takes a FwdTokenConfig, got BwdDkdvChunkConfig"),
+        ("hsa_fwd_token", {"D": 40}, FwdTokenConfig(), "D must be a multiple of 16, got 40"),
+        ("hsa_fwd_token", {}, FwdTokenConfig(threads=100), "threads must be 32 to 256 in whole warps, got 100"),
+        ("hsa_fwd_token", {"S": 16}, FwdTokenConfig(), "4 warps need S and D to be multiples of 64, got 16 and 128"),
+        ("hsa_fwd_token", {}, FwdTokenConfig(num_stages=0), "num_stages must be at least 1, got 0"),
+        ("hsa_fwd_token", {}, FwdTokenConfig(num_stages=8), "shared memory must be at most 232448 bytes"),
+        ("hsa_bwd_dkdv_chunk", {"HQ": 128}, BwdDkdvChunkConfig(), "block_M must be at least G = 128"),
+        ("hsa_bwd_dkdv_chunk", {}, BwdDkdvChunkConfig(block_M=32), "a multiple of 64, got 32"),
+        (
+            "hsa_bwd_dkdv_chunk",
+            {"D": 48},
+            BwdDkdvChunkConfig(threads=64),
+            "2 warps need D to be a multiple of 32, got 48",
+        ),
+        ("hsa_bwd_dkdv_chunk", {"D": 256}, BwdDkdvChunkConfig(), "registers must be at most 255 a thread"),
     ],
 )
 def test_why_illegal_says_what_and_why(program, changes, config, words):
@@ -73,7 +78,7 @@ def test_the_space_is_legal_and_fits(case, program):
     configs = space(program, case.problem)
     assert configs and len(set(configs)) == len(configs)
     for c in configs:
-        assert why_illegal(program, case.problem, c) is None and blocks_per_sm(program, case.problem, c) >= 1
+        assert why_illegal(program, case.problem, c) is None and blocks_per_sm(c, case.problem) >= 1
 
 
 def test_every_shape_of_the_contract_has_a_config_or_is_listed_here():
@@ -100,9 +105,9 @@ def test_lookup_order(monkeypatch):
     other = near | {"K": 8}
     monkeypatch.setattr(table, "shipped", lambda device: (other, far, near))
     monkeypatch.setattr(table, "device_name", lambda: "h200")
-    assert table.resolve("hsa_fwd_token", PAPER) == TokenConfig(64, 3)
-    assert table.resolve("hsa_fwd_token", cases.at_length(PAPER, 1 << 19)) == TokenConfig(64, 2)
-    assert table.resolve("hsa_fwd_token", PAPER, {"hsa_fwd_token": {"num_stages": 2}}) == TokenConfig(128, 2)
+    assert table.resolve("hsa_fwd_token", PAPER) == FwdTokenConfig(64, 3)
+    assert table.resolve("hsa_fwd_token", cases.at_length(PAPER, 1 << 19)) == FwdTokenConfig(64, 2)
+    assert table.resolve("hsa_fwd_token", PAPER, {"hsa_fwd_token": {"num_stages": 2}}) == FwdTokenConfig(128, 2)
     assert table.resolve("hsa_bwd_dq_token", PAPER) == space("hsa_bwd_dq_token", PAPER)[0]
     monkeypatch.setattr(table, "device_name", lambda: None)
     assert table.resolve("hsa_fwd_token", PAPER) == space("hsa_fwd_token", PAPER)[0]
