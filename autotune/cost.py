@@ -20,6 +20,7 @@ class Device:
     hbm: float
     l2: float = 7.0e12  # [A] working figure for tile reads
     reduce: float = 2.0e12  # [A] float32 reduce-add into L2
+    l2_bytes: float = 40e6  # [A] working set that still hits
     sms: int = 132
     clock: float = 1.755e9
     tensor_flops_clock: float = 4096  # dense 16-bit, an SM and clock

@@ -11,8 +11,8 @@ from hsa_tl.problem import Problem
 
 SM_90A = {"kind": "cuda", "arch": "sm_90a"}
 # Tiles are whole chunks and slots are checked in the program, so no access needs a guard, which would cost the copies
-# their asynchrony.
-PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True}
+# their asynchrony. Fast math: exp2 and division to 2 ulp of float32, subnormals to 0; 16-bit rounding comes next.
+PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.enable_fast_math": True}
 
 _KERNELS: dict = {}
 

@@ -11,8 +11,12 @@ SMEM_SM = 228 * 1024  # bytes of an SM, SMEM_RESERVED of them for each CTA
 SMEM_RESERVED = 1024 + 128  # 128: static shared memory (barriers), rounded up
 SMEM_ALIGNMENT = 2048  # what aligning swizzled tiles to 1 KB may add
 MAX_REGISTERS = 255  # a thread
+MAX_THREADS = 384  # that compute: three warpgroups
 WORKING_REGISTERS = 52  # beside the accumulators: addresses, row statistics, operands; less made ptxas spill
+WGMMA_REGISTERS = 30  # beside its accumulator
 WARPGROUP = 128  # threads
+PRODUCER_REGISTERS = 24  # a thread of the producer warpgroup keeps, when it gives the rest to the consumers
+CONSUMER_REGISTERS = 240  # a thread at most, then
 
 
 class Config:
@@ -21,6 +25,7 @@ class Config:
     DIRECTION: ClassVar[str]  # what it computes: a key of hsa_tl.problem.GEMMS
     KEY: ClassVar[tuple[str, ...]] = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of static_key: its builder's
     specialised: ClassVar[bool] = False  # on a GPU run sm90a/<program>.py, its hand-specialised twin
+    moves_registers: ClassVar[bool] = False  # from the producer warpgroup to the consumers
     threads: int  # that compute
 
     def total_threads(self) -> int:
@@ -35,6 +40,14 @@ class Config:
         """(token, chunk) pairs that one pass of the tile serves, at best."""
         return 1
 
+    def chunk_reads(self, p: Problem) -> float:
+        """Times that a chunk's keys and values are read for one pair, at best."""
+        return 1 / self.pairs(p)
+
+    def ctas(self, p: Problem) -> int:
+        """CTAs of a launch."""
+        raise NotImplementedError
+
     def pair_bytes(self, p: Problem) -> dict[str, float]:
         """Bytes that one pair moves, by level: l2, hbm, reduce (float32 reduce-add); keys and values stay in L2."""
         raise NotImplementedError
@@ -45,6 +58,10 @@ class Config:
 
     def accumulators(self, p: Problem) -> int:
         """float32 elements of the CTA's fragments."""
+        raise NotImplementedError
+
+    def largest(self, p: Problem) -> int:
+        """float32 elements of the largest fragment; asked where moves_registers."""
         raise NotImplementedError
 
     def refusal(self, p: Problem) -> str | None:
@@ -93,6 +110,9 @@ class FwdTokenConfig(Config):
     def rows(self, p):
         return padded_rows(p.G)
 
+    def ctas(self, p):
+        return p.B * p.H * p.T
+
     def pair_bytes(self, p):
         moved = self.MOVED * row_bytes(p) / p.K
         return {"l2": p.chunk_bytes() + moved, "hbm": moved}
@@ -126,6 +146,61 @@ class FwdTokenConfig(Config):
 
 
 @dataclass(frozen=True)
+class FwdUnionConfig(Config):
+    """A CTA owns block_M // G neighbouring tokens, a warpgroup 64 rows; num_stages chunks of their union in flight."""
+
+    block_M: int = 128
+    num_stages: int = 2
+    DIRECTION: ClassVar[str] = "forward"
+    moves_registers: ClassVar[bool] = True
+
+    @property
+    def threads(self):
+        return 2 * self.block_M
+
+    def total_threads(self):
+        return self.threads + WARPGROUP  # automatic warp specialisation adds a producer
+
+    def rows(self, p):
+        return self.block_M
+
+    def ctas(self, p):
+        return p.B * p.H * -(-p.T // self.pairs(p))
+
+    def pairs(self, p):
+        return self.block_M // p.G  # when all tokens of the tile chose the chunk
+
+    def pair_bytes(self, p):
+        moved = 2 * row_bytes(p) / p.K
+        return {"l2": p.chunk_bytes() / self.pairs(p) + moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        tiles = self.block_M * p.D + 2 * self.num_stages * p.S * p.D
+        slots = self.pairs(p) * p.K * 4 * (2 + (p.G if p.per_head else 1))
+        return tiles * p.itemsize + slots + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.block_M * (p.D + p.S)
+
+    def largest(self, p):
+        return self.block_M * max(p.D, p.S)
+
+    def refusal(self, p):
+        if self.block_M not in (64, 128, 192) or self.block_M < p.G:
+            return f"block_M must be 64, 128 or 192 and at least G = {p.G}, got {self.block_M}"
+        return None
+
+    @classmethod
+    def options(cls, p):
+        usual = [cls(*x) for x in product((192, 128, 64), (2, 3))]
+        return _first_legal(p, usual, [cls(block_M, 1) for block_M in (128, 64)])
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=64)
+
+
+@dataclass(frozen=True)
 class BwdDqTokenConfig(FwdTokenConfig):
     """As FwdTokenConfig."""
 
@@ -148,6 +223,12 @@ class BwdDkdvChunkConfig(Config):
 
     def pairs(self, p):
         return self.block_M // p.G
+
+    def chunk_reads(self, p):
+        return 0.0  # once for all its pairs
+
+    def ctas(self, p):
+        return p.B * p.H * p.N
 
     def pair_bytes(self, p):
         return {"l2": 2 * row_bytes(p), "hbm": 2 * row_bytes(p) / p.K}
@@ -189,8 +270,47 @@ def pair_rows_refusal(config, p: Problem) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class UnionIndexConfig(Config):
+    """A CTA owns the tokens of one tile of hsa_fwd_union with the same block_M."""
+
+    block_M: int = 128
+    threads: int = 128
+    DIRECTION: ClassVar[str] = "index"
+    KEY: ClassVar[tuple[str, ...]] = ("G", "K")
+
+    def padded_keys(self, G: int, K: int) -> int:
+        """Slots of the tile, up to a power of two."""
+        return 1 << max(1, (self.block_M // G * K - 1).bit_length())
+
+    def pair_bytes(self, p):
+        return {"hbm": 12.0}  # the index read, its place in order and in union written
+
+    def smem_bytes(self, p):
+        return 4 * (self.block_M // p.G * p.K + 2 * self.padded_keys(p.G, p.K)) + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return 2 * self.block_M // p.G * p.K + self.padded_keys(p.G, p.K)
+
+    def refusal(self, p):
+        return None if self.block_M >= p.G else f"block_M must be at least G = {p.G}, got {self.block_M}"
+
+    @classmethod
+    def options(cls, p):
+        return [cls(block_M, threads) for block_M in (192, 128, 64) for threads in (128, 256)]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=64)
+
+    def tensor_core(self):
+        return None
+
+
 CONFIGS = {
     "hsa_fwd_token": FwdTokenConfig,
+    "hsa_fwd_union": FwdUnionConfig,
+    "union_index": UnionIndexConfig,
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
 }
@@ -211,10 +331,19 @@ def static_key(problem: Problem) -> dict:
     }
 
 
-def registers_left(config: Config, blocks: int = 1) -> int:
-    """Registers that ptxas may give a thread when `blocks` CTAs are to fit the SM's four partitions."""
+def launch_registers(config: Config, blocks: int = 1) -> int:
+    """Registers of each thread at launch when `blocks` CTAs are to fit the SM's four partitions."""
     warps = config.total_threads() // 32 * blocks
     return min(MAX_REGISTERS, 16384 // (32 * -(-warps // 4)) // 8 * 8)
+
+
+def registers_left(config: Config, blocks: int = 1) -> int:
+    """Registers that a computing thread may take, with what the producer gave up where it does."""
+    each = launch_registers(config, blocks)
+    if not config.moves_registers:
+        return each
+    spare = each * config.total_threads() - PRODUCER_REGISTERS * (config.total_threads() - config.threads)
+    return min(CONSUMER_REGISTERS, spare // config.threads // 8 * 8)
 
 
 def registers_needed(config: Config, problem: Problem) -> int:
@@ -226,7 +355,10 @@ def blocks_per_sm(config: Config, problem: Problem) -> int:
     """CTAs that fit an SM by shared memory and by the registers the program needs; 0 if not even one does."""
     by_smem = SMEM_SM // (config.smem_bytes(problem) + SMEM_RESERVED)
     needed = registers_needed(config, problem)
-    return max((n for n in range(1, min(by_smem, 8) + 1) if registers_left(config, n) >= needed), default=0)
+    # ptxas wants one wgmma's accumulator and operands within the registers at launch.
+    at_launch = config.largest(problem) // config.threads + WGMMA_REGISTERS if config.moves_registers else 0
+    fits = [n for n in range(1, min(by_smem, 8) + 1) if registers_left(config, n) >= needed]
+    return max((n for n in fits if launch_registers(config, n) >= at_launch), default=0)
 
 
 def why_illegal(program: str, problem: Problem, config) -> str | None:
@@ -236,8 +368,8 @@ def why_illegal(program: str, problem: Problem, config) -> str | None:
         return f"{program} takes a {CONFIGS[program].__name__}, got {type(config).__name__}"
     if p.D % 16:
         return f"D must be a multiple of 16, got {p.D}"
-    if config.threads % 32 or not 32 <= config.threads <= 256:
-        return f"threads must be 32 to 256 in whole warps, got {config.threads}"
+    if config.threads % 32 or not 32 <= config.threads <= MAX_THREADS:
+        return f"threads must be 32 to {MAX_THREADS} in whole warps, got {config.threads}"
     if reason := config.refusal(p):
         return reason
     smem = config.smem_bytes(p)
