@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import ClassVar
 
-from hsa_tl.problem import Problem
+from hsa_tl.problem import GEMMS, Problem
 
 SMEM_LIMIT = 227 * 1024  # bytes a CTA may ask for on sm_90
 SMEM_SM = 228 * 1024  # bytes of an SM, SMEM_RESERVED of them for each CTA
@@ -314,7 +314,8 @@ CONFIGS = {
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
 }
-PROGRAMS = tuple(CONFIGS)
+PROGRAMS = tuple(name for name, config in CONFIGS.items() if GEMMS[config.DIRECTION])  # what is tuned
+AUXILIARY = tuple(name for name in CONFIGS if name not in PROGRAMS)  # what they stand on
 _NAMES = {config: program for program, config in CONFIGS.items()}
 
 

@@ -1,9 +1,9 @@
 """out[t] = sum_k weights[t, k] * softmax(q[t] . K[c]^T * scale) V[c], c = indices[t, k]: union-tile forward.
 
 One CTA owns block_M // G neighbouring tokens of a key/value head: block_M rows. It walks the union of their chunks
-once, each chunk streaming through shared memory, and the output stays in registers. A chunk's softmax is complete within
-its tile, so the output is never rescaled; the weight over the row sum folds into P before the cast and is 0 for a token
-that did not choose the chunk. When all choose every chunk this is dense attention without a running maximum.
+once, each chunk streaming through shared memory, and the output stays in registers. A chunk's softmax is complete
+within its tile, so the output is never rescaled; the weight over the row sum folds into P before the cast and is 0 for
+a token that did not choose the chunk. When all choose every chunk this is dense attention without a running maximum.
 union_index says what to walk: for each tile the ascending union, as often as one token chose a chunk, and for each
 token its slots in ascending order. A row keeps a cursor into its own slots: they and the union ascend alike.
 Keys and values must be finite: 0 * inf would reach the tokens of the tile that did not choose the chunk.

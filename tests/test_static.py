@@ -6,7 +6,7 @@ from hsa_tl import cases
 from hsa_tl.autotune import cost, static
 from hsa_tl.kernels_tilelang import compile, config
 
-CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.PROGRAMS]
+CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.CONFIGS]
 
 
 @pytest.mark.static
