@@ -8,7 +8,7 @@ the innermost loop of the assembled program. It finds cliffs; it is not a measur
 import re
 from dataclasses import dataclass
 
-from hsa_tl.kernels_tilelang.config import Config
+from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
 

@@ -18,6 +18,7 @@ import torch
 
 from hsa_tl.autotune import cost, table
 from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
 from hsa_tl.problem import Problem
 
 STRATEGIES = {
@@ -71,7 +72,7 @@ def expected_ns(program: str, problem: Problem, config, share: dict[int, float],
     tensor = again * p.pair_flops(config.DIRECTION) / device.tensor_flops_clock / rate * device.ns_for_each_clock
     l2 = memory["l2"] + (again - 1) * chunk_reads / device.l2 * 1e9
     hbm = memory["hbm"] + again * chunk_reads * (1 - resident) / device.hbm * 1e9
-    slots = device.sms * max(1, configs.blocks_per_sm(config, p))
+    slots = device.sms * max(1, blocks_per_sm(config, p))
     ctas = max(1, config.ctas(p))
     return max(tensor, l2, hbm, memory.get("reduce", 0.0)) * math.ceil(ctas / slots) * slots / ctas
 

@@ -5,7 +5,8 @@ import importlib
 import tilelang
 from tilelang import tvm
 
-from hsa_tl.kernels_tilelang.config import blocks_per_sm, static_key
+from hsa_tl.kernels_tilelang.config import static_key
+from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
 from hsa_tl.kernels_tilelang.cpu_target import cpu_program
 from hsa_tl.problem import Problem
 

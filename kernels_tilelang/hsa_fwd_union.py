@@ -11,7 +11,8 @@ Keys and values must be finite: 0 * inf would reach the tokens of the tile that 
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import PRODUCER_REGISTERS, FwdUnionConfig, registers_left
+from hsa_tl.kernels_tilelang.config_base import PRODUCER_REGISTERS, registers_left
+from hsa_tl.kernels_tilelang.config_forward import FwdUnionConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
 
 

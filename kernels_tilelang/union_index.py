@@ -10,7 +10,7 @@ prefix sum says where.
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import UnionIndexConfig
+from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 
 EMPTY = 2**31 - 1  # sorts behind every key
 

@@ -132,7 +132,8 @@ def assert_all_as_accurate_as(actual: dict, low: dict, high: dict) -> None:
 
 def attend(impl: str):
     """hsa_attention with the options that impl, among IMPLS, stands for."""
-    return functools.partial(hsa_attention, impl=impl.split("-")[0], config=STRATEGIES.get(impl))
+    options = {"config": STRATEGIES[impl]} if impl in STRATEGIES else {}
+    return functools.partial(hsa_attention, impl=impl.split("-")[0], **options)
 
 
 def run(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:

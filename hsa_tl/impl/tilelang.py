@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hsa_tl.autotune import strategy
 from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
+from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
 
@@ -66,7 +68,7 @@ class Call:
         k, v, indices = (x.contiguous() for x in (k, v, indices))
         return cls(problem, q, k, v, weights, indices, pairs, chunk_len, scale, do)
 
-    def kernel(self, program: str, config: configs.Config) -> Callable:
+    def kernel(self, program: str, config: Config) -> Callable:
         """The program, compiled for this call's static dims."""
         from hsa_tl.kernels_tilelang import compile
 
@@ -81,17 +83,17 @@ class Call:
 Launch = tuple[Callable[[], object], dict[str, Tensor]]
 
 
-def fwd_token(call: Call, config: configs.Config) -> Launch:
+def fwd_token(call: Call, config: Config) -> Launch:
     kernel = call.kernel("hsa_fwd_token", config)
     out, spare = torch.empty_like(call.q), call.spare_chunk()
     arguments = call.q, call.k, call.v, call.weights, call.indices, spare, call.chunk_len, call.scale, out
     return lambda: kernel(*arguments), {"out": out}
 
 
-def fwd_union(call: Call, config: configs.Config) -> Launch:
+def fwd_union(call: Call, config: Config) -> Launch:
     p = call.problem
     kernel = call.kernel("hsa_fwd_union", config)
-    index = call.kernel("union_index", configs.UnionIndexConfig(block_M=config.block_M))
+    index = call.kernel("union_index", UnionIndexConfig(block_M=config.block_M))
     tile = config.block_M // p.G
     tiles = -(-p.T // tile)
     out, order = torch.empty_like(call.q), torch.empty_like(call.indices)
@@ -106,14 +108,14 @@ def fwd_union(call: Call, config: configs.Config) -> Launch:
     return run, {"out": out}
 
 
-def bwd_dq_token(call: Call, config: configs.Config) -> Launch:
+def bwd_dq_token(call: Call, config: Config) -> Launch:
     kernel = call.kernel("hsa_bwd_dq_token", config)
     dq, dweights, spare = torch.empty_like(call.q), torch.empty_like(call.weights), call.spare_chunk()
     arguments = call.q, call.k, call.v, call.weights, call.indices, spare, call.chunk_len, call.do, call.scale
     return lambda: kernel(*arguments, dq, dweights), {"dq": dq, "dweights": dweights}
 
 
-def bwd_dkdv_chunk(call: Call, config: configs.Config) -> Launch:
+def bwd_dkdv_chunk(call: Call, config: Config) -> Launch:
     kernel = call.kernel("hsa_bwd_dkdv_chunk", config)
     dk, dv = torch.empty_like(call.k), torch.empty_like(call.v)
     arguments = call.q, call.k, call.v, call.weights, *call.pairs, call.chunk_len, call.do, call.scale
