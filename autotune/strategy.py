@@ -60,18 +60,17 @@ def random_share(problem: Problem) -> dict[int, float]:
     return {block_M: n * (1 - (1 - k / n) ** tile) / (k * tile) for block_M, tile in tiles.items()}
 
 
-def expected_ns(program: str, problem: Problem, config, share: dict[int, float], device: cost.Device) -> float:
+def expected_ns(problem: Problem, config, share: dict[int, float], device: cost.Device) -> float:
     """Bound of a pair's time for the whole GPU, in ns: memory, tensor cores, and how well the CTAs fill the GPU."""
-    p, again = problem, 1.0  # how often a pair's share of the tile is read and multiplied
-    if program == "hsa_fwd_union":
-        again = share[config.block_M] * config.pairs(p)
+    p = problem
+    read, multiplied = config.again(p, share)
     resident = min(1.0, device.l2_bytes / (p.B * p.N * p.H * p.chunk_bytes()))
     memory = cost.memory_ns(config, p, device)
     chunk_reads = config.chunk_reads(p) * p.chunk_bytes()
     rate = device.mma_sync if config.tensor_core() == "hmma" else 1.0
-    tensor = again * p.pair_flops(config.DIRECTION) / device.tensor_flops_clock / rate * device.ns_for_each_clock
-    l2 = memory["l2"] + (again - 1) * chunk_reads / device.l2 * 1e9
-    hbm = memory["hbm"] + again * chunk_reads * (1 - resident) / device.hbm * 1e9
+    tensor = multiplied * p.pair_flops(config.DIRECTION) / device.tensor_flops_clock / rate * device.ns_for_each_clock
+    l2 = memory["l2"] + (read - 1) * chunk_reads / device.l2 * 1e9
+    hbm = memory["hbm"] + read * chunk_reads * (1 - resident) / device.hbm * 1e9
     slots = device.sms * max(1, blocks_per_sm(config, p))
     ctas = max(1, config.ctas(p))
     return max(tensor, l2, hbm, memory.get("reduce", 0.0)) * math.ceil(ctas / slots) * slots / ctas
@@ -87,8 +86,8 @@ def choose(direction: str, problem: Problem, share: dict[int, float], device: co
             if not legal:
                 total = math.inf
                 break
-            config = min(legal, key=lambda c: expected_ns(program, problem, c, share, device))
-            total += expected_ns(program, problem, config, share, device)
+            config = min(legal, key=lambda c: expected_ns(problem, c, share, device))
+            total += expected_ns(problem, config, share, device)
             chosen.append((program, config))
         if total < least:
             best, least = chosen, total

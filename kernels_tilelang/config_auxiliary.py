@@ -23,10 +23,10 @@ class UnionIndexConfig(Config):
         return 1 << max(1, (self.block_M // G * K - 1).bit_length())
 
     def pair_bytes(self, p):
-        return {"hbm": 12.0}  # the index read, its place in order and in union written
+        return {"hbm": 16.0}  # the index read; order, union_chunks and union_groups written
 
     def smem_bytes(self, p):
-        return 4 * (self.block_M // p.G * p.K + 2 * self.padded_keys(p.G, p.K)) + SMEM_ALIGNMENT
+        return 4 * (self.block_M // p.G * p.K + 3 * self.padded_keys(p.G, p.K)) + SMEM_ALIGNMENT
 
     def accumulators(self, p):
         return 2 * self.block_M // p.G * p.K + self.padded_keys(p.G, p.K)

@@ -42,6 +42,10 @@ class Config:
         """Times that a chunk's keys and values are read for one pair, at best."""
         return 1 / self.pairs(p)
 
+    def again(self, p: Problem, share: dict[int, float]) -> tuple[float, float]:
+        """How often a chunk is read, and rows multiplied, beyond the best case; share: see strategy.union_share."""
+        return 1.0, 1.0
+
     def ctas(self, p: Problem) -> int:
         """CTAs of a launch."""
         raise NotImplementedError

@@ -68,10 +68,14 @@ class FwdTokenConfig(Config):
 
 @dataclass(frozen=True)
 class FwdUnionConfig(Config):
-    """A CTA owns block_M // G neighbouring tokens, a warpgroup 64 rows; num_stages chunks of their union in flight."""
+    """A CTA owns block_M // G neighbouring tokens, a warpgroup 64 rows; num_stages chunks of their union in flight.
+
+    specialised: a warpgroup skips the chunks that none of its own tokens chose.
+    """
 
     block_M: int = 128
     num_stages: int = 2
+    specialised: int = 0
     DIRECTION: ClassVar[str] = "forward"
     moves_registers: ClassVar[bool] = True
 
@@ -91,13 +95,17 @@ class FwdUnionConfig(Config):
     def pairs(self, p):
         return self.block_M // p.G  # when all tokens of the tile chose the chunk
 
+    def again(self, p, share):
+        read = share[self.block_M] * self.pairs(p)
+        return read, share[64] * (64 // p.G) if self.specialised else read
+
     def pair_bytes(self, p):
         moved = 2 * row_bytes(p) / p.K
         return {"l2": p.chunk_bytes() / self.pairs(p) + moved, "hbm": moved}
 
     def smem_bytes(self, p):
         tiles = self.block_M * p.D + 2 * self.num_stages * p.S * p.D
-        slots = self.pairs(p) * p.K * 4 * (2 + (p.G if p.per_head else 1))
+        slots = self.pairs(p) * p.K * 4 * (2 + self.specialised + (p.G if p.per_head else 1))
         return tiles * p.itemsize + slots + SMEM_ALIGNMENT
 
     def accumulators(self, p):
@@ -109,11 +117,13 @@ class FwdUnionConfig(Config):
     def refusal(self, p):
         if self.block_M not in (64, 128, 192) or self.block_M < p.G:
             return f"block_M must be 64, 128 or 192 and at least G = {p.G}, got {self.block_M}"
+        if self.specialised and (64 % p.G or self.block_M == 64):
+            return f"specialised needs whole tokens in a warpgroup's 64 rows, two warpgroups, got G = {p.G}, {self}"
         return None
 
     @classmethod
     def options(cls, p):
-        usual = [cls(*x) for x in product((192, 128, 64), (2, 3))]
+        usual = [cls(*x, 1) for x in product((192, 128), (2, 3))] + [cls(*x) for x in product((192, 128, 64), (2, 3))]
         return first_legal(p, usual, [cls(block_M, 1) for block_M in (128, 64)])
 
     @classmethod

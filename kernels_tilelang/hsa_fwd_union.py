@@ -13,7 +13,7 @@ import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import PRODUCER_REGISTERS, registers_left
 from hsa_tl.kernels_tilelang.config_forward import FwdUnionConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, load_slots, union_weights
 
 
 def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionConfig):
@@ -30,6 +30,7 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
         indices: T.Tensor((B, tokens, H, K), "int32"),
         order: T.Tensor((B, tokens, H, K), "int32"),
         union_chunks: T.Tensor((B, tiles, H, tile * K), "int32"),
+        union_groups: T.Tensor((B, tiles, H, tile * K), "int32"),  # read by the specialised twin
         union_len: T.Tensor((B, tiles, H), "int32"),
         chunk_len: T.Tensor((N,), "int32"),
         scale: T.float32,
@@ -58,12 +59,9 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                 q_shared[r, d] = T.if_then_else(inside, q[i_b, T.min(i_t, tokens - 1), i_h, r % G, d], 0)
             for i_u in T.Parallel(tile * K):
                 union_shared[i_u] = union_chunks[i_b, i_tile, i_h, i_u]
-            for t, i_k in T.Parallel(tile, K):
-                i_t = T.min(i_tile * tile + t, tokens - 1)
-                chunk_shared[t, i_k] = indices[i_b, i_t, i_h, order[i_b, i_t, i_h, i_k]]
-            for t, i_k in T.Parallel(tile * heads_w, K):
-                i_t = T.min(i_tile * tile + t // heads_w, tokens - 1)
-                weights_shared[t, i_k] = weights[i_b, i_t, i_h, t % heads_w, order[i_b, i_t, i_h, i_k]]
+            load_slots(
+                indices, weights, order, chunk_shared, weights_shared, i_tile * tile, tokens, tile, K, heads_w, i_h, i_b
+            )
             # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
             T.sync_threads()
             T.clear(acc_o)
@@ -75,13 +73,9 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                 T.clear(acc_s)
                 T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
                 exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
-                for r in T.Parallel(rows):
-                    t = T.min(r // G, tile - 1)
-                    i_k = T.min(cursor[r], K - 1)
-                    chosen = (cursor[r] < K) & (chunk_shared[t, i_k] == union_shared[i_u])
-                    weight = weights_shared[t * heads_w + T.min(r % G, heads_w - 1), i_k]
-                    row_sum[r] = T.if_then_else(chosen, weight / row_sum[r], 0.0)
-                    cursor[r] = cursor[r] + T.if_then_else(chosen, 1, 0)
+                union_weights(
+                    row_sum, cursor, union_shared[i_u], chunk_shared, weights_shared, 0, rows, G, tile, heads_w
+                )
                 for r, s in T.Parallel(rows, S):
                     p[r, s] = acc_s[r, s] * row_sum[r]
                 T.copy(v[i_b, i_c, :, i_h, :], v_shared)

@@ -40,3 +40,27 @@ def chunk_or_spare(index, num_chunks, spare):
     (spare -1) reads chunk 0, and its result is replaced by 0.
     """
     return T.if_then_else((index >= 0) & (index < num_chunks), index, T.max(spare, 0))
+
+
+@T.macro
+def load_slots(indices, weights, order, chunk_shared, weights_shared, first, tokens, tile, K, heads_w, i_h, i_b):
+    """The tile's chunks [tile, K] and weights [tile * heads_w, K], each token's slots in ascending order of chunk."""
+    for t, i_k in T.Parallel(tile, K):
+        i_t = T.min(first + t, tokens - 1)
+        chunk_shared[t, i_k] = indices[i_b, i_t, i_h, order[i_b, i_t, i_h, i_k]]
+    for t, i_k in T.Parallel(tile * heads_w, K):
+        i_t = T.min(first + t // heads_w, tokens - 1)
+        weights_shared[t, i_k] = weights[i_b, i_t, i_h, t % heads_w, order[i_b, i_t, i_h, i_k]]
+
+
+@T.macro
+def union_weights(row_sum, cursor, chunk, chunk_shared, weights_shared, first, rows, G, tile, heads_w):
+    """row_sum = weight / row_sum for a row whose token chose the chunk, and on to its next slot; 0 for the others."""
+    K = chunk_shared.shape[1]
+    for r in T.Parallel(rows):
+        t = T.min((first + r) // G, tile - 1)
+        i_k = T.min(cursor[r], K - 1)
+        chosen = (cursor[r] < K) & (chunk_shared[t, i_k] == chunk)
+        weight = weights_shared[t * heads_w + T.min((first + r) % G, heads_w - 1), i_k]
+        row_sum[r] = T.if_then_else(chosen, weight / row_sum[r], 0.0)
+        cursor[r] = cursor[r] + T.if_then_else(chosen, 1, 0)

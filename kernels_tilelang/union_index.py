@@ -2,7 +2,8 @@
 
 order[t] lists a token's slots by (chunk, slot), empty ones last. union_chunks lists the chunks of the tile's distinct
 (chunk, occurrence), ascending, where a slot's occurrence counts the equal earlier slots of its row: a chunk stands
-there as often as one token chose it, so duplicates add up. union_len is how many there are.
+there as often as one token chose it, so duplicates add up. union_len is how many there are. Bit g of union_groups tells
+whether a token of the tile's g-th 64 rows is among those who chose it.
 One CTA owns a tile of `tile` tokens of a key/value head. A slot's place in its row is the number of slots before it, by
 comparison; the tile's keys are sorted in shared memory by a bitonic network, neighbours that differ are kept, and a
 prefix sum says where.
@@ -13,12 +14,19 @@ import tilelang.language as T
 from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 
 EMPTY = 2**31 - 1  # sorts behind every key
+GROUP_ROWS = 64  # of a warpgroup
+
+
+def leads(key_shared, m, groups):
+    """Whether the m-th sorted key // groups differs from the one before."""
+    return (m == 0) | (key_shared[m] // groups != key_shared[T.max(m - 1, 0)] // groups)
 
 
 def union_index(*, G, K, min_blocks, config: UnionIndexConfig):
     tile = config.block_M // G  # tokens
     keys = tile * K
     padded = config.padded_keys(G, K)
+    groups = -(-config.block_M // GROUP_ROWS)
     levels = padded.bit_length() - 1  # log2
     B, tokens, H, tiles = T.dynamic("B, tokens, H, tiles")
 
@@ -28,12 +36,14 @@ def union_index(*, G, K, min_blocks, config: UnionIndexConfig):
         num_chunks: T.int32,
         order: T.Tensor((B, tokens, H, K), "int32"),
         union_chunks: T.Tensor((B, tiles, H, keys), "int32"),
+        union_groups: T.Tensor((B, tiles, H, keys), "int32"),
         union_len: T.Tensor((B, tiles, H), "int32"),
     ):
         with T.Kernel(tiles, H, B, threads=config.threads) as (i_tile, i_h, i_b):
             chunk_shared = T.alloc_shared([tile, K], "int32")
             key_shared = T.alloc_shared([padded], "int32")
             sum_shared = T.alloc_shared([padded], "int32")
+            groups_shared = T.alloc_shared([padded], "int32")
             place = T.alloc_fragment([tile, K], "int32")
             occurrence = T.alloc_fragment([tile, K], "int32")
             held = T.alloc_fragment([padded], "int32")
@@ -58,7 +68,8 @@ def union_index(*, G, K, min_blocks, config: UnionIndexConfig):
                     order[i_b, i_tile * tile + t, i_h, place[t, i_k]] = i_k
             for t, i_k in T.Parallel(tile, K):
                 if chunk_shared[t, i_k] < EMPTY:
-                    key_shared[t * K + i_k] = chunk_shared[t, i_k] * K + occurrence[t, i_k]
+                    key = chunk_shared[t, i_k] * K + occurrence[t, i_k]
+                    key_shared[t * K + i_k] = key * groups + t * G // GROUP_ROWS
 
             # Bitonic: runs of 2 << i alternate in direction; step j compares keys 1 << (i - j) apart.
             for i in T.serial(levels):
@@ -71,16 +82,23 @@ def union_index(*, G, K, min_blocks, config: UnionIndexConfig):
                         key_shared[m] = held[m]
 
             for m in T.Parallel(padded):
-                distinct = (key_shared[m] < EMPTY) & ((m == 0) | (key_shared[m] != key_shared[T.max(m - 1, 0)]))
+                distinct = (key_shared[m] < EMPTY) & leads(key_shared, m, groups)
                 sum_shared[m] = T.if_then_else(distinct, 1, 0)
+                groups_shared[m] = 0
             for i in T.serial(levels):
                 for m in T.Parallel(padded):
                     held[m] = T.if_then_else(m >= (1 << i), sum_shared[T.max(m - (1 << i), 0)], 0)
                 for m in T.Parallel(padded):
                     sum_shared[m] = sum_shared[m] + held[m]
             for m in T.Parallel(padded):
-                if (key_shared[m] < EMPTY) & ((m == 0) | (key_shared[m] != key_shared[T.max(m - 1, 0)])):
-                    union_chunks[i_b, i_tile, i_h, sum_shared[m] - 1] = key_shared[m] // K
+                if (key_shared[m] < EMPTY) & leads(key_shared, m, groups):
+                    union_chunks[i_b, i_tile, i_h, sum_shared[m] - 1] = key_shared[m] // (K * groups)
+            for g in T.serial(groups):  # one writer for each chunk at a time
+                for m in T.Parallel(padded):
+                    if (key_shared[m] < EMPTY) & (key_shared[m] % groups == g) & leads(key_shared, m, 1):
+                        groups_shared[sum_shared[m] - 1] = groups_shared[sum_shared[m] - 1] + (1 << g)
+            for m in T.Parallel(keys):
+                union_groups[i_b, i_tile, i_h, m] = groups_shared[m]
             union_len[i_b, i_tile, i_h] = sum_shared[padded - 1]
 
     return union_index

@@ -74,10 +74,7 @@ def test_deterministic_never_takes_reduce_add():
 def test_expected_time_counts_a_gpu_that_is_not_full():
     """One CTA a chunk: 64 of them leave half of 132 SMs idle."""
     (config, *_) = strategy.configs.space("hsa_bwd_chunk", PAPER)
-    few, many = (
-        strategy.expected_ns("hsa_bwd_chunk", cases.at_length(PAPER, T), config, SCATTERED, H200)
-        for T in (4096, 1 << 17)
-    )
+    few, many = (strategy.expected_ns(cases.at_length(PAPER, T), config, SCATTERED, H200) for T in (4096, 1 << 17))
     assert few > 1.8 * many
 
 

@@ -18,25 +18,32 @@ def _union(rows: list[list[int]], num_chunks: int) -> list[int]:
     return [c for c, _ in sorted(keys)]
 
 
-@pytest.mark.parametrize("G, K", [(1, 2), (3, 3), (16, 4), (5, 1)])
+@pytest.mark.parametrize("G, K, block_M", [(1, 2, 64), (3, 3, 64), (16, 4, 192), (5, 1, 128)])
 @hypothesis.given(B=st.integers(1, 2), T=st.integers(1, 70), H=st.integers(1, 2), N=st.integers(1, 9), seed=seeds)
 @hypothesis.settings(max_examples=10)
-def test_index(G, K, B, T, H, N, seed):
+def test_index(G, K, block_M, B, T, H, N, seed):
     """-1, indices out of range, duplicates, a last tile that is not full."""
     problem = Problem(B=B, T=T, N=N, HQ=G * H, H=H, D=16, S=16, K=K, dtype=torch.float32, device_type="cpu")
-    tile = 64 // G
+    tile = block_M // G
     tiles = -(-T // tile)
     g = torch.Generator().manual_seed(seed)
     indices = torch.randint(-1, N + 1, (B, T, H, K), generator=g, dtype=torch.int32)
     order, chunks = torch.full_like(indices, -7), indices.new_full((B, tiles, H, tile * K), -7)
     lengths = indices.new_full((B, tiles, H), -7)
-    compile.kernel("union_index", problem, UnionIndexConfig(block_M=64))(indices, N, order, chunks, lengths)
+    groups = torch.full_like(chunks, -7)
+    kernel = compile.kernel("union_index", problem, UnionIndexConfig(block_M=block_M))
+    kernel(indices, N, order, chunks, groups, lengths)
 
     key = torch.where((indices >= 0) & (indices < N), indices, N)
     assert torch.equal(order.long(), key.sort(dim=-1, stable=True).indices)
     for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in lengths.shape)).tolist():
         rows = indices[b, i * tile : (i + 1) * tile, h].tolist()
-        assert chunks[b, i, h, : lengths[b, i, h]].tolist() == _union(rows, N)
+        union = chunks[b, i, h, : lengths[b, i, h]].tolist()
+        assert union == _union(rows, N)
+        for i_u, c in enumerate(union):
+            again = union[:i_u].count(c)
+            who = {t * G // 64 for t, row in enumerate(rows) if row.count(c) > again}
+            assert groups[b, i, h, i_u] == sum(1 << g for g in who)
 
 
 @pytest.mark.parametrize("block_M", [64, 128, 192])

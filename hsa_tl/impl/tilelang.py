@@ -97,12 +97,12 @@ def fwd_union(call: Call, config: Config) -> Launch:
     tile = config.block_M // p.G
     tiles = -(-p.T // tile)
     out, order = torch.empty_like(call.q), torch.empty_like(call.indices)
-    chunks = call.indices.new_empty(p.B, tiles, p.H, tile * p.K)
+    chunks, groups = (call.indices.new_empty(p.B, tiles, p.H, tile * p.K) for _ in range(2))
     lengths = call.indices.new_empty(p.B, tiles, p.H)
-    selection = call.weights, call.indices, order, chunks, lengths
+    selection = call.weights, call.indices, order, chunks, groups, lengths
 
     def run():
-        index(call.indices, p.N, order, chunks, lengths)
+        index(call.indices, p.N, order, chunks, groups, lengths)
         kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.scale, out)
 
     return run, {"out": out}
