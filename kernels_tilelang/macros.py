@@ -40,3 +40,8 @@ def chunk_or_spare(index, num_chunks, spare):
     (spare -1) reads chunk 0, and its result is replaced by 0.
     """
     return T.if_then_else((index >= 0) & (index < num_chunks), index, T.max(spare, 0))
+
+
+def segment_of(index, head, num_chunks, heads):
+    """Where the pairs of a slot stand: segment head * num_chunks + chunk, or behind all chunks an empty slot's."""
+    return T.if_then_else((index >= 0) & (index < num_chunks), head * num_chunks + index, heads * num_chunks + head)

@@ -13,6 +13,7 @@ from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
     CONFIGS,
     PROGRAMS,
+    TUNED,
     BwdDkdvChunkConfig,
     FwdTokenConfig,
     blocks_per_sm,
@@ -34,7 +35,7 @@ def test_a_new_length_batch_or_head_count_does_not_recompile():
     for changed in (replace(SMALL, T=80, N=5), replace(SMALL, B=3), replace(SMALL, HQ=4, H=2)):
         run_with_gradients(hsa_attention, make_inputs(changed), chunk_size=16, impl="tilelang")
     assert set(compile._KERNELS) == before
-    assert {key[0] for key in before} == set(PROGRAMS)
+    assert {key[0] for key in before} >= set(TUNED)
 
 
 @pytest.mark.parametrize("threads", [32, 64, 128])
