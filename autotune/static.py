@@ -18,7 +18,7 @@ from pathlib import Path
 from hsa_tl.autotune import cost
 from hsa_tl.cases import Case
 from hsa_tl.files import write_atomic
-from hsa_tl.kernels_tilelang.config import CONFIGS, describe, parse, space, static_key
+from hsa_tl.kernels_tilelang.config import PROGRAMS, describe, parse, space, static_key
 from hsa_tl.problem import Problem
 
 COLUMNS = (
@@ -172,7 +172,7 @@ def _analyse_job(job) -> dict:
 
 
 def table_rows(
-    cases: tuple[Case, ...], *, device="h200", programs=tuple(CONFIGS), first_only=False, jobs=None, progress=None
+    cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, first_only=False, jobs=None, progress=None
 ):
     """Rows of every program x every config of its space for the cases; `progress(done, total)` after each.
 

@@ -32,8 +32,8 @@ def versions() -> dict[str, str]:
 
 def rank(case: Case, device: str, *, jobs: int | None = None, progress: Callable | None = None) -> list[dict]:
     """Static rows of the case, by program, best predicted first, failures last."""
-    rows = static.table_rows((case,), device=device, programs=configs.PROGRAMS, jobs=jobs, progress=progress)
-    order = {name: i for i, name in enumerate(configs.PROGRAMS)}
+    rows = static.table_rows((case,), device=device, programs=configs.TUNED, jobs=jobs, progress=progress)
+    order = {name: i for i, name in enumerate(configs.TUNED)}
     return sorted(rows, key=lambda r: (order[r["program"]], bool(static.faults(r)), r["ns_per_pair"] or float("inf")))
 
 
@@ -97,7 +97,7 @@ def measure(case: Case, ranked: list[dict], *, deadline: float, progress: Callab
 def best(case: Case, rows: list[dict]) -> list[dict]:
     """One table row for each program: the fastest measured candidate, else the best predicted one without a fault."""
     chosen = []
-    for program in configs.PROGRAMS:
+    for program in configs.TUNED:
         mine = [r for r in rows if r["program"] == program and not static.faults(r)]
         timed = [r for r in mine if r.get("median_us")]
         if not mine:

@@ -12,8 +12,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from hsa_tl import retrieval
-from hsa_tl.pairs import Pairs, check_range, sort_pairs
+from hsa_tl import pairs, retrieval
+from hsa_tl.pairs import Pairs, check_range
 from hsa_tl.problem import Problem
 
 custom_op = functools.partial(torch.library.custom_op, mutates_args=())
@@ -43,6 +43,15 @@ def resolve(impl: str, problem: Problem) -> str:
             return name
         reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
     raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(map(repr, preferred(problem)))}")
+
+
+def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
+    """On Hopper TileLang's counting sort where it is installed, else torch's sort: the same Pairs."""
+    if indices.is_cuda and torch.cuda.get_device_capability(indices.device) == (9, 0):
+        tilelang = implementation("tilelang")
+        if tilelang.installed():
+            return tilelang.sort_pairs(indices, num_chunks)
+    return pairs.sort_pairs(indices, num_chunks)
 
 
 @custom_op("hsa_tl::build_pairs")
@@ -102,8 +111,8 @@ def attention(
     module = implementation(resolve(impl, Problem.of(q, k, weights, indices, chunk_len)))
     if pair is None and module.FORWARD_NEEDS_PAIRS:
         pair, offsets = sort_pairs(indices, N)
-    pairs = None if pair is None else Pairs(pair, offsets)
-    return module.forward(q, k, v, weights, indices, pairs, chunk_len, scale, json.loads(config or "null"))
+    index = None if pair is None else Pairs(pair, offsets)
+    return module.forward(q, k, v, weights, indices, index, chunk_len, scale, json.loads(config or "null"))
 
 
 @attention.register_fake

@@ -1,8 +1,11 @@
 """The inverted index: (token, slot) pairs sorted by chunk, for chunk-stationary programs: no (T, N) mask."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from hsa_tl.problem import Problem
 
 
 class Pairs(NamedTuple):
@@ -20,18 +23,61 @@ def sort_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     """Stable sort of every slot by (b, h, chunk); an index outside [0, num_chunks) counts as an empty slot."""
     B, T, H, K = indices.shape
     segments = B * H * num_chunks
-    by_head = indices.permute(0, 2, 1, 3).reshape(B * H, T * K).long()
-    first = torch.arange(B * H, device=indices.device)[:, None] * num_chunks
-    valid = (by_head >= 0) & (by_head < num_chunks)
-    key = torch.where(valid, by_head + first, segments).flatten()
-    if segments < 2**31:
-        key = key.int()
-    order = torch.sort(key, stable=True).indices
-    counts = torch.zeros(segments + 1, dtype=torch.int64, device=indices.device)
-    counts.index_add_(0, key, torch.ones_like(key, dtype=torch.int64))
-    offsets = torch.zeros_like(counts)
-    torch.cumsum(counts[:segments], 0, out=offsets[1:])
-    return Pairs((order % max(1, T * K)).int(), offsets)
+    key = torch.where((indices >= 0) & (indices < num_chunks), indices + first_segment(indices, num_chunks), segments)
+    # A radix sort, whose time goes with the width of its keys.
+    dtype = next(d for d in (torch.int16, torch.int32, torch.int64) if segments <= torch.iinfo(d).max)
+    key, order = torch.sort(key.transpose(1, 2).flatten().to(dtype), stable=True)
+    offsets = torch.searchsorted(key, torch.arange(segments + 1, dtype=dtype, device=key.device))
+    if B * H > 1:
+        order %= max(1, T * K)
+    return Pairs(order.int(), offsets)
+
+
+def first_segment(indices: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """[B, 1, H, 1]: where in `offsets` the chunks of each (b, h) begin."""
+    B, _, H, _ = indices.shape
+    dtype = torch.int32 if B * H * num_chunks < 2**31 else torch.int64
+    return torch.arange(B * H, dtype=dtype, device=indices.device).view(B, 1, H, 1) * num_chunks
+
+
+class Window(NamedTuple):
+    """Tokens [start, stop) and, for each (b, h, chunk), where its pairs of them stand: pair[begin : end]."""
+
+    start: int
+    stop: int
+    begin: torch.Tensor  # [B * H * N] int64
+    end: torch.Tensor  # [B * H * N] int64
+
+
+def windows(indices: torch.Tensor, num_chunks: int, pairs: Pairs, tokens_per_window: int) -> Iterator[Window]:
+    """The pairs of `indices` [B, T, H, K] by consecutive windows of tokens. Exact integers, no host synchronisation.
+
+    A chunk's pairs ascend in t, so its pairs of a window follow those of the window before: counting the window's
+    slots by chunk gives their end. A window takes O(tokens_per_window * H * K + N) work and memory.
+    """
+    T = indices.shape[1]
+    begin, last = pairs.offsets[:-1], pairs.offsets[1:]
+    segments = len(begin)
+    for start in range(0, T, tokens_per_window):
+        stop = min(T, start + tokens_per_window)
+        if stop == T:
+            end = last
+        else:
+            part = indices[:, start:stop]
+            valid = (part >= 0) & (part < num_chunks)
+            key = torch.where(valid, part + first_segment(indices, num_chunks), segments).flatten()
+            end = torch.cat([begin, begin.new_zeros(1)]).index_add_(0, key, begin.new_ones(1).expand(len(key)))[:-1]
+        yield Window(start, stop, begin, end)
+        begin = end
+
+
+def partial_window(problem: Problem, limit_bytes: int = 2 << 30) -> int:
+    """Tokens whose partial rows [B, H, tokens * K, G, D] fit in limit_bytes: whole chunks if one fits, at least 1."""
+    p = problem
+    tokens = max(1, limit_bytes // (p.B * p.HQ * p.K * p.D * p.itemsize))
+    if tokens >= p.T:
+        return max(1, p.T)
+    return tokens // p.S * p.S or tokens
 
 
 def check_range(indices: torch.Tensor, limit: torch.Tensor | int, name: str = "indices") -> None:

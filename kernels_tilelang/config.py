@@ -2,21 +2,30 @@
 
 from dataclasses import asdict, fields
 
-from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
+from hsa_tl.kernels_tilelang.config_auxiliary import (
+    AuxiliaryConfig,
+    CombineConfig,
+    PairsCountConfig,
+    PairsPlaceConfig,
+    UnionIndexConfig,
+)
 from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig, BwdDqTokenConfig
 from hsa_tl.kernels_tilelang.config_base import refused
 from hsa_tl.kernels_tilelang.config_forward import FwdTokenConfig, FwdUnionConfig
-from hsa_tl.problem import GEMMS, Problem
+from hsa_tl.problem import Problem
 
 CONFIGS = {
     "hsa_fwd_token": FwdTokenConfig,
     "hsa_fwd_union": FwdUnionConfig,
-    "union_index": UnionIndexConfig,
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
+    "hsa_combine": CombineConfig,
+    "pairs_count": PairsCountConfig,
+    "pairs_place": PairsPlaceConfig,
+    "union_index": UnionIndexConfig,
 }
-PROGRAMS = tuple(name for name, config in CONFIGS.items() if GEMMS[config.DIRECTION])  # what is tuned
-AUXILIARY = tuple(name for name in CONFIGS if name not in PROGRAMS)  # what they stand on
+PROGRAMS = tuple(CONFIGS)
+TUNED = tuple(name for name, config in CONFIGS.items() if not issubclass(config, AuxiliaryConfig))
 
 
 def static_key(problem: Problem) -> dict:

@@ -42,6 +42,11 @@ def chunk_or_spare(index, num_chunks, spare):
     return T.if_then_else((index >= 0) & (index < num_chunks), index, T.max(spare, 0))
 
 
+def segment_of(index, head, num_chunks, heads):
+    """Where the pairs of a slot stand: segment head * num_chunks + chunk, or behind all chunks an empty slot's."""
+    return T.if_then_else((index >= 0) & (index < num_chunks), head * num_chunks + index, heads * num_chunks + head)
+
+
 @T.macro
 def load_slots(indices, weights, order, chunk_shared, weights_shared, first, tokens, tile, K, heads_w, i_h, i_b):
     """The tile's chunks [tile, K] and weights [tile * heads_w, K], each token's slots in ascending order of chunk."""

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from hsa_tl import cases
 from hsa_tl.autotune import static, tuner
 from hsa_tl.cli import app, parse_lengths
-from hsa_tl.kernels_tilelang.config import PROGRAMS
+from hsa_tl.kernels_tilelang.config import CONFIGS, PROGRAMS, TUNED, describe
 
 
 def run(*args, code=0):
@@ -20,12 +20,10 @@ def run(*args, code=0):
 
 def static_row(program="hsa_fwd_token", **changes):
     row = dict.fromkeys(static.COLUMNS) | {
-        "case": "paper-d128", "program": program, "config": "threads=128,num_stages=2", "threads": 128, "registers": 64,
-        "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4, "ns_per_pair": 4.5,
-        "limiter": "l2", "roofline_ns": 4.0,
+        "case": "paper-d128", "program": program, "config": describe(CONFIGS[program]()), "threads": 128,
+        "registers": 64, "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4,
+        "ns_per_pair": 4.5, "limiter": "l2", "roofline_ns": 4.0,
     }  # fmt: skip
-    if program == "hsa_bwd_dkdv_chunk":
-        row["config"] = "block_M=64,threads=128"
     return row | changes
 
 
@@ -59,16 +57,16 @@ def test_static_prints_writes_and_fails_on_spills(monkeypatch, tmp_path):
 
 
 def test_autotune_writes_the_best_rows_and_merges(monkeypatch, tmp_path):
-    rows = [static_row(p, ns_per_pair=x) for p in PROGRAMS for x in (5.0, 3.0)]
+    rows = [static_row(p, ns_per_pair=x) for p in TUNED for x in (5.0, 3.0)]
     monkeypatch.setattr(tuner, "rank", lambda *args, **kwargs: rows)
     out = tmp_path / "h200.json"
     for _ in range(2):
         run("autotune", "--case", "paper-d128", "--device", "h200", "--out", out)
         table = json.loads(out.read_text())["rows"]
-        assert [r["program"] for r in table] == sorted(PROGRAMS)
+        assert [r["program"] for r in table] == sorted(TUNED)
         assert all(r["source"] == "static" and r["ns_per_pair"] == 3.0 for r in table)
     run("autotune", "--case", "paper-d64", "--device", "h200", "--out", out)
-    assert len(json.loads(out.read_text())["rows"]) == 2 * len(PROGRAMS)
+    assert len(json.loads(out.read_text())["rows"]) == 2 * len(TUNED)
 
 
 def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path):

@@ -10,7 +10,12 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("hsa_tl", "kernels_tilelang", "autotune", "model", "bench", "tests")
 MAPPED = ("kernels_tilelang", "autotune", "model", "bench")
 
-PROGRAMS = ("hsa_tl.kernels_tilelang.hsa_*", "hsa_tl.kernels_tilelang.sm90a.*", "hsa_tl.kernels_tilelang.*_index")
+PROGRAMS = (
+    "hsa_tl.kernels_tilelang.hsa_*",
+    "hsa_tl.kernels_tilelang.sm90a.*",
+    "hsa_tl.kernels_tilelang.*_index",
+    "hsa_tl.kernels_tilelang.pairs_*",
+)
 
 # Lowest layer first. A module imports from lower layers only; those of no pattern are on top and import each other.
 LAYERS = (

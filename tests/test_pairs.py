@@ -1,12 +1,18 @@
-"""build_pairs against a plain loop."""
+"""The pair index: every way to sort it against a plain loop, and the windows of tokens over it."""
 
+from dataclasses import replace
+from unittest import mock
+
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from hsa_tl import build_pairs
+from hsa_tl import build_pairs, cases
+from hsa_tl.impl import tilelang
+from hsa_tl.pairs import partial_window, sort_pairs, windows
 
 
 def plain_pairs(indices: torch.Tensor, num_chunks: int) -> tuple[list[int], list[int]]:
@@ -48,3 +54,104 @@ def test_out_of_range(value):
     indices[0, 2, 1, 0] = value
     with pytest.raises(ValueError, match=rf"indices must lie in \[-1, 4\).*got {value} at \[0, 2, 1, 0\]"):
         build_pairs(indices, 4)
+
+
+def make_indices(shape, num_chunks: int, seed: int) -> torch.Tensor:
+    """Any of [-2, num_chunks + 2): empty slots, duplicates, and what counts as empty without validation."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, num_chunks + 2, shape, generator=g, dtype=torch.int32)
+
+
+def assert_same(actual, expected) -> None:
+    assert all(a.dtype == e.dtype and torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("sort", (sort_pairs, tilelang.sort_pairs), ids=("torch", "tilelang"))
+def test_every_sort_equals_a_plain_loop(sort):
+    """Stable in (t, slot), out of range is empty; few K, since TileLang compiles for each."""
+
+    @hypothesis.settings(max_examples=20)
+    @given(
+        st.tuples(st.integers(1, 2), st.integers(0, 40), st.integers(1, 3), st.sampled_from((2, 5))),
+        st.integers(0, 5),
+        seeds,
+    )
+    def holds(shape, num_chunks, seed):
+        indices = make_indices(shape, num_chunks, seed)
+        with mock.patch.object(tilelang, "SORT_TOKENS", 2):  # several blocks
+            pair, offsets = sort(indices, num_chunks)
+        expected_pair, expected_offsets = plain_pairs(indices, num_chunks)
+        assert (pair.dtype, offsets.dtype) == (torch.int32, torch.int64)
+        assert offsets.tolist() == expected_offsets and pair[: offsets[-1]].tolist() == expected_pair
+        # The empty slots stand last, by (b, h), and are as stable.
+        empty = ((indices < 0) | (indices >= num_chunks)).transpose(1, 2).flatten(2).nonzero()[:, 2]
+        assert pair[offsets[-1] :].tolist() == empty.tolist()
+
+    holds()
+
+
+@pytest.mark.parametrize("num_chunks", (3, 200))
+def test_a_block_of_the_counting_sort_walks_many_tokens(num_chunks):
+    """Few chunks: a block of many tokens. Many chunks: few blocks, or their counts would outgrow the pairs."""
+    indices = make_indices((1, 700, 2, 5), num_chunks, seed=0)
+    assert_same(tilelang.sort_pairs(indices, num_chunks), sort_pairs(indices, num_chunks))
+
+
+@pytest.mark.parametrize("num_chunks", (2**15 - 1, 2**15))
+def test_the_width_of_the_key_changes_nothing(num_chunks):
+    """The last chunk, and the key of empty slots behind it, at the largest 16-bit key and one past it."""
+    indices = torch.tensor([num_chunks - 1, -1, 0, num_chunks, num_chunks - 1]).int().view(1, 5, 1, 1)
+    pair, offsets = sort_pairs(indices, num_chunks)
+    assert pair.tolist() == [2, 0, 4, 1, 3]
+    assert offsets[:2].tolist() == [0, 1] and offsets[-2:].tolist() == [1, 3] and len(offsets) == num_chunks + 1
+
+
+@given(
+    st.tuples(st.integers(1, 2), st.integers(0, 20), st.integers(1, 3), st.integers(1, 5)),
+    st.integers(0, 5),
+    st.integers(1, 25),
+    seeds,
+)
+def test_windows_partition_the_pairs_by_token(shape, num_chunks, tokens, seed):
+    indices = make_indices(shape, num_chunks, seed)
+    index = sort_pairs(indices, num_chunks)
+    begin, stop = index.offsets[:-1], 0
+    for window in windows(indices, num_chunks, index, tokens):
+        assert window.start == stop and 0 < window.stop - window.start <= tokens
+        assert window.begin.dtype == window.end.dtype == torch.int64
+        assert torch.equal(window.begin, begin)
+        for i in range(len(begin)):
+            t = index.pair[index.offsets[i] : index.offsets[i + 1]] // shape[3]
+            inside = index.offsets[i] + ((t >= window.start) & (t < window.stop)).nonzero().flatten()
+            assert list(range(window.begin[i], window.end[i])) == inside.tolist()
+        begin, stop = window.end, window.stop
+    assert stop == shape[1]
+    assert not stop or torch.equal(begin, index.offsets[1:])
+
+
+@given(st.integers(1, 2), st.integers(0, 2000), st.integers(1, 3), st.integers(1, 2**24))
+def test_a_partial_window_fits(B, T, H, limit):
+    problem = replace(cases.at_length(cases.case("paper-d64").problem, T), B=B, H=H, HQ=16 * H, K=7)
+    tokens = partial_window(problem, limit)
+    row = problem.G * problem.D * problem.itemsize
+
+    def fits(tokens):
+        return B * H * tokens * problem.K * row <= limit
+
+    assert 1 <= tokens <= max(1, T) and (tokens == 1 or fits(tokens))
+    if tokens < T:  # whole chunks, as many as fit; less than one only where one does not
+        assert not fits(tokens + (1 if tokens < problem.S else problem.S))
+        assert tokens < problem.S or tokens % problem.S == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape, num_chunks", [((1, 4096, 1, 64), 64), ((2, 777, 3, 5), 13), ((1, 333, 2, 100), 9)])
+def test_the_counting_sort_equals_the_torch_sort_on_a_gpu(shape, num_chunks):
+    indices = make_indices(shape, num_chunks, seed=0)
+    actual = tilelang.sort_pairs(indices.cuda(), num_chunks)
+    assert_same((x.cpu() for x in actual), sort_pairs(indices, num_chunks))
+    valid = indices.clamp(-1, num_chunks - 1)
+    index = build_pairs(valid.cuda(), num_chunks)
+    expected = windows(valid, num_chunks, sort_pairs(valid, num_chunks), 100)
+    for window, other in zip(windows(valid.cuda(), num_chunks, index, 100), expected, strict=True):
+        assert_same((window.begin.cpu(), window.end.cpu()), (other.begin, other.end))

@@ -7,7 +7,7 @@ from hsa_tl.autotune import cost, static
 from hsa_tl.kernels_tilelang import compile, config
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
 
-CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.CONFIGS]
+CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.PROGRAMS]
 
 
 @pytest.mark.static

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsa_tl.autotune import strategy
+from hsa_tl.autotune import strategy, table
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 from hsa_tl.kernels_tilelang.config_base import Config
@@ -18,16 +18,18 @@ from hsa_tl.problem import Problem
 FORWARD_NEEDS_PAIRS = False
 # Every problem that tilelang accepts has these; the other strategies suit fewer shapes.
 BASE = ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk")
+SORT_BLOCKS = 4096  # CTAs of the pairs' counting sort at most
+SORT_TOKENS = 16  # of a CTA at least
 
 
 @functools.cache
-def _installed() -> bool:
+def installed() -> bool:
     return importlib.util.find_spec("tilelang") is not None
 
 
 def unavailable(problem: Problem) -> str | None:
     """Why the TileLang programs cannot run this problem here, or None."""
-    if not _installed():
+    if not installed():
         return "the package tilelang is not installed"
     if problem.device_type == "cpu":
         return None if problem.dtype == torch.float32 else "the CPU target runs float32 only"
@@ -40,6 +42,13 @@ def unavailable(problem: Problem) -> str | None:
             reason = configs.why_illegal(program, problem, configs.CONFIGS[program]())
             return f"no config of {program} suits it: {reason}"
     return None
+
+
+def compiled(program: str, problem: Problem, config: Config | None = None) -> Callable:
+    """The program for the problem's static dims, with the table's config or the heuristic's if none is given."""
+    from hsa_tl.kernels_tilelang import compile
+
+    return compile.kernel(program, problem, config or table.resolve(program, problem))
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,6 @@ class Call:
         k, v, indices = (x.contiguous() for x in (k, v, indices))
         return cls(problem, q, k, v, weights, indices, pairs, chunk_len, scale, do)
 
-    def kernel(self, program: str, config: Config) -> Callable:
-        """The program, compiled for this call's static dims."""
-        from hsa_tl.kernels_tilelang import compile
-
-        return compile.kernel(program, self.problem, config)
-
     def spare_chunk(self) -> Tensor:
         """[B, T, H]: a chunk that the token chose, for its empty slots to read; -1 if it chose none."""
         return torch.where(self.indices < self.problem.N, self.indices, -1).amax(-1)
@@ -84,7 +87,7 @@ Launch = tuple[Callable[[], object], dict[str, Tensor]]
 
 
 def fwd_token(call: Call, config: Config) -> Launch:
-    kernel = call.kernel("hsa_fwd_token", config)
+    kernel = compiled("hsa_fwd_token", call.problem, config)
     out, spare = torch.empty_like(call.q), call.spare_chunk()
     arguments = call.q, call.k, call.v, call.weights, call.indices, spare, call.chunk_len, call.scale, out
     return lambda: kernel(*arguments), {"out": out}
@@ -92,8 +95,8 @@ def fwd_token(call: Call, config: Config) -> Launch:
 
 def fwd_union(call: Call, config: Config) -> Launch:
     p = call.problem
-    kernel = call.kernel("hsa_fwd_union", config)
-    index = call.kernel("union_index", UnionIndexConfig(block_M=config.block_M))
+    kernel = compiled("hsa_fwd_union", p, config)
+    index = compiled("union_index", p, UnionIndexConfig(block_M=config.block_M))
     tile = config.block_M // p.G
     tiles = -(-p.T // tile)
     out, order = torch.empty_like(call.q), torch.empty_like(call.indices)
@@ -109,14 +112,14 @@ def fwd_union(call: Call, config: Config) -> Launch:
 
 
 def bwd_dq_token(call: Call, config: Config) -> Launch:
-    kernel = call.kernel("hsa_bwd_dq_token", config)
+    kernel = compiled("hsa_bwd_dq_token", call.problem, config)
     dq, dweights, spare = torch.empty_like(call.q), torch.empty_like(call.weights), call.spare_chunk()
     arguments = call.q, call.k, call.v, call.weights, call.indices, spare, call.chunk_len, call.do, call.scale
     return lambda: kernel(*arguments, dq, dweights), {"dq": dq, "dweights": dweights}
 
 
 def bwd_dkdv_chunk(call: Call, config: Config) -> Launch:
-    kernel = call.kernel("hsa_bwd_dkdv_chunk", config)
+    kernel = compiled("hsa_bwd_dkdv_chunk", call.problem, config)
     dk, dv = torch.empty_like(call.k), torch.empty_like(call.v)
     arguments = call.q, call.k, call.v, call.weights, *call.pairs, call.chunk_len, call.do, call.scale
     return lambda: kernel(*arguments, dk, dv), {"dk": dk, "dv": dv}
@@ -128,6 +131,28 @@ LAUNCHERS = {
     "hsa_bwd_dq_token": bwd_dq_token,
     "hsa_bwd_dkdv_chunk": bwd_dkdv_chunk,
 }
+
+
+def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
+    """As hsa_tl.pairs.sort_pairs, by a counting sort: O(pairs) work and memory, no host synchronisation."""
+    B, T, H, K = indices.shape
+    segments = B * H * (num_chunks + 1)  # the last B * H hold the empty slots
+    # Few enough blocks of tokens that their counts take less memory than the pairs.
+    blocks = max(1, min(indices.numel() // (4 * max(1, segments)), SORT_BLOCKS // max(1, B * H), T // SORT_TOKENS))
+    counts = torch.zeros(segments, blocks, dtype=torch.int32, device=indices.device)
+    cursor = torch.zeros(segments * blocks + 1, dtype=torch.int64, device=indices.device)
+    pair = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
+    if not indices.numel():
+        return Pairs(pair, cursor[: B * H * num_chunks + 1])
+    dtype = torch.float32 if indices.device.type == "cpu" else torch.bfloat16
+    # Of these dims only K matters to the programs.
+    problem = Problem(B, T, num_chunks, H, H, 64, 64, K, dtype=dtype, device_type=indices.device.type)
+    indices, tokens = indices.contiguous(), -(-T // blocks)
+    compiled("pairs_count", problem)(indices, num_chunks, tokens, counts)
+    torch.cumsum(counts.flatten(), 0, dtype=torch.int64, out=cursor[1:])
+    offsets = cursor[: B * H * num_chunks * blocks + 1 : blocks].clone()
+    compiled("pairs_place", problem)(indices, num_chunks, tokens, cursor[:-1].view_as(counts), pair)
+    return Pairs(pair, offsets)
 
 
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
