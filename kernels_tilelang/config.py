@@ -177,6 +177,75 @@ class BwdDkdvChunkConfig(Config):
         return "hgmma" if self.threads >= WARPGROUP else "hmma"
 
 
+@dataclass(frozen=True)
+class FwdChunkConfig(Config):
+    """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads.
+
+    specialised: a producer warpgroup copies num_stages tiles ahead. reduce_add: float32 reduce-add into the output, not
+    a partial for each pair.
+    """
+
+    block_M: int = 128
+    threads: int = 256
+    num_stages: int = 2
+    specialised: int = 1
+    reduce_add: int = 0
+    DIRECTION: ClassVar[str] = "forward"
+
+    def total_threads(self):
+        return self.threads + (WARPGROUP if self.specialised else 0)
+
+    def rows(self, p):
+        return self.block_M
+
+    def pairs(self, p):
+        return self.block_M // p.G
+
+    def pair_bytes(self, p):
+        read = row_bytes(p)
+        if self.reduce_add:  # q, and the output in float32, stay in L2 while a chunk's neighbours use them
+            return {"l2": read, "reduce": p.G * p.D * 4, "hbm": (read + p.G * p.D * 4) / p.K}
+        return {"l2": read, "hbm": 2 * read + 2 * read / p.K}  # a partial is written and read back
+
+    def smem_bytes(self, p):
+        rows, stages = self.block_M, self.num_stages if self.specialised else 1
+        tiles = 2 * p.S * p.D + stages * rows * p.D
+        if not self.specialised:
+            reductions = 12 * self.threads if self.threads > 2 * rows else 0
+            return tiles * p.itemsize + 4 * -(-rows // p.G) + SMEM_ALIGNMENT + reductions
+        staging = 0 if self.reduce_add else rows * p.D
+        return (tiles + staging) * p.itemsize + 8 * stages * rows + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.block_M * (p.D + p.S)
+
+    def refusal(self, p):
+        if not self.specialised:
+            return pair_rows_refusal(self, p)
+        if p.G % 8 or p.D not in (64, 128) or p.itemsize != 2:
+            return f"the specialised program needs G % 8 == 0, D 64 or 128, 16 bits, got {p.G}, {p.D}, {p.dtype_name}"
+        if self.block_M < p.G or self.block_M != self.threads // 2 or self.threads not in (128, 256):
+            return f"block_M must be at least G = {p.G} and 64 for each warpgroup, got {self.block_M}"
+        if self.num_stages < 1:
+            return f"num_stages must be at least 1, got {self.num_stages}"
+        return None
+
+    @classmethod
+    def options(cls, p):
+        usual = [cls(128, 256, 2), cls(128, 256, 3)]
+        usual += [cls(*x, 1, 0) for x in ((64, 128), (128, 256))]
+        every = [cls(*x, 1, 0) for x in product((64, 128, 32, 16), (128, 256, 64, 32))]
+        # Less than a warpgroup is for shapes that nothing better fits.
+        return _first_legal(p, usual, every)
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=max(16, p.G), threads=128, num_stages=1, specialised=0)
+
+    def tensor_core(self):
+        return "hgmma" if self.threads >= WARPGROUP else "hmma"
+
+
 def pair_rows_refusal(config, p: Problem) -> str | None:
     """Why block_M rows of pairs cannot be shared out among the warps, or None."""
     # A warpgroup multiplies 64 rows at a time with wgmma, fewer warps 16 each with mma.sync.
@@ -191,6 +260,7 @@ def pair_rows_refusal(config, p: Problem) -> str | None:
 
 CONFIGS = {
     "hsa_fwd_token": FwdTokenConfig,
+    "hsa_fwd_chunk": FwdChunkConfig,
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
 }

@@ -23,6 +23,16 @@ def exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length):
 
 
 @T.macro
+def weighted_softmax(acc_s, acc_p, row_max, row_sum, row_weight, rows, S, scale_log2, length):
+    """acc_p = row_weight * softmax of the scores in acc_s, in acc_p's type: weight / row_sum folds into one factor."""
+    exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length)
+    for r in T.Parallel(rows):
+        row_sum[r] = row_weight[r] / row_sum[r]
+    for r, s in T.Parallel(rows, S):
+        acc_p[r, s] = acc_s[r, s] * row_sum[r]
+
+
+@T.macro
 def softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale_log2, length):
     """acc_s = P, the softmax of the scores in it; acc_dp = P * dP of the dP in it; delta = rowsum(P * dP)."""
     exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length)
