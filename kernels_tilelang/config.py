@@ -217,15 +217,15 @@ class FwdChunkConfig(Config):
         return (tiles + staging) * p.itemsize + 8 * stages * rows + SMEM_ALIGNMENT
 
     def accumulators(self, p):
-        return self.block_M * (p.D + p.S)
+        return self.block_M * max(p.D + p.S // 2, p.S + p.S // 2)  # P in 16 bits beside the output or the scores
 
     def refusal(self, p):
         if not self.specialised:
             return pair_rows_refusal(self, p)
         if p.G % 8 or p.D not in (64, 128) or p.itemsize != 2:
             return f"the specialised program needs G % 8 == 0, D 64 or 128, 16 bits, got {p.G}, {p.D}, {p.dtype_name}"
-        if self.block_M < p.G or self.block_M != self.threads // 2 or self.threads not in (128, 256):
-            return f"block_M must be at least G = {p.G} and 64 for each warpgroup, got {self.block_M}"
+        if self.block_M < p.G or (self.block_M, self.threads) != (128, 256):
+            return f"the specialised program needs block_M 128 >= G, threads 256, got {self.block_M}, {self.threads}"
         if self.num_stages < 1:
             return f"num_stages must be at least 1, got {self.num_stages}"
         return None
@@ -282,9 +282,18 @@ def static_key(problem: Problem) -> dict:
 
 
 def registers_left(config: Config, blocks: int = 1) -> int:
-    """Registers that ptxas may give a thread when `blocks` CTAs are to fit the SM's four partitions."""
+    """Registers that ptxas may give a computing thread when `blocks` CTAs are to fit the SM's four partitions."""
     warps = config.total_threads() // 32 * blocks
-    return min(MAX_REGISTERS, 16384 // (32 * -(-warps // 4)) // 8 * 8)
+    share = min(MAX_REGISTERS, 16384 // (32 * -(-warps // 4)) // 8 * 8)
+    if not config.specialised:
+        return share
+    pool = share * config.total_threads() - producer_registers(blocks) * WARPGROUP
+    return min(240, pool // config.threads // 8 * 8)
+
+
+def producer_registers(blocks: int) -> int:
+    """What a thread of a specialised program's producer warpgroup keeps; it hands the rest back (setmaxnreg)."""
+    return 40 if blocks == 1 else 32
 
 
 def registers_needed(config: Config, problem: Problem) -> int:

@@ -9,7 +9,7 @@ reduce_add = 1 adds it to token t of a zeroed float32 `partial`.
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config import FwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, weighted_softmax
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, store_pairs, weighted_output
 
 
 def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkConfig):
@@ -38,7 +38,7 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             q_shared = T.alloc_shared([rows, D], dtype)
             k_shared = T.alloc_shared([S, D], dtype)
             v_shared = T.alloc_shared([S, D], dtype)
-            slot_shared = T.alloc_shared([T.ceildiv(rows, G)], "int32")
+            slot_shared = T.alloc_shared([1, T.ceildiv(rows, G)], "int32")
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_p = T.alloc_fragment([rows, S], dtype)
             acc_o = T.alloc_fragment([rows, D], "float32")
@@ -56,30 +56,21 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
 
                 for i_m in T.serial(T.ceildiv(count, tile)):
                     for m in T.Parallel(T.ceildiv(rows, G)):
-                        slot_shared[m] = pair[first + T.min(i_m * tile + m, count - 1)]
+                        slot_shared[0, m] = pair[first + T.min(i_m * tile + m, count - 1)]
                     for r, d in T.Parallel(rows, D):
-                        q_shared[r, d] = q[i_b, slot_shared[r // G] // K, i_h, r % G, d]
+                        q_shared[r, d] = q[i_b, slot_shared[0, r // G] // K, i_h, r % G, d]
                     for r in T.Parallel(rows):
-                        slot = slot_shared[r // G]
+                        slot = slot_shared[0, r // G]
                         row_weight[r] = weights[i_b, slot // K, i_h, T.min(r % G, heads_w - 1), slot % K]
 
-                    T.clear(acc_s)
-                    T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
-                    length = chunk_len[i_c] if masked else None
-                    weighted_softmax(acc_s, acc_p, row_max, row_sum, row_weight, rows, S, scale * LOG2E, length)
-                    T.clear(acc_o)
-                    T.gemm(acc_p, v_shared, acc_o, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
-
+                    weighted_output(
+                        q_shared, k_shared, v_shared, acc_s, acc_p, acc_o, row_max, row_sum, row_weight, rows, S,
+                        scale * LOG2E, chunk_len[i_c] if masked else None,
+                    )  # fmt: skip
                     left = T.min(tile, count - i_m * tile)
                     if config.reduce_add:
-                        for r, d in T.Parallel(rows, D):
-                            if r // G < left:
-                                slot = slot_shared[r // G]
-                                T.atomic_add(partial[i_b, slot // K, i_h, r % G, d], acc_o[r, d])
-                    else:
-                        T.copy(acc_o, q_shared)  # no longer needed: it gathers 16-byte stores
-                        for r, d in T.Parallel(rows, D):
-                            if r // G < left:
-                                partial[i_b, i_h, slot_shared[r // G] - start * K, r % G, d] = q_shared[r, d]
+                        add_pairs(acc_o, slot_shared, 0, left, K, partial, i_b, i_h)
+                    else:  # q_shared is free by now
+                        store_pairs(acc_o, q_shared, slot_shared, 0, left, start * K, partial, i_b, i_h)
 
     return hsa_fwd_chunk
