@@ -1,6 +1,6 @@
 """Configs of the programs, their search spaces, shared-memory arithmetic, and the one statement of what is illegal."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from typing import ClassVar
 
@@ -217,7 +217,8 @@ class FwdChunkConfig(Config):
         return (tiles + staging) * p.itemsize + 8 * stages * rows + SMEM_ALIGNMENT
 
     def accumulators(self, p):
-        return self.block_M * max(p.D + p.S // 2, p.S + p.S // 2)  # P in 16 bits beside the output or the scores
+        # P, in 16 bits, stands beside the output or the scores; the other half of S is for the gather's addresses.
+        return self.block_M * max(p.D + p.S // (2 if self.specialised else 1), p.S + p.S // 2)
 
     def refusal(self, p):
         if not self.specialised:
@@ -232,18 +233,14 @@ class FwdChunkConfig(Config):
 
     @classmethod
     def options(cls, p):
-        usual = [cls(128, 256, 2), cls(128, 256, 3)]
-        usual += [cls(*x, 1, 0) for x in ((64, 128), (128, 256))]
-        every = [cls(*x, 1, 0) for x in product((64, 128, 32, 16), (128, 256, 64, 32))]
-        # Less than a warpgroup is for shapes that nothing better fits.
-        return _first_legal(p, usual, every)
+        specialised = [cls(num_stages=3), cls(num_stages=2)]
+        plain = [cls(*x, num_stages=1, specialised=0) for x in ((64, 128), (128, 128), (128, 256))]
+        adding = [replace(c, reduce_add=1) for c in (specialised[0], *plain[::2])]
+        return _first_legal(p, specialised + plain + adding)
 
     @classmethod
     def on_cpu(cls, p):
         return cls(block_M=max(16, p.G), threads=128, num_stages=1, specialised=0)
-
-    def tensor_core(self):
-        return "hgmma" if self.threads >= WARPGROUP else "hmma"
 
 
 def pair_rows_refusal(config, p: Problem) -> str | None:
@@ -293,12 +290,12 @@ def registers_left(config: Config, blocks: int = 1) -> int:
 
 def producer_registers(blocks: int) -> int:
     """What a thread of a specialised program's producer warpgroup keeps; it hands the rest back (setmaxnreg)."""
-    return 40 if blocks == 1 else 32
+    return 40
 
 
 def registers_needed(config: Config, problem: Problem) -> int:
     """Registers a thread: the accumulators and what a program needs beside them."""
-    return config.accumulators(problem) // config.threads + WORKING_REGISTERS
+    return config.accumulators(problem) // config.threads + WORKING_REGISTERS - (4 if config.specialised else 0)
 
 
 def blocks_per_sm(config: Config, problem: Problem) -> int:

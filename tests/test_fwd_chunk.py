@@ -1,5 +1,7 @@
 """hsa_fwd_chunk alone, on the CPU target: the pairs' outputs, how they are stored, and how they sum to the oracle's."""
 
+from dataclasses import replace
+
 import hypothesis
 import pytest
 import torch
@@ -8,9 +10,17 @@ from hypothesis import strategies as st
 from strategies import Dims, expected, make_call, seeds
 
 from hsa_tl import cases
+from hsa_tl.autotune import static
 from hsa_tl.impl.tilelang import arguments
 from hsa_tl.kernels_tilelang import compile
-from hsa_tl.kernels_tilelang.config import FwdChunkConfig, why_illegal
+from hsa_tl.kernels_tilelang.config import (
+    WARPGROUP,
+    FwdChunkConfig,
+    blocks_per_sm,
+    producer_registers,
+    registers_left,
+    why_illegal,
+)
 from hsa_tl.oracle import attention_oracle
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
@@ -115,11 +125,33 @@ def test_nobody_chose_anything():
         ({"HQ": 4}, FwdChunkConfig(), "the specialised program needs G % 8 == 0, D 64 or 128, 16 bits, got 4, 128"),
         ({"D": 96}, FwdChunkConfig(), "got 16, 96, bfloat16"),
         ({"dtype": torch.float32}, FwdChunkConfig(), "got 16, 128, float32"),
-        ({}, FwdChunkConfig(block_M=64), "64 for each warpgroup, got 64"),
+        ({}, FwdChunkConfig(block_M=64), "needs block_M 128 >= G, threads 256, got 64, 256"),
         ({}, FwdChunkConfig(num_stages=0), "num_stages must be at least 1, got 0"),
-        ({"HQ": 256}, FwdChunkConfig(), "block_M must be at least G = 256"),
+        ({"HQ": 256}, FwdChunkConfig(), "needs block_M 128 >= G, threads 256, got 128, 256"),
         ({}, FwdChunkConfig(block_M=32, threads=128, specialised=0), "a multiple of 64, got 32"),
     ],
 )
 def test_why_illegal_says_what_and_why(changes, config, words):
-    assert words in why_illegal("hsa_fwd_chunk", Problem(**(vars(PAPER) | changes)), config)
+    assert words in why_illegal("hsa_fwd_chunk", replace(PAPER, **changes), config)
+
+
+@pytest.mark.parametrize("D, blocks", [(128, 1), (64, 2)])
+def test_registers_that_the_producer_gives_back_are_the_consumers_gain(D, blocks):
+    """setmaxnreg waits for ever if a CTA's warpgroups ask for more than it was launched with."""
+    problem, config = replace(PAPER, D=D), FwdChunkConfig()
+    assert blocks_per_sm(config, problem) == blocks
+    launched = 65536 // (config.total_threads() * blocks) // 8 * 8
+    kept = config.threads * registers_left(config, blocks) + WARPGROUP * producer_registers(blocks)
+    assert kept <= launched * config.total_threads() and producer_registers(blocks) < launched
+
+
+@pytest.mark.static
+@pytest.mark.parametrize("changes", [{"masked": True, "per_head": True}, {"HQ": 24, "D": 64, "S": 128, "masked": True}])
+@pytest.mark.parametrize("reduce_add", [0, 1])
+def test_the_specialised_program_assembles_off_the_papers_shape(changes, reduce_add):
+    """The cases tagged ci reach it with whole chunks and a weight for each key/value head only."""
+    problem, config = replace(PAPER, **changes), FwdChunkConfig(reduce_add=reduce_add)
+    if static.missing_tools():
+        assert not static.barrier_in_elected_branch(compile.lower("hsa_fwd_chunk", problem, config).kernel_source)
+    else:
+        assert static.faults(static.analyse("", "hsa_fwd_chunk", problem, config)) == []

@@ -1,6 +1,13 @@
-"""kernels_tilelang/hsa_fwd_chunk.py, hand-warp-specialised for sm_90a: a producer warpgroup copies num_stages ahead.
+"""kernels_tilelang/hsa_fwd_chunk.py, hand-warp-specialised for sm_90a; its arithmetic is in macros that both share.
 
-Protocol. Stage s holds one tile: q rows by TMA, slots and row weights by plain stores.
+A producer warpgroup fills a ring of num_stages tiles; two consumer warpgroups take 64 rows each. The protocol:
+  chunk_full: the producer's 128 threads arrive once, K and V as its bytes; the consumers wait once.
+  full[s]: the producer's 128 threads arrive, each after its plain stores of slot and weight (an arrival releases, a
+    wait acquires) and, one elected thread, after announcing the bytes of q that TMA brings; the consumers wait.
+  empty[s]: the 256 consumer threads arrive after their last read of the stage; the whole producer waits, on the first
+    round for the phase before the first, which counts as complete.
+Both roles walk the same tiles, so every phase is met; a CTA without pairs touches no barrier. Rows that the last tile
+lacks repeat the segment's last pair, so that a stage's bytes never vary, and are not stored.
 """
 
 import tilelang.language as T
@@ -54,6 +61,7 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             empty = T.alloc_barrier(arrive_count=[consumers] * stages)
             next_pair = T.alloc_local([tile], "int32")
             row_pair = T.alloc_var("int32")
+            next_row_pair = T.alloc_var("int32")
             next_weight = T.alloc_var("float32")
             first = T.alloc_var("int64")
             count = T.alloc_var("int32")
@@ -65,13 +73,14 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             if count > 0:
                 if thread >= consumers:
                     T.set_max_nreg(producer_registers(min_blocks), 0)
-                    row = T.min(thread - consumers, rows - 1)
+                    row = thread - consumers  # of the tile: this thread brings its slot and weight
                     T.tma_copy(k[i_b, i_c, :, i_h, :], k_shared, barrier=chunk_full)
                     T.tma_copy(v[i_b, i_c, :, i_h, :], v_shared, barrier=chunk_full)
                     T.barrier_arrive(chunk_full)
                     for m in T.unroll(tile):
                         next_pair[m] = pair[first + T.min(m, count - 1)]
                     row_pair = pair[first + T.min(row // G, count - 1)]
+                    next_row_pair = pair[first + T.min(tile + row // G, count - 1)]
                     next_weight = weights[i_b, row_pair // K, i_h, T.min(row % G, heads_w - 1), row_pair % K]
 
                     for i_m in T.serial(T.ceildiv(count, tile)):
@@ -87,11 +96,12 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                         slot_shared[stage, row // G] = row_pair
                         weight_shared[stage, row] = next_weight
                         T.barrier_arrive(full[stage])
-                        # The next tile's ids and weights fly while this stage fills.
+                        # What the next tile needs flies while this stage fills; no load here waits for another.
                         for m in T.unroll(tile):
                             next_pair[m] = pair[first + T.min((i_m + 1) * tile + m, count - 1)]
-                        row_pair = pair[first + T.min((i_m + 1) * tile + row // G, count - 1)]
+                        row_pair = next_row_pair
                         next_weight = weights[i_b, row_pair // K, i_h, T.min(row % G, heads_w - 1), row_pair % K]
+                        next_row_pair = pair[first + T.min((i_m + 2) * tile + row // G, count - 1)]
                 else:
                     T.set_max_nreg(registers_left(config, min_blocks), 1)
                     if masked:
