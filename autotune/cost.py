@@ -8,7 +8,7 @@ the innermost loop of the assembled program. It finds cliffs; it is not a measur
 import re
 from dataclasses import dataclass
 
-from hsa_tl.kernels_tilelang.config import Config
+from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
 
@@ -20,6 +20,7 @@ class Device:
     hbm: float
     l2: float = 7.0e12  # [A] working figure for tile reads
     reduce: float = 2.0e12  # [A] float32 reduce-add into L2
+    l2_bytes: float = 40e6  # [A] working set that still hits
     sms: int = 132
     clock: float = 1.755e9
     tensor_flops_clock: float = 4096  # dense 16-bit, an SM and clock

@@ -18,13 +18,17 @@ from pathlib import Path
 from hsa_tl.autotune import cost
 from hsa_tl.cases import Case
 from hsa_tl.files import write_atomic
-from hsa_tl.kernels_tilelang.config import PROGRAMS, describe, parse, space, static_key
+from hsa_tl.kernels_tilelang.config import CONFIGS, describe, parse, space, static_key
 from hsa_tl.problem import Problem
 
 COLUMNS = (
     "case", "program", "direction", "D", "G", "S", "K", "heads_w", "masked", "dtype", "config", "threads", "device",
     "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "ns_per_pair", "limiter", "roofline_ns",
     "error",
+)  # fmt: skip
+# As compile.PASS_CONFIGS has TileLang call it.
+NVCC_FLAGS = (
+    "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "--use_fast_math", "--cubin", "-w", "-Xptxas", "-v",
 )  # fmt: skip
 
 
@@ -62,7 +66,8 @@ def missing_tools() -> str | None:
 def _cache_file(source: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = subprocess.run([find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
-    return base / "hsa-tl" / "static" / f"{hashlib.sha256((version + source).encode()).hexdigest()}.json"
+    text = version + " ".join(NVCC_FLAGS) + source
+    return base / "hsa-tl" / "static" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
 def assemble(source: str) -> Assembled:
@@ -77,10 +82,9 @@ def assemble(source: str) -> Assembled:
     with tempfile.TemporaryDirectory() as folder:
         cu, cubin = Path(folder) / "program.cu", Path(folder) / "program.cubin"
         cu.write_text(source)
-        arguments = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "--cubin", "-w", "-Xptxas", "-v"]
         includes = [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
         run = subprocess.run(
-            [find_tool("nvcc"), *arguments, *includes, "-o", cubin, cu], capture_output=True, text=True
+            [find_tool("nvcc"), *NVCC_FLAGS, *includes, "-o", cubin, cu], capture_output=True, text=True
         )
         if run.returncode:
             raise RuntimeError(f"nvcc refused the program: {run.stderr[-800:]}")
@@ -168,7 +172,7 @@ def _analyse_job(job) -> dict:
 
 
 def table_rows(
-    cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, first_only=False, jobs=None, progress=None
+    cases: tuple[Case, ...], *, device="h200", programs=tuple(CONFIGS), first_only=False, jobs=None, progress=None
 ):
     """Rows of every program x every config of its space for the cases; `progress(done, total)` after each.
 

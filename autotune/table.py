@@ -62,20 +62,20 @@ def heuristic(program: str, problem: Problem):
     """The config without a table: the first of the space, whose order is a preference; on the CPU a small tile."""
     if problem.device_type == "cpu":
         return CONFIGS[program].on_cpu(problem)
-    return space(program, problem)[0]
+    if not (legal := space(program, problem)):
+        raise NotImplementedError(f"{program} has no config for {problem}; name another program in config=")
+    return legal[0]
 
 
-def resolve(program: str, problem: Problem, config: dict | None = None):
-    """Explicit config, else the device's table (nearest T of the same static key), else the heuristic."""
-    if config is not None:
-        for name, fields in config.items():
-            from_dict(name, fields)
-        if program in config:
-            chosen = from_dict(program, config[program])
-            reason = why_illegal(program, problem, chosen) if problem.device_type == "cuda" else None
-            if reason:
-                raise ValueError(f"config of {program} must suit {problem}: {reason}")
-            return chosen
+def resolve(program: str, problem: Problem, config: dict | None = None, preferred=None):
+    """Explicit config if it has fields, else the device's table (nearest T of the same static key), else `preferred`,
+    else the heuristic."""
+    if config and config.get(program):
+        chosen = from_dict(program, config[program])
+        reason = why_illegal(program, problem, chosen) if problem.device_type == "cuda" else None
+        if reason:
+            raise ValueError(f"config of {program} must suit {problem}: {reason}")
+        return chosen
     device = device_name() if problem.device_type == "cuda" else None
     row = lookup(program, problem, device) if device else None
-    return from_dict(program, row["config"]) if row else heuristic(program, problem)
+    return from_dict(program, row["config"]) if row else preferred or heuristic(program, problem)

@@ -12,11 +12,17 @@ from hsa_tl.autotune import static
 from hsa_tl.cases import Case, at_length
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.oracle import attention_oracle
+from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_as_accurate_as, double, make_inputs, run_with_gradients
 
 CHECK_TOKENS = 512
-QUANTITIES = {"hsa_fwd_token": ("out",), "hsa_bwd_dq_token": ("dq", "dweights"), "hsa_bwd_dkdv_chunk": ("dk", "dv")}
+QUANTITIES = {  # by direction
+    "forward": ("out",),
+    "dq": ("dq", "dweights"),
+    "dkdv": ("dk", "dv"),
+    "backward": ("dq", "dk", "dv", "dweights"),
+}
 
 
 def versions() -> dict[str, str]:
@@ -26,7 +32,7 @@ def versions() -> dict[str, str]:
 
 def rank(case: Case, device: str, *, jobs: int | None = None, progress: Callable | None = None) -> list[dict]:
     """Static rows of the case, by program, best predicted first, failures last."""
-    rows = static.table_rows((case,), device=device, jobs=jobs, progress=progress)
+    rows = static.table_rows((case,), device=device, programs=configs.PROGRAMS, jobs=jobs, progress=progress)
     order = {name: i for i, name in enumerate(configs.PROGRAMS)}
     return sorted(rows, key=lambda r: (order[r["program"]], bool(static.faults(r)), r["ns_per_pair"] or float("inf")))
 
@@ -46,30 +52,19 @@ def check(program: str, problem: Problem, config, device: str = "cuda") -> None:
     actual = _run(program, config, inputs, small.S)
     low = run_with_gradients(attention_oracle, inputs, chunk_size=small.S)
     high = run_with_gradients(attention_oracle, double(inputs), chunk_size=small.S)
-    for name in QUANTITIES[program]:
+    for name in QUANTITIES[config.DIRECTION]:
         assert_as_accurate_as(name, actual[name], low[name], high[name])
 
 
 def launch(program: str, problem: Problem, config, inputs: Inputs) -> Callable[[], object]:
-    """A function that runs the one program on the inputs, everything else prepared."""
-    from hsa_tl.impl import tilelang as launcher
-    from hsa_tl.kernels_tilelang import compile
+    """A function that runs the one program on the inputs, with what it needs run each time; all else is prepared."""
+    from hsa_tl.impl.tilelang import LAUNCHERS, Call
 
-    kernel = compile.kernel(program, problem, config)
-    whole = (problem.N, problem.S)
-    k, v = (x.unflatten(1, whole) for x in (inputs.k, inputs.v))
-    arguments = launcher.arguments(inputs.q, k, v, inputs.weights, inputs.indices, None)
-    q, k, v, weights, indices, chunk_len = arguments
-    scale, do, spare = problem.D**-0.5, inputs.do.view_as(q), launcher.spare_chunk(indices, problem.N)
-    if program == "hsa_fwd_token":
-        out = torch.empty_like(q)
-        return lambda: kernel(q, k, v, weights, indices, spare, chunk_len, scale, out)
-    if program == "hsa_bwd_dq_token":
-        dq, dweights = torch.empty_like(q), torch.empty_like(weights)
-        return lambda: kernel(q, k, v, weights, indices, spare, chunk_len, do, scale, dq, dweights)
-    pair, offsets = ops.build_pairs(indices, problem.N, False)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    return lambda: kernel(q, k, v, weights, pair, offsets, chunk_len, do, scale, dk, dv)
+    k, v = (x.unflatten(1, (problem.N, problem.S)) for x in (inputs.k, inputs.v))
+    pairs = Pairs(*ops.build_pairs(inputs.indices, problem.N, False))
+    call = Call.of(inputs.q, k, v, inputs.weights, inputs.indices, pairs, None, problem.D**-0.5, inputs.do)
+    run, _ = LAUNCHERS[program](call, config)
+    return run
 
 
 def measure(case: Case, ranked: list[dict], *, deadline: float, progress: Callable | None = None) -> list[dict]:

@@ -11,7 +11,12 @@ from tvm import tirx
 from tvm.tirx import functor
 
 ON_CHIP = ("shared", "shared.dyn", "local.fragment")
-GPU_ONLY = ("tl.no_set_max_nreg", "tirx.tvm_storage_sync")
+GPU_ONLY = (
+    "tl.no_set_max_nreg",
+    "tl.annotate_producer_reg_dealloc",
+    "tl.annotate_consumer_reg_alloc",
+    "tirx.tvm_storage_sync",
+)
 
 
 @functor.mutator

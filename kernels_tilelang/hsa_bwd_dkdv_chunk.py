@@ -8,7 +8,7 @@ no (T, N) mask: the pair index says who chose the chunk, in stable order, so the
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import BwdDkdvChunkConfig
+from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, softmax_and_delta
 
 

@@ -7,7 +7,8 @@ chunks stream through shared memory; dq and every delta stay on chip. The row st
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import BwdDqTokenConfig, padded_rows
+from hsa_tl.kernels_tilelang.config_backward import BwdDqTokenConfig
+from hsa_tl.kernels_tilelang.config_base import padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, softmax_and_delta
 
 

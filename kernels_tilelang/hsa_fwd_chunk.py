@@ -8,7 +8,7 @@ reduce_add = 1 adds it to token t of a zeroed float32 `partial`.
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import FwdChunkConfig
+from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, store_pairs, weighted_output
 
 

@@ -9,7 +9,8 @@ it synchronous.
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config import FwdTokenConfig, padded_rows
+from hsa_tl.kernels_tilelang.config_base import padded_rows
+from hsa_tl.kernels_tilelang.config_forward import FwdTokenConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, exp_rows
 
 

@@ -13,7 +13,9 @@ from hsa_tl.oracle import attention_oracle
 from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradients
 
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
-EXAMPLES = {"reference": 25, "tilelang": 10, "triton": 3}
+EXAMPLES = {"reference": 25, "tilelang": 10, "tilelang-union": 10, "triton": 3}
+# Other strategies of an implementation, by the config that names them.
+STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}}
 IMPLS = (*EXAMPLES, "auto")
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
@@ -128,9 +130,15 @@ def assert_all_as_accurate_as(actual: dict, low: dict, high: dict) -> None:
         assert_as_accurate_as(name, actual[name], low[name], high[name])
 
 
+def attend(impl: str):
+    """hsa_attention with the options that impl, among IMPLS, stands for."""
+    options = {"config": STRATEGIES[impl]} if impl in STRATEGIES else {}
+    return functools.partial(hsa_attention, impl=impl.split("-")[0], **options)
+
+
 def run(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:
     """out and gradients of `hsa_attention`; chunk_size is 16 unless told."""
-    return run_with_gradients(hsa_attention, call, impl=impl, **({"chunk_size": 16} | options))
+    return run_with_gradients(attend(impl), call, **({"chunk_size": 16} | options))
 
 
 def check(impl: str, call: Inputs, oracle=attention_oracle, **options) -> dict[str, torch.Tensor]:

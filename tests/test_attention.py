@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from strategies import Dims, assert_all_as_accurate_as, check, each_impl, expected, make_call, run
+from strategies import Dims, assert_all_as_accurate_as, attend, check, each_impl, expected, make_call, run
 
-from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
+from hsa_tl import fusion_weights, retrieve_chunks
 from hsa_tl.oracle import attention_oracle, attention_oracle_packed, retrieve_oracle
 from hsa_tl.testing import Inputs, assert_as_accurate_as, double
 
@@ -188,7 +188,7 @@ def test_retrieval_to_output(impl):
         gradients = torch.autograd.grad(out, leaves, call.do)
         return dict(zip(("out", "dq_slc", "dlandmarks", "dq", "dk", "dv"), (out, *gradients), strict=True))
 
-    actual = block(retrieve_chunks, hsa_attention, q_slc, landmarks, call, impl=impl)
+    actual = block(retrieve_chunks, attend(impl), q_slc, landmarks, call)
     low = block(retrieve_oracle, attention_oracle, q_slc, landmarks, call)
     high = block(retrieve_oracle, attention_oracle, q_slc.double(), landmarks.double(), double(call))
     assert (actual["out"][:, :16] == 0).all()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from strategies import (
     Dims,
+    attend,
     check,
     each_impl,
     expected,
@@ -18,7 +19,7 @@ from strategies import (
     run,
 )
 
-from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
+from hsa_tl import fusion_weights, retrieve_chunks
 from hsa_tl.testing import assert_as_accurate_as
 
 S = 16
@@ -96,7 +97,7 @@ def test_memory_is_linear_in_tokens(impl):
     leaves, indices, do = _call_at(T)
 
     def step():
-        out = hsa_attention(*leaves, indices, chunk_size=S, impl=impl)
+        out = attend(impl)(*leaves, indices, chunk_size=S)
         torch.autograd.grad(out, leaves, do)
 
     assert largest_allocation(step) <= T * (T // S) // 2
@@ -108,7 +109,7 @@ def test_autograd_keeps_only_the_inputs_and_the_pairs(impl):
     leaves, indices, do = _call_at(T)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = hsa_attention(*leaves, indices, chunk_size=S, impl=impl)
+        out = attend(impl)(*leaves, indices, chunk_size=S)
     inputs = {x.untyped_storage().data_ptr() for x in (*leaves, indices)}
     extra = [x for x in saved if x.untyped_storage().data_ptr() not in inputs]
     # The inverted index: a number for each slot and an offset for each chunk.
@@ -122,13 +123,13 @@ def test_chunked_prefill_equals_one_shot(impl):
     call = make_call(Dims(T=T, T_kv=T))
     q_slc, landmarks = torch.randn(1, T, 1, 16), torch.randn(1, 5, 1, 16)
     scores, indices = retrieve_chunks(q_slc, landmarks, K, chunk_size=S)
-    whole = hsa_attention(*call[:3], fusion_weights(scores), indices, chunk_size=S, impl=impl)
+    whole = attend(impl)(*call[:3], fusion_weights(scores), indices, chunk_size=S)
     parts = []
     for start, stop in ((0, 7), (7, 48), (48, 49), (49, T)):
         part = slice(start, stop)
         s, i = retrieve_chunks(q_slc[:, part], landmarks, K, chunk_size=S, q_start=start)
         assert torch.equal(i, indices[:, part])
-        parts.append(hsa_attention(call.q[:, part], *call[1:3], fusion_weights(s), i, chunk_size=S, impl=impl))
+        parts.append(attend(impl)(call.q[:, part], *call[1:3], fusion_weights(s), i, chunk_size=S))
     exact = call._replace(weights=fusion_weights(scores), indices=indices)
     low, high = expected(exact, chunk_size=S)
     for name, out in (("one shot", whole), ("chunked", torch.cat(parts, 1))):

@@ -11,19 +11,13 @@ from strategies import Dims, expected, make_call, seeds
 
 from hsa_tl import cases
 from hsa_tl.autotune import static
-from hsa_tl.impl.tilelang import arguments
+from hsa_tl.impl.tilelang import Call
 from hsa_tl.kernels_tilelang import compile
-from hsa_tl.kernels_tilelang.config import (
-    WARPGROUP,
-    FwdChunkConfig,
-    blocks_per_sm,
-    producer_registers,
-    registers_left,
-    why_illegal,
-)
+from hsa_tl.kernels_tilelang.config import why_illegal
+from hsa_tl.kernels_tilelang.config_base import WARPGROUP, blocks_per_sm, launch_registers, registers_left
+from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig
 from hsa_tl.oracle import attention_oracle
-from hsa_tl.pairs import sort_pairs
-from hsa_tl.problem import Problem
+from hsa_tl.pairs import Pairs, sort_pairs
 from hsa_tl.testing import Inputs, assert_as_accurate_as
 
 STATIC = (
@@ -58,12 +52,11 @@ def partials(
     masked, G = d.T_kv % d.S > 0, d.HQ // d.H
     k, v = (F.pad(x, (0, 0, 0, 0, 0, d.N * d.S - d.T_kv)).unflatten(1, (d.N, d.S)) for x in (call.k, call.v))
     chunk_len = (d.T_kv - d.S * torch.arange(d.N)).clamp(max=d.S).int() if masked else None
-    problem = Problem.of(call.q, k, call.weights, call.indices, chunk_len)
-    config = FwdChunkConfig(block_M=block_M, threads=128, num_stages=1, specialised=0, reduce_add=reduce_add)
-    kernel = compile.kernel("hsa_fwd_chunk", problem, config)
     pair, offsets = sort_pairs(call.indices, d.N)
-    q, k, v, weights, _, chunk_len = arguments(call.q, k, v, call.weights, call.indices, chunk_len)
-    partial, results = torch.zeros(q.shape), []
+    c = Call.of(call.q, k, v, call.weights, call.indices, Pairs(pair, offsets), chunk_len, d.D**-0.5)
+    config = FwdChunkConfig(block_M=block_M, threads=128, num_stages=1, specialised=0, reduce_add=reduce_add)
+    kernel = c.kernel("hsa_fwd_chunk", config)
+    partial, results = torch.zeros(c.q.shape), []
     segment = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
     token = pair[: len(segment)] // d.K
     for start, stop in windows:
@@ -74,7 +67,7 @@ def partials(
         begin = offsets[:-1] + before
         if not reduce_add:
             partial = torch.full((d.B, d.H, (stop - start) * d.K, G, d.D), torch.nan)
-        kernel(q, k, v, weights, pair, begin, begin + inside, start, chunk_len, d.D**-0.5, partial)
+        kernel(c.q, c.k, c.v, c.weights, pair, begin, begin + inside, start, c.chunk_len, c.scale, partial)
         results.append(partial)
     return results
 
@@ -140,9 +133,9 @@ def test_registers_that_the_producer_gives_back_are_the_consumers_gain(D, blocks
     """setmaxnreg waits for ever if a CTA's warpgroups ask for more than it was launched with."""
     problem, config = replace(PAPER, D=D), FwdChunkConfig()
     assert blocks_per_sm(config, problem) == blocks
-    launched = 65536 // (config.total_threads() * blocks) // 8 * 8
-    kept = config.threads * registers_left(config, blocks) + WARPGROUP * producer_registers(blocks)
-    assert kept <= launched * config.total_threads() and producer_registers(blocks) < launched
+    launched = launch_registers(config, blocks)
+    kept = config.threads * registers_left(config, blocks) + WARPGROUP * config.producer_registers
+    assert kept <= launched * config.total_threads() and config.producer_registers < launched
 
 
 @pytest.mark.static

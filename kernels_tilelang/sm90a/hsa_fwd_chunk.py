@@ -13,7 +13,8 @@ lacks repeat the segment's last pair, so that a stage's bytes never vary, and ar
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from hsa_tl.kernels_tilelang.config import WARPGROUP, FwdChunkConfig, producer_registers, registers_left
+from hsa_tl.kernels_tilelang.config_base import WARPGROUP, registers_left
+from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, store_pairs, weighted_output
 
 BOX = 64  # columns of a TMA box: one 128-byte swizzle atom
@@ -72,7 +73,7 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             count = T.cast(end[(i_b * H + i_h) * N + i_c] - first, "int32")
             if count > 0:
                 if thread >= consumers:
-                    T.set_max_nreg(producer_registers(min_blocks), 0)
+                    T.set_max_nreg(config.producer_registers, 0)
                     row = thread - consumers  # of the tile: this thread brings its slot and weight
                     T.tma_copy(k[i_b, i_c, :, i_h, :], k_shared, barrier=chunk_full)
                     T.tma_copy(v[i_b, i_c, :, i_h, :], v_shared, barrier=chunk_full)

@@ -1,0 +1,160 @@
+"""What every config states of its program's tile, and the arithmetic of shared memory and registers on sm_90."""
+
+from typing import ClassVar
+
+from hsa_tl.problem import Problem
+
+SMEM_LIMIT = 227 * 1024  # bytes a CTA may ask for on sm_90
+SMEM_SM = 228 * 1024  # bytes of an SM, SMEM_RESERVED of them for each CTA
+SMEM_RESERVED = 1024 + 128  # 128: static shared memory (barriers), rounded up
+SMEM_ALIGNMENT = 2048  # what aligning swizzled tiles to 1 KB may add
+MAX_REGISTERS = 255  # a thread
+MAX_THREADS = 384  # that compute: three warpgroups
+WORKING_REGISTERS = 52  # beside the accumulators: addresses, row statistics, operands; less made ptxas spill
+WGMMA_REGISTERS = 30  # beside its accumulator
+WARPGROUP = 128  # threads
+PRODUCER_REGISTERS = 24  # a thread of the producer warpgroup keeps, when it gives the rest to the consumers
+CONSUMER_REGISTERS = 240  # a thread at most, then
+
+
+class Config:
+    """A program's config: its fields, and what its tile takes. One frozen subclass for each program."""
+
+    DIRECTION: ClassVar[str]  # what it computes: a key of hsa_tl.problem.GEMMS
+    KEY: ClassVar[tuple[str, ...]] = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of static_key: its builder's
+    specialised: ClassVar[bool] = False  # on a GPU run sm90a/<program>.py, its hand-specialised twin
+    moves_registers: ClassVar[bool] = False  # from the producer warpgroup to the consumers
+    producer_registers: ClassVar[int] = PRODUCER_REGISTERS  # where moves_registers
+    working_registers: ClassVar[int] = WORKING_REGISTERS
+    threads: int  # that compute
+
+    def total_threads(self) -> int:
+        """Threads of a CTA, with those that only copy."""
+        return self.threads
+
+    def rows(self, p: Problem) -> int:
+        """Rows of the tile that the tensor cores multiply."""
+        raise NotImplementedError
+
+    def pairs(self, p: Problem) -> int:
+        """(token, chunk) pairs that one pass of the tile serves, at best."""
+        return 1
+
+    def chunk_reads(self, p: Problem) -> float:
+        """Times that a chunk's keys and values are read for one pair, at best."""
+        return 1 / self.pairs(p)
+
+    def ctas(self, p: Problem) -> int:
+        """CTAs of a launch."""
+        raise NotImplementedError
+
+    def pair_bytes(self, p: Problem) -> dict[str, float]:
+        """Bytes that one pair moves, by level: l2, hbm, reduce (float32 reduce-add); keys and values stay in L2."""
+        raise NotImplementedError
+
+    def smem_bytes(self, p: Problem) -> int:
+        """At most so much shared memory does a CTA take."""
+        raise NotImplementedError
+
+    def accumulators(self, p: Problem) -> int:
+        """float32 elements of the CTA's fragments."""
+        raise NotImplementedError
+
+    def largest(self, p: Problem) -> int:
+        """float32 elements of the largest fragment; asked where moves_registers."""
+        raise NotImplementedError
+
+    def refusal(self, p: Problem) -> str | None:
+        """Why the program cannot run this problem, beside threads, shared memory and registers, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def options(cls, p: Problem) -> list:
+        """The search space in order of preference, legal or not."""
+        raise NotImplementedError
+
+    @classmethod
+    def on_cpu(cls, p: Problem) -> "Config":
+        """The config for the CPU target, where only the tile's size matters."""
+        return cls()
+
+    def tensor_core(self) -> str | None:
+        """The instruction that the program claims (wgmma takes 64 rows and a whole warpgroup), or None."""
+        return "hgmma"
+
+
+def row_bytes(p: Problem) -> int:
+    """One token's q, do, dq or out for one key/value head."""
+    return p.G * p.D * p.itemsize
+
+
+def padded_rows(G: int) -> int:
+    """Rows of a token's tile: its G heads, up to a multiple of 16, the tensor core's row count."""
+    return -(-G // 16) * 16
+
+
+def launch_registers(config: Config, blocks: int = 1) -> int:
+    """Registers of each thread at launch when `blocks` CTAs are to fit the SM's four partitions."""
+    warps = config.total_threads() // 32 * blocks
+    return min(MAX_REGISTERS, 16384 // (32 * -(-warps // 4)) // 8 * 8)
+
+
+def registers_left(config: Config, blocks: int = 1) -> int:
+    """Registers that a computing thread may take, with what the producer gave up where it does."""
+    each = launch_registers(config, blocks)
+    if not config.moves_registers:
+        return each
+    spare = each * config.total_threads() - config.producer_registers * (config.total_threads() - config.threads)
+    return min(CONSUMER_REGISTERS, spare // config.threads // 8 * 8)
+
+
+def registers_needed(config: Config, problem: Problem) -> int:
+    """Registers a thread: the accumulators and what a program needs beside them."""
+    return config.accumulators(problem) // config.threads + config.working_registers
+
+
+def blocks_per_sm(config: Config, problem: Problem) -> int:
+    """CTAs that fit an SM by shared memory and by the registers the program needs; 0 if not even one does."""
+    by_smem = SMEM_SM // (config.smem_bytes(problem) + SMEM_RESERVED)
+    needed = registers_needed(config, problem)
+    # ptxas wants one wgmma's accumulator and operands within the registers at launch.
+    at_launch = config.largest(problem) // config.threads + WGMMA_REGISTERS if config.moves_registers else 0
+    fits = [n for n in range(1, min(by_smem, 8) + 1) if registers_left(config, n) >= needed]
+    return max((n for n in fits if launch_registers(config, n) >= at_launch), default=0)
+
+
+def refused(config: Config, p: Problem) -> str | None:
+    """Why this config cannot run this problem on Hopper, or None."""
+    if p.D % 16:
+        return f"D must be a multiple of 16, got {p.D}"
+    if config.threads % 32 or not 32 <= config.threads <= MAX_THREADS:
+        return f"threads must be 32 to {MAX_THREADS} in whole warps, got {config.threads}"
+    if reason := config.refusal(p):
+        return reason
+    smem = config.smem_bytes(p)
+    if smem > SMEM_LIMIT:
+        return f"shared memory must be at most {SMEM_LIMIT} bytes, got {smem}"
+    if blocks_per_sm(config, p) == 0:
+        needed = registers_needed(config, p)
+        return f"registers must be at most {registers_left(config)} a thread, got about {needed}"
+    return None
+
+
+def first_legal(p: Problem, *groups: list) -> list:
+    """The legal configs of the first group that has any."""
+    for group in groups:
+        if legal := [c for c in group if refused(c, p) is None]:
+            return legal
+    return []
+
+
+def warps_refusal(config: Config, p: Problem) -> str | None:
+    """Why block_M rows of pairs cannot be shared out among the warps, or None."""
+    # A warpgroup multiplies 64 rows at a time with wgmma, fewer warps 16 each with mma.sync.
+    warps = config.threads // 32
+    rows, columns = (64, 16) if warps in (4, 8) else (16 * warps, 16 * warps)
+    if config.block_M < p.G or config.block_M % rows:
+        return f"block_M must be at least G = {p.G} and a multiple of {rows}, got {config.block_M}"
+    if p.D % columns:
+        return f"{warps} warps need D to be a multiple of {columns}, got {p.D}"
+    return None

@@ -1,0 +1,95 @@
+"""out[t] = sum_k weights[t, k] * softmax(q[t] . K[c]^T * scale) V[c], c = indices[t, k]: union-tile forward.
+
+One CTA owns block_M // G neighbouring tokens of a key/value head: block_M rows. It walks the union of their chunks
+once, each chunk streaming through shared memory, and the output stays in registers. A chunk's softmax is complete
+within its tile, so the output is never rescaled; the weight over the row sum folds into P before the cast and is 0 for
+a token that did not choose the chunk. When all choose every chunk this is dense attention without a running maximum.
+union_index says what to walk: for each tile the ascending union, as often as one token chose a chunk, and for each
+token its slots in ascending order. A row keeps a cursor into its own slots: they and the union ascend alike.
+Keys and values must be finite: 0 * inf would reach the tokens of the tile that did not choose the chunk.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_base import PRODUCER_REGISTERS, registers_left
+from hsa_tl.kernels_tilelang.config_forward import FwdUnionConfig
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
+
+
+def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionConfig):
+    rows = config.block_M
+    tile = rows // G  # tokens; rows past tile * G are padding
+    B, tokens, N, H, tiles = T.dynamic("B, tokens, N, H, tiles")
+
+    @T.prim_func
+    def hsa_fwd_union(
+        q: T.Tensor((B, tokens, H, G, D), dtype),
+        k: T.Tensor((B, N, S, H, D), dtype),
+        v: T.Tensor((B, N, S, H, D), dtype),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        indices: T.Tensor((B, tokens, H, K), "int32"),
+        order: T.Tensor((B, tokens, H, K), "int32"),
+        union_chunks: T.Tensor((B, tiles, H, tile * K), "int32"),
+        union_len: T.Tensor((B, tiles, H), "int32"),
+        chunk_len: T.Tensor((N,), "int32"),
+        scale: T.float32,
+        out: T.Tensor((B, tokens, H, G, D), dtype),
+    ):
+        with T.Kernel(tiles, H, B, threads=config.threads) as (i_tile, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            T.annotate_producer_reg_dealloc(PRODUCER_REGISTERS)
+            T.annotate_consumer_reg_alloc(registers_left(config, min_blocks))
+            q_shared = T.alloc_shared([rows, D], dtype)
+            k_shared = T.alloc_shared([S, D], dtype)
+            v_shared = T.alloc_shared([S, D], dtype)
+            union_shared = T.alloc_shared([tile * K], "int32")
+            chunk_shared = T.alloc_shared([tile, K], "int32")
+            weights_shared = T.alloc_shared([tile * heads_w, K], "float32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            p = T.alloc_fragment([rows, S], dtype)
+            acc_o = T.alloc_fragment([rows, D], "float32")
+            row_max = T.alloc_fragment([rows], "float32")
+            row_sum = T.alloc_fragment([rows], "float32")
+            cursor = T.alloc_fragment([rows], "int32")
+
+            for r, d in T.Parallel(rows, D):
+                i_t = i_tile * tile + r // G
+                inside = (r < tile * G) & (i_t < tokens)
+                q_shared[r, d] = T.if_then_else(inside, q[i_b, T.min(i_t, tokens - 1), i_h, r % G, d], 0)
+            for i_u in T.Parallel(tile * K):
+                union_shared[i_u] = union_chunks[i_b, i_tile, i_h, i_u]
+            for t, i_k in T.Parallel(tile, K):
+                i_t = T.min(i_tile * tile + t, tokens - 1)
+                chunk_shared[t, i_k] = indices[i_b, i_t, i_h, order[i_b, i_t, i_h, i_k]]
+            for t, i_k in T.Parallel(tile * heads_w, K):
+                i_t = T.min(i_tile * tile + t // heads_w, tokens - 1)
+                weights_shared[t, i_k] = weights[i_b, i_t, i_h, t % heads_w, order[i_b, i_t, i_h, i_k]]
+            # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
+            T.sync_threads()
+            T.clear(acc_o)
+            T.clear(cursor)
+
+            for i_u in T.Pipelined(union_len[i_b, i_tile, i_h], num_stages=config.num_stages):
+                i_c = union_chunks[i_b, i_tile, i_h, i_u]
+                T.copy(k[i_b, i_c, :, i_h, :], k_shared)
+                T.clear(acc_s)
+                T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
+                for r in T.Parallel(rows):
+                    t = T.min(r // G, tile - 1)
+                    i_k = T.min(cursor[r], K - 1)
+                    chosen = (cursor[r] < K) & (chunk_shared[t, i_k] == union_shared[i_u])
+                    weight = weights_shared[t * heads_w + T.min(r % G, heads_w - 1), i_k]
+                    row_sum[r] = T.if_then_else(chosen, weight / row_sum[r], 0.0)
+                    cursor[r] = cursor[r] + T.if_then_else(chosen, 1, 0)
+                for r, s in T.Parallel(rows, S):
+                    p[r, s] = acc_s[r, s] * row_sum[r]
+                T.copy(v[i_b, i_c, :, i_h, :], v_shared)
+                T.gemm(p, v_shared, acc_o, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
+
+            T.copy(acc_o, q_shared)
+            for r, d in T.Parallel(tile * G, D):
+                if i_tile * tile + r // G < tokens:
+                    out[i_b, i_tile * tile + r // G, i_h, r % G, d] = q_shared[r, d]
+
+    return hsa_fwd_union

@@ -1,0 +1,58 @@
+"""The union tile's index against sets, and the union tile alone at tiles of every size."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from strategies import Dims, attend, expected, make_call, seeds
+
+from hsa_tl.kernels_tilelang import compile
+from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
+from hsa_tl.problem import Problem
+from hsa_tl.testing import assert_as_accurate_as
+
+
+def _union(rows: list[list[int]], num_chunks: int) -> list[int]:
+    """Ascending chunks, each as often as one row holds it most."""
+    keys = {(c, row[:i].count(c)) for row in rows for i, c in enumerate(row) if 0 <= c < num_chunks}
+    return [c for c, _ in sorted(keys)]
+
+
+@pytest.mark.parametrize("G, K", [(1, 2), (3, 3), (16, 4), (5, 1)])
+@hypothesis.given(B=st.integers(1, 2), T=st.integers(1, 70), H=st.integers(1, 2), N=st.integers(1, 9), seed=seeds)
+@hypothesis.settings(max_examples=10)
+def test_index(G, K, B, T, H, N, seed):
+    """-1, indices out of range, duplicates, a last tile that is not full."""
+    problem = Problem(B=B, T=T, N=N, HQ=G * H, H=H, D=16, S=16, K=K, dtype=torch.float32, device_type="cpu")
+    tile = 64 // G
+    tiles = -(-T // tile)
+    g = torch.Generator().manual_seed(seed)
+    indices = torch.randint(-1, N + 1, (B, T, H, K), generator=g, dtype=torch.int32)
+    order, chunks = torch.full_like(indices, -7), indices.new_full((B, tiles, H, tile * K), -7)
+    lengths = indices.new_full((B, tiles, H), -7)
+    compile.kernel("union_index", problem, UnionIndexConfig(block_M=64))(indices, N, order, chunks, lengths)
+
+    key = torch.where((indices >= 0) & (indices < N), indices, N)
+    assert torch.equal(order.long(), key.sort(dim=-1, stable=True).indices)
+    for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in lengths.shape)).tolist():
+        rows = indices[b, i * tile : (i + 1) * tile, h].tolist()
+        assert chunks[b, i, h, : lengths[b, i, h]].tolist() == _union(rows, N)
+
+
+@pytest.mark.parametrize("block_M", [64, 128, 192])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_any_block_gives_the_same_output(block_M, per_head):
+    """Tiles of 21, 42 and 64 tokens: the last one is not full, rows pad the others."""
+    call = make_call(Dims(T=50, T_kv=90, per_head=per_head))
+    out = attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_union": {"block_M": block_M}})
+    low, high = expected(call, chunk_size=16)
+    assert_as_accurate_as("out", out, low["out"], high["out"])
+
+
+def test_full_selection_is_one_walk_over_all_chunks():
+    """The dense mode: every token chooses every chunk, so the union is all chunks, once."""
+    call = make_call(Dims(T=20, T_kv=80, K=5))
+    call = call._replace(indices=torch.arange(5).int().expand_as(call.indices).contiguous())
+    out = attend("tilelang-union")(*call[:5], chunk_size=16)
+    low, high = expected(call, chunk_size=16)
+    assert_as_accurate_as("out", out, low["out"], high["out"])
