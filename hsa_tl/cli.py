@@ -196,6 +196,12 @@ def show_speed(rows: list[record.Row], title: str) -> None:
         console.print(f"{name} has no time for {', '.join(points)}: {note}", markup=False, highlight=False)
 
 
+SHORT = {  # in a terminal's table
+    "threads=": "t=", "num_stages=": "s=", "block_M=": "M=",
+    ",specialised=0": "", "specialised=1": "ws", ",reduce_add=0": "", "reduce_add=1": "add",
+}  # fmt: skip
+
+
 def show_static(rows: list[dict], title: str) -> bool:
     """Prints static rows; False if one has a fault."""
     lines, notes = [], []
@@ -208,7 +214,9 @@ def show_static(rows: list[dict], title: str) -> bool:
         )
         model = [r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.2f}", r["limiter"]] if known else [""] * 3
         timed = [f"{r['median_us']:.0f}" if r["median_us"] else ""] if "median_us" in r else []
-        config = r["config"].replace("threads=", "t=").replace("num_stages=", "s=").replace("block_M=", "M=")
+        config = r["config"]
+        for word, short in SHORT.items():
+            config = config.replace(word, short)
         lines.append((r["case"], r["program"], config, *numbers, *model, f"{r['roofline_ns']:.2f}", *timed))
     names = ("case", "program", "config", "regs", "spill", "smem", "CTAs", "MMA", "ns/pair", "limiter", "roof")
     names += ("us",) if any("median_us" in r for r in rows) else ()

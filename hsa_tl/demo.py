@@ -49,7 +49,7 @@ def show_table(console: Console, title: str, names, rows, right: tuple[int, ...]
     """Prints a title and a plain table; the columns in `right` are numbers."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, name in enumerate(names):
-        out.add_column(name, justify="right" if i in right else "left", overflow="fold")
+        out.add_column(name, justify="right" if i in right else "left", overflow="fold", no_wrap=name == "program")
     for row in rows:
         out.add_row(*(escape(str(x)) for x in row))
     console.print(escape(title), style="bold", highlight=False)

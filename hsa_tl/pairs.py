@@ -45,6 +45,7 @@ class Window(NamedTuple):
 
     start: int
     stop: int
+    pair: torch.Tensor  # as in Pairs
     begin: torch.Tensor  # [B * H * N] int64
     end: torch.Tensor  # [B * H * N] int64
 
@@ -67,7 +68,7 @@ def windows(indices: torch.Tensor, num_chunks: int, pairs: Pairs, tokens_per_win
             valid = (part >= 0) & (part < num_chunks)
             key = torch.where(valid, part + first_segment(indices, num_chunks), segments).flatten()
             end = torch.cat([begin, begin.new_zeros(1)]).index_add_(0, key, begin.new_ones(1).expand(len(key)))[:-1]
-        yield Window(start, stop, begin, end)
+        yield Window(start, stop, pairs.pair, begin, end)
         begin = end
 
 

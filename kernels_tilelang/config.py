@@ -11,12 +11,13 @@ from hsa_tl.kernels_tilelang.config_auxiliary import (
 )
 from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig, BwdDqTokenConfig
 from hsa_tl.kernels_tilelang.config_base import refused
-from hsa_tl.kernels_tilelang.config_forward import FwdTokenConfig, FwdUnionConfig
+from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
 from hsa_tl.problem import Problem
 
 CONFIGS = {
     "hsa_fwd_token": FwdTokenConfig,
     "hsa_fwd_union": FwdUnionConfig,
+    "hsa_fwd_chunk": FwdChunkConfig,
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
     "hsa_combine": CombineConfig,

@@ -24,6 +24,8 @@ class Config:
     KEY: ClassVar[tuple[str, ...]] = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of static_key: its builder's
     specialised: ClassVar[bool] = False  # on a GPU run sm90a/<program>.py, its hand-specialised twin
     moves_registers: ClassVar[bool] = False  # from the producer warpgroup to the consumers
+    producer_registers: ClassVar[int] = PRODUCER_REGISTERS  # where moves_registers
+    working_registers: ClassVar[int] = WORKING_REGISTERS
     threads: int  # that compute
 
     def total_threads(self) -> int:
@@ -106,13 +108,13 @@ def registers_left(config: Config, blocks: int = 1) -> int:
     each = launch_registers(config, blocks)
     if not config.moves_registers:
         return each
-    spare = each * config.total_threads() - PRODUCER_REGISTERS * (config.total_threads() - config.threads)
+    spare = each * config.total_threads() - config.producer_registers * (config.total_threads() - config.threads)
     return min(CONSUMER_REGISTERS, spare // config.threads // 8 * 8)
 
 
 def registers_needed(config: Config, problem: Problem) -> int:
     """Registers a thread: the accumulators and what a program needs beside them."""
-    return config.accumulators(problem) // config.threads + WORKING_REGISTERS
+    return config.accumulators(problem) // config.threads + config.working_registers
 
 
 def blocks_per_sm(config: Config, problem: Problem) -> int:

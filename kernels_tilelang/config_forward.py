@@ -1,16 +1,18 @@
 """Configs of the forward programs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import ClassVar
 
 from hsa_tl.kernels_tilelang.config_base import (
     SMEM_ALIGNMENT,
     WARPGROUP,
+    WORKING_REGISTERS,
     Config,
     first_legal,
     padded_rows,
     row_bytes,
+    warps_refusal,
 )
 
 
@@ -129,3 +131,87 @@ class FwdUnionConfig(Config):
     @classmethod
     def on_cpu(cls, p):
         return cls(block_M=64)
+
+
+@dataclass(frozen=True)
+class FwdChunkConfig(Config):
+    """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads.
+
+    specialised: a producer warpgroup copies num_stages tiles ahead. reduce_add: float32 reduce-add into the output, not
+    a partial for each pair.
+    """
+
+    block_M: int = 128
+    threads: int = 256
+    num_stages: int = 2
+    specialised: int = 1
+    reduce_add: int = 0
+    DIRECTION: ClassVar[str] = "forward"
+    producer_registers: ClassVar[int] = 40  # a tile's pair ids; with 32 ptxas spilled them
+
+    @property
+    def moves_registers(self):
+        return bool(self.specialised)
+
+    @property
+    def working_registers(self):
+        return WORKING_REGISTERS - (4 if self.specialised else 0)  # the producer has the gather's addresses
+
+    def total_threads(self):
+        return self.threads + (WARPGROUP if self.specialised else 0)
+
+    def rows(self, p):
+        return self.block_M
+
+    def pairs(self, p):
+        return self.block_M // p.G
+
+    def chunk_reads(self, p):
+        return 0.0  # once for all its pairs
+
+    def ctas(self, p):
+        return p.B * p.H * p.N
+
+    def pair_bytes(self, p):
+        read = row_bytes(p)
+        if self.reduce_add:  # q, and the output in float32, stay in L2 while a chunk's neighbours use them
+            return {"l2": read, "reduce": p.G * p.D * 4, "hbm": (read + p.G * p.D * 4) / p.K}
+        return {"l2": read, "hbm": 2 * read + 2 * read / p.K}  # a partial is written and read back
+
+    def smem_bytes(self, p):
+        rows, stages = self.block_M, self.num_stages if self.specialised else 1
+        tiles = 2 * p.S * p.D + stages * rows * p.D
+        if not self.specialised:
+            reductions = 12 * self.threads if self.threads > 2 * rows else 0
+            return tiles * p.itemsize + 4 * -(-rows // p.G) + SMEM_ALIGNMENT + reductions
+        staging = 0 if self.reduce_add else rows * p.D
+        return (tiles + staging) * p.itemsize + 8 * stages * rows + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        # P, in 16 bits, stands beside the output or the scores; the other half of S is for the gather's addresses.
+        return self.block_M * max(p.D + p.S // (2 if self.specialised else 1), p.S + p.S // 2)
+
+    def largest(self, p):
+        return self.block_M * max(p.D, p.S)
+
+    def refusal(self, p):
+        if not self.specialised:
+            return warps_refusal(self, p)
+        if p.G % 8 or p.D not in (64, 128) or p.itemsize != 2:
+            return f"the specialised program needs G % 8 == 0, D 64 or 128, 16 bits, got {p.G}, {p.D}, {p.dtype_name}"
+        if self.block_M < p.G or (self.block_M, self.threads) != (128, 256):
+            return f"the specialised program needs block_M 128 >= G, threads 256, got {self.block_M}, {self.threads}"
+        if self.num_stages < 1:
+            return f"num_stages must be at least 1, got {self.num_stages}"
+        return None
+
+    @classmethod
+    def options(cls, p):
+        specialised = [cls(num_stages=3), cls(num_stages=2)]
+        plain = [cls(*x, num_stages=1, specialised=0) for x in ((64, 128), (128, 128), (128, 256))]
+        adding = [replace(c, reduce_add=1) for c in (specialised[0], *plain[::2])]
+        return first_legal(p, specialised + plain + adding)
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=max(16, p.G), threads=128, num_stages=1, specialised=0)

@@ -23,6 +23,41 @@ def exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length):
 
 
 @T.macro
+def weighted_output(q, k, v, acc_s, acc_p, acc_o, row_max, row_sum, row_weight, rows, S, scale_log2, length):
+    """acc_o [rows, D] = row_weight * softmax(q k^T) v over one chunk; the weight over the row sum goes into P."""
+    T.clear(acc_s)
+    T.gemm(q, k, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+    exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length)
+    for r in T.Parallel(rows):
+        row_sum[r] = row_weight[r] / row_sum[r]
+    for r, s in T.Parallel(rows, S):
+        acc_p[r, s] = acc_s[r, s] * row_sum[r]
+    T.clear(acc_o)
+    T.gemm(acc_p, v, acc_o, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
+
+
+@T.macro
+def store_pairs(acc_o, o_shared, slot_shared, stage, left, first_row, partial, i_b, i_h):
+    """partial[i_b, i_h, slot - first_row] = the G rows of each of the tile's first `left` pairs."""
+    rows, D = acc_o.shape
+    G = partial.shape[3]
+    T.copy(acc_o, o_shared)  # a fragment's neighbours are 4 bytes; from here they are 16
+    for r, d in T.Parallel(rows, D):
+        if r // G < left:
+            partial[i_b, i_h, slot_shared[stage, r // G] - first_row, r % G, d] = o_shared[r, d]
+
+
+@T.macro
+def add_pairs(acc_o, slot_shared, stage, left, K, partial, i_b, i_h):
+    """partial[i_b, slot // K, i_h] += the G rows of each of the tile's first `left` pairs."""
+    rows, D = acc_o.shape
+    G = partial.shape[3]
+    for r, d in T.Parallel(rows, D):
+        if r // G < left:
+            T.atomic_add(partial[i_b, slot_shared[stage, r // G] // K, i_h, r % G, d], acc_o[r, d])
+
+
+@T.macro
 def softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale_log2, length):
     """acc_s = P, the softmax of the scores in it; acc_dp = P * dP of the dP in it; delta = rowsum(P * dP)."""
     exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from hsa_tl.autotune import strategy, table
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 from hsa_tl.kernels_tilelang.config_base import Config
-from hsa_tl.pairs import Pairs
+from hsa_tl.pairs import Pairs, Window, partial_window, windows
+from hsa_tl.pairs import sort_pairs as sort_by_torch
 from hsa_tl.problem import Problem
 
 FORWARD_NEEDS_PAIRS = False
@@ -111,6 +113,67 @@ def fwd_union(call: Call, config: Config) -> Launch:
     return run, {"out": out}
 
 
+def pair_sums(call: Call, config: Config, program: Callable[[Window, Tensor], object]) -> tuple[Callable, Tensor]:
+    """What runs `program(window, partial)`, which leaves a row [G, D] for each pair, and sums each token's rows.
+
+    The partial rows are stored in windows of tokens that fit HSA_PARTIAL_BYTES (2 GiB), or with reduce_add added up in
+    float32. Returns it and the sums [B, T, H, G, D].
+    """
+    p, out = call.problem, torch.empty_like(call.q)
+    pairs = call.pairs or (sort_by_torch if p.device_type == "cpu" else sort_pairs)(call.indices, p.N)
+    if config.reduce_add:
+        total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+
+        def add():
+            for window in windows(call.indices, p.N, pairs, p.T):
+                program(window, total.zero_())
+            out.copy_(total)
+
+        return add, out
+    tokens = partial_window(p, int(os.environ.get("HSA_PARTIAL_BYTES", 2 << 30)))
+    partial = call.q.new_empty(p.B, p.H, tokens * p.K, p.G, p.D)
+    combine = compiled("hsa_combine", p)
+
+    def run():
+        for window in windows(call.indices, p.N, pairs, tokens):
+            program(window, partial)
+            combine(partial, call.indices, window.start, p.N, out)
+
+    return run, out
+
+
+def fwd_chunk(call: Call, config: Config) -> Launch:
+    kernel = compiled("hsa_fwd_chunk", call.problem, config)
+
+    def program(w: Window, partial: Tensor):
+        selection = call.weights, w.pair, w.begin, w.end, w.start
+        kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.scale, partial)
+
+    run, out = pair_sums(call, config, program)
+    return run, {"out": out}
+
+
+def bwd_chunk(call: Call, config: Config) -> Launch:
+    kernel = compiled("hsa_bwd_chunk", call.problem, config)
+    dk, dv, dweights = (torch.empty_like(x) for x in (call.k, call.v, call.weights))
+    sums = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv)]
+
+    def program(w: Window, partial: Tensor):
+        selection = call.weights, w.pair, w.begin, w.end, w.start
+        kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.do, call.scale, partial, *sums, dweights)
+
+    sum_pairs, dq = pair_sums(call, config, program)
+
+    def run():
+        for x in (*sums, dweights):
+            x.zero_()
+        sum_pairs()
+        for x, total in zip((dk, dv), sums, strict=True):
+            x.copy_(total)
+
+    return run, {"dq": dq, "dk": dk, "dv": dv, "dweights": dweights}
+
+
 def bwd_dq_token(call: Call, config: Config) -> Launch:
     kernel = compiled("hsa_bwd_dq_token", call.problem, config)
     dq, dweights, spare = torch.empty_like(call.q), torch.empty_like(call.weights), call.spare_chunk()
@@ -128,8 +191,10 @@ def bwd_dkdv_chunk(call: Call, config: Config) -> Launch:
 LAUNCHERS = {
     "hsa_fwd_token": fwd_token,
     "hsa_fwd_union": fwd_union,
+    "hsa_fwd_chunk": fwd_chunk,
     "hsa_bwd_dq_token": bwd_dq_token,
     "hsa_bwd_dkdv_chunk": bwd_dkdv_chunk,
+    "hsa_bwd_chunk": bwd_chunk,
 }
 
 

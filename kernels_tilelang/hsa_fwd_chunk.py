@@ -1,0 +1,76 @@
+"""o = weights[t, k] * softmax(q[t] . K[c]^T * scale) V[c] for each pair (t, k) that chose c: chunk-stationary forward.
+
+One CTA owns a chunk and a key/value head, whose keys and values stay in shared memory; the (token, slot) pairs of its
+segment stream by, block_M // G at a time: block_M gathered rows of q. A pair's output is complete in one tile.
+reduce_add = 0 stores it in `partial` at row (t - start) * K + k, for another program to sum over a token's K rows;
+reduce_add = 1 adds it to token t of a zeroed float32 `partial`.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, store_pairs, weighted_output
+
+
+def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkConfig):
+    rows = config.block_M
+    tile = rows // G  # pairs; rows past tile * G are padding
+    B, tokens, N, H = T.dynamic("B, tokens, N, H")
+    pairs, segments, window_rows = T.dynamic("pairs, segments, window_rows")
+    shape, out_dtype = ((B, tokens, H, G, D), "float32") if config.reduce_add else ((B, H, window_rows, G, D), dtype)
+
+    @T.prim_func
+    def hsa_fwd_chunk(
+        q: T.Tensor((B, tokens, H, G, D), dtype),
+        k: T.Tensor((B, N, S, H, D), dtype),
+        v: T.Tensor((B, N, S, H, D), dtype),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        pair: T.Tensor((pairs,), "int32"),
+        begin: T.Tensor((segments,), "int64"),
+        end: T.Tensor((segments,), "int64"),
+        start: T.int32,
+        chunk_len: T.Tensor((N,), "int32"),
+        scale: T.float32,
+        partial: T.Tensor(shape, out_dtype),
+    ):
+        with T.Kernel(N, H, B, threads=config.threads) as (i_c, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            q_shared = T.alloc_shared([rows, D], dtype)
+            k_shared = T.alloc_shared([S, D], dtype)
+            v_shared = T.alloc_shared([S, D], dtype)
+            slot_shared = T.alloc_shared([1, T.ceildiv(rows, G)], "int32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            acc_p = T.alloc_fragment([rows, S], dtype)
+            acc_o = T.alloc_fragment([rows, D], "float32")
+            row_max = T.alloc_fragment([rows], "float32")
+            row_sum = T.alloc_fragment([rows], "float32")
+            row_weight = T.alloc_fragment([rows], "float32")
+            first = T.alloc_var("int64")
+            count = T.alloc_var("int32")
+
+            first = begin[(i_b * H + i_h) * N + i_c]
+            count = T.cast(end[(i_b * H + i_h) * N + i_c] - first, "int32")
+            if count > 0:
+                T.copy(k[i_b, i_c, :, i_h, :], k_shared)
+                T.copy(v[i_b, i_c, :, i_h, :], v_shared)
+
+                for i_m in T.serial(T.ceildiv(count, tile)):
+                    for m in T.Parallel(T.ceildiv(rows, G)):
+                        slot_shared[0, m] = pair[first + T.min(i_m * tile + m, count - 1)]
+                    for r, d in T.Parallel(rows, D):
+                        q_shared[r, d] = q[i_b, slot_shared[0, r // G] // K, i_h, r % G, d]
+                    for r in T.Parallel(rows):
+                        slot = slot_shared[0, r // G]
+                        row_weight[r] = weights[i_b, slot // K, i_h, T.min(r % G, heads_w - 1), slot % K]
+
+                    weighted_output(
+                        q_shared, k_shared, v_shared, acc_s, acc_p, acc_o, row_max, row_sum, row_weight, rows, S,
+                        scale * LOG2E, chunk_len[i_c] if masked else None,
+                    )  # fmt: skip
+                    left = T.min(tile, count - i_m * tile)
+                    if config.reduce_add:
+                        add_pairs(acc_o, slot_shared, 0, left, K, partial, i_b, i_h)
+                    else:  # q_shared is free by now
+                        store_pairs(acc_o, q_shared, slot_shared, 0, left, start * K, partial, i_b, i_h)
+
+    return hsa_fwd_chunk
