@@ -12,6 +12,7 @@ from hsa_tl.kernels_tilelang.config_auxiliary import (
 from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig, BwdDqTokenConfig
 from hsa_tl.kernels_tilelang.config_base import refused
 from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
+from hsa_tl.kernels_tilelang.config_retrieval import RetrieveTopkConfig
 from hsa_tl.problem import Problem
 
 CONFIGS = {
@@ -24,6 +25,7 @@ CONFIGS = {
     "pairs_count": PairsCountConfig,
     "pairs_place": PairsPlaceConfig,
     "union_index": UnionIndexConfig,
+    "retrieve_topk": RetrieveTopkConfig,
 }
 PROGRAMS = tuple(CONFIGS)
 TUNED = tuple(name for name, config in CONFIGS.items() if not issubclass(config, AuxiliaryConfig))
