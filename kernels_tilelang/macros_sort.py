@@ -8,7 +8,6 @@ that are neighbours nor those that are a power of two apart share one.
 import tilelang.language as T
 
 RADIX = 8  # keys of a thread
-MIN_KEYS = 16  # of a row
 BARRIER = 3  # of the threads that compute
 
 
@@ -17,69 +16,63 @@ def at(row, j):
     return j ^ (j // RADIX % RADIX) ^ (row % 2 * RADIX)
 
 
-def _comparators(steps, turn=0):
-    """(low, high, falls) among a thread's keys; those at positions with the bit `turn` fall."""
-    return [(x, x + s, bool(x & turn)) for s in steps for x in range(RADIX) if not x & s]
-
-
-def _descent(top):
-    """Steps 2^top .. 1 by passes: (distance between the thread's keys, its comparators)."""
-    distances = [1 << i for i in range(top, -1, -1)]
-    for i in range(0, len(distances), 3):
-        steps = distances[i : i + 3]
-        apart = steps[-1] if len(steps) == 3 else 1
-        yield apart, _comparators([d // apart for d in steps])
-
-
-def sort_passes(P):
-    """(apart, comparators, run) of each pass that sorts P keys; bit `run` of its position turns a thread's order."""
-    levels = P.bit_length() - 1
-    runs = _comparators([1], 2) + _comparators([2, 1], 4) + _comparators([4, 2, 1])  # of 2, 4 and 8 keys
-    rest = [(apart, found, i + 1) for i in range(3, levels) for apart, found in _descent(i)]
-    return [(apart, found, run if run < levels else None) for apart, found, run in [(1, runs, 3), *rest]]
-
-
-def merge_passes(P):
-    """As sort_passes, for P keys that first rise and then fall, or the other way round."""
-    return [(apart, found, None) for apart, found in _descent(P.bit_length() - 2)]
+def comparators(step, turn=0):
+    """(low, high, falls) of a step among a thread's keys; those at positions with the bit `turn` fall."""
+    return [(x, x + step, bool(x & turn)) for x in range(RADIX) if not x & step]
 
 
 @T.macro
-def _exchange(held, low, high, falls):
-    a, b = held[low], held[high]
-    held[low] = T.Select(a > b, a, b) if falls else T.Select(a < b, a, b)
-    held[high] = a ^ b ^ held[low]
+def exchange(held, pairs, falls):
+    for low, high, turned in pairs:
+        a, b = held[low], held[high]
+        held[low] = T.Select(a > b, a, b) if falls != turned else T.Select(a < b, a, b)
+        held[high] = a ^ b ^ held[low]
 
 
 @T.macro
-def _run_pass(keys, held, apart, comparators, run, falls, threads):
+def descend(keys, held, spot, top, runs, falls, threads):
+    """The network's steps 2^top .. 1, top >= 2, over each row of keys [rows, P]. held: 8 int64 of a thread.
+
+    runs: runs of 2 << top keys turn in direction, and with top = 2 they are first made from single keys.
+    """
     rows, P = keys.shape
-    for m, c in T.Parallel(rows, P // RADIX):
-        first = c // apart * (apart * RADIX) + c % apart
-        turn = T.cast(0 - (first >> run) % 2, "int64") if run is not None else T.int64(0)  # ~x sorts the other way
-        for x in list(range(RADIX)):
-            held[x] = keys[m, at(m, first + x * apart)] ^ turn
-        for low, high, other in comparators:
-            _exchange(held, low, high, falls != other)
-        for x in list(range(RADIX)):
-            keys[m, at(m, first + x * apart)] = held[x] ^ turn
-    T.sync_threads(BARRIER, threads)
+    for i in T.serial(top // 3 + 1):
+        # The thread's keys are 1 << e apart; the last pass may have fewer than three steps left.
+        e = T.max(top - 3 * i - 2, 0)
+        for m, c in T.Parallel(rows, P // RADIX):
+            first = ((c >> e) << (e + 3)) + (c & ((1 << e) - 1))
+            turn = T.int64(0) - T.cast((c >> (top - 2)) & 1, "int64") if runs else T.int64(0)  # ~x sorts the other way
+            for x in list(range(RADIX)):
+                spot[x] = at(m, first + (x << e))
+                held[x] = keys[m, spot[x]] ^ turn
+            if runs:
+                if top == 2:
+                    exchange(held, comparators(1, 2), falls)
+                    exchange(held, comparators(2, 4), falls)
+                    exchange(held, comparators(1, 4), falls)
+            if top - 3 * i >= 2:
+                exchange(held, comparators(4), falls)
+            if top - 3 * i >= 1:
+                exchange(held, comparators(2), falls)
+            exchange(held, comparators(1), falls)
+            for x in list(range(RADIX)):
+                keys[m, spot[x]] = held[x] ^ turn
+        T.sync_threads(BARRIER, threads)
 
 
 @T.macro
-def sort_rows(keys, held, falls, threads):
-    """Sorts each row of keys [rows, P]. held: 8 int64 of a thread. All threads have passed a barrier before."""
-    for apart, comparators, run in sort_passes(int(keys.shape[1])):
-        _run_pass(keys, held, apart, comparators, run, falls, threads)
+def sort_rows(keys, held, spot, levels, falls, threads):
+    """Sorts each row of keys [rows, 1 << levels], levels >= 4. All threads have passed a barrier before."""
+    for i in T.serial(levels - 2):
+        descend(keys, held, spot, i + 2, True, falls, threads)
 
 
 @T.macro
-def keep_best(best, fresh, held, threads):
-    """best [rows, P], ascending, and fresh: the P greatest of each row of both, ascending, in best."""
+def keep_best(best, fresh, held, spot, levels, threads):
+    """best [rows, 1 << levels], ascending, and fresh: the greatest of each row of both, ascending, in best."""
     rows, P = best.shape
-    sort_rows(fresh, held, True, threads)
+    sort_rows(fresh, held, spot, levels, True, threads)
     for m, j in T.Parallel(rows, P):
         best[m, j] = T.max(best[m, j], fresh[m, j])
     T.sync_threads(BARRIER, threads)
-    for apart, comparators, run in merge_passes(int(P)):
-        _run_pass(best, held, apart, comparators, run, False, threads)
+    descend(best, held, spot, levels - 1, False, False, threads)

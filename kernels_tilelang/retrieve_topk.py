@@ -31,25 +31,28 @@ def ordered(s, dtype):
 
 
 @T.macro
-def take_candidates(key, limit, visible, first, fresh_shared, count_shared, overflow_shared, parity):
+def take_candidates(key, place, limit, visible, first, fresh_shared, count_shared, overflow_shared, parity):
     """Moves what is above its row's limit to the row's buffer; what finds no place stays, and raises the flag."""
     block_M, block_N = key.shape
     places = fresh_shared.shape[1]
+    for m, n in T.Parallel(block_M, block_N):  # apart from the stores: the atomics are under way together
+        place[m, n] = -1
+        if (key[m, n] > limit[m]) & (first + n < visible[m]):
+            place[m, n] = T.atomic_add(count_shared[m], 1, return_prev=True)
     for m, n in T.Parallel(block_M, block_N):
-        if key[m, n] > limit[m]:
-            if first + n < visible[m]:
-                place = T.atomic_add(count_shared[m], 1, return_prev=True)
-                if place < places:
-                    score = T.if_then_else(key[m, n] == -1, 0, key[m, n])  # -0 equals 0
-                    fresh_shared[m, at(m, place)] = (T.cast(score, "int64") << 32) + (LAST - (first + n))
-                    key[m, n] = NONE
-                else:
-                    overflow_shared[parity] = 1
+        if place[m, n] >= 0:
+            if place[m, n] < places:
+                score = T.if_then_else(key[m, n] == -1, 0, key[m, n])  # -0 equals 0
+                fresh_shared[m, at(m, place[m, n])] = (T.cast(score, "int64") << 32) + (LAST - (first + n))
+                key[m, n] = NONE
+            else:
+                overflow_shared[parity] = 1
 
 
 def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
     block_M, block_N, threads = config.block_M, config.block_N, config.threads
     P = config.places(K)
+    levels = P.bit_length() - 1  # log2
     worst = P - K  # position of the K-th best
     rounds = -(-block_N // P) + 1  # until a tile's candidates are all taken
     B, tokens, N, R = T.dynamic("B, tokens, N, R")
@@ -76,8 +79,10 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
             count_shared = T.alloc_shared([block_M], "int32")
             overflow_shared = T.alloc_shared([2], "int32")  # by the tile's parity: two tiles are under way
             held = T.alloc_local([8], "int64")
+            spot = T.alloc_local([8], "int32")
             acc_s = T.alloc_fragment([block_M, block_N], "float32")
             key = T.alloc_fragment([block_M, block_N], "int32")
+            place = T.alloc_fragment([block_M, block_N], "int32")
             limit = T.alloc_fragment([block_M], "int32")
             visible = T.alloc_fragment([block_M], "int32")
             first_t = T.alloc_var("int32")
@@ -114,7 +119,7 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
                 for i_s in T.serial(rounds):
                     if (i_s == 0) | (overflow > 0):
                         if i_s > 0:
-                            keep_best(best_shared, fresh_shared, held, threads)
+                            keep_best(best_shared, fresh_shared, held, spot, levels, threads)
                             for m, n in T.Parallel(block_M, P):
                                 fresh_shared[m, n] = EMPTY
                             for m in T.Parallel(block_M):
@@ -125,21 +130,22 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
                             overflow_shared[i_n % 2] = 0
                             T.sync_threads(BARRIER, threads)
                         take_candidates(
-                            key, limit, visible, i_n * block_N, fresh_shared, count_shared, overflow_shared, i_n % 2
-                        )
+                            key, place, limit, visible, i_n * block_N, fresh_shared, count_shared, overflow_shared,
+                            i_n % 2,
+                        )  # fmt: skip
                         T.sync_threads(BARRIER, threads)
                         overflow = overflow_shared[i_n % 2]
                 for m in T.Parallel(block_M):
                     limit[m] = T.cast(best_shared[m, at(m, worst)] >> 32, "int32")
 
-            keep_best(best_shared, fresh_shared, held, threads)
+            keep_best(best_shared, fresh_shared, held, spot, levels, threads)
             for m, n in T.Parallel(block_M, P):  # the score and the chunk change places
                 found = best_shared[m, at(m, n)]
                 chunk = LAST - (found % 2**32)
                 by_chunk = chunk * 2**32 + ((found >> 32) & 0xFFFFFFFF)
                 fresh_shared[m, at(m, n)] = T.if_then_else((n < worst) | (found == EMPTY), T.int64(BEHIND), by_chunk)
             T.sync_threads(BARRIER, threads)
-            sort_rows(fresh_shared, held, False, threads)
+            sort_rows(fresh_shared, held, spot, levels, False, threads)
             for m, n in T.Parallel(block_M, K):
                 if first_t + m < tokens:
                     found = fresh_shared[m, at(m, n)]
