@@ -14,7 +14,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the token count {T}, got {ends}")
 
 
-def _sequences(cu_seqlens, T, N, chunk_size):
+def sequences(cu_seqlens, T, N, chunk_size):
     """(tokens, chunks) slices of each packed sequence, or of the one sequence there is."""
     if cu_seqlens is None:
         return [(slice(0, T), slice(0, N))]
@@ -69,7 +69,7 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seq
     dtype = torch.promote_types(q_slc.dtype, torch.float32)
     scores = q_slc.new_full((B, T, R, topk), -torch.inf, dtype=dtype)
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
-    for tokens, chunks in _sequences(cu_seqlens, T, landmarks.shape[1], chunk_size):
+    for tokens, chunks in sequences(cu_seqlens, T, landmarks.shape[1], chunk_size):
         for b in range(B):
             marks = landmarks[b, chunks].to(dtype).transpose(0, 1).contiguous()
             begin, end = tokens.start, tokens.stop
@@ -98,7 +98,7 @@ def retrieve_backward(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size
     dmarks = landmarks.new_zeros(landmarks.shape, dtype=dscores.dtype)
     ds = torch.where(indices >= 0, dscores * scale, 0.0)
     rows = max(1, BLOCK_SCORES // max(1, topk * D_r))
-    for tokens, chunks in _sequences(cu_seqlens, T, landmarks.shape[1], chunk_size):
+    for tokens, chunks in sequences(cu_seqlens, T, landmarks.shape[1], chunk_size):
         if chunks.start == chunks.stop:
             continue
         for b in range(B):
