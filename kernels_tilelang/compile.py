@@ -51,5 +51,7 @@ def kernel(program: str, problem: Problem, config):
         if problem.device_type == "cpu":
             _KERNELS[key] = tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
         else:
-            _KERNELS[key] = tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=_pass_configs(config))
+            _KERNELS[key] = tilelang.compile(
+                ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=_pass_configs(config)
+            )
     return _KERNELS[key]

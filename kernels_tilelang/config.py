@@ -12,7 +12,7 @@ from hsa_tl.kernels_tilelang.config_auxiliary import (
 from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig, BwdDqTokenConfig
 from hsa_tl.kernels_tilelang.config_base import refused
 from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
-from hsa_tl.kernels_tilelang.config_retrieval import RetrieveTopkConfig
+from hsa_tl.kernels_tilelang.config_retrieval import RetrieveDlandmarksConfig, RetrieveTopkConfig
 from hsa_tl.problem import Problem
 
 CONFIGS = {
@@ -26,6 +26,7 @@ CONFIGS = {
     "pairs_place": PairsPlaceConfig,
     "union_index": UnionIndexConfig,
     "retrieve_topk": RetrieveTopkConfig,
+    "retrieve_dlandmarks": RetrieveDlandmarksConfig,
 }
 PROGRAMS = tuple(CONFIGS)
 TUNED = tuple(name for name, config in CONFIGS.items() if not issubclass(config, AuxiliaryConfig))

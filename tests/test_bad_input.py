@@ -221,7 +221,9 @@ def test_unable_implementation(impl, dtype):
 
 
 @pytest.mark.parametrize("impl", ("tilelang", "triton"))
-@pytest.mark.parametrize("dtype, topk, words", [(torch.bfloat16, 2, "float32 only"), (torch.float32, 129, "at most 128")])
+@pytest.mark.parametrize(
+    "dtype, topk, words", [(torch.bfloat16, 2, "float32 only"), (torch.float32, 129, "at most 128")]
+)
 def test_unable_retrieval(impl, dtype, topk, words):
     x = {name: zeros(B, n, H, D, dtype=dtype) for name, n in (("q_slc", T), ("landmarks", N))}
     with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot retrieve .*{words}.*; use 'auto' or"):

@@ -41,7 +41,12 @@ LAYERS = (
         "hsa_tl.retrieval",
         "hsa_tl.oracle",
     ),
-    ("hsa_tl.kernels_tilelang.macros*", "hsa_tl.kernels_tilelang.cpu_target", "hsa_tl.autotune.table", "hsa_tl.testing"),
+    (
+        "hsa_tl.kernels_tilelang.macros*",
+        "hsa_tl.kernels_tilelang.cpu_target",
+        "hsa_tl.autotune.table",
+        "hsa_tl.testing",
+    ),
     ("hsa_tl.autotune.cost",),
     (*PROGRAMS, "hsa_tl.autotune.strategy"),
     ("hsa_tl.kernels_tilelang.compile",),
