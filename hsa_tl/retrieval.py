@@ -203,7 +203,7 @@ def dq_slc(dscores, indices, q_slc, landmarks, scale):
 
 def dlandmarks(dscores, pairs, q_slc, num_chunks, scale):
     """dlandmarks[i] = scale * sum of dscores[t, k] q_slc[t] over the pairs that chose chunk i, in the pairs' order."""
-    B, T, R, D_r = q_slc.shape
+    B, _, R, D_r = q_slc.shape
     K = dscores.shape[3]
     out = q_slc.new_empty(B, num_chunks, R, D_r)
     pair, offsets = pairs

@@ -61,7 +61,7 @@ class RetrieveTopkConfig(AuxiliaryConfig):
 
     @classmethod
     def options(cls, p):
-        tiles = [(128, 64, 256), (64, 128, 128), (64, 64, 128)]
+        tiles = [(128, 64, 256), (64, 64, 128)]
         return first_legal(p, [cls(*x, 2) for x in tiles], [cls(*x, 1) for x in tiles])
 
     @classmethod

@@ -1,5 +1,7 @@
 """retrieve_chunks against the dense oracle: exact selections, ties, gradients, blocks, memory."""
 
+import itertools
+
 import hypothesis
 import pytest
 import torch
@@ -10,7 +12,6 @@ from strategies import largest_allocation, seeds
 from hsa_tl import build_pairs, ops, retrieval, retrieve_chunks
 from hsa_tl.oracle import retrieve_oracle
 from hsa_tl.testing import assert_as_accurate_as
-
 
 KERNELS = ("tilelang", "triton")
 EXAMPLES = {"tilelang": 40, "triton": 4}
@@ -143,7 +144,7 @@ def test_visible_chunks(impl):
 @pytest.mark.parametrize("start", (0, 1000))
 @each_impl
 def test_chunked_prefill_is_bitwise_one_shot(impl, start, steps):
-    """Scores with rounding errors: token by token, in parts and in one shot they and the selection are the same bits."""
+    """Scores with rounding: token by token, in parts and in one shot they and the selection agree in every bit."""
     T, N, S = sum(steps), 70, 16
     q_slc, landmarks = torch.randn(2, T, 2, 16), torch.randn(2, N, 2, 16)
     landmarks[:, 1::2] = landmarks[:, ::2] * (1 + 2**-23)  # near ties, which rounding decides
@@ -155,7 +156,7 @@ def test_chunked_prefill_is_bitwise_one_shot(impl, start, steps):
     # As a model calls it: only the landmarks that there are by then.
     parts = [
         retrieve_chunks(q_slc[:, a:b], landmarks[:, : (start + b) // S], 20, q_start=start + a, **options)
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in itertools.pairwise(ends)
     ]
     for one, other in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(one, torch.cat(other, 1))
@@ -232,7 +233,7 @@ def test_gradient_of_landmark_0(impl):
     """Rows with empty slots choose chunk 0 too: a kernel that scatters their zeros there would lose its gradient."""
     q_slc, landmarks = _inputs(1, 100, 6, 2, low=-9, high=9)
     leaves = [x.requires_grad_() for x in (q_slc, landmarks)]
-    scores, indices = retrieve_chunks(*leaves, 20, chunk_size=16, impl=impl)
+    scores, _ = retrieve_chunks(*leaves, 20, chunk_size=16, impl=impl)
     dq, dlandmarks = torch.autograd.grad(scores, leaves, torch.ones_like(scores))
     seen = (torch.arange(100) // 16)[:, None]
     expected = 0.25 * torch.stack([q_slc[0, (seen > i).flatten()].sum(0) for i in range(6)])

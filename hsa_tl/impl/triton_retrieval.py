@@ -1,8 +1,8 @@
 """Triton kernels of retrieval: exact streaming top-k, and the landmarks' gradient. CPU tensors run interpreted.
 
-topk_kernel        one program owns ROWS tokens of a retrieval head and keeps their K best so far as integer keys (score,
-                   then the lower chunk), in no order. A tile of landmarks counts its scores above each row's worst; that
-                   often, the row's next best takes the place of the worst. At the end the slots leave by chunk.
+topk_kernel        one program owns ROWS tokens of a retrieval head and keeps their K best so far, in no order, as
+                   integer keys: score, then the lower chunk. A tile of landmarks counts its scores above each row's
+                   worst, and that often the row's next best takes the place of its worst. Slots leave by chunk.
 dlandmarks_kernel  one program owns a chunk and sums the weighted queries of its pairs in a fixed order: no atomics.
 """
 
