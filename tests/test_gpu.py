@@ -6,7 +6,7 @@ from strategies import Dims, assert_all_as_accurate_as, expected, make_call
 
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks
 from hsa_tl.oracle import attention_oracle, attention_oracle_packed, retrieve_oracle
-from hsa_tl.testing import Inputs, double, run_with_gradients
+from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -216,16 +216,50 @@ def test_compile_equals_eager():
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *HALF))
+@each_type
 @pytest.mark.parametrize("window", (0, 200))
-def test_retrieval_equals_the_oracle(dtype, window):
+@pytest.mark.parametrize(
+    "T, N, K, D_r, q_start", [(1000, 20, 5, 16, 300), (300, 3000, 64, 64, 190000), (70, 500, 128, 128, 31000)]
+)
+def test_retrieval_equals_the_oracle(impl, dtype, window, T, N, K, D_r, q_start):
     """Integers, so every score is exact and many are equal: the lower chunk wins on the GPU too."""
-    q_slc, landmarks = (torch.randint(-1, 2, (2, n, 3, 16), device="cuda").to(dtype) for n in (1000, 20))
-    options = {"chunk_size": 64, "exclude_window": window, "q_start": 300}
-    scores, indices = retrieve_chunks(q_slc, landmarks, 5, **options)
-    high_scores, high_indices = retrieve_oracle(q_slc.double().cpu(), landmarks.double().cpu(), 5, **options)
+    q_slc, landmarks = (torch.randint(-1, 2, (2, n, 3, D_r), device="cuda").to(dtype) for n in (T, N))
+    options = {"chunk_size": 64, "exclude_window": window, "q_start": q_start, "scale": 0.25}
+    scores, indices = retrieve_chunks(q_slc, landmarks, K, impl=impl, **options)
+    high_scores, high_indices = retrieve_oracle(q_slc.double().cpu(), landmarks.double().cpu(), K, **options)
     assert torch.equal(indices.cpu(), high_indices)
     assert torch.equal(scores.cpu().double(), high_scores)
+
+
+@each_kernel
+def test_chunked_prefill_retrieves_the_same_bits(impl):
+    q_slc, landmarks = (torch.randn(1, n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (300, 700))
+    landmarks[:, 1::2] = landmarks[:, ::2]
+    whole = retrieve_chunks(q_slc, landmarks, 16, q_start=40000, impl=impl)
+    parts = [
+        retrieve_chunks(q_slc[:, a:b], landmarks[:, : (40000 + b) // 64], 16, q_start=40000 + a, impl=impl)
+        for a, b in ((0, 1), (1, 2), (2, 130), (130, 300))
+    ]
+    assert all(torch.equal(x, torch.cat(y, 1)) for x, y in zip(whole, zip(*parts, strict=True), strict=True))
+
+
+@each_type
+def test_retrieval_gradients(impl, dtype):
+    """Twice the same bits; against float64."""
+    q_slc, landmarks = (torch.randn(2, n, 2, 64, device="cuda", dtype=dtype) for n in (700, 11))
+    dscores = torch.randn(2, 700, 2, 8, device="cuda")
+
+    def gradients(retrieve, q, m, ds, **options):
+        leaves = [x.detach().requires_grad_() for x in (q, m)]
+        scores, indices = retrieve(*leaves, 8, chunk_size=64, **options)
+        return torch.autograd.grad(scores, leaves, ds.to(scores.dtype).masked_fill(indices < 0, 0.0))
+
+    actual, again = (gradients(retrieve_chunks, q_slc, landmarks, dscores, impl=impl) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+    inputs = q_slc.cpu(), landmarks.cpu(), dscores.cpu()
+    low, high = (gradients(retrieve_oracle, *(x.to(t) for x in inputs)) for t in (torch.float32, torch.float64))
+    for name, a, l, h in zip(("dq_slc", "dlandmarks"), actual, low, high, strict=True):
+        assert_as_accurate_as(name, a, l.to(dtype), h)
 
 
 def test_pairs_equal_the_cpu_ones():
