@@ -177,6 +177,65 @@ class BwdDkdvChunkConfig(Config):
         return "hgmma" if self.threads >= WARPGROUP else "hmma"
 
 
+@dataclass(frozen=True)
+class BwdChunkConfig(Config):
+    """A CTA owns one chunk and key/value head: dk and dv in its registers, block_M rows of block_M // G pairs at a time.
+
+    specialised: a producer warpgroup copies num_stages tiles ahead of `threads` that compute. reduce_add: dq by float32
+    atomics, else a row for each pair.
+    """
+
+    block_M: int = 64
+    threads: int = 128
+    num_stages: int = 1
+    specialised: int = 0
+    reduce_add: int = 0
+    DIRECTION: ClassVar[str] = "backward"
+
+    def total_threads(self):
+        return self.threads + WARPGROUP * self.specialised
+
+    def rows(self, p):
+        return self.block_M
+
+    def pairs(self, p):
+        return self.block_M // p.G
+
+    def pair_bytes(self, p):
+        dq = {"reduce": 4 * p.G * p.D, "hbm": 0} if self.reduce_add else {"hbm": 2 * row_bytes(p)}
+        return {"l2": 2 * row_bytes(p)} | dq | {"hbm": dq["hbm"] + 4 * row_bytes(p) / p.K}
+
+    def smem_bytes(self, p):
+        tiles = 2 * (self.num_stages * self.block_M * p.D + p.S * p.D + self.block_M * p.S)
+        slots = -(-self.block_M // p.G)
+        reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
+        return tiles * p.itemsize + 4 * (slots + self.block_M) + SMEM_ALIGNMENT + reductions
+
+    def accumulators(self, p):
+        # The scores and dP are dead where dq is.
+        return 2 * p.S * p.D + self.block_M * max(2 * p.S, p.D)
+
+    def refusal(self, p):
+        if self.num_stages != 1 and not self.specialised:
+            return f"num_stages must be 1 without specialised, got {self.num_stages}"
+        return pair_rows_refusal(self, p)
+
+    @classmethod
+    def options(cls, p):
+        every = [
+            cls(block_M=m, threads=t, reduce_add=r) for r, m, t in product((0, 1), (128, 64, 32, 16), (256, 128, 64))
+        ]
+        # Less than a warpgroup is for shapes that nothing better fits.
+        return _first_legal(p, [c for c in every if c.threads >= WARPGROUP], every)
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=max(16, p.G))
+
+    def tensor_core(self):
+        return "hgmma" if self.threads >= WARPGROUP else "hmma"
+
+
 def pair_rows_refusal(config, p: Problem) -> str | None:
     """Why block_M rows of pairs cannot be shared out among the warps, or None."""
     # A warpgroup multiplies 64 rows at a time with wgmma, fewer warps 16 each with mma.sync.
@@ -193,6 +252,7 @@ CONFIGS = {
     "hsa_fwd_token": FwdTokenConfig,
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
+    "hsa_bwd_chunk": BwdChunkConfig,
 }
 PROGRAMS = tuple(CONFIGS)
 _NAMES = {config: program for program, config in CONFIGS.items()}
