@@ -13,6 +13,7 @@ SMEM_ALIGNMENT = 2048  # what aligning swizzled tiles to 1 KB may add
 MAX_REGISTERS = 255  # a thread
 WORKING_REGISTERS = 52  # beside the accumulators: addresses, row statistics, operands; less made ptxas spill
 WARPGROUP = 128  # threads
+SPECIALISED_REGISTERS = 232  # a thread of two warpgroups that a third, which copies, leaves its registers to
 
 
 class Config:
@@ -179,7 +180,7 @@ class BwdDkdvChunkConfig(Config):
 
 @dataclass(frozen=True)
 class BwdChunkConfig(Config):
-    """A CTA owns one chunk and key/value head: dk and dv in its registers, block_M rows of block_M // G pairs at a time.
+    """A CTA owns one chunk and key/value head: dk and dv in its registers, block_M gathered rows at a time.
 
     specialised: a producer warpgroup copies num_stages tiles ahead of `threads` that compute. reduce_add: dq by float32
     atomics, else a row for each pair.
@@ -208,6 +209,8 @@ class BwdChunkConfig(Config):
     def smem_bytes(self, p):
         tiles = 2 * (self.num_stages * self.block_M * p.D + p.S * p.D + self.block_M * p.S)
         slots = -(-self.block_M // p.G)
+        if self.specialised:
+            slots *= 2 * self.num_stages * (1 + (p.G if p.per_head else 1))  # with their weights
         reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
         return tiles * p.itemsize + 4 * (slots + self.block_M) + SMEM_ALIGNMENT + reductions
 
@@ -216,17 +219,22 @@ class BwdChunkConfig(Config):
         return 2 * p.S * p.D + self.block_M * max(2 * p.S, p.D)
 
     def refusal(self, p):
-        if self.num_stages != 1 and not self.specialised:
-            return f"num_stages must be 1 without specialised, got {self.num_stages}"
-        return pair_rows_refusal(self, p)
+        if not self.specialised:
+            if self.num_stages != 1:
+                return f"num_stages must be 1 without specialised, got {self.num_stages}"
+            return pair_rows_refusal(self, p)
+        if p.D not in (64, 128) or p.S != 64 or p.G not in (8, 16, 32, 64):
+            return f"specialised needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got {p.D}, {p.S} and {p.G}"
+        if (self.block_M, self.threads) != (128, 256) or self.num_stages < 1:
+            return f"specialised needs block_M = 128, threads = 256 and num_stages of at least 1, got {self}"
+        return None
 
     @classmethod
     def options(cls, p):
-        every = [
-            cls(block_M=m, threads=t, reduce_add=r) for r, m, t in product((0, 1), (128, 64, 32, 16), (256, 128, 64))
-        ]
+        fast = [cls(128, 256, n, 1, r) for r, n in product((0, 1), (2, 3, 1))]
+        plain = [cls(m, t, 1, 0, r) for r, m, t in product((0, 1), (128, 64, 32, 16), (256, 128, 64))]
         # Less than a warpgroup is for shapes that nothing better fits.
-        return _first_legal(p, [c for c in every if c.threads >= WARPGROUP], every)
+        return _first_legal(p, fast + [c for c in plain if c.threads >= WARPGROUP], plain)
 
     @classmethod
     def on_cpu(cls, p):
@@ -272,7 +280,9 @@ def static_key(problem: Problem) -> dict:
 
 
 def registers_left(config: Config, blocks: int = 1) -> int:
-    """Registers that ptxas may give a thread when `blocks` CTAs are to fit the SM's four partitions."""
+    """Registers that a thread may have when `blocks` CTAs are to fit the SM's four partitions."""
+    if config.specialised:  # the producer warpgroup hands its registers over
+        return SPECIALISED_REGISTERS if blocks == 1 else 0
     warps = config.total_threads() // 32 * blocks
     return min(MAX_REGISTERS, 16384 // (32 * -(-warps // 4)) // 8 * 8)
 

@@ -11,7 +11,7 @@ are added to what is there, so that windows of tokens accumulate in a fixed orde
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config import BwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, one_pass_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
 
 
 def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkConfig):
@@ -89,9 +89,8 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                     T.clear(acc_dp)
                     T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
                     length = chunk_len[i_c] if masked else None
-                    one_pass_rows(
-                        acc_s, acc_dp, row_max, row_sum, row_weight, delta, rows, S, real, scale * LOG2E, length
-                    )
+                    exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, length)
+                    weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real)
                     T.copy(acc_s, p_shared)
                     T.copy(acc_dp, ds_shared)
                     T.gemm(p_shared, do_shared, acc_dv, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]

@@ -34,12 +34,11 @@ def softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale_log
 
 
 @T.macro
-def one_pass_rows(acc_s, acc_dp, row_max, row_sum, row_weight, delta, rows, S, real, scale_log2, length):
-    """acc_s = w P and acc_dp = dS of the scores and dP in them, 0 from row `real` on; delta = rowsum(P * dP).
+def weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real):
+    """acc_s = w P and acc_dp = dS of exp_rows' result and the dP in it, 0 from row `real` on; delta = rowsum(P * dP).
 
     P is never normalised by itself: 1 / row_sum goes into the weight and into delta.
     """
-    exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length)
     for r, s in T.Parallel(rows, S):
         acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
     T.reduce_sum(acc_dp, delta, dim=1)
