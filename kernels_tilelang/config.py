@@ -13,7 +13,7 @@ SMEM_ALIGNMENT = 2048  # what aligning swizzled tiles to 1 KB may add
 MAX_REGISTERS = 255  # a thread
 WORKING_REGISTERS = 52  # beside the accumulators: addresses, row statistics, operands; less made ptxas spill
 WARPGROUP = 128  # threads
-SPECIALISED_REGISTERS = 232  # a thread of two warpgroups that a third, which copies, leaves its registers to
+SPECIALISED_REGISTERS = 224  # a thread of two warpgroups that a third, which copies, leaves its registers to
 
 
 class Config:
@@ -61,6 +61,10 @@ class Config:
     def on_cpu(cls, p: Problem) -> "Config":
         """The config for the CPU target, where only the tile's size matters."""
         return cls()
+
+    def loop_share(self, p: Problem) -> float:
+        """Share of its inner loop's matrix products that a warpgroup executes; the others stand in another's branch."""
+        return 1.0
 
     def tensor_core(self) -> str | None:
         """The instruction that the program claims (wgmma takes 64 rows and a whole warpgroup), or None."""
@@ -235,6 +239,9 @@ class BwdChunkConfig(Config):
         plain = [cls(m, t, 1, 0, r) for r, m, t in product((0, 1), (128, 64, 32, 16), (256, 128, 64))]
         # Less than a warpgroup is for shapes that nothing better fits.
         return _first_legal(p, fast + [c for c in plain if c.threads >= WARPGROUP], plain)
+
+    def loop_share(self, p):
+        return 5 / 7 if self.specialised and p.D == 64 else 1.0  # dv in one consumer's branch, dk in the other's
 
     @classmethod
     def on_cpu(cls, p):

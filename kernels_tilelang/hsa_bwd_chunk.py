@@ -90,7 +90,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                     T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
                     length = chunk_len[i_c] if masked else None
                     exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, length)
-                    weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real)
+                    weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real, scale)
                     T.copy(acc_s, p_shared)
                     T.copy(acc_dp, ds_shared)
                     T.gemm(p_shared, do_shared, acc_dv, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
@@ -115,19 +115,17 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                     if config.reduce_add:
                         for r, d in T.Parallel(rows, D):
                             if r < real:
-                                T.atomic_add(
-                                    dq_partial[i_b, slot_shared[r // G] // K, i_h, r % G, d], acc_dq[r, d] * scale
-                                )
+                                T.atomic_add(dq_partial[i_b, slot_shared[r // G] // K, i_h, r % G, d], acc_dq[r, d])
                     else:
                         # The q tile is done with: through it the rows are stored 16 bytes at a time.
                         for r, d in T.Parallel(rows, D):
-                            q_shared[r, d] = acc_dq[r, d] * scale
+                            q_shared[r, d] = acc_dq[r, d]
                         for r, d in T.Parallel(rows, D):
                             if r < real:
                                 dq_partial[i_b, i_h, slot_shared[r // G] - start * K, r % G, d] = q_shared[r, d]
 
                 for s, d in T.Parallel(S, D):
-                    dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d] * scale
+                    dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
                 for s, d in T.Parallel(S, D):
                     dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
 

@@ -1,14 +1,16 @@
 """hsa_bwd_chunk hand-specialised for sm_90a; the formulas are in the tile-level program of the same name.
 
 One CTA owns a chunk and a key/value head: a producer warpgroup gathers rows of q and dout by TMA, num_stages tiles of
-block_M rows ahead of two warpgroups that compute: 64 rows each of the scores, dP and dq, half the columns each of dk
-and dv. dq leaves through the tiles of w P and dS by TMA (reduce_add: float32 atomics from registers).
+block_M rows ahead of two warpgroups that compute: 64 rows each of the scores, dP and dq, and half the columns each of
+dk and dv (at D = 64 all of one of them). dq leaves by TMA through the tiles of w P and dS (reduce_add: float32 atomics
+from registers).
 
-Barriers. full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the bytes of the tile.
-empty[st]: 256 arrivals of the consumers once their last product has read the tile. Slots and weights have 2 * num_stages
-places, since they are read after that. Named 1: both consumers have written (and fenced) w P and dS; 2: both have read
-them, so that dq may overwrite them; 3 + warpgroup: its dq is there for one thread to store, and has been read by that
-store before w P and dS of the next tile overwrite it.
+Barriers. kv_full and full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the bytes of
+the tile; empty[st]: 256 arrivals of the consumers once their last product has read the tile. Slots are read after that,
+so they have 2 * num_stages places: a consumer that arrives for a tile has finished the one num_stages before it.
+WRITTEN: both consumers have written and fenced w P and dS, which the sums over rows read whole. READ: both have read
+them and delta, so that dq and then the next tile may overwrite them. STAGED + warpgroup, twice a tile: its dq is
+written and fenced, for its elected thread to store; that thread's earlier stores have read it, before the next w P.
 """
 
 import tilelang.language as T
@@ -16,7 +18,7 @@ import tilelang.language as T
 from hsa_tl.kernels_tilelang.config import BwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread, of the 168 that 384 threads start with
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224  # a thread: what 384 threads start with, 168
 WRITTEN, READ, STAGED = 8, 9, 10  # named barriers; TileLang takes its own from 1 up
 BOX = 64  # columns of a TMA box: 128 bytes, one swizzle atom
 
@@ -25,6 +27,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
     rows, stages, consumers = config.block_M, config.num_stages, config.threads
     tile = rows // G  # pairs
     weights_tile = tile * heads_w
+    halves = D > BOX  # of dk and dv for each consumer; else dv is the first one's and dk the second's
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
     pairs, segments, partial_rows = T.dynamic("pairs, segments, partial_rows")
     dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
@@ -76,6 +79,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
             slot = T.alloc_var("int32")
             weight = T.alloc_var("float32")
             real = T.alloc_var("int32")
+            length = T.alloc_var("int32")
             dw_sum = T.alloc_var("float32")
 
             tx = T.get_thread_binding()
@@ -122,8 +126,12 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         T.barrier_arrive(full[i_m % stages])
                 else:
                     T.set_max_nreg(CONSUMER_REGISTERS, 1)
-                    T.clear(acc_dk)
-                    T.clear(acc_dv)
+                    if halves or tx >= 128:
+                        T.clear(acc_dk)
+                    if halves or tx < 128:
+                        T.clear(acc_dv)
+                    if masked:
+                        length = chunk_len[i_c]
                     T.barrier_wait(kv_full, 0)
                     for i_m in T.serial(T.ceildiv(count, tile)):
                         st = i_m % stages
@@ -142,36 +150,39 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                             row_weight[r] = weight_shared[place, r // G * heads_w + T.min(r % G, heads_w - 1)]
                         T.wait_wgmma(1)
                         T.warpgroup_fence_operand(acc_s, num_regs=rows * S // consumers)
-                        exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
+                        exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, length if masked else None)
                         T.wait_wgmma(0)
                         T.warpgroup_fence_operand(acc_dp, num_regs=rows * S // consumers)
-                        weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real)
+                        weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real, scale)
 
                         if not config.reduce_add:
                             T.tma_store_wait(0)
                             T.sync_threads(STAGED + tx // 128, 128)
-                        for r, s in T.Parallel(rows, S):
-                            tiles_shared[0, r, s] = acc_s[r, s]
-                        for r, s in T.Parallel(rows, S):
-                            tiles_shared[1, r, s] = acc_dp[r, s]
+                        T.copy(acc_s, tiles_shared[0, :, :])
+                        T.copy(acc_dp, tiles_shared[1, :, :])
                         for r in T.Parallel(rows):
                             delta_shared[r] = delta[r]
                         T.fence_proxy_async()
                         T.sync_threads(WRITTEN, consumers)
-                        T.wgmma_gemm(
-                            tiles_shared[0, :, :],
-                            do_shared[st, :, :],
-                            acc_dv,
-                            transpose_A=True,
-                            policy=T.GemmWarpPolicy.FullCol,
-                        )  # [S, D]
-                        T.wgmma_gemm(
-                            tiles_shared[1, :, :],
-                            q_shared[st, :, :],
-                            acc_dk,
-                            transpose_A=True,
-                            policy=T.GemmWarpPolicy.FullCol,
-                        )  # [S, D]
+                        if halves:
+                            T.wgmma_gemm(
+                                tiles_shared[0, :, :],
+                                do_shared[st, :, :],
+                                acc_dv,
+                                transpose_A=True,
+                                policy=T.GemmWarpPolicy.FullCol,
+                            )  # [S, D]
+                            T.wgmma_gemm(
+                                tiles_shared[1, :, :],
+                                q_shared[st, :, :],
+                                acc_dk,
+                                transpose_A=True,
+                                policy=T.GemmWarpPolicy.FullCol,
+                            )  # [S, D]
+                        elif tx < 128:
+                            T.wgmma_gemm(tiles_shared[0, :, :], do_shared[st, :, :], acc_dv, transpose_A=True)  # [S, D]
+                        else:
+                            T.wgmma_gemm(tiles_shared[1, :, :], q_shared[st, :, :], acc_dk, transpose_A=True)  # [S, D]
                         T.clear(acc_dq)
                         T.wgmma_gemm(
                             tiles_shared[1, :, :], k_shared, acc_dq, policy=T.GemmWarpPolicy.FullRow
@@ -196,11 +207,11 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                                 if r < real:
                                     T.atomic_add(
                                         dq_partial[i_b, slot_shared[place, r // G] // K, i_h, r % G, d],
-                                        acc_dq[r, d] * scale,
+                                        acc_dq[r, d],
                                     )
                         else:
                             for r, d in T.Parallel(rows, D):
-                                tiles_shared[d // S, r, d % S] = acc_dq[r, d] * scale
+                                tiles_shared[d // S, r, d % S] = acc_dq[r, d]
                             T.fence_proxy_async()
                             T.sync_threads(STAGED + tx // 128, 128)
                             for m in T.unroll(tile):
@@ -217,13 +228,15 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                                             ],
                                             leader_scope_threads=128,
                                         )
-                    T.warpgroup_fence_operand(acc_dk, num_regs=S * D // consumers)
-                    T.warpgroup_fence_operand(acc_dv, num_regs=S * D // consumers)
+                    T.warpgroup_fence_operand(acc_dk, num_regs=S * D // (256 if halves else 128))
+                    T.warpgroup_fence_operand(acc_dv, num_regs=S * D // (256 if halves else 128))
                     if not config.reduce_add:
                         T.tma_store_wait(0)  # shared memory must outlive the last stores
-                    for s, d in T.Parallel(S, D):
-                        dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d] * scale
-                    for s, d in T.Parallel(S, D):
-                        dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
+                    if halves or tx >= 128:
+                        for s, d in T.Parallel(S, D):
+                            dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
+                    if halves or tx < 128:
+                        for s, d in T.Parallel(S, D):
+                            dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
 
     return hsa_bwd_chunk
