@@ -212,17 +212,20 @@ class BwdChunkConfig(Config):
 
     def smem_bytes(self, p):
         tiles = 2 * (self.num_stages * self.block_M * p.D + p.S * p.D + self.block_M * p.S)
-        slots = -(-self.block_M // p.G)
-        if self.specialised:
-            slots *= 2 * self.num_stages * (1 + (p.G if p.per_head else 1))  # with their weights
+        if self.specialised:  # slots and weights, delta
+            small = 2 * self.num_stages * self.block_M // p.G * (1 + (p.G if p.per_head else 1)) + self.block_M
+        else:  # slots, heads, delta
+            small = 3 * self.block_M
         reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
-        return tiles * p.itemsize + 4 * (slots + self.block_M) + SMEM_ALIGNMENT + reductions
+        return tiles * p.itemsize + 4 * small + SMEM_ALIGNMENT + reductions
 
     def accumulators(self, p):
         # The scores and dP are dead where dq is.
         return 2 * p.S * p.D + self.block_M * max(2 * p.S, p.D)
 
     def refusal(self, p):
+        if p.D not in (64, 128):
+            return f"D must be 64 or 128, got {p.D}"
         if not self.specialised:
             if self.num_stages != 1:
                 return f"num_stages must be 1 without specialised, got {self.num_stages}"

@@ -17,9 +17,14 @@ from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
 def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkConfig):
     rows = config.block_M
     tile = rows // G  # pairs; rows past tile * G are padding
-    slots = -(-rows // G)
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
     pairs, segments, partial_rows = T.dynamic("pairs, segments, partial_rows")
+    divides = rows % G == 0
+
+    def head(r, head_shared):
+        """Row r's query head; a table where ptxas would keep the remainder of every access in a register of its own."""
+        return r % G if divides else head_shared[r]
+
     dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
 
     @T.prim_func
@@ -48,7 +53,8 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
             v_shared = T.alloc_shared([S, D], dtype)
             p_shared = T.alloc_shared([rows, S], dtype)
             ds_shared = T.alloc_shared([rows, S], dtype)
-            slot_shared = T.alloc_shared([slots], "int32")
+            slot_shared = T.alloc_shared([rows], "int32")
+            head_shared = T.alloc_shared([1 if divides else rows], "int32")
             delta_shared = T.alloc_shared([rows], "float32")
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_dp = T.alloc_fragment([rows, S], "float32")
@@ -69,20 +75,23 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
             if last > first:
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
                 T.copy(v[i_b, i_c, :, i_h, :], v_shared)
+                if not divides:
+                    for r in T.Parallel(rows):
+                        head_shared[r] = r % G
                 T.clear(acc_dk)
                 T.clear(acc_dv)
 
                 for i_m in T.serial(T.ceildiv(last - first, tile)):
                     real = T.Cast("int32", T.min(last - first - i_m * tile, tile)) * G  # rows; padding repeats a pair
-                    for m in T.Parallel(slots):
-                        slot_shared[m] = pair[T.min(first + i_m * tile + m, last - 1)]
-                    for r, d in T.Parallel(rows, D):
-                        q_shared[r, d] = q[i_b, slot_shared[r // G] // K, i_h, r % G, d]
-                    for r, d in T.Parallel(rows, D):
-                        do_shared[r, d] = dout[i_b, slot_shared[r // G] // K, i_h, r % G, d]
                     for r in T.Parallel(rows):
-                        slot = slot_shared[r // G]
-                        row_weight[r] = weights[i_b, slot // K, i_h, T.min(r % G, heads_w - 1), slot % K]
+                        slot_shared[r] = pair[T.min(first + i_m * tile + r // G, last - 1)]
+                    for r, d in T.Parallel(rows, D):
+                        q_shared[r, d] = q[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d]
+                    for r, d in T.Parallel(rows, D):
+                        do_shared[r, d] = dout[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d]
+                    for r in T.Parallel(rows):
+                        slot = slot_shared[r]
+                        row_weight[r] = weights[i_b, slot // K, i_h, T.min(head(r, head_shared), heads_w - 1), slot % K]
 
                     T.clear(acc_s)
                     T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
@@ -106,23 +115,27 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                                 dw_sum[m] = dw_sum[m] + delta_shared[m * G + i_g]
                         for m in T.Parallel(tile):
                             if m * G < real:
-                                dweights[i_b, slot_shared[m] // K, i_h, 0, slot_shared[m] % K] = dw_sum[m]
+                                dweights[i_b, slot_shared[m * G] // K, i_h, 0, slot_shared[m * G] % K] = dw_sum[m]
                     else:
                         for r in T.Parallel(rows):
                             if r < real:
-                                slot = slot_shared[r // G]
-                                dweights[i_b, slot // K, i_h, r % G, slot % K] = delta[r]
+                                slot = slot_shared[r]
+                                dweights[i_b, slot // K, i_h, head(r, head_shared), slot % K] = delta[r]
                     if config.reduce_add:
                         for r, d in T.Parallel(rows, D):
                             if r < real:
-                                T.atomic_add(dq_partial[i_b, slot_shared[r // G] // K, i_h, r % G, d], acc_dq[r, d])
+                                T.atomic_add(
+                                    dq_partial[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d], acc_dq[r, d]
+                                )
                     else:
                         # The q tile is done with: through it the rows are stored 16 bytes at a time.
                         for r, d in T.Parallel(rows, D):
                             q_shared[r, d] = acc_dq[r, d]
                         for r, d in T.Parallel(rows, D):
                             if r < real:
-                                dq_partial[i_b, i_h, slot_shared[r // G] - start * K, r % G, d] = q_shared[r, d]
+                                dq_partial[i_b, i_h, slot_shared[r] - start * K, head(r, head_shared), d] = q_shared[
+                                    r, d
+                                ]
 
                 for s, d in T.Parallel(S, D):
                     dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
