@@ -226,6 +226,8 @@ class BwdChunkConfig(Config):
     def refusal(self, p):
         if p.D not in (64, 128):
             return f"D must be 64 or 128, got {p.D}"
+        if p.S * p.D > 64 * 128:
+            return f"S must be at most {64 * 128 // p.D} at D = {p.D}, got {p.S}"
         if not self.specialised:
             if self.num_stages != 1:
                 return f"num_stages must be 1 without specialised, got {self.num_stages}"

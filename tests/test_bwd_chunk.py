@@ -1,13 +1,18 @@
 """hsa_bwd_chunk alone, on the CPU target: all gradients against the oracle, windows, poison, and what it promises."""
 
+import re
+from dataclasses import replace
+
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
 from strategies import Dims, assert_all_as_accurate_as, expected, make_call, seeds
 
+from hsa_tl import cases
+from hsa_tl.autotune import static
 from hsa_tl.kernels_tilelang import compile
-from hsa_tl.kernels_tilelang.config import BwdChunkConfig
+from hsa_tl.kernels_tilelang.config import BwdChunkConfig, space, why_illegal
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs
@@ -139,3 +144,65 @@ def test_the_tile_size_only_regroups_the_pairs():
     a, b = (_gradients(call, block_M=m) for m in (16, 64))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
+
+
+PAPER = cases.case("paper-d128").problem
+TWIN = BwdChunkConfig(block_M=128, threads=256, num_stages=2, specialised=1)
+
+
+@pytest.mark.parametrize(
+    "changes, config, words",
+    [
+        ({"D": 96}, BwdChunkConfig(), "D must be 64 or 128, got 96"),
+        ({}, replace(TWIN, specialised=0), "num_stages must be 1 without specialised, got 2"),
+        ({"S": 32}, TWIN, "specialised needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got 128, 32 and 16"),
+        ({"HQ": 4}, TWIN, "S = 64 and G of 8, 16, 32 or 64, got 128, 64 and 4"),
+        ({}, replace(TWIN, block_M=64), "specialised needs block_M = 128, threads = 256"),
+        ({}, replace(TWIN, num_stages=3), "shared memory must be at most 232448 bytes"),
+    ],
+)
+def test_why_illegal_says_what_and_why(changes, config, words):
+    assert words in why_illegal("hsa_bwd_chunk", replace(PAPER, **changes), config)
+
+
+def test_the_twin_is_preferred_where_it_is_legal():
+    assert space("hsa_bwd_chunk", PAPER)[0] == TWIN
+    assert not any(c.specialised for c in space("hsa_bwd_chunk", replace(PAPER, HQ=4)))
+
+
+def _branch(source: str, opening: str) -> str:
+    """The text of the braces that `opening` opens."""
+    start = source.index(opening) + len(opening)
+    depth, end = 1, start
+    while depth:
+        depth += {"{": 1, "}": -1}.get(source[end], 0)
+        end += 1
+    return source[start:end]
+
+
+@pytest.mark.static
+@pytest.mark.parametrize("reduce_add", [0, 1])
+@pytest.mark.parametrize(
+    "D, G, per_head, masked", [(128, 16, False, False), (64, 16, False, False), (128, 8, True, True)]
+)
+def test_the_twin_keeps_to_its_protocol(D, G, per_head, masked, reduce_add):
+    """What can be read without a GPU: who meets at which barrier, who stores, and the registers that change hands."""
+    problem = replace(PAPER, D=D, HQ=G, per_head=per_head, masked=masked)
+    config = replace(TWIN, reduce_add=reduce_add)
+    source = compile.lower("hsa_bwd_chunk", problem, config).kernel_source
+    assert not static.barrier_in_elected_branch(source)
+    producer = _branch(source, "if (256 <= ((int)threadIdx.x)) {")
+    consumers = source[source.index(producer) + len(producer) :]
+    # Whoever meets at a named barrier is one group: TileLang's own, in the producer, must not be one of the consumers'.
+    met = [set(re.findall(r"__sync_thread_partial\((.*), (\d+)\);", part)) for part in (producer, consumers)]
+    assert {count for _, count in met[0]} == {"128"} and not {name for name, _ in met[0]} & {name for name, _ in met[1]}
+    own = {("8", "256"), ("9", "256")} | (set() if reduce_add else {("((((int)threadIdx.x) >> 7) + 10)", "128")})
+    assert met[1] == own
+    assert "__syncthreads" not in producer + consumers
+    # A thread of each consumer stores its dq; each adds its part of dk and dv (a branch of a shared one was once lost).
+    assert consumers.count("tl_shuffle_elect<128>") == (not reduce_add) and consumers.count("tl_shuffle_elect") <= 1
+    for name in ("dk", "dv"):
+        assert re.search(rf"\*\(float2\*\)\({name} \+ .* = ", consumers)
+    if not static.missing_tools():
+        row = static.analyse("twin", "hsa_bwd_chunk", problem, config)
+        assert static.faults(row) == [] and row["registers"] == 168, row  # 384 * 168 = 128 * 56 + 256 * 224
