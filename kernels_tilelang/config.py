@@ -220,8 +220,8 @@ class BwdChunkConfig(Config):
         return tiles * p.itemsize + 4 * small + SMEM_ALIGNMENT + reductions
 
     def accumulators(self, p):
-        # The scores and dP are dead where dq is.
-        return 2 * p.S * p.D + self.block_M * max(2 * p.S, p.D)
+        # The scores and dP are dead where dq is. The four threads of a row keep what its atomics' addresses share.
+        return 2 * p.S * p.D + self.block_M * (max(2 * p.S, p.D) + 16 * self.reduce_add)
 
     def refusal(self, p):
         if p.D not in (64, 128):
