@@ -122,8 +122,8 @@ class BwdChunkConfig(Config):
         return tiles * p.itemsize + 4 * small + SMEM_ALIGNMENT + reductions
 
     def accumulators(self, p):
-        # The scores and dP are dead where dq is.
-        return 2 * p.S * p.D + self.block_M * max(2 * p.S, p.D)
+        # The scores and dP are dead where dq is. The four threads of a row keep what its atomics' addresses share.
+        return 2 * p.S * p.D + self.block_M * (max(2 * p.S, p.D) + 16 * self.reduce_add)
 
     def largest(self, p):
         return max(p.S, self.block_M) * p.D
@@ -146,7 +146,7 @@ class BwdChunkConfig(Config):
     @classmethod
     def options(cls, p):
         fast = [cls(128, 256, n, 1, r) for r, n in product((0, 1), (2, 3, 1))]
-        plain = [cls(m, t, 1, 0, r) for r, m, t in product((0, 1), (128, 64, 32, 16), (256, 128, 64))]
+        plain = [cls(m, t, 1, 0, r) for r, t, m in product((0, 1), (128, 256, 64), (128, 64, 32, 16))]
         # Less than a warpgroup is for shapes that nothing better fits.
         return first_legal(p, fast + [c for c in plain if c.threads >= WARPGROUP], plain)
 

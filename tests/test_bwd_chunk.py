@@ -198,7 +198,7 @@ def test_the_twin_keeps_to_its_protocol(D, G, per_head, masked, reduce_add):
     met = [set(re.findall(r"__sync_thread_partial\((.*), (\d+)\);", part)) for part in (producer, consumers)]
     assert {count for _, count in met[0]} == {"128"} and not {name for name, _ in met[0]} & {name for name, _ in met[1]}
     own = {("8", "256"), ("9", "256")} | (set() if reduce_add else {("((((int)threadIdx.x) >> 7) + 10)", "128")})
-    assert met[1] == own
+    assert own <= met[1] and all(int(name) < 8 and count == "256" for name, count in met[1] - own)
     assert "__syncthreads" not in producer + consumers
     # A thread of each consumer stores its dq; each adds its part of dk and dv (a branch of a shared one was once lost).
     assert consumers.count("tl_shuffle_elect<128>") == (not reduce_add) and consumers.count("tl_shuffle_elect") <= 1
