@@ -241,7 +241,7 @@ class BwdChunkConfig(Config):
     @classmethod
     def options(cls, p):
         fast = [cls(128, 256, n, 1, r) for r, n in product((0, 1), (2, 3, 1))]
-        plain = [cls(m, t, 1, 0, r) for r, m, t in product((0, 1), (128, 64, 32, 16), (256, 128, 64))]
+        plain = [cls(m, t, 1, 0, r) for r, t, m in product((0, 1), (128, 256, 64), (128, 64, 32, 16))]
         # Less than a warpgroup is for shapes that nothing better fits.
         return _first_legal(p, fast + [c for c in plain if c.threads >= WARPGROUP], plain)
 
