@@ -14,9 +14,10 @@ from hsa_tl.autotune import static
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import space, why_illegal
 from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig
+from hsa_tl.oracle import attention_oracle
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
-from hsa_tl.testing import Inputs
+from hsa_tl.testing import Inputs, double, run_with_gradients
 
 # Few static keys, since each is compiled: a power of two, and a group of 3 with weights for each head and a short tail.
 WHOLE = Dims(T=13, T_kv=64, HQ=4, H=2, D=32, K=2)
@@ -29,44 +30,43 @@ def _chunks(x: torch.Tensor, S: int) -> torch.Tensor:
     """[B, T, H, D] -> [B, N, S, H, D], a short tail padded with zeros, as hsa_tl.api does."""
     B, T, H, D = x.shape
     N = -(-T // S)
-    padded = torch.zeros(B, N * S, H, D)
+    padded = torch.zeros(B, N * S, H, D, dtype=x.dtype, device=x.device)
     padded[:, :T] = x
     return padded.view(B, N, S, H, D)
 
 
-def backward(call: Inputs, S: int = 16, reduce_add: int = 0, window: int | None = None, block_M: int | None = None):
-    """dq, dk, dv, dweights of windows of tokens, and how often each chunk was selected [B, H, N]."""
+def backward(call: Inputs, S: int = 16, window: int | None = None, config: BwdChunkConfig | None = None, **fields):
+    """dq, dk, dv, dweights of windows of tokens, then dk and dv by chunk; `fields` change the CPU's config."""
     B, T, HQ, D = call.q.shape
     T_kv, H = call.k.shape[1:3]
-    G, K = HQ // H, call.indices.shape[3]
+    G, K, device, dtype = HQ // H, call.indices.shape[3], call.q.device, call.q.dtype
     k, v = _chunks(call.k, S), _chunks(call.v, S)
     N = k.shape[1]
-    masked = T_kv % S != 0
-    chunk_len = torch.full((N,), S, dtype=torch.int32)
+    chunk_len = torch.full((N,), S, dtype=torch.int32, device=device)
     chunk_len[-1] = T_kv - (N - 1) * S
     q, do, weights = (x.unflatten(2, (H, -1)).contiguous() for x in (call.q, call.do, call.weights))
-    problem = Problem.of(call.q, k, call.weights, call.indices, chunk_len if masked else None)
-    config = BwdChunkConfig(block_M=block_M or BwdChunkConfig.on_cpu(problem).block_M, reduce_add=reduce_add)
+    problem = Problem.of(call.q, k, call.weights, call.indices, chunk_len if T_kv % S else None)
+    config = config or replace(BwdChunkConfig.on_cpu(problem), **fields)
     kernel = compile.kernel("hsa_bwd_chunk", problem, config)
-    dk, dv, dweights = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(weights)
-    dq = torch.zeros(B, T, H, G, D)
+    dk, dv, dweights = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v, weights))
+    dq = torch.zeros(B, T, H, G, D, device=device)
     valid = (call.indices >= 0) & (call.indices < N)
     for start in range(0, T, window or T):
         stop = min(T, start + (window or T))
-        outside = torch.ones(T, dtype=torch.bool)
+        outside = torch.ones(T, dtype=torch.bool, device=device)
         outside[start:stop] = False
-        indices = call.indices.masked_fill(outside[:, None, None], -1)
-        pair, offsets = sort_pairs(indices, N)
+        pair, offsets = sort_pairs(call.indices.masked_fill(outside[:, None, None], -1), N)
         begin, end = offsets[:-1].contiguous(), offsets[1:].contiguous()
-        partial = dq if reduce_add else torch.full((B, H, (stop - start) * K, G, D), torch.nan)
+        rows = torch.full((B, H, (stop - start) * K, G, D), torch.nan, dtype=dtype, device=device)
         arguments = (q, k, v, weights, pair, begin, end, start, chunk_len, do, D**-0.5)
-        kernel(*arguments, partial, dk, dv, dweights)
-        if not reduce_add:
-            rows = partial.view(B, H, stop - start, K, G, D).permute(0, 2, 1, 3, 4, 5)
-            real = valid[:, start:stop, :, :, None, None]
-            assert rows.isnan().any((-1, -2)).logical_not().eq(real[..., 0, 0]).all()  # each real pair, no other
-            dq[:, start:stop] = torch.where(real, rows, 0).sum(3)
-    return dq.flatten(2, 3), dk.flatten(1, 2)[:, :T_kv], dv.flatten(1, 2)[:, :T_kv], dweights.flatten(2, 3), dk, dv
+        kernel(*arguments, dq if config.reduce_add else rows, dk, dv, dweights)
+        if not config.reduce_add:
+            rows = rows.view(B, H, stop - start, K, G, D).permute(0, 2, 1, 3, 4, 5)
+            real = valid[:, start:stop, :, :]
+            assert torch.equal(~rows.isnan().any((-1, -2)), real)  # a row for each real pair, and for no other
+            dq[:, start:stop] = torch.where(real[..., None, None], rows, 0).float().sum(3)
+    gradients = (dq.flatten(2, 3), dk.flatten(1, 2)[:, :T_kv], dv.flatten(1, 2)[:, :T_kv])
+    return *(x.to(dtype) for x in gradients), dweights.flatten(2, 3), dk, dv
 
 
 def _gradients(call: Inputs, **options) -> dict[str, torch.Tensor]:
@@ -207,3 +207,34 @@ def test_the_twin_keeps_to_its_protocol(D, G, per_head, masked, reduce_add):
     if not static.missing_tools():
         row = static.analyse("twin", "hsa_bwd_chunk", problem, config)
         assert static.faults(row) == [] and row["registers"] == 168, row  # 384 * 168 = 128 * 56 + 256 * 224
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "d",
+    [
+        Dims(T=300, T_kv=512, HQ=16, D=128, S=64, K=16),
+        Dims(B=2, T=130, T_kv=384, HQ=32, H=2, D=64, S=64, K=5),
+        Dims(T=250, T_kv=250, HQ=8, D=128, S=64, K=8, per_head=True),
+        Dims(T=100, T_kv=200, HQ=6, H=2, D=64, S=64, K=3, per_head=True),
+    ],
+    ids=["g16-d128", "g16-d64", "g8-per-head-tail", "g3-per-head-tail"],
+)
+def test_every_config_agrees_with_the_oracle_on_a_gpu(d, dtype):
+    call = make_call(d)
+    call = Inputs(
+        *(x.to("cuda", dtype) for x in call[:3]), call.weights.cuda(), call.indices.cuda(), call.do.to("cuda", dtype)
+    )
+    low, high = (
+        {n: x for n, x in run_with_gradients(attention_oracle, c, chunk_size=d.S).items() if n != "out"}
+        for c in (call, double(call))
+    )
+    problem = replace(PAPER, HQ=d.HQ, H=d.H, D=d.D, K=d.K, per_head=d.per_head, masked=d.T_kv % d.S != 0, dtype=dtype)
+    for config in space("hsa_bwd_chunk", problem):
+        for window in (None, 64):
+            actual = _gradients(call, S=d.S, config=config, window=window)
+            assert_all_as_accurate_as(actual, low, high)
+            if not config.reduce_add:
+                again = _gradients(call, S=d.S, config=config, window=window)
+                assert all(torch.equal(x, again[n]) for n, x in actual.items()), config
