@@ -1,6 +1,6 @@
 """Configs of the backward programs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import ClassVar
 
@@ -145,10 +145,13 @@ class BwdChunkConfig(Config):
 
     @classmethod
     def options(cls, p):
-        fast = [cls(128, 256, n, 1, r) for r, n in product((0, 1), (2, 3, 1))]
-        plain = [cls(m, t, 1, 0, r) for r, t, m in product((0, 1), (128, 256, 64), (128, 64, 32, 16))]
+        twin = [cls(128, 256, n, 1) for n in (2, 3, 1)]
+        plain = [cls(m, t) for t, m in product((128, 256), (128, 64))]
+        if p.S < 64:
+            plain.remove(cls(128, 128))  # spills
+        adding = [replace(c, reduce_add=1) for c in (twin[0], *plain[-2:])]
         # Less than a warpgroup is for shapes that nothing better fits.
-        return first_legal(p, fast + [c for c in plain if c.threads >= WARPGROUP], plain)
+        return first_legal(p, twin + plain + adding, [cls(m, 64) for m in (64, 32, 16)])
 
     def loop_share(self, p):
         return 5 / 7 if self.specialised and p.D == 64 else 1.0  # dv in one consumer's branch, dk in the other's
