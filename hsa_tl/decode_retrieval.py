@@ -31,14 +31,12 @@ def _products(q, marks, dtype):
     if q.device.type == "cpu":
         q = torch.nn.functional.pad(q, (0, 0, 0, -T % _ROWS))
     q = q.to(dtype)
-    if marks.dtype == dtype:
+    if marks.dtype == dtype or marks.numel() <= _CONVERTED:
         if n == 1:  # a product with one column is summed in another order
             marks = marks.expand(*marks.shape[:-2], 2, -1)
-        return (q @ marks.mT)[..., :T, :n]
-    step = max(2, _CONVERTED // (marks.shape[-1] * max(1, marks[..., 0, 0].numel())))
-    return torch.cat(
-        [_products(q, marks[..., i : i + step, :].to(dtype), dtype)[..., :T, :] for i in range(0, n, step)], -1
-    )
+        return (q @ marks.to(dtype).mT)[..., :T, :n]
+    step = max(2, _CONVERTED * n // marks.numel())
+    return torch.cat([_products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
 
 
 def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
@@ -106,8 +104,12 @@ def _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype):
         least = s.topk(min(k, len(s))).values[-1] if len(s) >= k else -torch.inf
         rest = (bound >= least) & (bound > -torch.inf)
         rest[seen] = False
-        more = _score_blocks(q_slc[b, t, r], landmarks[b, :n, r], rest.nonzero()[:, 0], scale, dtype)
-        s, i = torch.cat([s, more[0]]), torch.cat([i, more[1]])
+        if int(rest.sum()) > blocks // 4:  # a gather costs more than it saves
+            i = torch.arange(n, device=q.device)
+            s = _products(q_slc[b, t, r][None], landmarks[b, :n, r], dtype)[0] * scale
+        else:
+            more = _score_blocks(q_slc[b, t, r], landmarks[b, :n, r], rest.nonzero()[:, 0], scale, dtype)
+            s, i = torch.cat([s, more[0]]), torch.cat([i, more[1]])
         i, order = i.sort()  # of equal scores the lower position wins
         s = s[order]
         best = _best(s, min(k, len(s)))
