@@ -9,7 +9,7 @@ import torch
 from hsa_tl.retrieval import _best, visible_chunks
 
 BLOCK = 64  # landmarks that share a bound
-_ROWS = 16  # MKL scores a row the same way, to the last bit, in any matrix of a multiple of so many rows
+_ROWS = 16  # MKL sums a score the same way, to the last bit, for a multiple of so many tokens and as many landmarks
 _CONVERTED = 1 << 20  # elements of 16-bit landmarks made float32 at once
 
 
@@ -32,10 +32,9 @@ def _products(q, marks, dtype):
         q = torch.nn.functional.pad(q, (0, 0, 0, -T % _ROWS))
     q = q.to(dtype)
     if marks.dtype == dtype or marks.numel() <= _CONVERTED:
-        if n == 1:  # a product with one column is summed in another order
-            marks = marks.expand(*marks.shape[:-2], 2, -1)
+        marks = torch.nn.functional.pad(marks, (0, 0, 0, max(0, _ROWS - n)))
         return (q @ marks.to(dtype).mT)[..., :T, :n]
-    step = max(2, _CONVERTED * n // marks.numel())
+    step = max(_ROWS, _CONVERTED * n // marks.numel())
     return torch.cat([_products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
 
 
