@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hsa_tl.kernels_tilelang.config_auxiliary import AuxiliaryConfig
+from hsa_tl.kernels_tilelang.config_auxiliary import AuxiliaryConfig, next_power_of_two
 from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, first_legal, row_bytes
 from hsa_tl.kernels_tilelang.config_forward import FwdTokenConfig
 
@@ -50,12 +50,10 @@ class DecodeSplitConfig(FwdTokenConfig):
 
     @classmethod
     def options(cls, p):
-        return first_legal(
-            p,
-            [cls(*x, n) for n in _splits(p) for x in ((128, 2), (128, 3), (64, 2))],
-            # A lone warp and an unpipelined loop are for shapes that nothing better fits.
-            [cls(*x, n) for n in _splits(p) for x in ((128, 1), (64, 1), (32, 2), (32, 1))],
-        )
+        first, *others = _splits(p)
+        usual = [cls(*x, first) for x in ((128, 2), (128, 3), (64, 2))] + [cls(128, 2, n) for n in others]
+        # A lone warp and an unpipelined loop are for shapes that nothing better fits.
+        return first_legal(p, usual, [cls(*x, n) for n in _splits(p) for x in ((128, 1), (64, 1), (32, 2), (32, 1))])
 
     @classmethod
     def on_cpu(cls, p):
@@ -79,11 +77,11 @@ class DecodeCombineConfig(AuxiliaryConfig):
         return 4 * self.threads + SMEM_ALIGNMENT
 
     def accumulators(self, p):
-        return (self.num_splits + 1) * p.D
+        return (self.num_splits + 1) * next_power_of_two(p.D)
 
     def refusal(self, p):
         return None if self.num_splits >= 1 else f"num_splits must be at least 1, got {self.num_splits}"
 
     @classmethod
     def options(cls, p):
-        return [cls(n, threads) for n in _splits(p) for threads in (256, 128)]
+        return [cls(n) for n in _splits(p)]
