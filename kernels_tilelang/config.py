@@ -9,7 +9,7 @@ from hsa_tl.kernels_tilelang.config_auxiliary import (
     PairsPlaceConfig,
     UnionIndexConfig,
 )
-from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig, BwdDqTokenConfig
+from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig, BwdDkdvChunkConfig, BwdDqTokenConfig
 from hsa_tl.kernels_tilelang.config_base import refused
 from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig
 from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
@@ -21,6 +21,7 @@ CONFIGS = {
     "hsa_fwd_chunk": FwdChunkConfig,
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
+    "hsa_bwd_chunk": BwdChunkConfig,
     "hsa_combine": CombineConfig,
     "pairs_count": PairsCountConfig,
     "pairs_place": PairsPlaceConfig,

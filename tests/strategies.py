@@ -15,7 +15,7 @@ from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradi
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
 EXAMPLES = {"reference": 25, "tilelang": 10, "tilelang-union": 10, "tilelang-chunk": 10, "triton": 3}
 # Other strategies of an implementation, by the config that names them.
-STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}, "tilelang-chunk": {"hsa_fwd_chunk": {}}}
+STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}, "tilelang-chunk": {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}}
 IMPLS = (*EXAMPLES, "auto")
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
