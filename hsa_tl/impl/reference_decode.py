@@ -1,6 +1,7 @@
 """Decode in PyTorch on any device: gathers the chosen pages of a block of tokens and multiplies them in batches.
 
-With P[k] the softmax of one page's scores, out = sum_k (weights[k] P[k]) V[k] is one product [G, K * S] x [K * S, D].
+With P[k] the softmax of one page's scores, out = sum_k (weights[k] P[k]) V[k]. Each product [G, S] x [S, D] is summed
+apart: one sum over all K * S keys would err more.
 """
 
 import torch
@@ -34,16 +35,16 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     step = max(1, _BLOCK_ELEMENTS // max(1, H * K * S * D))
     for i in range(0, rows, step):
         part = slice(i, i + step)
-        k, v = (_gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, H, K * S, D]
-        p = (q[part].to(dtype) @ k.mT).mul_(scale).unflatten(-1, (K, S)).softmax(-1)  # [n, H, G, K, S]
-        p.mul_(weights[part, ..., None].to(dtype))
-        out[part] = (p.flatten(-2) @ v).masked_fill(spare[part, ..., None] < 0, 0)
+        k, v = (_gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, H, K, S, D]
+        p = (q[part, :, None].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, H, K, G, S]
+        p.mul_(weights[part].mT[..., None].to(dtype))
+        out[part] = (p @ v).sum(2).masked_fill(spare[part, ..., None] < 0, 0)
     return out.view(B, T, HQ, D)
 
 
 def _gather(pages, row):
-    """pages [P, S, H, D] at row [n, H, K], each page * H + head -> [n, H, K * S, D]."""
+    """pages [P, S, H, D] at row [n, H, K], each page * H + head -> [n, H, K, S, D]."""
     _, S, H, D = pages.shape
     if H == 1:
-        return pages.reshape(-1, S * D).index_select(0, row.flatten()).view(*row.shape[:2], -1, D)
-    return pages[row // H, :, row % H].flatten(2, 3)
+        return pages.reshape(-1, S * D).index_select(0, row.flatten()).view(*row.shape, S, D)
+    return pages[row // H, :, row % H]
