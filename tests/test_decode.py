@@ -1,6 +1,7 @@
 """hsa_decode over a paged pool, against the float64 oracle on the sequence laid out contiguously."""
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -147,6 +148,21 @@ def test_blocks_of_tokens_change_nothing(monkeypatch):
     whole = hsa_decode(*arguments)
     monkeypatch.setattr(reference_decode, "_BLOCK_ELEMENTS", 1)
     torch.testing.assert_close(hsa_decode(*arguments), whole)
+
+
+@pytest.mark.parametrize("impl", EXAMPLES)
+def test_pages_beyond_2_to_the_31_elements(impl):
+    """9 GB of addresses, of which the system maps only the pages that are touched."""
+    pages = 2**31 // (S * 16) + 3
+    pools = [torch.from_numpy(np.zeros((pages, S, 1, 16), dtype=np.float32)) for _ in range(2)]
+    q, k, v, weights, indices, _ = make_decode(Dims(B=3, T=1, T_kv=48), 15)
+    k, v = k[:3].clone().normal_(), v[:3].clone().normal_()
+    far = torch.tensor([pages - 1, 5, pages - 2], dtype=torch.int32).expand(3, -1)
+    for pool, x in zip(pools, (k, v), strict=True):
+        pool[far[0].long()] = x
+    near = torch.arange(3, dtype=torch.int32).expand(3, -1)
+    want = hsa_decode(q, k, v, weights, indices, near, impl=impl)
+    assert torch.equal(hsa_decode(q, *pools, weights, indices, far, impl=impl), want) and want.any()
 
 
 @each_impl
