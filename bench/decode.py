@@ -45,11 +45,11 @@ class Step:
 
     @classmethod
     def of(cls, p: Problem, seed: int = 0) -> "Step":
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator(p.device_type).manual_seed(seed)
         N = p.T // p.S
 
         def make(*shape):
-            return torch.randn(shape, generator=g).to(p.dtype).to(p.device_type)
+            return torch.randn(shape, generator=g, dtype=p.dtype, device=p.device_type)
 
         landmarks = make(p.B, N, p.H, p.D)
         k, v = (make(p.B * N, p.S, p.H, p.D) for _ in range(2))

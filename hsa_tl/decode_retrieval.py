@@ -15,12 +15,11 @@ _CONVERTED = 1 << 20  # elements of 16-bit landmarks made float32 at once
 
 def landmark_bounds(landmarks: torch.Tensor) -> torch.Tensor:
     """[B, ceil(N / BLOCK), 2, R, D_r]: least and greatest of each coordinate in each block of landmarks."""
-    B, N, R, D_r = landmarks.shape
-    blocks = -(-N // BLOCK)
-    low, high = (landmarks.new_full((B, blocks * BLOCK, R, D_r), x) for x in (torch.inf, -torch.inf))
-    low[:, :N], high[:, :N] = landmarks, landmarks
-    low, high = (x.unflatten(1, (blocks, BLOCK)) for x in (low, high))
-    return torch.stack([low.amin(2), high.amax(2)], 2)
+    missing = -landmarks.shape[1] % BLOCK
+    if missing:  # the last landmark again moves no bound
+        landmarks = torch.cat([landmarks, landmarks[:, -1:].expand(-1, missing, -1, -1)], 1)
+    landmarks = landmarks.unflatten(1, (-1, BLOCK) if landmarks.numel() else (0, BLOCK))
+    return torch.stack([landmarks.amin(2), landmarks.amax(2)], 2)
 
 
 def _products(q, marks, dtype):

@@ -75,6 +75,15 @@ def test_a_token_does_not_depend_on_its_company(two_level):
         assert torch.equal(scores, whole[0])
 
 
+@pytest.mark.parametrize("N", (0, 1, 63, 64, 65, 200))
+def test_bounds_hold_their_landmarks(N):
+    _, landmarks = make(2, 1, 2, 5, N, 9)
+    bounds = landmark_bounds(landmarks)
+    assert bounds.shape == (2, -(-N // 64), 2, 2, 5)
+    for i, block in enumerate(landmarks.split(64, 1) if N else ()):
+        assert torch.equal(bounds[:, i, 0], block.amin(1)) and torch.equal(bounds[:, i, 1], block.amax(1))
+
+
 def test_chunks_that_a_sequence_does_not_hold_are_hidden():
     q, landmarks = make(3, 2, 2, 8, 40, 1)
     held = int32(0, 7, 40)
