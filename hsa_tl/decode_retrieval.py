@@ -31,7 +31,8 @@ def _products(q, marks, dtype):
         q = torch.nn.functional.pad(q, (0, 0, 0, -T % _ROWS))
     q = q.to(dtype)
     if marks.dtype == dtype or marks.numel() <= _CONVERTED:
-        marks = torch.nn.functional.pad(marks, (0, 0, 0, max(0, _ROWS - n)))
+        if n < _ROWS:  # a pad by nothing would copy all of them
+            marks = torch.nn.functional.pad(marks, (0, 0, 0, _ROWS - n))
         return (q @ marks.to(dtype).mT)[..., :T, :n]
     step = max(_ROWS, _CONVERTED * n // marks.numel())
     return torch.cat([_products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
