@@ -122,10 +122,11 @@ def predict(config: Config, problem: Problem, ctas: int, sass, device: Device) -
     if config.tensor_core() is None:
         return max(memory.values()), max(memory, key=memory.get)
     loops = [loop_work(loop, device) for loop in inner_loops(sass)]
-    loops = [f for f in loops if f["flops"]]
-    if not loops:
-        raise ValueError("no inner loop with matrix products in the SASS")
+    # Without a loop around its products, the whole program is one pass.
+    loops = [f for f in loops if f["flops"]] or [loop_work(sass, device)]
     f = max(loops, key=lambda x: x["flops"])
+    if not f["flops"]:
+        raise ValueError("no matrix products in the SASS")
     warps = config.threads // 32
     groups = warps / 4
     share = config.loop_share(problem)

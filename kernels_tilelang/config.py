@@ -11,6 +11,7 @@ from hsa_tl.kernels_tilelang.config_auxiliary import (
 )
 from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig, BwdDkdvChunkConfig, BwdDqTokenConfig
 from hsa_tl.kernels_tilelang.config_base import refused
+from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig
 from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
 from hsa_tl.problem import Problem
 
@@ -25,9 +26,14 @@ CONFIGS = {
     "pairs_count": PairsCountConfig,
     "pairs_place": PairsPlaceConfig,
     "union_index": UnionIndexConfig,
+    "hsa_decode_split": DecodeSplitConfig,
+    "hsa_decode_combine": DecodeCombineConfig,
 }
 PROGRAMS = tuple(CONFIGS)
-TUNED = tuple(name for name, config in CONFIGS.items() if not issubclass(config, AuxiliaryConfig))
+# Those of `hsa_attention` with matrix products: the tuner runs a program through it.
+TUNED = tuple(
+    name for name, config in CONFIGS.items() if not issubclass(config, AuxiliaryConfig) and config.DIRECTION != "decode"
+)
 
 
 def static_key(problem: Problem) -> dict:

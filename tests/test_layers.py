@@ -31,6 +31,7 @@ LAYERS = (
     ("hsa_tl.kernels_tilelang.config_base",),
     ("hsa_tl.kernels_tilelang.config_forward",),
     ("hsa_tl.kernels_tilelang.config_backward", "hsa_tl.kernels_tilelang.config_auxiliary"),
+    ("hsa_tl.kernels_tilelang.config_decode",),
     (
         "hsa_tl.kernels_tilelang.config",
         "hsa_tl.cases",
@@ -39,11 +40,13 @@ LAYERS = (
         "hsa_tl.retrieval",
         "hsa_tl.oracle",
     ),
+    ("hsa_tl.decode_retrieval",),
     ("hsa_tl.kernels_tilelang.macros", "hsa_tl.kernels_tilelang.cpu_target", "hsa_tl.autotune.table", "hsa_tl.testing"),
     ("hsa_tl.autotune.cost",),
     (*PROGRAMS, "hsa_tl.autotune.strategy"),
     ("hsa_tl.kernels_tilelang.compile",),
-    ("hsa_tl.impl.*",),
+    ("hsa_tl.impl.reference", "hsa_tl.impl.tilelang", "hsa_tl.impl.triton"),
+    ("hsa_tl.impl.*_decode",),
     ("hsa_tl.ops",),
     ("hsa_tl.api",),
     ("hsa_tl",),
@@ -51,11 +54,24 @@ LAYERS = (
 TOP = len(LAYERS)
 # What a module may import of the project, where its layer says too little.
 ONLY = {
+    "hsa_tl.impl.reference_decode": (),
+    "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton",),
+    "hsa_tl.impl.tilelang_decode": (
+        "hsa_tl.impl.tilelang",
+        "hsa_tl.autotune.*",
+        "hsa_tl.kernels_tilelang.*",
+        "hsa_tl.problem",
+    ),
     "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_*", "hsa_tl.kernels_tilelang.macros")),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
-    "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.model*"),
-    "hsa_tl.ops": ("hsa_tl.problem", "hsa_tl.pairs", "hsa_tl.retrieval"),  # implementations by name, when first used
+    "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.files", "hsa_tl.model*"),
+    "hsa_tl.ops": (
+        "hsa_tl.problem",
+        "hsa_tl.pairs",
+        "hsa_tl.retrieval",
+        "hsa_tl.decode_retrieval",
+    ),  # implementations by name, when first used
     "hsa_tl.bench.*": ("hsa_tl*",),
     "hsa_tl.autotune.*": ("hsa_tl*",),
 }
@@ -63,6 +79,7 @@ ONLY = {
 BANNED = {
     "hsa_tl.impl.reference": ("tilelang", "tvm", "triton"),
     "hsa_tl.impl.triton": ("tilelang", "tvm"),
+    "hsa_tl.impl.triton_decode": ("tilelang", "tvm"),
     "hsa_tl.impl.tilelang": ("triton", "tilelang", "tvm"),  # it compiles through kernels_tilelang.compile
     "hsa_tl.kernels_tilelang.config*": ("tilelang", "tvm", "triton"),
     **dict.fromkeys(PROGRAMS, ("torch", "triton", "numpy")),
