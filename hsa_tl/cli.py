@@ -258,7 +258,7 @@ def static(
         Optional[list[str]], typer.Option("--case", help="repeatable; by default those tagged ci")
     ] = None,
     device: Annotated[str, typer.Option(help="h100, h200 or h800: whose bandwidths the prediction takes")] = "h200",
-    out: Annotated[Optional[Path], typer.Option(help="a CSV file to write")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="a CSV file to write, and README.md beside it")] = None,
     jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
 ) -> None:
     """Lowers and assembles every config for sm_90a and reads registers, spills, SASS; predicts ns per pair. No GPU.
@@ -279,6 +279,7 @@ def static(
             )
         if out:
             static_check.write_csv(rows, out)
+            static_check.write_page(rows, out)
     ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
     if out:
         console.print(f"wrote {out}")

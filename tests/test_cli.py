@@ -21,7 +21,7 @@ def run(*args, code=0):
 def static_row(program="hsa_fwd_token", **changes):
     row = dict.fromkeys(static.COLUMNS) | {
         "case": "paper-d128", "program": program, "config": describe(CONFIGS[program]()), "threads": 128,
-        "registers": 64, "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4,
+        "device": "h200", "registers": 64, "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4,
         "ns_per_pair": 4.5, "limiter": "l2", "roofline_ns": 4.0,
     }  # fmt: skip
     return row | changes
