@@ -69,8 +69,8 @@ def count(sass, prefix: str) -> int:
     return sum(op.startswith(prefix) for _, op, _ in sass)
 
 
-def inner_loops(sass) -> list[list]:
-    """Instructions of each innermost loop, by backward branches."""
+def inner_loops(sass, holding: str = "") -> list[list]:
+    """Instructions of each innermost loop, by backward branches; of the loops with an opcode that begins so."""
     spans, previous = [], ""
     for address, op, operands in sass:
         target = re.search(r"0x([0-9a-f]+)", operands) if op.startswith("BRA") else None
@@ -78,6 +78,7 @@ def inner_loops(sass) -> list[list]:
         if target and not previous.startswith("BRA") and int(target.group(1), 16) + SHORT_LOOP_BYTES < address:
             spans.append((int(target.group(1), 16), address))
         previous = op
+    spans = [s for s in spans if any(s[0] <= x[0] <= s[1] and x[1].startswith(holding) for x in sass)]
     inner = [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
     return [[x for x in sass if low <= x[0] <= high] for low, high in inner]
 
@@ -121,9 +122,9 @@ def predict(config: Config, problem: Problem, ctas: int, sass, device: Device) -
     memory = memory_ns(config, problem, device)
     if config.tensor_core() is None:
         return max(memory.values()), max(memory, key=memory.get)
-    loops = [loop_work(loop, device) for loop in inner_loops(sass)]
+    loops = [loop_work(loop, device) for holding in ("HGMMA", "HMMA") for loop in inner_loops(sass, holding)]
     # Without a loop around its products, the whole program is one pass.
-    loops = [f for f in loops if f["flops"]] or [loop_work(sass, device)]
+    loops = loops or [loop_work(sass, device)]
     f = max(loops, key=lambda x: x["flops"])
     if not f["flops"]:
         raise ValueError("no matrix products in the SASS")

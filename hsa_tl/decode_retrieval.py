@@ -6,7 +6,7 @@ whose best possible score is below the topk-th of the blocks seen so far are not
 
 import torch
 
-from hsa_tl.retrieval import _best, visible_chunks
+from hsa_tl.retrieval import best_of_any, visible_chunks
 
 BLOCK = 64  # landmarks that share a bound
 _ROWS = 16  # MKL sums a score the same way, to the last bit, for a multiple of so many tokens and as many landmarks
@@ -60,7 +60,7 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
         scores = torch.stack([_products(q_slc[:, :, r], landmarks[:, :, r], dtype) for r in range(R)], 2)
         scores.mul_(scale)  # [B, T, R, N]; after the product, as in retrieve_chunks: scaling first could break a tie
         scores.masked_fill_((torch.arange(N, device=q_slc.device) >= visible[..., None])[:, :, None], -torch.inf)
-        position = _best(scores, min(topk, N))
+        position = best_of_any(scores, min(topk, N))
         best = scores.gather(-1, position), position
     return _ascending(*best, visible, topk)
 
@@ -111,7 +111,7 @@ def _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype):
             s, i = torch.cat([s, more[0]]), torch.cat([i, more[1]])
         i, order = i.sort()  # of equal scores the lower position wins
         s = s[order]
-        best = _best(s, min(k, len(s)))
+        best = best_of_any(s, min(k, len(s)))
         scores[b, t, r, : len(best)], chosen[b, t, r, : len(best)] = s[best], i[best]
     return scores, chosen
 

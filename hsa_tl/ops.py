@@ -45,6 +45,26 @@ def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
     raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(map(repr, preferred(problem)))}")
 
 
+def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int) -> str:
+    """As `resolve`, for retrieval: "reference" is hsa_tl.retrieval, which runs everything, others <name>_retrieval."""
+    B, T, R, D_r = q_slc.shape
+    problem = Problem(
+        B, T, landmarks.shape[1], R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=q_slc.device.type
+    )
+    names = (impl,)
+    if impl == "auto":
+        hopper = q_slc.is_cuda and torch.cuda.get_device_capability(q_slc.device) == (9, 0)
+        names = ("tilelang", "reference") if hopper else ("reference",)
+    for name in names:
+        reason = None if name == "reference" else implementation(f"{name}_retrieval").unavailable(problem)
+        if reason is None:
+            return name
+    raise NotImplementedError(
+        f"impl={impl!r} cannot retrieve {topk} chunks for {list(q_slc.shape)} of {q_slc.dtype} on {q_slc.device}: "
+        f"{reason}; use 'auto' or 'reference'"
+    )
+
+
 def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     """On Hopper TileLang's counting sort where it is installed, else torch's sort: the same Pairs."""
     if indices.is_cuda and torch.cuda.get_device_capability(indices.device) == (9, 0):
@@ -187,9 +207,18 @@ def retrieve(
     q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, q_start: int, exclude_window: int,
     cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if impl not in ("auto", "reference"):
-        raise NotImplementedError(f"retrieve_chunks has no impl={impl!r} yet; use 'auto' or 'reference'")
-    return retrieval.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale)
+    name = resolve_retrieval(impl, q_slc, landmarks, topk, chunk_size)
+    if name == "reference":
+        return retrieval.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale)
+    run = implementation(f"{name}_retrieval").retrieve
+    static = topk, chunk_size, q_start, exclude_window, scale
+    if cu_seqlens is None:
+        return run(q_slc, landmarks, *static)
+    parts = retrieval.sequences(cu_seqlens, q_slc.shape[1], landmarks.shape[1], chunk_size)
+    scores, indices = zip(
+        *(run(q_slc[:, tokens], landmarks[:, chunks], *static) for tokens, chunks in parts), strict=True
+    )
+    return torch.cat(scores, 1), torch.cat(indices, 1)
 
 
 @retrieve.register_fake

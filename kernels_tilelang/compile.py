@@ -28,6 +28,10 @@ def build(program: str, problem: Problem, config) -> tvm.tirx.PrimFunc:
     return getattr(module, program)(**_static_dims(problem, config), min_blocks=blocks, config=config)
 
 
+def _pass_configs(config) -> dict:
+    return PASS_CONFIGS | ({"tl.disable_thread_storage_sync": True} if config.own_barriers else {})
+
+
 def _static_dims(problem: Problem, config) -> dict:
     return {name: value for name, value in static_key(problem).items() if name in config.KEY}
 
@@ -35,7 +39,7 @@ def _static_dims(problem: Problem, config) -> dict:
 def lower(program: str, problem: Problem, config):
     """The artifact for sm_90a: CUDA source and device module. Needs neither a GPU nor nvcc."""
     target = tvm.target.Target(SM_90A)
-    with tvm.transform.PassContext(opt_level=3, config=PASS_CONFIGS), target:
+    with tvm.transform.PassContext(opt_level=3, config=_pass_configs(config)), target:
         return tilelang.lower(build(program, problem, config), target=target)
 
 
@@ -47,5 +51,7 @@ def kernel(program: str, problem: Problem, config):
         if problem.device_type == "cpu":
             _KERNELS[key] = tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
         else:
-            _KERNELS[key] = tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS)
+            _KERNELS[key] = tilelang.compile(
+                ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=_pass_configs(config)
+            )
     return _KERNELS[key]

@@ -3,7 +3,6 @@
 from dataclasses import asdict, fields
 
 from hsa_tl.kernels_tilelang.config_auxiliary import (
-    AuxiliaryConfig,
     CombineConfig,
     PairsCountConfig,
     PairsPlaceConfig,
@@ -13,6 +12,7 @@ from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig, BwdDkdvChunk
 from hsa_tl.kernels_tilelang.config_base import refused
 from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig
 from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
+from hsa_tl.kernels_tilelang.config_retrieval import RetrieveTopkConfig
 from hsa_tl.problem import Problem
 
 CONFIGS = {
@@ -28,12 +28,11 @@ CONFIGS = {
     "union_index": UnionIndexConfig,
     "hsa_decode_split": DecodeSplitConfig,
     "hsa_decode_combine": DecodeCombineConfig,
+    "retrieve_topk": RetrieveTopkConfig,
 }
 PROGRAMS = tuple(CONFIGS)
 # Those of `hsa_attention` with matrix products: the tuner runs a program through it.
-TUNED = tuple(
-    name for name, config in CONFIGS.items() if not issubclass(config, AuxiliaryConfig) and config.DIRECTION != "decode"
-)
+TUNED = tuple(name for name in CONFIGS if name.startswith(("hsa_fwd_", "hsa_bwd_")))
 
 
 def static_key(problem: Problem) -> dict:

@@ -26,6 +26,7 @@ class Config:
     moves_registers: ClassVar[bool] = False  # from the producer warpgroup to the consumers
     producer_registers: ClassVar[int] = PRODUCER_REGISTERS  # where moves_registers
     working_registers: ClassVar[int] = WORKING_REGISTERS
+    own_barriers: ClassVar[bool] = False  # the program places every barrier itself, TileLang adds none
     threads: int  # that compute
 
     def total_threads(self) -> int:

@@ -221,9 +221,13 @@ def test_unable_implementation(impl, dtype):
 
 
 @pytest.mark.parametrize("impl", ("tilelang", "triton"))
-def test_retrieval_has_one_implementation(impl):
-    with pytest.raises(NotImplementedError, match=rf"retrieve_chunks has no impl='{impl}'.*use 'auto' or 'reference'"):
-        retrieve(impl=impl)
+@pytest.mark.parametrize(
+    "dtype, topk, words", [(torch.bfloat16, 2, "float32 only"), (torch.float32, 129, "at most 128")]
+)
+def test_unable_retrieval(impl, dtype, topk, words):
+    x = {name: zeros(B, n, H, D, dtype=dtype) for name, n in (("q_slc", T), ("landmarks", N))}
+    with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot retrieve .*{words}.*; use 'auto' or"):
+        retrieve(**x, topk=topk, impl=impl)
 
 
 @pytest.mark.parametrize(

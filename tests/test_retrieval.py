@@ -1,5 +1,6 @@
 """retrieve_chunks against the dense oracle: exact selections, ties, gradients, blocks, memory."""
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +11,11 @@ from hsa_tl import retrieval, retrieve_chunks
 from hsa_tl.oracle import retrieve_oracle
 from hsa_tl.testing import assert_as_accurate_as
 
+KERNELS = ("tilelang",)
+EXAMPLES = {"tilelang": 40, "triton": 4}
+IMPLS = ("reference", *KERNELS)
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+
 
 def _inputs(B, T, N, R, D_r=16, seed=0, dtype=torch.float32, low=-1, high=1):
     """Small integers: at D_r = 16, scale 1/4, every score is exact, and many are equal."""
@@ -17,8 +23,8 @@ def _inputs(B, T, N, R, D_r=16, seed=0, dtype=torch.float32, low=-1, high=1):
     return tuple(torch.randint(low, high + 1, (B, n, R, D_r), generator=g).to(dtype) for n in (T, N))
 
 
-def assert_equals_oracle(q_slc, landmarks, topk, **options):
-    scores, indices = retrieve_chunks(q_slc, landmarks, topk, **options)
+def assert_equals_oracle(q_slc, landmarks, topk, impl="auto", **options):
+    scores, indices = retrieve_chunks(q_slc, landmarks, topk, impl=impl, **options)
     high_scores, high_indices = retrieve_oracle(q_slc.double(), landmarks.double(), topk, **options)
     assert indices.dtype == torch.int32
     assert scores.dtype == (torch.float64 if q_slc.dtype == torch.float64 else torch.float32)
@@ -31,7 +37,7 @@ problems = st.fixed_dictionaries(
     {
         "B": st.integers(1, 2),
         "T": st.integers(1, 90),
-        "N": st.integers(0, 8),
+        "N": st.integers(0, 8) | st.integers(30, 100),
         "R": st.integers(1, 3),
         "seed": seeds,
         "dtype": st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
@@ -41,8 +47,8 @@ options = st.fixed_dictionaries(
     {
         "topk": st.integers(1, 10),
         "chunk_size": st.sampled_from((16, 32)),
-        "q_start": st.integers(0, 70),
-        "exclude_window": st.integers(0, 50),
+        "q_start": st.integers(0, 70) | st.integers(0, 2000),
+        "exclude_window": st.integers(0, 50) | st.integers(0, 2500),
         "scale": st.sampled_from((None, 1.0, 0.5, 0.0)),
     }
 )
@@ -53,6 +59,19 @@ def test_equals_the_oracle(problem, options):
     assert_equals_oracle(*_inputs(**problem), **options)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("topk", (3, 20))
+def test_every_kernel_equals_the_oracle(impl, topk):
+    """float32, and few topk, since TileLang compiles for each; no power of two, and more than 16."""
+
+    @hypothesis.settings(max_examples=EXAMPLES[impl])
+    @given(problems, options)
+    def holds(problem, options):
+        assert_equals_oracle(*_inputs(**problem | {"dtype": torch.float32}), impl=impl, **options | {"topk": topk})
+
+    holds()
+
+
 @given(problems, options, st.integers(1, 50))
 def test_blocks_change_nothing(problem, options, block):
     q_slc, landmarks = _inputs(**problem, low=-3, high=3)
@@ -61,26 +80,94 @@ def test_blocks_change_nothing(problem, options, block):
         assert_equals_oracle(q_slc, landmarks, **options)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_equal_scores_prefer_the_lower_chunk(dtype):
+@pytest.mark.parametrize(
+    "impl, dtype", [("reference", torch.float64), *((impl, torch.float32) for impl in IMPLS)], ids=str
+)
+def test_equal_scores_prefer_the_lower_chunk(impl, dtype):
     """All scores equal, and zeros of either sign: the first topk visible chunks win."""
-    q_slc = torch.ones(1, 200, 1, 16, dtype=dtype)
-    landmarks = torch.ones(1, 12, 1, 16, dtype=dtype)
+    q_slc = torch.ones(1, 700, 1, 16, dtype=dtype)
+    landmarks = torch.ones(1, 43, 1, 16, dtype=dtype)
     landmarks[:, ::2] = -1.0
-    _, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16, scale=0.0)
+    _, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16, scale=0.0, impl=impl)
     slots = torch.arange(3)
-    assert torch.equal(indices[0, :, 0], torch.where(slots < torch.arange(200)[:, None] // 16, slots, -1).int())
+    assert torch.equal(indices[0, :, 0], torch.where(slots < torch.arange(700)[:, None] // 16, slots, -1).int())
 
 
-def test_visible_chunks():
+@each_impl
+@pytest.mark.parametrize("order", ("rising", "falling", "peak in the middle"))
+def test_ordered_scores(impl, order):
+    """Rising scores put every chunk among the best so far, falling ones none after the first."""
+    N, T, K = 200, 40, 20
+    value = {
+        "rising": torch.arange(N),
+        "falling": -torch.arange(N),
+        "peak in the middle": -(torch.arange(N) - 90).abs(),
+    }
+    landmarks = value[order].float()[None, :, None, None].expand(1, N, 1, 16).contiguous()
+    q_slc = torch.ones(1, T, 1, 16)
+    assert_equals_oracle(q_slc, landmarks, K, chunk_size=16, q_start=N * 16 - 20, impl=impl)
+
+
+@each_impl
+def test_infinities_and_nan(impl):
+    """-inf is a score like any other and its chunk is chosen where no other is left; NaN counts as the highest."""
+    q_slc = torch.zeros(1, 90, 1, 16)
+    q_slc[..., 0] = 1.0
+    landmarks = torch.zeros(1, 5, 1, 16)
+    landmarks[0, :, 0, 0] = torch.tensor([-torch.inf, 1.0, -torch.nan, torch.inf, torch.nan])
+    _, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16, impl=impl)
+    expected = [[-1, -1, -1], [0, -1, -1], [0, 1, -1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert indices[0, :, 0].tolist() == [expected[p // 16] for p in range(90)]
+
+
+@each_impl
+def test_visible_chunks(impl):
     """Whole chunks in the past: the first token of chunk 1 sees chunk 0, and the window hides what it covers whole."""
-    q_slc, landmarks = _inputs(1, 64, 4, 1)
-    _, indices = retrieve_chunks(q_slc, landmarks, 4, chunk_size=16)
-    assert (indices >= 0).sum(-1).flatten().tolist() == [p // 16 for p in range(64)]
-    _, indices = retrieve_chunks(q_slc, landmarks, 4, chunk_size=16, exclude_window=32)
-    assert [int((row >= 0).sum()) for row in indices[0, :, 0]] == [
-        sum((i + 1) * 16 <= p and i * 16 <= p - 32 for i in range(4)) for p in range(64)
+    q_slc, landmarks = _inputs(1, 200, 13, 1)
+    _, indices = retrieve_chunks(q_slc, landmarks, 20, chunk_size=16, impl=impl)
+    assert (indices >= 0).sum(-1).flatten().tolist() == [p // 16 for p in range(200)]
+    for w in (1, 16, 32, 40):
+        _, indices = retrieve_chunks(q_slc, landmarks, 20, chunk_size=16, exclude_window=w, impl=impl)
+        visible = [sum((i + 1) * 16 <= p and i * 16 <= p - w for i in range(13)) for p in range(200)]
+        assert (indices >= 0).sum(-1).flatten().tolist() == visible
+        # p in {0, S - 1, S, 2 S - 1, w - 2 .. w + S}, each token alone
+        for p in (0, 15, 16, 31, *range(max(0, w - 2), w + 17)):
+            options = {"chunk_size": 16, "exclude_window": w, "q_start": p, "impl": impl}
+            _, alone = retrieve_chunks(q_slc[:, p : p + 1], landmarks, 20, **options)
+            assert torch.equal(alone, indices[:, p : p + 1])
+
+
+@each_impl
+@pytest.mark.parametrize("steps", ((1,) * 60, (7, 1, 32, 20), (16, 44)))
+def test_chunked_prefill_is_bitwise_one_shot(impl, steps):
+    """Scores with rounding errors: token by token, in parts and in one shot they and the selection are the same bits."""
+    T, N, S, start = sum(steps), 70, 16, 1000
+    q_slc, landmarks = torch.randn(2, T, 2, 16), torch.randn(2, N, 2, 16)
+    landmarks[:, 1::2] = landmarks[:, ::2] * (1 + 2**-23)  # near ties, which rounding decides
+    options = {"chunk_size": S, "exclude_window": 24, "impl": impl}
+    whole = retrieve_chunks(q_slc, landmarks, 20, q_start=start, **options)
+    ends = torch.tensor([0, *steps]).cumsum(0).tolist()
+    # As a model calls it: only the landmarks that there are by then.
+    parts = [
+        retrieve_chunks(q_slc[:, a:b], landmarks[:, : (start + b) // S], 20, q_start=start + a, **options)
+        for a, b in zip(ends, ends[1:], strict=False)
     ]
+    for one, other in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(other, 1))
+
+
+@each_impl
+def test_packed_equals_separate_calls_of_a_kernel(impl):
+    lengths = [40, 0, 17, 100, 16]
+    chunks = [-(-n // 16) for n in lengths]
+    q_slc, landmarks = _inputs(1, sum(lengths), sum(chunks), 2)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    packed = retrieve_chunks(q_slc, landmarks, 3, chunk_size=16, cu_seqlens=cu_seqlens, impl=impl)
+    parts = [
+        retrieve_chunks(q, m, 3, chunk_size=16)
+        for q, m in zip(q_slc.split(lengths, 1), landmarks.split(chunks, 1), strict=True)
+    ]
+    assert all(torch.equal(a, torch.cat(b, 1)) for a, b in zip(packed, zip(*parts, strict=True), strict=True))
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(sum), st.integers(1, 4), st.integers(0, 40), seeds)

@@ -1,0 +1,47 @@
+"""Launcher of the TileLang retrieval program: on Hopper, and on the CPU through TileLang's C target (float32)."""
+
+import importlib.util
+
+import torch
+
+from hsa_tl.autotune import table
+from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.kernels_tilelang.config_retrieval import MAX_TOPK, RetrieveTopkConfig
+from hsa_tl.problem import Problem
+
+
+def unavailable(problem: Problem) -> str | None:
+    """Why the program cannot run this retrieval here, or None. A retrieval's H is R and its D is D_r."""
+    if importlib.util.find_spec("tilelang") is None:
+        return "the package tilelang is not installed"
+    if problem.K > MAX_TOPK:
+        return f"topk must be at most {MAX_TOPK}, got {problem.K}"
+    if problem.device_type == "cpu":
+        return None if problem.dtype == torch.float32 else "the CPU target runs float32 only"
+    if problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return "on CUDA it runs bfloat16 and float16"
+    if not configs.space("retrieve_topk", problem):
+        reason = configs.why_illegal("retrieve_topk", problem, RetrieveTopkConfig())
+        return f"no config of retrieve_topk suits it: {reason}"
+    return None
+
+
+def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
+    """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
+    from hsa_tl.kernels_tilelang import compile
+
+    B, T, R, D_r = q_slc.shape
+    N = landmarks.shape[1]
+    scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
+    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    if scores.numel() and N:
+        device_type = q_slc.device.type
+        problem = Problem(B, T, N, R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=device_type)
+        # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
+        past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
+        bounds = *past, outside[0] + 1, outside[1]
+        kernel = compile.kernel("retrieve_topk", problem, table.resolve("retrieve_topk", problem))
+        kernel(q_slc.contiguous(), landmarks.contiguous(), scale, chunk_size, *bounds, scores, indices)
+    return scores, indices

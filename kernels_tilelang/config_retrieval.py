@@ -1,0 +1,72 @@
+"""Config of the retrieval program. A Problem's D stands for D_r, its H for R; its rows are tokens, whatever G is."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hsa_tl.kernels_tilelang.config_auxiliary import AuxiliaryConfig, next_power_of_two
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, WARPGROUP, first_legal
+
+KEY_BYTES = 8  # a score and its chunk
+MAX_TOPK = 128
+MIN_PLACES = 16  # that the sort's network takes
+
+
+@dataclass(frozen=True)
+class RetrieveTopkConfig(AuxiliaryConfig):
+    """A CTA owns block_M tokens of a retrieval head; num_stages tiles of block_N landmarks are in flight."""
+
+    block_M: int = 128
+    block_N: int = 128
+    threads: int = 256
+    num_stages: int = 2
+    DIRECTION: ClassVar[str] = "retrieve"
+    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
+    own_barriers: ClassVar[bool] = True
+
+    @staticmethod
+    def places(K: int) -> int:
+        """Of a row's best, and of its buffer of candidates."""
+        return max(MIN_PLACES, next_power_of_two(K))
+
+    def total_threads(self):
+        return self.threads + WARPGROUP  # automatic warp specialisation adds a producer
+
+    def rows(self, p):
+        return self.block_M
+
+    def pairs(self, p):
+        return self.block_M / p.G  # a pair has G rows
+
+    def ctas(self, p):
+        return p.B * p.H * -(-p.T // self.block_M)
+
+    def pair_bytes(self, p):
+        return {"l2": p.S * p.D * p.itemsize / self.pairs(p)}
+
+    def smem_bytes(self, p):
+        tiles = (self.block_M + self.num_stages * self.block_N) * p.D * p.itemsize
+        return tiles + self.block_M * (2 * KEY_BYTES * self.places(p.K) + 4) + 8 + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.block_M * self.block_N
+
+    def refusal(self, p):
+        if self.block_M % 64 or self.block_M // 64 * WARPGROUP != self.threads:
+            return f"block_M must be 64 for each of the warpgroups, got {self.block_M} and {self.threads} threads"
+        if p.K > MAX_TOPK:
+            return f"topk must be at most {MAX_TOPK}, got {p.K}"
+        if self.block_N % 8:
+            return f"block_N must be a multiple of 8, got {self.block_N}"
+        return None if self.num_stages >= 1 else f"num_stages must be at least 1, got {self.num_stages}"
+
+    @classmethod
+    def options(cls, p):
+        tiles = [(128, 64, 256), (64, 128, 128), (64, 64, 128)]
+        return first_legal(p, [cls(*x, 2) for x in tiles], [cls(*x, 1) for x in tiles])
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=16, block_N=32, num_stages=1)
+
+    def tensor_core(self):
+        return "hgmma"

@@ -1,0 +1,158 @@
+"""The K best of s[t, i] = q_slc[t] . landmarks[i] * scale over the chunks i that token t may see, ascending by chunk.
+
+One CTA owns block_M neighbouring tokens of a retrieval head. The landmarks stream through shared memory, block_N at a
+time and only up to the last one that the CTA's last token sees; a tile of scores never leaves the registers. Each row
+keeps its best P >= K so far, sorted, and a buffer of P candidates: a score above the row's K-th best takes the next
+place there. Only when a row's buffer overflows are all rows' buffers sorted and merged, by bitonic networks, and the
+K-th bests raised: about log2(N / K) times for landmarks in no order. Any other tile costs one comparison a score.
+Places are taken in any order, but keys (score, then the lower chunk) are unique, so all runs give the same result. A
+tile's scores that equal the K-th best come behind it, for they are of later chunks. A score becomes an integer that
+sorts alike: NaN above all, as for torch.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_retrieval import RetrieveTopkConfig
+from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, keep_best, sort_rows
+
+NONE = 1 - 2**31  # below the integer of every score
+NAN = 2**31 - 1
+LAST = 2**31 - 1  # in a key, chunks count down from here
+EMPTY = NONE * 2**32  # key of no chunk
+BEHIND = 2**63 - 1  # by chunk: sorts behind all
+
+
+def ordered(s, dtype):
+    """An integer that sorts like the float32 s, but -0 just below 0."""
+    bits = T.reinterpret("int32", s)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # On the GPU a product's NaN is 0x7fffffff; the CPU, which alone runs float32, may give it a sign.
+    return T.if_then_else(T.isnan(s), NAN, key) if dtype == "float32" else key
+
+
+@T.macro
+def take_candidates(key, place, limit, visible, first, fresh_shared, count_shared, overflow_shared, parity):
+    """Moves what is above its row's limit to the row's buffer; what finds no place stays, and raises the flag."""
+    block_M, block_N = key.shape
+    places = fresh_shared.shape[1]
+    for m, n in T.Parallel(block_M, block_N):  # apart from the stores: the atomics are under way together
+        place[m, n] = -1
+        if (key[m, n] > limit[m]) & (first + n < visible[m]):
+            place[m, n] = T.atomic_add(count_shared[m], 1, return_prev=True)
+    for m, n in T.Parallel(block_M, block_N):
+        if place[m, n] >= 0:
+            if place[m, n] < places:
+                score = T.if_then_else(key[m, n] == -1, 0, key[m, n])  # -0 equals 0
+                fresh_shared[m, at(m, place[m, n])] = (T.cast(score, "int64") << 32) + (LAST - (first + n))
+                key[m, n] = NONE
+            else:
+                overflow_shared[parity] = 1
+
+
+def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
+    block_M, block_N, threads = config.block_M, config.block_N, config.threads
+    P = config.places(K)
+    levels = P.bit_length() - 1  # log2
+    worst = P - K  # position of the K-th best
+    rounds = -(-block_N // P) + 1  # until a tile's candidates are all taken
+    B, tokens, N, R = T.dynamic("B, tokens, N, R")
+
+    @T.prim_func
+    def retrieve_topk(
+        q_slc: T.Tensor((B, tokens, R, D), dtype),
+        landmarks: T.Tensor((B, N, R, D), dtype),
+        scale: T.float32,
+        chunk_size: T.int32,
+        past: T.int32,  # whole chunks before the first token,
+        past_rest: T.int32,  # and tokens since
+        outside: T.int32,  # chunks that begin before its window does or where it does,
+        outside_rest: T.int32,  # and tokens since the last one began
+        scores: T.Tensor((B, tokens, R, K), "float32"),
+        indices: T.Tensor((B, tokens, R, K), "int32"),
+    ):
+        with T.Kernel(T.ceildiv(tokens, block_M), R, B, threads=threads) as (i_x, i_r, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            q_shared = T.alloc_shared([block_M, D], dtype)
+            landmarks_shared = T.alloc_shared([block_N, D], dtype)
+            best_shared = T.alloc_shared([block_M, P], "int64")  # ascending
+            fresh_shared = T.alloc_shared([block_M, P], "int64")
+            count_shared = T.alloc_shared([block_M], "int32")
+            overflow_shared = T.alloc_shared([2], "int32")  # by the tile's parity: two tiles are under way
+            held = T.alloc_local([8], "int64")
+            spot = T.alloc_local([8], "int32")
+            acc_s = T.alloc_fragment([block_M, block_N], "float32")
+            key = T.alloc_fragment([block_M, block_N], "int32")
+            place = T.alloc_fragment([block_M, block_N], "int32")
+            limit = T.alloc_fragment([block_M], "int32")
+            visible = T.alloc_fragment([block_M], "int32")
+            first_t = T.alloc_var("int32")
+            seen = T.alloc_var("int32")
+            overflow = T.alloc_var("int32")
+
+            first_t = (T.ceildiv(tokens, block_M) - 1 - i_x) * block_M  # the longest walks first
+            for m, d in T.Parallel(block_M, D):
+                q_shared[m, d] = q_slc[i_b, T.min(first_t + m, tokens - 1), i_r, d]
+            for m, n in T.Parallel(block_M, P):
+                best_shared[m, n] = EMPTY
+                fresh_shared[m, n] = EMPTY
+            for m in T.Parallel(block_M):
+                count_shared[m] = 0
+            for i in T.Parallel(2):
+                overflow_shared[i] = 0
+            T.sync_threads()
+            for m in T.Parallel(block_M):
+                limit[m] = NONE
+                t = T.min(first_t + m, tokens - 1)
+                after = T.max(outside + (outside_rest + t) // chunk_size, 0)
+                visible[m] = T.min(T.min(past + (past_rest + t) // chunk_size, after), N)
+            last = T.min(first_t + block_M, tokens) - 1
+            seen = T.min(past + (past_rest + last) // chunk_size, outside + (outside_rest + last) // chunk_size)
+            seen = T.max(T.min(seen, N), 0)
+
+            for i_n in T.Pipelined(T.ceildiv(seen, block_N), num_stages=config.num_stages):
+                T.copy(landmarks[i_b, i_n * block_N : (i_n + 1) * block_N, i_r, :], landmarks_shared)
+                T.clear(acc_s)
+                T.gemm(q_shared, landmarks_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                for m, n in T.Parallel(block_M, block_N):
+                    key[m, n] = ordered(acc_s[m, n] * scale, dtype)
+                overflow = 0
+                for i_s in T.serial(rounds):
+                    if (i_s == 0) | (overflow > 0):
+                        if i_s > 0:
+                            keep_best(best_shared, fresh_shared, held, spot, levels, threads)
+                            for m, n in T.Parallel(block_M, P):
+                                fresh_shared[m, n] = EMPTY
+                            for m in T.Parallel(block_M):
+                                count_shared[m] = 0
+                                # What is left of the tile may stand before an equal score that found a place (or -0).
+                                kth = T.cast(best_shared[m, at(m, worst)] >> 32, "int32")
+                                limit[m] = T.max(kth, NONE + 2) - 2
+                            overflow_shared[i_n % 2] = 0
+                            T.sync_threads(BARRIER, threads)
+                        take_candidates(
+                            key, place, limit, visible, i_n * block_N, fresh_shared, count_shared, overflow_shared,
+                            i_n % 2,
+                        )  # fmt: skip
+                        T.sync_threads(BARRIER, threads)
+                        overflow = overflow_shared[i_n % 2]
+                for m in T.Parallel(block_M):
+                    limit[m] = T.cast(best_shared[m, at(m, worst)] >> 32, "int32")
+
+            keep_best(best_shared, fresh_shared, held, spot, levels, threads)
+            for m, n in T.Parallel(block_M, P):  # the score and the chunk change places
+                found = best_shared[m, at(m, n)]
+                chunk = LAST - (found % 2**32)
+                by_chunk = chunk * 2**32 + ((found >> 32) & 0xFFFFFFFF)
+                fresh_shared[m, at(m, n)] = T.if_then_else((n < worst) | (found == EMPTY), T.int64(BEHIND), by_chunk)
+            T.sync_threads(BARRIER, threads)
+            sort_rows(fresh_shared, held, spot, levels, False, threads)
+            for m, n in T.Parallel(block_M, K):
+                if first_t + m < tokens:
+                    found = fresh_shared[m, at(m, n)]
+                    bits = T.cast(found & 0xFFFFFFFF, "int32")
+                    score = T.reinterpret("float32", bits ^ ((bits >> 31) & 0x7FFFFFFF))
+                    empty = found == BEHIND
+                    scores[i_b, first_t + m, i_r, n] = T.if_then_else(empty, -T.infinity("float32"), score)
+                    indices[i_b, first_t + m, i_r, n] = T.if_then_else(empty, -1, T.cast(found >> 32, "int32"))
+
+    return retrieve_topk
