@@ -65,6 +65,13 @@ def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, ch
     )
 
 
+def resolve_dlandmarks(q_slc: Tensor, topk: int) -> str:
+    """Whose program sums the landmarks' gradient on CUDA."""
+    tilelang = implementation("tilelang_retrieval")
+    problem = Problem(1, 1, 1, 1, 1, q_slc.shape[3], 64, topk, dtype=q_slc.dtype)
+    return "triton" if tilelang.unavailable(problem) else "tilelang"
+
+
 def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     """On Hopper TileLang's counting sort where it is installed, else torch's sort: the same Pairs."""
     if indices.is_cuda and torch.cuda.get_device_capability(indices.device) == (9, 0):
@@ -233,7 +240,13 @@ def retrieve_backward(
     dscores: Tensor, indices: Tensor, q_slc: Tensor, landmarks: Tensor, cu_seqlens: Optional[Tensor], chunk_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return retrieval.retrieve_backward(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale)
+    N = landmarks.shape[1]
+    chosen = retrieval.global_chunks(indices, cu_seqlens, N, chunk_size)
+    run = retrieval
+    if q_slc.is_cuda:
+        run = implementation(f"{resolve_dlandmarks(q_slc, indices.shape[3])}_retrieval")
+    dlandmarks = run.dlandmarks(dscores, sort_pairs(chosen, N), q_slc, N, scale)
+    return retrieval.dq_slc(dscores, chosen, q_slc, landmarks, scale), dlandmarks
 
 
 @retrieve_backward.register_fake

@@ -1,10 +1,11 @@
 """Chunk retrieval in PyTorch, on any device: exact top-k over blocks of tokens, sparse backward."""
 
 import itertools
+import warnings
 
 import torch
 
-BLOCK_SCORES = 1 << 18  # scores held at once: 1 MB of float32, which stays in a CPU's cache
+BLOCK_SCORES = 1 << 19  # scores held at once: 2 MB of float32, which a CPU's cache holds
 TILE_CHUNKS = 1 << 15  # landmarks at once
 ROWS, COLUMNS = 16, 64  # of a matrix product at least; see _scores
 
@@ -157,26 +158,60 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seq
     return scores, indices
 
 
-def retrieve_backward(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale):
-    """dq_slc[t] = scale * sum_k ds[t, k] landmarks[i], dlandmarks[i] = scale * sum over (t, k) that chose i of ds q."""
+def global_chunks(indices, cu_seqlens, num_chunks, chunk_size):
+    """Indices that count chunks within their packed sequence, as rows of landmarks."""
+    if cu_seqlens is None:
+        return indices
+    indices = indices.clone()
+    for tokens, chunks in sequences(cu_seqlens, indices.shape[1], num_chunks, chunk_size):
+        part = indices[:, tokens]
+        part += torch.where(part >= 0, chunks.start, 0)
+    return indices
+
+
+def _product(bounds, column, value, dense):
+    """A sparse matrix, by rows, times a dense one: [rows, D]. Each row's terms add up in their order."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
+        shape = len(bounds) - 1, len(dense)
+        return torch.sparse_csr_tensor(bounds.int(), column.int(), value, shape, check_invariants=False) @ dense
+
+
+def dq_slc(dscores, indices, q_slc, landmarks, scale):
+    """dq_slc[t] = scale * sum_k dscores[t, k] landmarks[i]; indices: rows of landmarks."""
     B, T, R, D_r = q_slc.shape
-    topk = indices.shape[3]
     dq = torch.empty_like(q_slc, memory_format=torch.contiguous_format)
-    dmarks = landmarks.new_zeros(landmarks.shape, dtype=dscores.dtype)
-    ds = torch.where(indices >= 0, dscores * scale, 0.0)
-    rows = max(1, BLOCK_SCORES // max(1, topk * D_r))
-    for tokens, chunks in sequences(cu_seqlens, T, landmarks.shape[1], chunk_size):
-        if chunks.start == chunks.stop:
+    rows = max(1, BLOCK_SCORES // max(1, indices.shape[3] * D_r))
+    for b, r in itertools.product(range(B), range(R)):
+        marks = landmarks[b, :, r].to(dscores.dtype)
+        if not marks.numel():
+            return dq.zero_()
+        if not dq.is_cuda:
+            valid = indices[b, :, r] >= 0
+            bounds = torch.nn.functional.pad(valid.sum(-1).cumsum(0), (1, 0))
+            weight = dscores[b, :, r][valid] * scale
+            dq[b, :, r] = _product(bounds, indices[b, :, r][valid], weight, marks).to(dq.dtype)
             continue
-        for b in range(B):
-            for r in range(R):
-                marks = landmarks[b, chunks, r].to(ds.dtype)
-                for begin in range(tokens.start, tokens.stop, rows):
-                    part = slice(begin, min(tokens.stop, begin + rows))
-                    # An empty slot points at chunk 0 with gradient 0, and adds.
-                    chosen = indices[b, part, r].clamp(min=0).long()
-                    weight = ds[b, part, r]
-                    dq[b, part, r] = torch.einsum("tk,tkd->td", weight, marks[chosen]).to(dq.dtype)
-                    grads = weight[..., None] * q_slc[b, part, r, None].to(ds.dtype)
-                    dmarks[b, chunks, r].index_add_(0, chosen.flatten(), grads.flatten(0, 1))
-    return dq, dmarks.to(landmarks.dtype)
+        for begin in range(0, T, rows):
+            part = slice(begin, begin + rows)
+            empty = indices[b, part, r] < 0
+            chosen = marks[indices[b, part, r].clamp(min=0).long()].masked_fill_(empty[..., None], 0.0)
+            weight = torch.where(empty, 0.0, dscores[b, part, r] * scale)
+            dq[b, part, r] = torch.einsum("tk,tkd->td", weight, chosen).to(dq.dtype)
+    return dq
+
+
+def dlandmarks(dscores, pairs, q_slc, num_chunks, scale):
+    """dlandmarks[i] = scale * sum of dscores[t, k] q_slc[t] over the pairs that chose chunk i, in the pairs' order."""
+    B, T, R, D_r = q_slc.shape
+    K = dscores.shape[3]
+    out = q_slc.new_empty(B, num_chunks, R, D_r)
+    pair, offsets = pairs
+    ends = offsets[::num_chunks].tolist() if num_chunks else []
+    for b, r in itertools.product(range(B), range(R) if num_chunks else ()):
+        i = b * R + r
+        part = pair[ends[i] : ends[i + 1]]
+        bounds = offsets[i * num_chunks : (i + 1) * num_chunks + 1] - ends[i]
+        weight = dscores[b, :, r].flatten()[part] * scale
+        out[b, :, r] = _product(bounds, part // K, weight, q_slc[b, :, r].to(weight.dtype)).to(out.dtype)
+    return out

@@ -70,3 +70,30 @@ class RetrieveTopkConfig(AuxiliaryConfig):
 
     def tensor_core(self):
         return "hgmma"
+
+
+@dataclass(frozen=True)
+class RetrieveDlandmarksConfig(AuxiliaryConfig):
+    """A CTA owns a chunk of a retrieval head; it adds up block_M gathered rows of q_slc at a time."""
+
+    block_M: int = 32
+    threads: int = 128
+    DIRECTION: ClassVar[str] = "index"
+    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
+
+    def pair_bytes(self, p):
+        return {"l2": p.D * p.itemsize + 8, "hbm": 4 + 32}  # pair; a sector of dscores
+
+    def smem_bytes(self, p):
+        return 8 * self.block_M + 4 * self.threads + 4 * p.D * self.threads // 32 + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.block_M * p.D + p.D
+
+    @classmethod
+    def options(cls, p):
+        return first_legal(p, [cls(), cls(16)])
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=8)

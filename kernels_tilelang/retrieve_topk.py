@@ -24,7 +24,7 @@ BEHIND = 2**63 - 1  # by chunk: sorts behind all
 
 def ordered(s, dtype):
     """An integer that sorts like the float32 s, but -0 just below 0."""
-    bits = T.reinterpret("int32", s)
+    bits = T.reinterpret(s, "int32")
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     # On the GPU a product's NaN is 0x7fffffff; the CPU, which alone runs float32, may give it a sign.
     return T.if_then_else(T.isnan(s), NAN, key) if dtype == "float32" else key
@@ -150,7 +150,7 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
                 if first_t + m < tokens:
                     found = fresh_shared[m, at(m, n)]
                     bits = T.cast(found & 0xFFFFFFFF, "int32")
-                    score = T.reinterpret("float32", bits ^ ((bits >> 31) & 0x7FFFFFFF))
+                    score = T.reinterpret(bits ^ ((bits >> 31) & 0x7FFFFFFF), "float32")
                     empty = found == BEHIND
                     scores[i_b, first_t + m, i_r, n] = T.if_then_else(empty, -T.infinity("float32"), score)
                     indices[i_b, first_t + m, i_r, n] = T.if_then_else(empty, -1, T.cast(found >> 32, "int32"))

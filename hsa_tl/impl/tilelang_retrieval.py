@@ -7,6 +7,7 @@ import torch
 from hsa_tl.autotune import table
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_retrieval import MAX_TOPK, RetrieveTopkConfig
+from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
 
 
@@ -45,3 +46,17 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
         kernel = compile.kernel("retrieve_topk", problem, table.resolve("retrieve_topk", problem))
         kernel(q_slc.contiguous(), landmarks.contiguous(), scale, chunk_size, *bounds, scores, indices)
     return scores, indices
+
+
+def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
+    """The gradient of landmarks [B, num_chunks, R, D_r], in q_slc's dtype."""
+    from hsa_tl.kernels_tilelang import compile
+
+    B, T, R, D_r = q_slc.shape
+    out = q_slc.new_zeros(B, num_chunks, R, D_r)
+    if dscores.numel() and num_chunks:
+        K, device_type = dscores.shape[3], q_slc.device.type
+        problem = Problem(B, T, num_chunks, R, R, D_r, 64, K, dtype=q_slc.dtype, device_type=device_type)
+        kernel = compile.kernel("retrieve_dlandmarks", problem, table.resolve("retrieve_dlandmarks", problem))
+        kernel(dscores.contiguous(), q_slc.contiguous(), *pairs, scale, out)
+    return out

@@ -1,0 +1,196 @@
+"""Triton kernels of retrieval: exact streaming top-k, and the landmarks' gradient. CPU tensors run interpreted.
+
+topk_kernel        one program owns ROWS tokens of a retrieval head and keeps their K best so far as integer keys (score,
+                   then the lower chunk), in no order. A tile of landmarks counts its scores above each row's worst; that
+                   often, the row's next best takes the place of the worst. At the end the slots leave by chunk.
+dlandmarks_kernel  one program owns a chunk and sums the weighted queries of its pairs in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import torch
+
+from hsa_tl.pairs import Pairs
+from hsa_tl.problem import Problem
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+MAX_TOPK = 128
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Plain functions; _form() makes the compiled or the interpreted form. Reductions name their combine function because
+# tl.max and tl.sum, jitted when triton was imported, cannot be called by the interpreter.
+
+
+def topk_kernel(
+    q_slc, landmarks, scores, indices, T, N, scale, chunk_size, past, past_rest, outside, outside_rest,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest walks first
+    i_r = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
+    t = i_m * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    slots = tl.arange(0, BLOCK_K)
+
+    row = (i_b * T + t) * R + i_r
+    mask = (t < T)[:, None] & (cols < D)[None, :]
+    q_tile = tl.load(q_slc + row[:, None] * D + cols[None, :], mask=mask, other=0.0)  # [ROWS, D]
+    landmarks += (i_b * N * R + i_r) * D
+    after = tl.maximum(outside + (outside_rest + t) // chunk_size, 0)
+    visible = tl.minimum(tl.minimum(past + (past_rest + t) // chunk_size, after), N)
+    visible = tl.where(t < T, visible, 0)
+    # An empty slot: below the key of every score, and unlike the row's other ones.
+    none: tl.constexpr = -(2**31) * 2**32
+    best = tl.where(slots < K, slots.to(tl.int64) + none, 2**63 - 1)[None, :] + tl.full([ROWS, 1], 0, tl.int64)
+    worst = tl.full([ROWS], none, tl.int64)
+
+    for first in range(0, tl.reduce(visible, 0, tl.standard._elementwise_max), BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
+        at = i.to(tl.int64)[:, None] * (R * D) + cols[None, :]
+        tile = tl.load(landmarks + at, mask=(i < N)[:, None] & (cols < D)[None, :], other=0.0)  # [BLOCK_N, D]
+        s = tl.dot(q_tile, tl.trans(tile), input_precision="ieee") * scale + 0.0  # -0 becomes 0
+        bits = s.to(tl.int32, bitcast=True)
+        bits = tl.where(s != s, 2**31 - 1, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+        key = (bits.to(tl.int64) << 32) + (2**31 - 1 - i)[None, :]
+        key = tl.where(i[None, :] < visible[:, None], key, none)
+        above = tl.reduce((key > worst[:, None]).to(tl.int32), 1, tl.standard._sum_combine)
+        for _ in range(0, tl.reduce(above, 0, tl.standard._elementwise_max)):
+            top = tl.reduce(key, 1, tl.standard._elementwise_max)
+            enters = top > worst
+            best = tl.where((best == worst[:, None]) & enters[:, None], top[:, None], best)
+            key = tl.where(key == top[:, None], none, key)
+            worst = tl.reduce(best, 1, tl.standard._elementwise_min)
+
+    chunk = 2**31 - 1 - (best & 0x7FFFFFFF)
+    # By chunk; behind them, slots without one.
+    left = tl.where((slots < K)[None, :] & (best >= (none + 2**32)), chunk, 2**31)
+    for slot in range(K):
+        lowest = tl.reduce(left, 1, tl.standard._elementwise_min)
+        found = lowest < 2**31
+        bits = (tl.reduce(tl.where(left == lowest[:, None], best, none), 1, tl.standard._elementwise_max) >> 32).to(
+            tl.int32
+        )
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        score = tl.where(found, bits.to(tl.float32, bitcast=True), float("-inf"))
+        tl.store(scores + row * K + slot, score, mask=t < T)
+        tl.store(indices + row * K + slot, tl.where(found, lowest, -1).to(tl.int32), mask=t < T)
+        left = tl.where(left == lowest[:, None], 2**31, left)
+
+
+def dlandmarks_kernel(
+    dscores, q_slc, pair, offsets, dlandmarks, T, N, scale,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_c = tl.program_id(0)
+    i_r = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    segment = (i_b * R + i_r) * N + i_c
+    start = tl.load(offsets + segment)
+    count = (tl.load(offsets + segment + 1) - start).to(tl.int32)
+    acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    for first in range(0, count, ROWS):
+        mask = rows < count - first
+        at = tl.load(pair + (start + first) + rows, mask=mask, other=0)
+        row = (i_b * T + at // K) * R + i_r
+        weight = tl.load(dscores + row * K + at % K, mask=mask, other=0.0) * scale
+        in_q = mask[:, None] & (cols < D)[None, :]
+        q_tile = tl.load(q_slc + row[:, None] * D + cols[None, :], mask=in_q, other=0.0)  # [ROWS, D]
+        acc += weight[:, None] * q_tile.to(tl.float32)
+    total = tl.reduce(acc, 0, tl.standard._sum_combine)
+    to = ((i_b * N + i_c) * R + i_r) * D + cols
+    tl.store(dlandmarks + to, total.to(dlandmarks.dtype.element_ty), mask=cols < D)
+
+
+def unavailable(problem: Problem) -> str | None:
+    """Why the kernels cannot run this retrieval here, or None. A retrieval's H is R and its D is D_r."""
+    if triton is None:
+        return "triton is not installed"
+    if problem.K > MAX_TOPK:
+        return f"topk must be at most {MAX_TOPK}, got {problem.K}"
+    if problem.device_type == "cpu":
+        return None if problem.dtype == torch.float32 else "the interpreter runs float32 only"
+    if problem.device_type != "cuda" or not torch.cuda.is_available():
+        return f"it runs on cuda and cpu tensors, not on {problem.device_type}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None if problem.dtype in _DTYPES else "it runs bfloat16, float16 and float32"
+
+
+@functools.cache
+def _form(kernel, interpreted: bool):
+    """A kernel to launch: interpreted for CPU tensors, compiled for CUDA, both in one process."""
+    if not interpreted:
+        names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+        fixed = [x for x in names if x in ("T", "N", "past", "past_rest", "outside", "outside_rest")]
+        return triton.jit(kernel, do_not_specialize=fixed)
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # On a copy with its own globals: the interpreter adds its names to the globals of what it rewrites.
+    copy = types.FunctionType(kernel.__code__, dict(kernel.__globals__), kernel.__name__)
+    copy.__annotations__ = kernel.__annotations__
+    return InterpretedFunction(copy)
+
+
+def _launch(kernel, grid, *args, **constants):
+    interpreted = args[0].device.type == "cpu" or triton.knobs.runtime.interpret
+    with torch.cuda.device_of(args[0]):
+        _form(kernel, interpreted)[grid](*args, **constants, enable_fp_fusion=True)
+
+
+def _power_of_two(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def topk_constants(R: int, D_r: int, topk: int, interpreted: bool = False) -> dict:
+    """Compile-time arguments of topk_kernel; the interpreter's time goes by program, so its tiles are larger."""
+    rows, block_N = (64, 128) if interpreted else (32, 64)
+    return {
+        "R": R, "D": D_r, "K": topk, "ROWS": rows, "BLOCK_N": block_N, "BLOCK_D": _power_of_two(D_r),
+        "BLOCK_K": _power_of_two(topk, 2), "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+
+
+def sum_constants(R: int, D_r: int, topk: int) -> dict:
+    """Compile-time arguments of dlandmarks_kernel."""
+    return {"R": R, "D": D_r, "K": topk, "ROWS": 32, "BLOCK_D": _power_of_two(D_r), "num_warps": 4}
+
+
+def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
+    """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
+    B, T, R, D_r = q_slc.shape
+    N = landmarks.shape[1]
+    scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
+    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    if scores.numel() and N:
+        constants = topk_constants(R, D_r, topk, q_slc.device.type == "cpu")
+        past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
+        bounds = *past, outside[0] + 1, outside[1]
+        grid = -(-T // constants["ROWS"]), R, B
+        _launch(
+            topk_kernel, grid, q_slc.contiguous(), landmarks.contiguous(), scores, indices, T, N, scale, chunk_size,
+            *bounds, **constants,
+        )  # fmt: skip
+    return scores, indices
+
+
+def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
+    """The gradient of landmarks [B, num_chunks, R, D_r], in q_slc's dtype."""
+    B, T, R, D_r = q_slc.shape
+    out = q_slc.new_zeros(B, num_chunks, R, D_r)
+    if dscores.numel() and num_chunks:
+        _launch(
+            dlandmarks_kernel, (num_chunks, R, B), dscores.contiguous(), q_slc.contiguous(), *pairs, out, T, num_chunks,
+            scale, **sum_constants(R, D_r, dscores.shape[3]),
+        )  # fmt: skip
+    return out
