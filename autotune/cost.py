@@ -123,15 +123,18 @@ def predict(config: Config, problem: Problem, ctas: int, sass, device: Device) -
     if config.tensor_core() is None:
         return max(memory.values()), max(memory, key=memory.get)
     loops = [loop_work(loop, device) for holding in ("HGMMA", "HMMA") for loop in inner_loops(sass, holding)]
-    if not loops:
-        raise ValueError("no inner loop with matrix products in the SASS")
+    # Without a loop around its products, the whole program is one pass.
+    loops = loops or [loop_work(sass, device)]
     f = max(loops, key=lambda x: x["flops"])
+    if not f["flops"]:
+        raise ValueError("no matrix products in the SASS")
     warps = config.threads // 32
     groups = warps / 4
-    flops = f["flops"] * (groups if f["hgmma_clocks"] else warps)
+    share = config.loop_share(problem)
+    flops = f["flops"] * (groups if f["hgmma_clocks"] else warps) * share
     tile_flops = problem.pair_flops(config.DIRECTION) / problem.G * config.rows(problem)
     pairs = flops / tile_flops * config.pairs(problem)  # the compiler may have unrolled the loop
-    tensor = f["hgmma_clocks"] * groups + f["hmma"] * warps * 4096 / device.tensor_flops_clock / device.mma_sync
+    tensor = f["hgmma_clocks"] * groups * share + f["hmma"] * warps * 4096 / device.tensor_flops_clock / device.mma_sync
     serial = f["issue"] * INSTRUCTION_CLOCKS + f["barriers"] * BARRIER_CLOCKS + f["waits"] * WGMMA_WAIT_CLOCKS
     serial += GLOBAL_LOAD_CLOCKS if f["loads"] else 0
     clocks = {

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hsa_tl import api, ops
+from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.oracle import attention_oracle
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs
@@ -52,6 +53,21 @@ def _hsa(impl: str) -> Provider:
         return api.hsa_attention(*args, chunk_size=chunk_size, impl=impl)
 
     return Provider(f"hsa-{impl}", attention, attention_oracle, lambda problem: why_not(impl, problem))
+
+
+def _strategy(name: str, programs: tuple[str, ...]) -> Provider:
+    """The TileLang programs of one strategy, whatever the rule would choose."""
+    config = {program: {} for program in programs}
+
+    def attention(*args, chunk_size):
+        return api.hsa_attention(*args, chunk_size=chunk_size, impl="tilelang", config=config)
+
+    def unavailable(problem):
+        reason = why_not("tilelang", problem)
+        lacking = [p for p in programs if problem.device_type == "cuda" and not configs.space(p, problem)]
+        return reason or (f"no config of {' and '.join(lacking)} suits {problem}" if lacking else None)
+
+    return Provider(f"hsa-tilelang-{name}", attention, attention_oracle, unavailable)
 
 
 def dense_oracle(q, k, v, weights, indices, *, chunk_size):
@@ -120,6 +136,9 @@ PROVIDERS = {
         _dense("dense-flash", _sdpa_backend(SDPBackend.FLASH_ATTENTION), _needs_half_on_cuda),
         _dense("dense-fa3", _flash3, _flash3_unavailable),
         *(_hsa(impl) for impl in api.IMPLS),
+        _strategy("token", ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk")),
+        _strategy("union", ("hsa_fwd_union", "hsa_bwd_chunk")),
+        _strategy("chunk", ("hsa_fwd_chunk", "hsa_bwd_chunk")),
     )
 }
 DEFAULT_PROVIDERS = {"cpu": ("dense", "dense-expanded", "hsa-auto"), "cuda": tuple(PROVIDERS)}

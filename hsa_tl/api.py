@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from hsa_tl import fusion, ops
+from hsa_tl.decode_retrieval import BLOCK
 from hsa_tl.pairs import Pairs
 
 IMPLS = ("auto", "reference", "tilelang", "triton")
@@ -87,6 +88,21 @@ def _config_json(config: object) -> str:
     if not isinstance(config, dict):
         raise TypeError(f"config must be a dict from program name to its config, got {type(config).__name__}")
     return json.dumps({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
+
+
+def _require_selection(q: torch.Tensor, H: int, weights: torch.Tensor, indices: torch.Tensor) -> None:
+    B, T, HQ, _ = q.shape
+    _require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k")
+    _require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    K = indices.shape[3]
+    _require(
+        weights.shape[0] == B and weights.shape[1] == T and weights.shape[2] in (H, HQ) and weights.shape[3] == K,
+        "weights",
+        lambda: f"have shape [{B}, {T}, {H} or {HQ}, {K}] to match indices",
+        _shape_of(weights),
+    )
+    weights_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    _require(weights.dtype == weights_dtype, "weights", f"have dtype {weights_dtype}", weights.dtype)
 
 
 def build_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
@@ -217,17 +233,7 @@ def hsa_attention(
     _require_shape("k", k, (B, "T_kv >= 1", "H >= 1", D), "to match q")
     _require_shape("v", v, tuple(k.shape), "like k")
     _require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k's {H} heads", lambda: f"{HQ} heads")
-    _require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k")
-    _require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
-    K = indices.shape[3]
-    _require(
-        weights.shape[0] == B and weights.shape[1] == T and weights.shape[2] in (H, HQ) and weights.shape[3] == K,
-        "weights",
-        lambda: f"have shape [{B}, {T}, {H} or {HQ}, {K}] to match indices",
-        _shape_of(weights),
-    )
-    weights_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    _require(weights.dtype == weights_dtype, "weights", f"have dtype {weights_dtype}", weights.dtype)
+    _require_selection(q, H, weights, indices)
     _require_common(chunk_size, scale, impl)
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
     validate = _validates(q, validate)
@@ -252,3 +258,94 @@ def hsa_attention(
     return ops.attention(
         q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, _config_json(config), deterministic, validate
     )
+
+
+def retrieve_decode(
+    q_slc: torch.Tensor,
+    landmarks: torch.Tensor,
+    lengths: torch.Tensor,
+    topk: int,
+    *,
+    chunk_size: int = 64,
+    exclude_window: int = 0,
+    chunks: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`retrieve_chunks` for one or a few new tokens of sequences of different lengths; no gradient.
+
+    q_slc [B, T, R, D_r], landmarks [B, N, R, D_r] of one floating dtype; lengths [B] int32, on their device: tokens of
+    each sequence before these, so that token t of sequence b is at position lengths[b] + t. chunks [B] int32: chunks
+    that each sequence holds, at most N (default N); rows of landmarks behind them are never used.
+    Returns scores and indices [B, T, R, topk], what retrieve_chunks(q_start=lengths[b]) returns for sequence b: same
+    visible chunks, ties, order and padding. All shapes are static and lengths is not read on the host, except on a CPU.
+    bounds [B, ceil(N / 64), 2, R, D_r], what `landmark_bounds` returns: skips blocks of 64 landmarks that cannot hold
+    one of the best. The result is the same. Pays where landmarks of a block are alike; on a GPU it waits for the device
+    and cannot stand in a captured graph.
+    ValueError / TypeError: names the argument, the rule and the value.
+    """
+    _require_tensor("q_slc", q_slc, 4)
+    _require_tensor("landmarks", landmarks, 4, q_slc)
+    _require_float("q_slc", q_slc)
+    _require_float("landmarks", landmarks, q_slc)
+    B, _T, R, D_r = q_slc.shape
+    _require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc")
+    for name, x in (("lengths", lengths), ("chunks", chunks)):
+        if x is not None or name == "lengths":
+            _require_tensor(name, x, 1, q_slc)
+            _require(x.dtype == torch.int32, name, "have dtype int32", x.dtype)
+            _require_shape(name, x, (B,), "to match q_slc")
+    if bounds is not None:
+        _require_tensor("bounds", bounds, 5, q_slc)
+        blocks = (landmarks.shape[1] + BLOCK - 1) // BLOCK
+        _require_shape("bounds", bounds, (B, "N", 2, R, D_r), "to match q_slc")
+        _require(bounds.shape[1] >= blocks, "bounds", lambda: f"have {blocks} blocks", _shape_of(bounds))
+    _require_int("topk", topk, 1)
+    _require_int("exclude_window", exclude_window, 0)
+    _require_common(chunk_size, scale, "auto")
+    scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
+    return ops.retrieve_decode(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale)
+
+
+def hsa_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    page_table: torch.Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """`hsa_attention` of one or a few new tokens over a paged pool of whole chunks; inference only.
+
+    q [B, T, HQ, D]; k_pages, v_pages [num_pages, S, H, D], HQ a multiple of H, S 16, 32, 64 or 128: a page holds one
+    chunk; weights [B, T, H, K] or [B, T, HQ, K] float32; indices [B, T, H, K] int32 count chunks of the sequence;
+    page_table [B, max_chunks] int32 gives a chunk's page; sequences may share pages -> out [B, T, HQ, D] in q's dtype.
+    -1 is an empty slot and may stand anywhere, duplicates add up, an all-empty row gives exactly 0. A page that no slot
+    names is never read. scale defaults to 1 / sqrt(D). Types and accumulation as in hsa_attention.
+    An index outside [-1, max_chunks), or whose page is outside [0, num_pages), raises on a CPU and wherever
+    HSA_VALIDATE=1; without that it is an empty slot. Nothing is read on the host then and all shapes are static, so a
+    step can be captured in a graph. Not differentiable: a backward pass through it raises.
+    ValueError / TypeError: names the argument, the rule and the value. NotImplementedError: impl cannot run here.
+    """
+    _require_tensor("q", q, 4)
+    for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("weights", weights), ("indices", indices)):
+        _require_tensor(name, x, 4, q)
+    _require_tensor("page_table", page_table, 2, q)
+    B, _T, HQ, D = q.shape
+    S, H = k_pages.shape[1], k_pages.shape[2]
+    _require_float("q", q)
+    _require_float("k_pages", k_pages, q)
+    _require_float("v_pages", v_pages, q)
+    _require_shape("k_pages", k_pages, ("num_pages >= 1", "S", "H >= 1", D), "to match q")
+    _require(S in (16, 32, 64, 128), "k_pages", "have pages of 16, 32, 64 or 128 keys", _shape_of(k_pages))
+    _require_shape("v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
+    _require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k_pages' {H} heads", lambda: f"{HQ} heads")
+    _require_selection(q, H, weights, indices)
+    _require_shape("page_table", page_table, (B, "max_chunks >= 1"), "to match q")
+    _require(page_table.dtype == torch.int32, "page_table", "have dtype int32", page_table.dtype)
+    _require_common(S, scale, impl)
+    scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    return ops.decode(q, k_pages, v_pages, weights, indices, page_table, scale, impl, _validates(q, None))

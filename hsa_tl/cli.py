@@ -14,6 +14,7 @@ from hsa_tl.api import IMPLS
 from hsa_tl.autotune import cost, table, tuner
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import gate, plot, record
+from hsa_tl.bench.decode import run_decode
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.bench.sweep import run_sweep, selection_inputs
 from hsa_tl.demo import default_device, make_console, plot_or_say, progress_bar, run_demo, show_table
@@ -142,6 +143,7 @@ def check(
 
 @app.command()
 def bench(
+    what: Annotated[str, typer.Argument(help="attention, or decode: one new token over a cache")] = "attention",
     device: Device = None,
     case_name: CaseName = "k16-d64",
     lengths: Annotated[Optional[str], typer.Option(help="1k,2k,4k or 1k..16k, which doubles")] = None,
@@ -156,10 +158,16 @@ def bench(
 ) -> None:
     """HSA against dense attention by length. Resumes: what OUT already holds of this commit is not measured again.
 
+    decode: retrieval and attention of one token against SDPA over the whole cache, into OUT/decode.csv; not resumed.
     Exit code 1 if a provider is refused by the correctness gate or fails.
     """
     with one_line_errors():
         device = pick_device(device)
+        if what not in ("attention", "decode"):
+            raise ValueError(f"what to bench must be attention or decode, got {what!r}")
+        if what == "decode":
+            bench_decode(cases.case(case_name), lengths, provider_names or None, device, out, threads)
+            return
         points = parse_lengths(lengths or ("1k..16k" if device == "cpu" else "4k..128k"))
         with progress_bar(console) as bar:
             step = bar.add_task("starting", total=None)
@@ -174,6 +182,24 @@ def bench(
         for path in plot_or_say(console, plot.plot_speed, out / "bench.csv", out):
             console.print(f"wrote {path}")
     if any(r.note.startswith(("refused", "failed")) for r in rows):
+        raise typer.Exit(1)
+
+
+def bench_decode(
+    case: cases.Case, lengths: str | None, names: list[str] | None, device: str, out: Path, threads: int
+) -> None:
+    """The decode benchmark; exit code 1 if a provider is refused by the correctness gate."""
+    points = parse_lengths(lengths or ("4k,16k,64k,256k" if device == "cpu" else "4k..16m"))
+    with progress_bar(console) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def progress(done: int, total: int, description: str) -> None:
+            bar.update(task, completed=done, total=total, description=description)
+
+        rows = run_decode(case, points, names, device, out, progress, threads=threads)
+    show_speed(rows, f"{case.name}, one token, {rows[0].device}")
+    console.print(f"wrote {out}/decode.csv and decode.json")
+    if any(r.note.startswith("refused") for r in rows):
         raise typer.Exit(1)
 
 
@@ -232,7 +258,7 @@ def static(
         Optional[list[str]], typer.Option("--case", help="repeatable; by default those tagged ci")
     ] = None,
     device: Annotated[str, typer.Option(help="h100, h200 or h800: whose bandwidths the prediction takes")] = "h200",
-    out: Annotated[Optional[Path], typer.Option(help="a CSV file to write")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="a CSV file to write, and README.md beside it")] = None,
     jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
 ) -> None:
     """Lowers and assembles every config for sm_90a and reads registers, spills, SASS; predicts ns per pair. No GPU.
@@ -253,6 +279,7 @@ def static(
             )
         if out:
             static_check.write_csv(rows, out)
+            static_check.write_page(rows, out)
     ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
     if out:
         console.print(f"wrote {out}")

@@ -12,8 +12,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from hsa_tl import pairs, retrieval
-from hsa_tl.pairs import Pairs, check_range
+from hsa_tl import decode_retrieval, pairs, retrieval
+from hsa_tl.pairs import Pairs, check_pages, check_range
 from hsa_tl.problem import Problem
 
 custom_op = functools.partial(torch.library.custom_op, mutates_args=())
@@ -33,12 +33,12 @@ def preferred(problem: Problem) -> tuple[str, ...]:
     return ("triton", "reference")
 
 
-def resolve(impl: str, problem: Problem) -> str:
-    """The implementation to run; NotImplementedError if an explicit one cannot."""
+def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
+    """The implementation to run; NotImplementedError if an explicit one cannot. suffix: of the module's name."""
     names = preferred(problem) if impl == "auto" else (impl,)
     reasons = []
     for name in names:
-        reason = implementation(name).unavailable(problem)
+        reason = implementation(name + suffix).unavailable(problem)
         if reason is None:
             return name
         reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
@@ -175,6 +175,38 @@ def _attention_backward(ctx, do):
 
 
 attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+@custom_op("hsa_tl::decode")
+def decode(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, weights: Tensor, indices: Tensor, page_table: Tensor, scale: float,
+    impl: str, validate: bool,
+) -> Tensor:  # fmt: skip
+    if validate:
+        check_pages(indices, page_table, k_pages.shape[0])
+    problem = Problem.of_decode(q, k_pages, weights, indices, page_table)
+    module = implementation(resolve(impl, problem, "_decode") + "_decode")
+    return module.decode(q, k_pages, v_pages, weights, indices, page_table, scale)
+
+
+@decode.register_fake
+def _(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validate):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@custom_op("hsa_tl::retrieve_decode")
+def retrieve_decode(
+    q_slc: Tensor, landmarks: Tensor, lengths: Tensor, chunks: Optional[Tensor], bounds: Optional[Tensor], topk: int,
+    chunk_size: int, exclude_window: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return decode_retrieval.retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale)
+
+
+@retrieve_decode.register_fake
+def _(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
+    shape = (*q_slc.shape[:3], topk)
+    dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
+    return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
 
 
 @custom_op("hsa_tl::retrieve")

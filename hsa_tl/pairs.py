@@ -89,3 +89,16 @@ def check_range(indices: torch.Tensor, limit: torch.Tensor | int, name: str = "i
         bound = limit if isinstance(limit, int) else int(limit.expand_as(indices)[tuple(where)])
         value = int(indices[tuple(where)])
         raise ValueError(f"{name} must lie in [-1, {bound}), the chunks there are, got {value} at {where}")
+
+
+def check_pages(indices: torch.Tensor, page_table: torch.Tensor, num_pages: int) -> None:
+    """Raises ValueError if an index [B, T, H, K] is outside [-1, max_chunks) of page_table [B, max_chunks], or if the
+    page of a chosen chunk is outside [0, num_pages)."""
+    check_range(indices, page_table.shape[1])
+    page = page_table.gather(1, indices.flatten(1).clamp(min=0).long()).view(indices.shape)
+    bad = (indices >= 0) & ((page < 0) | (page >= num_pages))
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        at = [where[0], int(indices[tuple(where)])]
+        value = int(page[tuple(where)])
+        raise ValueError(f"page_table must lie in [0, {num_pages}) for the chosen chunks, got {value} at {at}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 # [rows, D] x [D, S] products for each pair, by direction
-GEMMS = {"forward": 2, "backward": 5, "dkdv": 4, "dq": 3, "index": 0, "combine": 0, "retrieve": 1}
+GEMMS = {"forward": 2, "decode": 2, "backward": 5, "dkdv": 4, "dq": 3, "index": 0, "combine": 0, "retrieve": 1}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,16 @@ class Problem:
         _, N, S, H, _ = k.shape
         return cls(
             B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
+            per_head=weights.shape[2] != H, device_type=q.device.type,
+        )  # fmt: skip
+
+    @classmethod
+    def of_decode(cls, q, k_pages, weights, indices, page_table) -> "Problem":
+        """The problem of a decode step: k_pages [num_pages, S, H, D], N the chunks of the longest sequence."""
+        B, T, HQ, D = q.shape
+        _, S, H, _ = k_pages.shape
+        return cls(
+            B=B, T=T, N=page_table.shape[1], HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype,
             per_head=weights.shape[2] != H, device_type=q.device.type,
         )  # fmt: skip
 

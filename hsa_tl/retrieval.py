@@ -47,7 +47,7 @@ def _ordered(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(scores.isnan(), 2**31 - 1).long()
 
 
-def _best_of_any(scores: torch.Tensor, topk: int) -> torch.Tensor:
+def best_of_any(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """Positions of the topk highest scores of each row; of equal scores the lower position wins."""
     if scores.dtype == torch.float64:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
@@ -57,13 +57,13 @@ def _best_of_any(scores: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def _best(scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """As _best_of_any, for rows whose topk-th score differs from the next in groups and alone; the others go there.
+    """As best_of_any, for rows whose topk-th score differs from the next in groups and alone; the others go there.
 
     A row's topk best lie in the topk groups of the highest maxima. scores [rows, n], n a multiple of COLUMNS.
     """
     rows, n = scores.shape
     if scores.dtype == torch.float64 or scores.is_cuda:  # on CUDA, asking whether there is a tie would synchronise
-        return _best_of_any(scores, topk)
+        return best_of_any(scores, topk)
     size = 1  # of a group: about sqrt(n / (2 topk)), a power of two
     while 8 * size * size * topk <= n and size < COLUMNS:
         size *= 2
@@ -79,7 +79,7 @@ def _best(scores: torch.Tensor, topk: int) -> torch.Tensor:
         tie |= (candidates >= value.amin(-1, keepdim=True)).sum(-1) != topk
         best = group.gather(1, at % topk) + at // topk * (n // size)
     if tie.any():
-        best[tie] = _best_of_any(scores[tie], topk)
+        best[tie] = best_of_any(scores[tie], topk)
     return best
 
 
@@ -120,7 +120,7 @@ def _merge(scores, chosen, others, other_chosen, topk):
     chosen, order = torch.where(chosen < 0, last, chosen).sort(dim=-1)
     scores = scores.gather(1, order)
     # An empty slot loses against a score of -inf: it stands behind.
-    best = _best_of_any(scores, min(topk, scores.shape[1])).sort(dim=-1).values
+    best = best_of_any(scores, min(topk, scores.shape[1])).sort(dim=-1).values
     chosen = chosen.gather(1, best)
     return scores.gather(1, best), torch.where(chosen == last, -1, chosen)
 

@@ -3,14 +3,14 @@
 from dataclasses import asdict, fields
 
 from hsa_tl.kernels_tilelang.config_auxiliary import (
-    AuxiliaryConfig,
     CombineConfig,
     PairsCountConfig,
     PairsPlaceConfig,
     UnionIndexConfig,
 )
-from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig, BwdDqTokenConfig
+from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig, BwdDkdvChunkConfig, BwdDqTokenConfig
 from hsa_tl.kernels_tilelang.config_base import refused
+from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig
 from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
 from hsa_tl.kernels_tilelang.config_retrieval import RetrieveDlandmarksConfig, RetrieveTopkConfig
 from hsa_tl.problem import Problem
@@ -21,15 +21,19 @@ CONFIGS = {
     "hsa_fwd_chunk": FwdChunkConfig,
     "hsa_bwd_dq_token": BwdDqTokenConfig,
     "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
+    "hsa_bwd_chunk": BwdChunkConfig,
     "hsa_combine": CombineConfig,
     "pairs_count": PairsCountConfig,
     "pairs_place": PairsPlaceConfig,
     "union_index": UnionIndexConfig,
+    "hsa_decode_split": DecodeSplitConfig,
+    "hsa_decode_combine": DecodeCombineConfig,
     "retrieve_topk": RetrieveTopkConfig,
     "retrieve_dlandmarks": RetrieveDlandmarksConfig,
 }
 PROGRAMS = tuple(CONFIGS)
-TUNED = tuple(name for name, config in CONFIGS.items() if not issubclass(config, AuxiliaryConfig))
+# Those of `hsa_attention` with matrix products: the tuner runs a program through it.
+TUNED = tuple(name for name in CONFIGS if name.startswith(("hsa_fwd_", "hsa_bwd_")))
 
 
 def static_key(problem: Problem) -> dict:

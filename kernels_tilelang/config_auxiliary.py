@@ -154,7 +154,7 @@ class UnionIndexConfig(AuxiliaryConfig):
 
     @classmethod
     def options(cls, p):
-        return [cls(block_M, threads) for block_M in (192, 128, 64) for threads in (128, 256)]
+        return [cls(block_M) for block_M in (192, 128, 64)]
 
     @classmethod
     def on_cpu(cls, p):

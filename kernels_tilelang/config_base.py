@@ -83,6 +83,10 @@ class Config:
         """The config for the CPU target, where only the tile's size matters."""
         return cls()
 
+    def loop_share(self, p: Problem) -> float:
+        """Share of its inner loop's matrix products that a warpgroup executes; the others stand in another's branch."""
+        return 1.0
+
     def tensor_core(self) -> str | None:
         """The instruction that the program claims (wgmma takes 64 rows and a whole warpgroup), or None."""
         return "hgmma"

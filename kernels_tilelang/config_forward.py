@@ -125,7 +125,9 @@ class FwdUnionConfig(Config):
 
     @classmethod
     def options(cls, p):
-        usual = [cls(*x, 1) for x in product((192, 128), (2, 3))] + [cls(*x) for x in product((192, 128, 64), (2, 3))]
+        usual = [cls(*x, 1) for x in product((192, 128), (2, 3))] + [
+            cls(*x) for x in ((192, 2), (128, 2), (64, 2), (64, 3))
+        ]
         return first_legal(p, usual, [cls(block_M, 1) for block_M in (128, 64)])
 
     @classmethod

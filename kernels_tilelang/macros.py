@@ -68,6 +68,29 @@ def softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale_log
     T.reduce_sum(acc_dp, delta, dim=1)
 
 
+@T.macro
+def weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real, scale):
+    """acc_s = w P and acc_dp = scale * dS of exp_rows' result and the dP in it, 0 from row `real` on.
+
+    delta = rowsum(P * dP). P is never normalised by itself: 1 / row_sum goes into the weight and into delta.
+    """
+    for r, s in T.Parallel(rows, S):
+        acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
+    T.reduce_sum(acc_dp, delta, dim=1)
+    for r in T.Parallel(rows):
+        delta[r] = delta[r] / row_sum[r]
+    for r, s in T.Parallel(rows, S):
+        acc_dp[r, s] = acc_dp[r, s] - acc_s[r, s] * delta[r]
+    for r in T.Parallel(rows):
+        row_weight[r] = row_weight[r] / row_sum[r]
+    for r, s in T.Parallel(rows, S):
+        acc_s[r, s] = T.if_then_else(r < real, row_weight[r] * acc_s[r, s], 0.0)
+    for r in T.Parallel(rows):
+        row_weight[r] = row_weight[r] * scale
+    for r, s in T.Parallel(rows, S):
+        acc_dp[r, s] = T.if_then_else(r < real, row_weight[r] * acc_dp[r, s], 0.0)
+
+
 def chunk_or_spare(index, num_chunks, spare):
     """The chunk to read for a slot: its own, or for an empty one, whose weight is 0, a chunk that the token chose.
 

@@ -45,7 +45,7 @@ def descend(keys, held, spot, top, runs, falls, threads):
             for x in list(range(RADIX)):
                 spot[x] = at(m, first + (x << e))
                 held[x] = keys[m, spot[x]] ^ turn
-            if runs:  # noqa: SIM102  (known when the program is built; top is not)
+            if runs:  # noqa: SIM102  (top is known to the program, runs to Python)
                 if top == 2:
                     exchange(held, comparators(1, 2), falls)
                     exchange(held, comparators(2, 4), falls)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
+from hsa_tl.model.memory import PagedMemory
 
 
 class ChunkMemory(NamedTuple):
@@ -77,11 +78,15 @@ class HSALayer(nn.Module):
         self.q_norm, self.q_slc_norm = nn.RMSNorm(head_dim), nn.RMSNorm(retrieval_dim)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def forward(self, x_BTC: torch.Tensor, memory: ChunkMemory, q_start: int = 0) -> torch.Tensor:
+    def queries(self, x_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of attention [B, T, A, D] and of retrieval [B, T, H, R]."""
         B, T, _ = x_BTC.shape
         x = self.norm(x_BTC)
         q_BTAD = self.q_norm(self.q(x).view(B, T, self.heads, -1))
-        q_BTHR = self.q_slc_norm(self.q_slc(x).view(B, T, self.kv_heads, -1))
+        return q_BTAD, self.q_slc_norm(self.q_slc(x).view(B, T, self.kv_heads, -1))
+
+    def forward(self, x_BTC: torch.Tensor, memory: ChunkMemory, q_start: int = 0) -> torch.Tensor:
+        q_BTAD, q_BTHR = self.queries(x_BTC)
         scores_BTHK, indices_BTHK = retrieve_chunks(
             q_BTHR, memory.landmarks, self.topk, chunk_size=self.chunk_size, q_start=q_start,
             exclude_window=self.exclude_window,
@@ -91,3 +96,11 @@ class HSALayer(nn.Module):
             q_BTAD, memory.k, memory.v, weights_BTHK, indices_BTHK, chunk_size=self.chunk_size, impl=self.impl
         )
         return self.out(out_BTAD.flatten(2))
+
+    @torch.no_grad()
+    def decode(self, x_BTC: torch.Tensor, memory: PagedMemory, lengths_B: torch.Tensor) -> torch.Tensor:
+        """forward of one or a few new tokens; lengths [B] int32: tokens of each sequence before them."""
+        q_BTAD, q_BTHR = self.queries(x_BTC)
+        scores_BTHK, indices_BTHK = memory.retrieve(q_BTHR, lengths_B, self.topk, exclude_window=self.exclude_window)
+        weights_BTHK = fusion_weights(scores_BTHK, self.fusion)
+        return self.out(memory.attend(q_BTAD, weights_BTHK, indices_BTHK, impl=self.impl).flatten(2))

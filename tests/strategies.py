@@ -1,6 +1,7 @@
 """Calls of `hsa_attention` that the tests share: dims, generators, hypothesis strategies, and the comparison."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import hypothesis
@@ -15,7 +16,7 @@ from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradi
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
 EXAMPLES = {"reference": 25, "tilelang": 10, "tilelang-union": 10, "tilelang-chunk": 10, "triton": 3}
 # Other strategies of an implementation, by the config that names them.
-STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}, "tilelang-chunk": {"hsa_fwd_chunk": {}}}
+STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}, "tilelang-chunk": {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}}
 IMPLS = (*EXAMPLES, "auto")
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
@@ -149,8 +150,19 @@ def check(impl: str, call: Inputs, oracle=attention_oracle, **options) -> dict[s
     return actual
 
 
-def largest_allocation(function, *args, **kwargs) -> int:
-    """Bytes of the largest single allocation on the CPU while function(*args, **kwargs) runs."""
+def _allocations(function, *args, **kwargs) -> list[int]:
+    """Bytes taken and, negative, given back on the CPU while function(*args, **kwargs) runs, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function(*args, **kwargs)
-    return max(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def largest_allocation(function, *args, **kwargs) -> int:
+    """Bytes of the largest single allocation on the CPU while function(*args, **kwargs) runs."""
+    return max(_allocations(function, *args, **kwargs))
+
+
+def peak_allocation(function, *args, **kwargs) -> int:
+    """Most bytes on the CPU at one time beyond those before function(*args, **kwargs)."""
+    return max(itertools.accumulate(_allocations(function, *args, **kwargs)))

@@ -21,6 +21,7 @@ def run(*args, code=0):
 def static_row(program="hsa_fwd_token", **changes):
     row = dict.fromkeys(static.COLUMNS) | {
         "case": "paper-d128", "program": program, "config": describe(CONFIGS[program]()), "threads": 128,
+        "device": "h200",
         "registers": 64, "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4,
         "ns_per_pair": 4.5, "limiter": "l2", "roofline_ns": 4.0,
     }  # fmt: skip
@@ -50,6 +51,7 @@ def test_static_prints_writes_and_fails_on_spills(monkeypatch, tmp_path):
     monkeypatch.setattr(static, "table_rows", lambda *args, **kwargs: rows)
     output = run("static", "--out", tmp_path / "static.csv")
     assert all(p in output for p in PROGRAMS)
+    assert all(f"`{p}`" in (tmp_path / "README.md").read_text() for p in PROGRAMS)
     read = list(csv.DictReader((tmp_path / "static.csv").open()))
     assert [r["program"] for r in read] == list(PROGRAMS) and read[0]["registers"] == "64"
     rows[0]["spill_bytes"] = 16

@@ -3,6 +3,7 @@
 Strided inputs, K and G that are not powers of two: test_attention.py. Top-k memory: test_retrieval.py.
 """
 
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from strategies import (
     largest_allocation,
     make_call,
     make_exact_call,
+    peak_allocation,
     run,
 )
 
@@ -101,6 +103,21 @@ def test_memory_is_linear_in_tokens(impl):
         torch.autograd.grad(out, leaves, do)
 
     assert largest_allocation(step) <= T * (T // S) // 2
+
+
+@pytest.mark.parametrize("impl", ("reference", "tilelang", "tilelang-union", "tilelang-chunk"))
+def test_peak_memory_is_linear_in_tokens(impl):
+    """Forward and backward at 8K, 16K and 32K tokens: each doubling doubles the peak, within a tenth."""
+    peaks = []
+    for T in (64, 8192, 16384, 32768):  # 64: to compile
+        leaves, indices, do = _call_at(T)
+
+        def step(leaves=leaves, indices=indices, do=do):
+            out = attend(impl)(*leaves, indices, chunk_size=S)
+            torch.autograd.grad(out, leaves, do)
+
+        peaks.append(peak_allocation(step))
+    assert [b / a for a, b in itertools.pairwise(peaks[1:])] == pytest.approx([2, 2], rel=0.1), peaks
 
 
 @each_impl

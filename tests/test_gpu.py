@@ -1,11 +1,15 @@
 """On a Hopper GPU: every implementation and type against the float64 oracle, determinism, bounds, memory, graphs."""
 
+import dataclasses
+
 import pytest
 import torch
 from strategies import Dims, assert_all_as_accurate_as, expected, make_call
 
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks
+from hsa_tl.kernels_tilelang.config import TUNED, space
 from hsa_tl.oracle import attention_oracle, attention_oracle_packed, retrieve_oracle
+from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradients
 
 pytestmark = pytest.mark.gpu
@@ -266,3 +270,40 @@ def test_pairs_equal_the_cpu_ones():
     indices = torch.randint(-1, 9, (2, 300, 3, 5), dtype=torch.int32)
     for a, b in zip(build_pairs(indices.cuda(), 9), build_pairs(indices, 9), strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+STRATEGY_DIMS = (
+    "paper-d128",
+    "paper-d64-two-kv-heads",
+    "tail-odd-k",
+    "g4-s32",
+    "g1",
+    "g3-per-head",
+    "g16-per-head-tail",
+)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("program", TUNED)
+@pytest.mark.parametrize("name", STRATEGY_DIMS)
+def test_every_config_of_every_program_equals_the_oracle(name, program, dtype):
+    """So each strategy, and each hand-specialised program beside its tile-level twin, which the CPU tests prove."""
+    dims = DIMS[name]
+    call = on_gpu(make_call(dims), dtype)
+    masked = dims.T_kv % dims.S != 0
+    problem = Problem(
+        dims.B, dims.T, dims.N, dims.HQ, dims.H, dims.D, dims.S, dims.K, dtype, masked=masked, per_head=dims.per_head
+    )
+    for config in space(program, problem):
+        check("tilelang", call, chunk_size=dims.S, config={program: dataclasses.asdict(config)})
+
+
+def test_windows_of_partials_give_the_same(monkeypatch):
+    """A small HSA_PARTIAL_BYTES makes many windows of tokens: the same forward, dk and dv added up window by window."""
+    call = on_gpu(make_call(DIMS["paper-d128"]), torch.bfloat16)
+    config = {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}
+    whole = run_with_gradients(hsa_attention, call, impl="tilelang", config=config, chunk_size=64)
+    monkeypatch.setenv("HSA_PARTIAL_BYTES", str(64 * 16 * 16 * 128 * 2))
+    check("tilelang", call, chunk_size=64, config=config)
+    windows = run_with_gradients(hsa_attention, call, impl="tilelang", config=config, chunk_size=64)
+    assert all(torch.equal(whole[name], windows[name]) for name in ("out", "dq", "dweights"))

@@ -32,7 +32,7 @@ LAYERS = (
     ("hsa_tl.kernels_tilelang.config_base",),
     ("hsa_tl.kernels_tilelang.config_forward",),
     ("hsa_tl.kernels_tilelang.config_backward", "hsa_tl.kernels_tilelang.config_auxiliary"),
-    ("hsa_tl.kernels_tilelang.config_retrieval",),
+    ("hsa_tl.kernels_tilelang.config_decode", "hsa_tl.kernels_tilelang.config_retrieval"),
     (
         "hsa_tl.kernels_tilelang.config",
         "hsa_tl.cases",
@@ -41,6 +41,7 @@ LAYERS = (
         "hsa_tl.retrieval",
         "hsa_tl.oracle",
     ),
+    ("hsa_tl.decode_retrieval",),
     (
         "hsa_tl.kernels_tilelang.macros*",
         "hsa_tl.kernels_tilelang.cpu_target",
@@ -50,7 +51,8 @@ LAYERS = (
     ("hsa_tl.autotune.cost",),
     (*PROGRAMS, "hsa_tl.autotune.strategy"),
     ("hsa_tl.kernels_tilelang.compile",),
-    ("hsa_tl.impl.*",),
+    ("hsa_tl.impl.reference", "hsa_tl.impl.tilelang", "hsa_tl.impl.triton"),
+    ("hsa_tl.impl.*_decode",),
     ("hsa_tl.ops",),
     ("hsa_tl.api",),
     ("hsa_tl",),
@@ -58,11 +60,24 @@ LAYERS = (
 TOP = len(LAYERS)
 # What a module may import of the project, where its layer says too little.
 ONLY = {
+    "hsa_tl.impl.reference_decode": (),
+    "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton",),
+    "hsa_tl.impl.tilelang_decode": (
+        "hsa_tl.impl.tilelang",
+        "hsa_tl.autotune.*",
+        "hsa_tl.kernels_tilelang.*",
+        "hsa_tl.problem",
+    ),
     "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_*", "hsa_tl.kernels_tilelang.macros*")),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
-    "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.model*"),
-    "hsa_tl.ops": ("hsa_tl.problem", "hsa_tl.pairs", "hsa_tl.retrieval"),  # implementations by name, when first used
+    "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.files", "hsa_tl.model*"),
+    "hsa_tl.ops": (
+        "hsa_tl.problem",
+        "hsa_tl.pairs",
+        "hsa_tl.retrieval",
+        "hsa_tl.decode_retrieval",
+    ),  # implementations by name, when first used
     "hsa_tl.bench.*": ("hsa_tl*",),
     "hsa_tl.autotune.*": ("hsa_tl*",),
 }

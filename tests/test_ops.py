@@ -31,10 +31,16 @@ def _operator_calls(call):
         "attention_short_chunk": (*leaves, indices, pair, offsets, chunk_len, 0.25, "reference", "", True, False),
         "attention_without_pairs": (q, k, v, weights, indices, None, None, None, 0.25, "auto", "", False, True),
         "attention_backward": (*(do, q, k, v, weights, indices, pair, offsets, chunk_len, 0.25, "auto", "", False),),
+        "decode": (q, *_pages(k, v), weights, indices, torch.arange(N, dtype=torch.int32)[None], 0.25, "auto", True),
+        "retrieve_decode": (*(q_slc, landmarks, torch.tensor([20], dtype=torch.int32), None, None, 2, S, 0, 0.25),),
         "retrieve": (*both, 2, S, 9, 0, None, 0.25, "auto"),
         "retrieve_packed": (*both, 2, S, 0, 0, cu_seqlens, 0.25, "auto"),
         "retrieve_backward": (torch.randn(chosen.shape), chosen, q_slc, landmarks, None, S, 0.25),
     }
+
+
+def _pages(*x):
+    return (y.flatten(0, 1) for y in x)
 
 
 OPERATOR_CALLS = (
@@ -44,6 +50,8 @@ OPERATOR_CALLS = (
     "attention_short_chunk",
     "attention_without_pairs",
     "attention_backward",
+    "decode",
+    "retrieve_decode",
     "retrieve",
     "retrieve_packed",
     "retrieve_backward",

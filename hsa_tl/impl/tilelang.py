@@ -29,7 +29,7 @@ def installed() -> bool:
     return importlib.util.find_spec("tilelang") is not None
 
 
-def unavailable(problem: Problem) -> str | None:
+def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | None:
     """Why the TileLang programs cannot run this problem here, or None."""
     if not installed():
         return "the package tilelang is not installed"
@@ -39,7 +39,7 @@ def unavailable(problem: Problem) -> str | None:
         return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return "on CUDA it runs bfloat16 and float16"
-    for program in BASE:
+    for program in programs:
         if not configs.space(program, problem):
             reason = configs.why_illegal(program, problem, configs.CONFIGS[program]())
             return f"no config of {program} suits it: {reason}"

@@ -288,7 +288,7 @@ def _device_shared_bytes(device=None) -> int:
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
-def unavailable(problem) -> str | None:
+def unavailable(problem, kernels=(forward_kernel, dq_kernel, dkdv_kernel)) -> str | None:
     """Why this implementation cannot run `problem` here; None if it can."""
     if triton is None:
         return "triton is not installed"
@@ -303,7 +303,7 @@ def unavailable(problem) -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs compute capability 8.0 or newer"
     limit = _device_shared_bytes()
-    for kernel in (forward_kernel, dq_kernel, dkdv_kernel):
+    for kernel in kernels:
         if plan(kernel, problem.G, problem.D, problem.S, problem.dtype.itemsize, limit) is None:
             return f"{kernel.__name__} needs more than the {limit} bytes of shared memory that a block can have"
     return None

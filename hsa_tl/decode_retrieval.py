@@ -1,0 +1,123 @@
+"""The retrieval step of decode in PyTorch, on any device: a scan of the landmarks and a top-k, for a few tokens.
+
+O(tokens * N) memory for the scores: few, where retrieve_chunks has many tokens. With bounds, blocks of BLOCK landmarks
+whose best possible score is below the topk-th of the blocks seen so far are not read at all: exact.
+"""
+
+import torch
+
+from hsa_tl.retrieval import best_of_any, visible_chunks
+
+BLOCK = 64  # landmarks that share a bound
+_ROWS = 16  # MKL sums a score the same way, to the last bit, for a multiple of so many tokens and as many landmarks
+_CONVERTED = 1 << 20  # elements of 16-bit landmarks made float32 at once
+
+
+def landmark_bounds(landmarks: torch.Tensor) -> torch.Tensor:
+    """[B, ceil(N / BLOCK), 2, R, D_r]: least and greatest of each coordinate in each block of landmarks."""
+    missing = -landmarks.shape[1] % BLOCK
+    if missing:  # the last landmark again moves no bound
+        landmarks = torch.cat([landmarks, landmarks[:, -1:].expand(-1, missing, -1, -1)], 1)
+    landmarks = landmarks.unflatten(1, (-1, BLOCK) if landmarks.numel() else (0, BLOCK))
+    return torch.stack([landmarks.amin(2), landmarks.amax(2)], 2)
+
+
+def _products(q, marks, dtype):
+    """q [.., T, D_r] . marks [.., n, D_r] -> [.., T, n] summed in dtype; a token's bits depend on nothing else."""
+    if q.device.type == "cuda" and q.dtype != dtype and q.ndim == 3:
+        return torch.bmm(q, marks.mT, out_dtype=dtype)
+    T, n = q.shape[-2], marks.shape[-2]
+    if q.device.type == "cpu":
+        q = torch.nn.functional.pad(q, (0, 0, 0, -T % _ROWS))
+    q = q.to(dtype)
+    if marks.dtype == dtype or marks.numel() <= _CONVERTED:
+        if n < _ROWS:  # a pad by nothing would copy all of them
+            marks = torch.nn.functional.pad(marks, (0, 0, 0, _ROWS - n))
+        return (q @ marks.to(dtype).mT)[..., :T, :n]
+    step = max(_ROWS, _CONVERTED * n // marks.numel())
+    return torch.cat([_products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
+
+
+def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
+    """See hsa_tl.api.retrieve_decode."""
+    B, T, R, _ = q_slc.shape
+    dtype = torch.promote_types(q_slc.dtype, torch.float32)
+    position = lengths.long()[:, None] + torch.arange(T, device=lengths.device)
+    visible = visible_chunks(position, chunk_size, exclude_window).clamp(0, landmarks.shape[1])  # [B, T]
+    if chunks is not None:
+        visible = torch.minimum(visible, chunks[:, None])
+    if visible.device.type == "cpu":  # what no token sees need not be read
+        landmarks = landmarks[:, : int(visible.max()) if visible.numel() else 0]
+    N = landmarks.shape[1]
+    if not N or not visible.numel():
+        return (
+            q_slc.new_full((B, T, R, topk), -torch.inf, dtype=dtype),
+            torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device),
+        )
+    if bounds is not None:
+        best = _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype)
+    else:
+        scores = torch.stack([_products(q_slc[:, :, r], landmarks[:, :, r], dtype) for r in range(R)], 2)
+        scores.mul_(scale)  # [B, T, R, N]; after the product, as in retrieve_chunks: scaling first could break a tie
+        scores.masked_fill_((torch.arange(N, device=q_slc.device) >= visible[..., None])[:, :, None], -torch.inf)
+        position = best_of_any(scores, min(topk, N))
+        best = scores.gather(-1, position), position
+    return _ascending(*best, visible, topk)
+
+
+def _ascending(scores, chosen, visible, topk):
+    """The chosen chunks [B, T, R, k] by chunk, then -1 with score -inf, topk slots."""
+    none = torch.iinfo(torch.int64).max
+    chosen, order = torch.where(chosen < visible[:, :, None, None], chosen, none).sort(-1)
+    empty = chosen == none
+    scores = scores.gather(-1, order).masked_fill(empty, -torch.inf)
+    indices = chosen.masked_fill(empty, -1).int()
+    missing = topk - indices.shape[-1]
+    pad = torch.nn.functional.pad
+    return pad(scores, (0, missing), value=-torch.inf), pad(indices, (0, missing), value=-1)
+
+
+def _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype):
+    """Scores and chunks [B, T, R, min(topk, N)] of the best; reads the device, to know which blocks to read."""
+    B, T, R, D_r = q_slc.shape
+    N = landmarks.shape[1]
+    k = min(topk, N)
+    blocks = -(-N // BLOCK)
+    scores = torch.full((B, T, R, k), -torch.inf, dtype=dtype, device=q_slc.device)
+    chosen = torch.full((B, T, R, k), N, dtype=torch.int64, device=q_slc.device)
+    low, high = bounds[:, :blocks].to(dtype).unbind(2)  # [B, blocks, R, D_r]
+    q = q_slc.to(dtype)
+    best_of = torch.einsum("btrd,bnrd->btrn", q.clamp(min=0), high) + torch.einsum(
+        "btrd,bnrd->btrn", q.clamp(max=0), low
+    )
+    # Both the bound and a score may be off by the rounding of D_r products.
+    size = torch.einsum("btrd,bnrd->btrn", q.abs(), torch.maximum(low.abs(), high.abs()))
+    best_of = (best_of + 4 * D_r * torch.finfo(dtype).eps * size) * scale
+    first = torch.arange(blocks, device=q.device) * BLOCK
+    best_of.masked_fill_((first >= visible[..., None])[:, :, None], -torch.inf)
+    enough = min(blocks, -(-2 * k // BLOCK) + 1)
+    for b, t, r in torch.cartesian_prod(*map(torch.arange, (B, T, R))).view(-1, 3).tolist():
+        bound, n = best_of[b, t, r], int(visible[b, t])
+        seen = bound.topk(enough).indices
+        s, i = _score_blocks(q_slc[b, t, r], landmarks[b, :n, r], seen, scale, dtype)
+        least = s.topk(min(k, len(s))).values[-1] if len(s) >= k else -torch.inf
+        rest = (bound >= least) & (bound > -torch.inf)
+        rest[seen] = False
+        if int(rest.sum()) > blocks // 4:  # a gather costs more than it saves
+            i = torch.arange(n, device=q.device)
+            s = _products(q_slc[b, t, r][None], landmarks[b, :n, r], dtype)[0] * scale
+        else:
+            more = _score_blocks(q_slc[b, t, r], landmarks[b, :n, r], rest.nonzero()[:, 0], scale, dtype)
+            s, i = torch.cat([s, more[0]]), torch.cat([i, more[1]])
+        i, order = i.sort()  # of equal scores the lower position wins
+        s = s[order]
+        best = best_of_any(s, min(k, len(s)))
+        scores[b, t, r, : len(best)], chosen[b, t, r, : len(best)] = s[best], i[best]
+    return scores, chosen
+
+
+def _score_blocks(q, marks, blocks, scale, dtype):
+    """Scores of the landmarks [n, D_r] in the blocks, and which they are."""
+    i = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)).flatten()
+    i = i[i < len(marks)]
+    return _products(q[None], marks[i], dtype)[0] * scale, i

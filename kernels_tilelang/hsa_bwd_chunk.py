@@ -1,0 +1,145 @@
+"""dq, dk, dv and dweights in one pass over the pairs of a chunk: chunk-stationary backward.
+
+With P = softmax(q . K^T * scale) and dP = dout V^T of a pair: delta = rowsum(P * dP), dS = w * P * (dP - delta);
+dv += (w P)^T dout, dk += scale * dS^T q, dq = scale * dS K, dweights = delta, summed over the heads a weight serves.
+One CTA owns a chunk and a key/value head. Its keys and values stay in shared memory, dk and dv in registers; the
+(token, slot) pairs that chose it stream by, block_M // G at a time: block_M gathered rows of q and dout. A pair's dq
+goes to a row of its own, which a later program sums for each token (reduce_add: float32 atomics instead). dk and dv
+are added to what is there, so that windows of tokens accumulate in a fixed order.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
+
+
+def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkConfig):
+    rows = config.block_M
+    tile = rows // G  # pairs; rows past tile * G are padding
+    B, tokens, N, H = T.dynamic("B, tokens, N, H")
+    pairs, segments, partial_rows = T.dynamic("pairs, segments, partial_rows")
+    divides = rows % G == 0
+
+    def head(r, head_shared):
+        """Row r's query head; a table where ptxas would keep the remainder of every access in a register of its own."""
+        return r % G if divides else head_shared[r]
+
+    dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
+
+    @T.prim_func
+    def hsa_bwd_chunk(
+        q: T.Tensor((B, tokens, H, G, D), dtype),
+        k: T.Tensor((B, N, S, H, D), dtype),
+        v: T.Tensor((B, N, S, H, D), dtype),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        pair: T.Tensor((pairs,), "int32"),
+        begin: T.Tensor((segments,), "int64"),
+        end: T.Tensor((segments,), "int64"),
+        start: T.int32,
+        chunk_len: T.Tensor((N,), "int32"),
+        dout: T.Tensor((B, tokens, H, G, D), dtype),
+        scale: T.float32,
+        dq_partial: T.Tensor(dq_shape, "float32" if config.reduce_add else dtype),
+        dk: T.Tensor((B, N, S, H, D), "float32"),
+        dv: T.Tensor((B, N, S, H, D), "float32"),
+        dweights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+    ):
+        with T.Kernel(N, H, B, threads=config.threads) as (i_c, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            q_shared = T.alloc_shared([rows, D], dtype)
+            do_shared = T.alloc_shared([rows, D], dtype)
+            k_shared = T.alloc_shared([S, D], dtype)
+            v_shared = T.alloc_shared([S, D], dtype)
+            p_shared = T.alloc_shared([rows, S], dtype)
+            ds_shared = T.alloc_shared([rows, S], dtype)
+            slot_shared = T.alloc_shared([rows], "int32")
+            head_shared = T.alloc_shared([1 if divides else rows], "int32")
+            delta_shared = T.alloc_shared([rows], "float32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            acc_dp = T.alloc_fragment([rows, S], "float32")
+            acc_dq = T.alloc_fragment([rows, D], "float32")
+            acc_dk = T.alloc_fragment([S, D], "float32")
+            acc_dv = T.alloc_fragment([S, D], "float32")
+            row_max = T.alloc_fragment([rows], "float32")
+            row_sum = T.alloc_fragment([rows], "float32")
+            row_weight = T.alloc_fragment([rows], "float32")
+            delta = T.alloc_fragment([rows], "float32")
+            dw_sum = T.alloc_fragment([tile], "float32")
+            first = T.alloc_var("int64")
+            last = T.alloc_var("int64")
+            real = T.alloc_var("int32")
+
+            first = begin[(i_b * H + i_h) * N + i_c]
+            last = end[(i_b * H + i_h) * N + i_c]
+            if last > first:
+                T.copy(k[i_b, i_c, :, i_h, :], k_shared)
+                T.copy(v[i_b, i_c, :, i_h, :], v_shared)
+                if not divides:
+                    for r in T.Parallel(rows):
+                        head_shared[r] = r % G
+                T.clear(acc_dk)
+                T.clear(acc_dv)
+
+                for i_m in T.serial(T.ceildiv(last - first, tile)):
+                    real = T.Cast("int32", T.min(last - first - i_m * tile, tile)) * G  # rows; padding repeats a pair
+                    for r in T.Parallel(rows):
+                        slot_shared[r] = pair[T.min(first + i_m * tile + r // G, last - 1)]
+                    for r, d in T.Parallel(rows, D):
+                        q_shared[r, d] = q[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d]
+                    for r, d in T.Parallel(rows, D):
+                        do_shared[r, d] = dout[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d]
+                    for r in T.Parallel(rows):
+                        slot = slot_shared[r]
+                        row_weight[r] = weights[i_b, slot // K, i_h, T.min(head(r, head_shared), heads_w - 1), slot % K]
+
+                    T.clear(acc_s)
+                    T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                    T.clear(acc_dp)
+                    T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                    length = chunk_len[i_c] if masked else None
+                    exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, length)
+                    weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real, scale)
+                    T.copy(acc_s, p_shared)
+                    T.copy(acc_dp, ds_shared)
+                    T.gemm(p_shared, do_shared, acc_dv, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
+                    T.gemm(ds_shared, q_shared, acc_dk, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
+                    T.clear(acc_dq)
+                    T.gemm(ds_shared, k_shared, acc_dq, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
+
+                    if heads_w == 1:
+                        T.copy(delta, delta_shared)
+                        T.clear(dw_sum)
+                        for i_g in T.serial(G):
+                            for m in T.Parallel(tile):
+                                dw_sum[m] = dw_sum[m] + delta_shared[m * G + i_g]
+                        for m in T.Parallel(tile):
+                            if m * G < real:
+                                dweights[i_b, slot_shared[m * G] // K, i_h, 0, slot_shared[m * G] % K] = dw_sum[m]
+                    else:
+                        for r in T.Parallel(rows):
+                            if r < real:
+                                slot = slot_shared[r]
+                                dweights[i_b, slot // K, i_h, head(r, head_shared), slot % K] = delta[r]
+                    if config.reduce_add:
+                        for r, d in T.Parallel(rows, D):
+                            if r < real:
+                                T.atomic_add(
+                                    dq_partial[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d], acc_dq[r, d]
+                                )
+                    else:
+                        # The q tile is done with: through it the rows are stored 16 bytes at a time.
+                        for r, d in T.Parallel(rows, D):
+                            q_shared[r, d] = acc_dq[r, d]
+                        for r, d in T.Parallel(rows, D):
+                            if r < real:
+                                dq_partial[i_b, i_h, slot_shared[r] - start * K, head(r, head_shared), d] = q_shared[
+                                    r, d
+                                ]
+
+                for s, d in T.Parallel(S, D):
+                    dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
+                for s, d in T.Parallel(S, D):
+                    dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
+
+    return hsa_bwd_chunk

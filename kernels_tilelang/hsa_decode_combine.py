@@ -1,0 +1,35 @@
+"""out[t] = sum_s partial[t, s]: the ranges of slots that `hsa_decode_split` handled apart.
+
+One CTA owns one query head of one token: a decode step has few tokens, and so few CTAs that the loads of all ranges
+must be in flight at once. The sum is float32 and is cast once.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_auxiliary import next_power_of_two
+from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig
+
+
+def hsa_decode_combine(*, G, D, dtype, min_blocks, config: DecodeCombineConfig):
+    splits, columns = config.num_splits, next_power_of_two(D)
+    B, tokens, H = T.dynamic("B, tokens, H")
+
+    @T.prim_func
+    def hsa_decode_combine(
+        partial: T.Tensor((B, tokens, H, splits, G, D), "float32"),
+        out: T.Tensor((B, tokens, H, G, D), dtype),
+    ):
+        with T.Kernel(tokens * G, H, B, threads=config.threads) as (i_x, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            part = T.alloc_fragment([splits, columns], "float32")
+            acc_o = T.alloc_fragment([columns], "float32")
+
+            i_t = i_x // G
+            for i_s, d in T.Parallel(splits, columns):
+                part[i_s, d] = T.if_then_else(d < D, partial[i_b, i_t, i_h, i_s, i_x % G, T.min(d, D - 1)], 0.0)
+            T.reduce_sum(part, acc_o, dim=0)
+            for d in T.Parallel(columns):
+                if d < D:
+                    out[i_b, i_t, i_h, i_x % G, d] = acc_o[d]
+
+    return hsa_decode_combine

@@ -1,0 +1,89 @@
+"""out[t] = sum_k weights[t, k] * softmax(q[t] . K[page]^T * scale) V[page], page = page_table[indices[t, k]]: decode.
+
+One CTA owns a token, a key/value head and one of num_splits ranges of its K slots: the G query heads are the rows,
+padded to a multiple of 16. The pages of its slots stream through shared memory; the output stays in registers. Each
+page's softmax is its own, so the ranges' outputs just add up: with one range the CTA stores the output itself, with
+more a float32 partial that `hsa_decode_combine` sums.
+An empty slot reads `spare`, the page of another slot of the range, with weight 0.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_base import padded_rows
+from hsa_tl.kernels_tilelang.config_decode import DecodeSplitConfig
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
+
+
+def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSplitConfig):
+    rows = padded_rows(G)
+    splits = config.num_splits
+    slots = -(-K // splits)  # of a CTA
+    B, tokens, N, H, P = T.dynamic("B, tokens, N, H, P")
+
+    def page_of(indices, page_table, i_b, i_t, i_h, i_k):
+        """The slot's page, -1 if it has none. Every address is clamped: nothing is read out of bounds."""
+        chunk = indices[i_b, i_t, i_h, T.min(i_k, K - 1)]
+        page = page_table[i_b, T.max(T.min(chunk, N - 1), 0)]
+        valid = (i_k < K) & (chunk >= 0) & (chunk < N) & (page >= 0) & (page < P)
+        return T.if_then_else(valid, page, -1)
+
+    @T.prim_func
+    def hsa_decode_split(
+        q: T.Tensor((B, tokens, H, G, D), dtype),
+        k_pages: T.Tensor((P, S, H, D), dtype),
+        v_pages: T.Tensor((P, S, H, D), dtype),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        indices: T.Tensor((B, tokens, H, K), "int32"),
+        page_table: T.Tensor((B, N), "int32"),
+        scale: T.float32,
+        out: T.Tensor((B, tokens, H, splits, G, D), dtype if splits == 1 else "float32"),
+    ):
+        with T.Kernel(tokens * splits, H, B, threads=config.threads) as (i_x, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            T.disable_warp_group_reg_alloc()
+            q_shared = T.alloc_shared([rows, D], dtype)
+            k_shared = T.alloc_shared([S, D], dtype)
+            v_shared = T.alloc_shared([S, D], dtype)
+            p_shared = T.alloc_shared([rows, S], dtype)
+            o_shared = T.alloc_shared([rows, D], dtype if splits == 1 else "float32")
+            weights_shared = T.alloc_shared([heads_w, slots], "float32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            acc_o = T.alloc_fragment([rows, D], "float32")
+            row_max = T.alloc_fragment([rows], "float32")
+            row_sum = T.alloc_fragment([rows], "float32")
+            spare = T.alloc_var("int32")
+
+            i_t = i_x // splits
+            first = i_x % splits * slots
+            spare = -1
+            for i_k in T.serial(slots):
+                spare = T.max(spare, page_of(indices, page_table, i_b, i_t, i_h, first + i_k))
+            for r, d in T.Parallel(rows, D):
+                q_shared[r, d] = T.if_then_else(r < G, q[i_b, i_t, i_h, T.min(r, G - 1), d], 0)
+            for r, i_k in T.Parallel(heads_w, slots):
+                weight = weights[i_b, i_t, i_h, r, T.min(first + i_k, K - 1)]
+                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k)
+                weights_shared[r, i_k] = T.if_then_else(page >= 0, weight, 0.0)
+            # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
+            T.sync_threads()
+            T.clear(acc_o)
+
+            for i_k in T.Pipelined(slots, num_stages=config.num_stages):
+                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k)
+                i_p = T.if_then_else(page >= 0, page, T.max(spare, 0))
+                T.copy(k_pages[i_p, :, i_h, :], k_shared)
+                T.clear(acc_s)
+                T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
+                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, None)
+                for r in T.Parallel(rows):
+                    row_sum[r] = weights_shared[T.min(r, heads_w - 1), i_k] / row_sum[r]
+                for r, s in T.Parallel(rows, S):
+                    p_shared[r, s] = acc_s[r, s] * row_sum[r]
+                T.copy(v_pages[i_p, :, i_h, :], v_shared)
+                T.gemm(p_shared, v_shared, acc_o, policy=T.GemmWarpPolicy.FullCol)  # [rows, D]
+
+            T.copy(acc_o, o_shared)
+            for r, d in T.Parallel(G, D):
+                out[i_b, i_t, i_h, i_x % splits, r, d] = T.if_then_else(spare >= 0, o_shared[r, d], 0)
+
+    return hsa_decode_split

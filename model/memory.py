@@ -1,0 +1,312 @@
+"""The chunk memory of decode: a growing, paged store of keys, values and landmarks, on the device or offloaded.
+
+    memory = PagedMemory(MemorySpec(batch=2, heads=1, head_dim=128, retrieval_heads=1, retrieval_dim=128))
+    memory.append(sequence, k, v, landmarks)                       # whole chunks, as many as there are
+    scores, indices = memory.retrieve(q_slc, lengths, topk)        # lengths [batch]: tokens before these
+    out = memory.attend(q, fusion_weights(scores), indices)
+
+Shape suffixes and letters: B sequences, C chunks, S chunk size, H key/value heads, D head dim, R retrieval heads, E
+retrieval dim. A page holds a chunk's keys and values.
+
+Pages lie in slabs, each as large as all before it: growing allocates and copies nothing that is stored. `attend` calls
+hsa_decode for each slab and adds up, since HSA's output is a sum over chunks, and `retrieve` merges the best of each
+slab of landmarks. A memory of the right capacity has one slab, and then neither costs anything.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hsa_tl import hsa_decode, landmark_bounds, retrieve_decode
+from hsa_tl.model import memory_file
+from hsa_tl.model.page_cache import PageCache
+
+BLOCK = 64  # landmarks that share a bound
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """Dims and type of a memory's entries."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    retrieval_heads: int
+    retrieval_dim: int
+    chunk_size: int = 64
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name != "dtype" and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+    @property
+    def page(self) -> tuple[int, int, int]:
+        return self.chunk_size, self.heads, self.head_dim
+
+    @property
+    def landmark(self) -> tuple[int, int]:
+        return self.retrieval_heads, self.retrieval_dim
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
+
+    @classmethod
+    def from_json(cls, text: str) -> "MemorySpec":
+        values = json.loads(text)
+        return cls(**(values | {"dtype": getattr(torch, values["dtype"])}))
+
+
+class PagedMemory:
+    """Append-only chunks of `spec.batch` sequences of any lengths.
+
+    capacity: chunks of a sequence that the first slab of landmarks holds. pages: of the first slab of keys and values,
+    by default batch * capacity. device: where landmarks
+    are and queries come from. offload: keys and values stay in host memory, pinned where there is a GPU; `attend`
+    fetches the chosen pages into a cache of cache_pages pages on the device, least recently used out first. two_level:
+    keep bounds of landmarks and let `retrieve` skip blocks, see hsa_tl.retrieve_decode.
+    Without offload and two_level, `retrieve` and `attend` do not wait for the device; a captured graph of them holds
+    until `append` adds a slab.
+    """
+
+    def __init__(
+        self, spec: MemorySpec, *, device: torch.device | str = "cpu", capacity: int = 256,
+        pages: int | None = None, offload: bool = False, cache_pages: int = 1024, two_level: bool = False,
+    ):  # fmt: skip
+        pages = spec.batch * capacity if pages is None else pages
+        for name, value in (("capacity", capacity), ("pages", pages), ("cache_pages", cache_pages)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        self.spec, self.device, self.two_level = spec, torch.device(device), two_level
+        self.first_pages, self.first_chunks = pages, -(-capacity // BLOCK) * BLOCK
+        self.cache = PageCache(spec.page, cache_pages, spec.dtype, self.device) if offload else None
+        self.k_slabs: list[torch.Tensor] = []  # [pages, S, H, D]
+        self.v_slabs: list[torch.Tensor] = []
+        self.landmark_slabs: list[torch.Tensor] = []  # [B, chunks, R, E], one after the other along the sequences
+        self.bound_slabs: list[torch.Tensor] = []  # [B, chunks / BLOCK, 2, R, E]
+        self.held = [0] * spec.batch  # chunks
+        self.pages = 0
+        self.host_table = torch.full((spec.batch, self.first_chunks), -1, dtype=torch.int32)
+        self.page_table = self.host_table.to(self.device, copy=True)
+        self.chunks = torch.zeros(spec.batch, dtype=torch.int32, device=self.device)
+        self._add_pages()
+        self._add_landmarks()
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys, values and landmarks, with what is reserved."""
+        return sum(x.nbytes for x in (*self.k_slabs, *self.v_slabs, *self.landmark_slabs, *self.bound_slabs))
+
+    def _add_pages(self) -> None:
+        n = max(self.first_pages, sum(map(len, self.k_slabs)))
+        where = {"device": self.device}
+        if self.cache is not None:
+            where = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        k, v = (torch.empty(n, *self.spec.page, dtype=self.spec.dtype, **where) for _ in range(2))
+        self.k_slabs.append(k)
+        self.v_slabs.append(v)
+
+    def _add_landmarks(self) -> None:
+        n, B = max(self.first_chunks, sum(x.shape[1] for x in self.landmark_slabs)), self.spec.batch
+        make = {"dtype": self.spec.dtype, "device": self.device}
+        self.landmark_slabs.append(torch.empty(B, n, *self.spec.landmark, **make))
+        if self.two_level:
+            bounds = torch.empty(B, n // BLOCK, 2, *self.spec.landmark, **make)
+            bounds[:, :, 0], bounds[:, :, 1] = torch.inf, -torch.inf
+            self.bound_slabs.append(bounds)
+        missing = sum(x.shape[1] for x in self.landmark_slabs) - self.host_table.shape[1]
+        if missing > 0:
+            self.host_table = torch.nn.functional.pad(self.host_table, (0, missing), value=-1)
+            self.page_table = self.host_table.to(self.device, copy=True)
+
+    def append(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
+        """Adds whole chunks to a sequence: k, v [C, S, H, D] or [C * S, H, D], landmarks [C, R, E].
+
+        ValueError: a sequence that is not there, shapes or types that disagree; nothing is stored then.
+        """
+        if type(sequence) is not int or not 0 <= sequence < self.spec.batch:
+            raise ValueError(f"sequence must be an int in [0, {self.spec.batch}), got {sequence!r}")
+        S, H, D = self.spec.page
+        C = landmarks.shape[0]
+        for name, x, shape in (("landmarks", landmarks, (C, *self.spec.landmark)), ("k", k, None), ("v", v, None)):
+            allowed = [shape] if shape else [(C, S, H, D), (C * S, H, D)]
+            if tuple(x.shape) not in allowed:
+                raise ValueError(f"{name} must have shape {list(allowed[0])}, got shape {list(x.shape)}")
+            if x.dtype != self.spec.dtype:
+                raise ValueError(f"{name} must have dtype {self.spec.dtype}, got {x.dtype}")
+        first, start = self.pages, self.held[sequence]
+        while sum(map(len, self.k_slabs)) < first + C:
+            self._add_pages()
+        while sum(x.shape[1] for x in self.landmark_slabs) < start + C:
+            self._add_landmarks()
+        for slabs, x in ((self.k_slabs, k), (self.v_slabs, v)):
+            _write(slabs, first, x.detach().reshape(C, S, H, D))
+        rows = [x[sequence] for x in self.landmark_slabs]
+        _write(rows, start, landmarks.detach())
+        if self.two_level:
+            self._widen(sequence, start, landmarks.detach().to(self.device))
+        self.host_table[sequence, start : start + C] = torch.arange(first, first + C, dtype=torch.int32)
+        self.page_table[sequence, start : start + C] = self.host_table[sequence, start : start + C].to(self.device)
+        self.chunks[sequence] += C
+        self.pages += C
+        self.held[sequence] += C
+
+    def _widen(self, sequence: int, start: int, landmarks: torch.Tensor) -> None:
+        first = start // BLOCK * BLOCK
+        padded = torch.cat([landmarks[:1].expand(start - first, -1, -1), landmarks])  # to the start of its block
+        low, high = landmark_bounds(padded[None])[0].unbind(1)
+        at = first // BLOCK
+        for bounds in self.bound_slabs:
+            n = bounds.shape[1]
+            a, b = max(0, at), min(n, at + len(low))
+            if a < b:
+                mine = bounds[sequence, a:b]
+                mine[:, 0] = torch.minimum(mine[:, 0], low[a - at : b - at])
+                mine[:, 1] = torch.maximum(mine[:, 1], high[a - at : b - at])
+            at -= n
+
+    def retrieve(
+        self, q_slc: torch.Tensor, lengths: torch.Tensor, topk: int, *, exclude_window: int = 0,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """scores, indices [B, T, R, topk] of q_slc [B, T, R, E]; lengths [B] int32: see hsa_tl.retrieve_decode."""
+        S, start, parts = self.spec.chunk_size, 0, []
+        for i, landmarks in enumerate(self.landmark_slabs):
+            # Positions count from the slab's first token; visibility only knows differences.
+            scores, indices = retrieve_decode(
+                q_slc, landmarks, lengths - start * S, topk, chunk_size=S, exclude_window=exclude_window, scale=scale,
+                chunks=(self.chunks - start).clamp(0, landmarks.shape[1]).int(),
+                bounds=self.bound_slabs[i] if self.two_level else None,
+            )  # fmt: skip
+            parts.append((scores, torch.where(indices >= 0, indices + start, -1)))
+            start += landmarks.shape[1]
+        if len(parts) == 1:
+            return parts[0]
+        scores, indices = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+        # Slots ascend by chunk, so that a stable sort lets the lower of two equal chunks win.
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+        scores, indices = scores.gather(-1, best), indices.gather(-1, best)
+        order = torch.where(indices >= 0, indices, torch.iinfo(torch.int32).max).argsort(-1)
+        return scores.gather(-1, order), indices.gather(-1, order)
+
+    def attend(
+        self, q: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None,
+        impl: str = "auto",
+    ) -> torch.Tensor:  # fmt: skip
+        """out [B, T, HQ, D] of q [B, T, HQ, D] over the chosen chunks: see hsa_tl.hsa_decode."""
+        if self.cache is not None:
+            return self._attend_offloaded(q, weights, indices, scale, impl)
+        if len(self.k_slabs) == 1:
+            k, v = self.k_slabs[0], self.v_slabs[0]
+            return hsa_decode(q, k, v, weights, indices, self.page_table, scale=scale, impl=impl)
+        page, out, first = self._pages_of(indices), 0, 0
+        for k, v in zip(self.k_slabs, self.v_slabs, strict=True):
+            elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
+            part = torch.where(elsewhere, -1, indices)
+            out = out + hsa_decode(q, k, v, weights, part, self.page_table - first, scale=scale, impl=impl)
+            first += len(k)
+        return out
+
+    def _pages_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """[B, T, H, K]: the page of each slot, -1 for an empty one."""
+        at = indices.flatten(1).clamp(0, self.page_table.shape[1] - 1).long()
+        page = self.page_table.gather(1, at).view(indices.shape)
+        return torch.where((indices >= 0) & (indices < self.page_table.shape[1]), page, -1)
+
+    def prefetch(self, indices: torch.Tensor) -> None:
+        """Starts to fetch the chosen pages of an offloaded memory, as many as the cache holds.
+
+        Waits for the selection, not for the pages: what is launched until `attend` runs beside the copies.
+        """
+        if self.cache is not None:
+            pages = self._pages_of(indices).unique().tolist()
+            self.cache.fetch([p for p in pages if p >= 0][: self.cache.size], self.k_slabs, self.v_slabs)
+
+    def _attend_offloaded(self, q, weights, indices, scale, impl):
+        page = self._pages_of(indices)
+        if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
+            raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
+        named, inverse = page.unique(return_inverse=True)
+        named, out = named.tolist(), None
+        empty = int(bool(named) and named[0] < 0)
+        for start in range(empty, max(len(named), empty + 1), self.cache.size):
+            group = named[start : start + self.cache.size]
+            slots = self.cache.fetch(group, self.k_slabs, self.v_slabs) or [0]
+            self.cache.wait()
+            table = torch.tensor(slots, dtype=torch.int32).to(self.device, non_blocking=True).expand(len(q), -1)
+            mine = (inverse >= start) & (inverse < start + len(group))
+            part = torch.where(mine, inverse - start, -1).int()
+            y = hsa_decode(q, self.cache.k, self.cache.v, weights, part, table, scale=scale, impl=impl)
+            out = y if out is None else out + y
+        return out
+
+    def save(self, path: Path | str) -> None:
+        """Writes a safetensors file; `path` then holds all of it or what it held before."""
+        longest = max(self.held)
+        memory_file.write(
+            Path(path), self.spec.to_json(),
+            {
+                "chunks": [torch.tensor(self.held, dtype=torch.int32)],
+                "page_table": [self.host_table[:, :longest]],
+                "k": _first(self.k_slabs, self.pages),
+                "v": _first(self.v_slabs, self.pages),
+                # Chunks first: each slab is then a run of the file.
+                "landmarks": _first([x.transpose(0, 1) for x in self.landmark_slabs], longest),
+            },
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path | str, spec: MemorySpec | None = None, **options) -> "PagedMemory":
+        """The memory that `save` wrote; options as for the constructor, capacity at least what the file holds.
+
+        ValueError: not such a file, a truncated or inconsistent one, or one of another spec than the given. OSError: it
+        cannot be read.
+        """
+        with memory_file.read(Path(path)) as file:
+            found = file.spec(MemorySpec.from_json)
+            if spec is not None and found != spec:
+                raise ValueError(f"{path} must hold a memory of {spec}, got {found}")
+            chunks = file.tensor("chunks", (found.batch,), torch.int32)
+            pages, longest = int(chunks.sum()), int(chunks.max())
+            table = file.tensor("page_table", (found.batch, longest), torch.int32)
+            held = torch.arange(longest) < chunks[:, None]
+            if int(chunks.min()) < 0 or not torch.equal(table[held].sort().values, torch.arange(pages).int()):
+                raise ValueError(f"{path} must give each page to one chunk, its page_table does not")
+            for name, shape in (("k", (pages, *found.page)), ("v", (pages, *found.page))):
+                file.expect(name, shape, found.dtype)
+            file.expect("landmarks", (longest, found.batch, *found.landmark), found.dtype)
+            capacity = max(options.pop("capacity", 256), longest)
+            pages = max(options.pop("pages", None) or 1, pages)
+            memory = cls(found, capacity=capacity, pages=pages, **options)
+            file.into("k", memory.k_slabs[0])
+            file.into("v", memory.v_slabs[0])
+            file.into("landmarks", memory.landmark_slabs[0].transpose(0, 1))
+        memory.held, memory.pages = chunks.tolist(), sum(chunks.tolist())
+        memory.host_table[:, :longest] = torch.where(held, table, -1)
+        memory.page_table.copy_(memory.host_table)
+        memory.chunks.copy_(chunks)
+        for sequence, n in enumerate(memory.held if memory.two_level else []):
+            if n:
+                memory._widen(sequence, 0, memory.landmark_slabs[0][sequence, :n])
+        return memory
+
+
+def _write(slabs: list[torch.Tensor], start: int, x: torch.Tensor) -> None:
+    """Rows start.. of the slabs taken together = x."""
+    for slab in slabs:
+        a, b = max(0, start), min(len(slab), start + len(x))
+        if a < b:
+            slab[a:b].copy_(x[a - start : b - start])
+        start -= len(slab)
+
+
+def _first(slabs: list[torch.Tensor], n: int) -> list[torch.Tensor]:
+    """The first n rows of the slabs taken together."""
+    parts = []
+    for slab in slabs:
+        parts.append(slab[: max(0, n)])
+        n -= len(slab)
+    return parts

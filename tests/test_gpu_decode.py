@@ -1,0 +1,126 @@
+"""On a Hopper GPU: decode against the float64 oracle, in a captured graph, and from offloaded pages."""
+
+import pytest
+import torch
+from strategies import Dims
+from test_decode import contiguous, double
+
+from hsa_tl import fusion_weights, hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode
+from hsa_tl.model import MemorySpec, PagedMemory
+from hsa_tl.oracle import attention_oracle
+from hsa_tl.testing import assert_as_accurate_as
+
+pytestmark = pytest.mark.gpu
+
+S = 64
+HALF = (torch.bfloat16, torch.float16)
+DIMS = {
+    "paper": Dims(B=1, T=1, T_kv=128 * S, HQ=16, D=128, S=S, K=64),
+    "batch": Dims(B=40, T=1, T_kv=20 * S, HQ=32, H=2, D=64, S=S, K=16),
+    "tokens": Dims(B=3, T=4, T_kv=9 * S, HQ=6, H=2, D=96, S=S, K=7, per_head=True),
+    "g1": Dims(B=2, T=2, T_kv=9 * S, HQ=4, H=4, D=128, S=S, K=1),
+}
+
+
+def make(d: Dims, dtype):
+    """Arguments of hsa_decode on the GPU: empty slots and duplicates anywhere, nan in the pages that none names."""
+    pages = d.B * d.N + 3
+    table = torch.randperm(pages)[: d.B * d.N].view(d.B, d.N).int()
+    table[1:, 0] = table[0, 0]
+    indices = torch.randint(-1, d.N, (d.B, d.T, d.H, d.K), dtype=torch.int32)
+    named = table.gather(1, indices.flatten(1).clamp(min=0).long())[indices.flatten(1) >= 0].long()
+    k, v = (torch.full((pages, S, d.H, d.D), torch.nan) for _ in range(2))
+    k[named], v[named] = (torch.randn(len(named), S, d.H, d.D) for _ in range(2))
+    q = torch.randn(d.B, d.T, d.HQ, d.D)
+    weights = torch.randn(d.B, d.T, d.HQ if d.per_head else d.H, d.K)
+    q, k, v = (x.to("cuda", dtype) for x in (q, k, v))
+    return q, k, v, weights.cuda(), indices.cuda(), table.cuda()
+
+
+@pytest.mark.parametrize("impl", ("auto", "reference", "tilelang", "triton"))
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+def test_equals_the_oracle(impl, dtype, dims):
+    call = make(dims, dtype)
+    k, v = (contiguous(x, call[5]) for x in call[1:3])
+    low = attention_oracle(call[0], k, v, *call[3:5], chunk_size=S)
+    high = attention_oracle(*double((call[0], k, v)), *double(call[3:5]), chunk_size=S)
+    assert_as_accurate_as("out", hsa_decode(*call, impl=impl), low, high)
+
+
+@pytest.mark.parametrize("impl", ("tilelang", "triton", "reference"))
+def test_out_of_range_is_an_empty_slot(impl):
+    q, k, v, weights, indices, table = make(DIMS["batch"], torch.bfloat16)
+    bad = torch.where(indices < 2, torch.tensor([-5, 20, 2**31 - 1, -1], device="cuda").repeat(4).int(), indices)
+    good = torch.where(indices < 2, -1, indices)
+    table[0] = 1 << 30
+    good[0] = -1
+    run = lambda i: hsa_decode(q, k, v, weights, i, table, impl=impl)  # noqa: E731
+    assert torch.equal(run(bad), run(good))
+
+
+@pytest.mark.parametrize("impl", ("auto", "tilelang", "triton", "reference"))
+def test_a_step_replays_in_a_graph(impl):
+    """Retrieval, weights and attention without a host synchronisation; lengths change between replays."""
+    d = DIMS["paper"]
+    q, k, v, _, _, table = make(d, torch.bfloat16)
+    k, v = k.nan_to_num(nan=1.0), v.nan_to_num(nan=1.0)
+    q_slc, landmarks = (torch.randn(1, n, 1, 128, device="cuda", dtype=q.dtype) for n in (1, d.N))
+    lengths = torch.tensor([100 * S], dtype=torch.int32, device="cuda")
+
+    def step():
+        scores, indices = retrieve_decode(q_slc, landmarks, lengths, d.K)
+        return indices, hsa_decode(q, k, v, fusion_weights(scores), indices, table, impl=impl)
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices, out = step()
+    for n in (100 * S, 70 * S + 3, 5):
+        lengths.fill_(n)
+        graph.replay()
+        want = step()
+        assert torch.equal(indices, want[0]) and torch.equal(out, want[1])
+        assert (indices >= 0).sum() == min(d.K, n // S)
+
+
+@pytest.mark.parametrize("two_level", (False, True))
+def test_retrieval_equals_retrieve_chunks(two_level):
+    """Integers, so every score is exact and many are equal."""
+    q, landmarks = (torch.randint(-1, 2, (2, n, 3, 16), device="cuda").bfloat16() for n in (2, 1000))
+    lengths = torch.tensor([1000 * S, 300], dtype=torch.int32, device="cuda")
+    bounds = landmark_bounds(landmarks) if two_level else None
+    got = retrieve_decode(q, landmarks, lengths, 33, exclude_window=100, bounds=bounds)
+    for b, n in enumerate(lengths.tolist()):
+        part = slice(b, b + 1)
+        want = retrieve_chunks(q[part], landmarks[part], 33, q_start=n, exclude_window=100)
+        assert torch.equal(got[1][part], want[1]) and torch.equal(got[0][part], want[0])
+
+
+def test_offloaded_equals_on_device(tmp_path):
+    spec = MemorySpec(2, 2, 64, 2, 32, S, torch.bfloat16)
+    options = ({}, {"capacity": 2, "pages": 2}, {"offload": True, "cache_pages": 8}, {"offload": True})
+    memories = [PagedMemory(spec, device="cuda", **x) for x in options]
+    for b, n in ((0, 30), (1, 7)):
+        k, v = (torch.randn(n, *spec.page, device="cuda", dtype=spec.dtype) for _ in range(2))
+        landmarks = torch.randn(n, *spec.landmark, device="cuda", dtype=spec.dtype)
+        for memory in memories:
+            memory.append(b, k, v, landmarks)
+    memories[2].save(tmp_path / "m")
+    memories.append(PagedMemory.load(tmp_path / "m", device="cuda"))
+    lengths = torch.tensor([30 * S, 7 * S], dtype=torch.int32, device="cuda")
+    for _ in range(20):
+        q, q_slc = (torch.randn(2, 1, h, d, device="cuda", dtype=spec.dtype) for h, d in ((8, 64), (2, 32)))
+        first = None
+        for memory in memories:
+            scores, indices = memory.retrieve(q_slc, lengths, 5)
+            memory.prefetch(indices)
+            out = memory.attend(q, fusion_weights(scores), indices).float()
+            first = first or (indices, out)
+            assert torch.equal(indices, first[0])
+            torch.testing.assert_close(out, first[1], rtol=0.02, atol=0.02)
