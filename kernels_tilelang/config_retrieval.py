@@ -22,6 +22,7 @@ class RetrieveTopkConfig(AuxiliaryConfig):
     DIRECTION: ClassVar[str] = "retrieve"
     KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
     own_barriers: ClassVar[bool] = True
+    working_registers: ClassVar[int] = 72  # the sort's keys; with 52 ptxas spilled
 
     @staticmethod
     def places(K: int) -> int:
