@@ -7,7 +7,7 @@ from typing import ClassVar
 from hsa_tl.kernels_tilelang.config_base import (
     SMEM_ALIGNMENT,
     WARPGROUP,
-    Config,
+    ChunkConfig,
     first_legal,
     row_bytes,
     warps_refusal,
@@ -26,24 +26,12 @@ class BwdDqTokenConfig(FwdTokenConfig):
 
 
 @dataclass(frozen=True)
-class BwdDkdvChunkConfig(Config):
+class BwdDkdvChunkConfig(ChunkConfig):
     """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads."""
 
     block_M: int = 64
     threads: int = 128
     DIRECTION: ClassVar[str] = "dkdv"
-
-    def rows(self, p):
-        return self.block_M
-
-    def pairs(self, p):
-        return self.block_M // p.G
-
-    def chunk_reads(self, p):
-        return 0.0  # once for all its pairs
-
-    def ctas(self, p):
-        return p.B * p.H * p.N
 
     def pair_bytes(self, p):
         return {"l2": 2 * row_bytes(p), "hbm": 2 * row_bytes(p) / p.K}
@@ -74,7 +62,7 @@ class BwdDkdvChunkConfig(Config):
 
 
 @dataclass(frozen=True)
-class BwdChunkConfig(Config):
+class BwdChunkConfig(ChunkConfig):
     """A CTA owns one chunk and key/value head: dk and dv in its registers, block_M gathered rows at a time.
 
     specialised: a producer warpgroup copies num_stages tiles ahead of `threads` that compute. reduce_add: dq by float32
@@ -95,18 +83,6 @@ class BwdChunkConfig(Config):
 
     def total_threads(self):
         return self.threads + WARPGROUP * self.specialised
-
-    def rows(self, p):
-        return self.block_M
-
-    def pairs(self, p):
-        return self.block_M // p.G
-
-    def chunk_reads(self, p):
-        return 0.0  # once for all its pairs
-
-    def ctas(self, p):
-        return p.B * p.H * p.N
 
     def pair_bytes(self, p):
         dq = {"reduce": 4 * p.G * p.D, "hbm": 0} if self.reduce_add else {"hbm": 2 * row_bytes(p)}

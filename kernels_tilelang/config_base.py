@@ -92,6 +92,24 @@ class Config:
         return "hgmma"
 
 
+class ChunkConfig(Config):
+    """Of a program whose CTA owns a chunk and a key/value head and takes block_M rows of its pairs at a time."""
+
+    block_M: int
+
+    def rows(self, p):
+        return self.block_M
+
+    def pairs(self, p):
+        return self.block_M // p.G
+
+    def chunk_reads(self, p):
+        return 0.0  # once for all its pairs
+
+    def ctas(self, p):
+        return p.B * p.H * p.N
+
+
 def row_bytes(p: Problem) -> int:
     """One token's q, do, dq or out for one key/value head."""
     return p.G * p.D * p.itemsize

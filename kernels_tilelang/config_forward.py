@@ -8,6 +8,7 @@ from hsa_tl.kernels_tilelang.config_base import (
     SMEM_ALIGNMENT,
     WARPGROUP,
     WORKING_REGISTERS,
+    ChunkConfig,
     Config,
     first_legal,
     padded_rows,
@@ -136,7 +137,7 @@ class FwdUnionConfig(Config):
 
 
 @dataclass(frozen=True)
-class FwdChunkConfig(Config):
+class FwdChunkConfig(ChunkConfig):
     """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads.
 
     specialised: a producer warpgroup copies num_stages tiles ahead. reduce_add: float32 reduce-add into the output, not
@@ -161,18 +162,6 @@ class FwdChunkConfig(Config):
 
     def total_threads(self):
         return self.threads + (WARPGROUP if self.specialised else 0)
-
-    def rows(self, p):
-        return self.block_M
-
-    def pairs(self, p):
-        return self.block_M // p.G
-
-    def chunk_reads(self, p):
-        return 0.0  # once for all its pairs
-
-    def ctas(self, p):
-        return p.B * p.H * p.N
 
     def pair_bytes(self, p):
         read = row_bytes(p)
