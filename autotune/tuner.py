@@ -31,10 +31,12 @@ def versions() -> dict[str, str]:
 
 
 def rank(case: Case, device: str, *, jobs: int | None = None, progress: Callable | None = None) -> list[dict]:
-    """Static rows of the case, by program, best predicted first, failures last."""
+    """Static rows of the case: every program's best predicted config, then every second best, ...; failures last."""
     rows = static.table_rows((case,), device=device, programs=configs.TUNED, jobs=jobs, progress=progress)
     order = {name: i for i, name in enumerate(configs.TUNED)}
-    return sorted(rows, key=lambda r: (order[r["program"]], bool(static.faults(r)), r["ns_per_pair"] or float("inf")))
+    rows.sort(key=lambda r: (bool(static.faults(r)), r["ns_per_pair"] or float("inf")))
+    place = {id(r): sum(x["program"] == r["program"] for x in rows[:i]) for i, r in enumerate(rows)}
+    return sorted(rows, key=lambda r: (bool(static.faults(r)), place[id(r)], order[r["program"]]))
 
 
 def _run(program: str, config, inputs: Inputs, chunk_size: int) -> dict[str, torch.Tensor]:

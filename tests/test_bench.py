@@ -100,13 +100,16 @@ def test_red_tests_end_the_gpu_run_and_are_tried_again(tmp_path):
 
 
 def test_prepared_ranks_are_used_at_their_commit_only(monkeypatch, tmp_path):
-    path, row = tmp_path / "ranked.json", {"case": CASE.name, "program": "hsa_fwd_token"}
+    path = tmp_path / "ranked.json"
+    row = {"case": CASE.name, "program": "hsa_fwd_token", "config": "threads=32,num_stages=2"}
     monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: [row])
     compiled = []
     monkeypatch.setattr(gpu.compile, "kernel", lambda program, problem, config: compiled.append((program, config)))
-    assert gpu.prepare(path, (CASE,)) == 1
-    suited = {p for p in gpu.configs.PROGRAMS if gpu.configs.space(p, CASE.problem)}
-    assert {program for program, _ in compiled} == suited
+    assert gpu.prepare(path, (CASE,)) == len(compiled)
+    assert {program for program, _ in compiled} == {
+        p for p in gpu.configs.PROGRAMS if gpu.configs.space(p, CASE.problem)
+    }
+    assert ("hsa_fwd_token", gpu.configs.parse("hsa_fwd_token", row["config"])) in compiled
     monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: "ranked now")
     assert gpu.ranked(CASE, path) == [row]
     assert gpu.ranked(dataclasses.replace(CASE, name="other"), path) == "ranked now"

@@ -12,7 +12,9 @@ from hsa_tl.autotune import table, tuner
 from hsa_tl.impl.tilelang import BASE
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
+    CONFIGS,
     PROGRAMS,
+    describe,
     from_dict,
     space,
     static_key,
@@ -154,3 +156,18 @@ def test_the_best_row_prefers_measurement_over_prediction():
     timed = [row("threads=128,num_stages=2", 1.0, us=9.0), row("threads=64,num_stages=3", 2.0, us=8.0)]
     (chosen,) = tuner.best(case, timed)
     assert chosen["config"] == {"threads": 64, "num_stages": 3} and chosen["source"] == "measured"
+
+
+def test_ranks_take_turns_among_programs(monkeypatch):
+    """A short tuning sees every program's best config before any second best; what cannot run comes last."""
+
+    def row(program, ns, spills=0):
+        made = {"program": program, "config": describe(CONFIGS[program]()), "ns_per_pair": ns, "error": None}
+        return made | {"spill_bytes": spills, "ctas_per_sm": 1, "hmma": 1, "hgmma": 1}
+
+    rows = [row("hsa_fwd_token", 1.0, spills=4)]
+    rows += [row(p, ns) for p in ("hsa_bwd_dq_token", "hsa_fwd_token") for ns in (5.0, 3.0)]
+    monkeypatch.setattr(tuner.static, "table_rows", lambda *args, **kwargs: rows)
+    ranked = [(r["program"], r["ns_per_pair"]) for r in tuner.rank(cases.case("paper-d128"), "h200")]
+    best = [("hsa_fwd_token", 3.0), ("hsa_bwd_dq_token", 3.0)]
+    assert ranked == [*best, ("hsa_fwd_token", 5.0), ("hsa_bwd_dq_token", 5.0), ("hsa_fwd_token", 1.0)]
