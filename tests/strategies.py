@@ -109,16 +109,20 @@ def _nudged(call: Inputs) -> Inputs:
 
 
 def expected(call: Inputs, oracle=attention_oracle, **options) -> tuple[dict, dict]:
-    """The oracle's out and gradients in the call's dtype and in float64.
+    """The oracle's out and gradients in the call's dtype and in float64, as expected_of has them."""
+    return expected_of(lambda x: run_with_gradients(oracle, x, **options), call)
+
+
+def expected_of(results, call: Inputs) -> tuple[dict, dict]:
+    """results(call), a dict of tensors, in the call's dtype and in float64.
 
     A few float32 numbers can come out lucky, which would make the yardstick short. So the low result is, element by
     element, the worst of the call and of three calls whose inputs moved by an ulp or two: what a stable algorithm may
     do.
     """
-    high = run_with_gradients(oracle, double(call), **options)
-    low = run_with_gradients(oracle, call, **options)
+    high, low = results(double(call)), results(call)
     for _ in range(3):
-        other = run_with_gradients(oracle, _nudged(call), **options)
+        other = results(_nudged(call))
         for name, x in low.items():
             worse = (other[name] - high[name]).abs() > (x - high[name]).abs()
             low[name] = torch.where(worse, other[name], x)

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from strategies import Dims, assert_all_as_accurate_as, attend, check, each_impl, expected, make_call, run
+from strategies import Dims, assert_all_as_accurate_as, attend, check, each_impl, expected, expected_of, make_call, run
 
 from hsa_tl import fusion_weights, retrieve_chunks
 from hsa_tl.oracle import attention_oracle, attention_oracle_packed, retrieve_oracle
-from hsa_tl.testing import Inputs, assert_as_accurate_as, double
+from hsa_tl.testing import Inputs, assert_as_accurate_as
 
 PLAIN = Dims()
 
@@ -189,8 +189,9 @@ def test_retrieval_to_output(impl):
         return dict(zip(("out", "dq_slc", "dlandmarks", "dq", "dk", "dv"), (out, *gradients), strict=True))
 
     actual = block(retrieve_chunks, attend(impl), q_slc, landmarks, call)
-    low = block(retrieve_oracle, attention_oracle, q_slc, landmarks, call)
-    high = block(retrieve_oracle, attention_oracle, q_slc.double(), landmarks.double(), double(call))
+    low, high = expected_of(
+        lambda x: block(retrieve_oracle, attention_oracle, q_slc.to(x.q.dtype), landmarks.to(x.q.dtype), x), call
+    )
     assert (actual["out"][:, :16] == 0).all()
     assert (actual["dlandmarks"][:, 0] != 0).any()
     assert_all_as_accurate_as(actual, low, high)
