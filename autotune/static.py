@@ -1,6 +1,7 @@
 """The static check: lower for sm_90a, assemble, read ptxas and SASS, predict. Needs nvcc and cuobjdump, no GPU."""
 
 import csv
+import functools
 import hashlib
 import importlib.util
 import io
@@ -16,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from hsa_tl.autotune import cost
+from hsa_tl.bench import record
 from hsa_tl.cases import Case
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang.config import PROGRAMS, describe, parse, space, static_key
@@ -24,7 +26,7 @@ from hsa_tl.problem import Problem
 COLUMNS = (
     "case", "program", "direction", "D", "G", "S", "K", "heads_w", "masked", "dtype", "config", "threads", "device",
     "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "ns_per_pair", "limiter", "roofline_ns",
-    "error",
+    "error", "versions", "commit",
 )  # fmt: skip
 # As compile.PASS_CONFIGS has TileLang call it.
 NVCC_FLAGS = (
@@ -63,10 +65,19 @@ def missing_tools() -> str | None:
     return f"the static check needs {' and '.join(lacking)} (CUDA toolkit 12.8 or later) on PATH or under CUDA_HOME"
 
 
+@functools.cache
+def nvcc_version() -> str:
+    """What nvcc --version prints."""
+    return subprocess.run([find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def nvcc_release() -> str:
+    return re.search(r"V([0-9.]+)", nvcc_version()).group(1)
+
+
 def _cache_file(source: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = subprocess.run([find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
-    text = version + " ".join(NVCC_FLAGS) + source
+    text = nvcc_version() + " ".join(NVCC_FLAGS) + source
     return base / "hsa-tl" / "static" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
@@ -195,7 +206,8 @@ def table_rows(
             rows[futures[future]] = future.result()
             if progress:
                 progress(len(rows), len(work))
-    return [rows[i] for i in range(len(work))]
+    source = {"versions": f"{record.versions()}, nvcc {nvcc_release()}", "commit": record.commit()}
+    return [rows[i] | source for i in range(len(work))]
 
 
 PAGE = """# Static check of the TileLang programs
@@ -203,7 +215,8 @@ PAGE = """# Static check of the TileLang programs
 Every config of every program for the problems tagged ci, lowered for sm_90a, assembled by nvcc and read back: registers
 a thread at launch, spills, shared memory, CTAs for each SM, tensor-core instructions. ns/pair is a prediction for an
 {device} (`autotune/cost.py`; a pair is one token, key/value head and chunk; for the union tile all its tokens agree),
-beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --out`; all columns: [{name}]({name}).
+beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --out` at commit {commit} with
+{versions}; all columns: [{name}]({name}).
 
 | case | program | config | registers | spills | smem | CTAs/SM | MMA | ns/pair | limiter | roofline |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -220,7 +233,8 @@ def write_page(rows: list[dict], path: Path) -> None:
         else f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['error']} |"
         for r in rows
     ]
-    head = PAGE.format(device=rows[0]["device"].upper(), name=path.name)
+    first = rows[0]
+    head = PAGE.format(device=first["device"].upper(), name=path.name, **{k: first[k] for k in ("versions", "commit")})
     write_atomic(path.with_name("README.md"), head + "\n".join(lines) + "\n")
 
 

@@ -129,4 +129,5 @@ def programs(direction: str, problem: Problem, indices: torch.Tensor, config: di
         return [(name, table.resolve(name, problem)) for name in STRATEGIES[direction][0]]
     device = cost.DEVICES[table.device_name() or "h100"]
     chosen = choose(direction, problem, _share(problem, indices, config), device, deterministic)
-    return [(name, table.resolve(name, problem, preferred=best)) for name, best in chosen]
+    tuned = [(name, best, table.resolve(name, problem, preferred=best)) for name, best in chosen]
+    return [(name, best if deterministic and getattr(c, "reduce_add", 0) else c) for name, best, c in tuned]

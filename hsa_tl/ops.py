@@ -243,7 +243,7 @@ def retrieve_backward(
     N = landmarks.shape[1]
     chosen = retrieval.global_chunks(indices, cu_seqlens, N, chunk_size)
     run = retrieval
-    if q_slc.is_cuda:
+    if q_slc.is_cuda and q_slc.dtype != torch.float64:  # no program takes float64
         run = implementation(f"{resolve_dlandmarks(q_slc, indices.shape[3])}_retrieval")
     dlandmarks = run.dlandmarks(dscores, sort_pairs(chosen, N), q_slc, N, scale)
     return retrieval.dq_slc(dscores, chosen, q_slc, landmarks, scale), dlandmarks

@@ -51,8 +51,9 @@ LAYERS = (
     ("hsa_tl.autotune.cost",),
     (*PROGRAMS, "hsa_tl.autotune.strategy"),
     ("hsa_tl.kernels_tilelang.compile",),
+    ("hsa_tl.impl.triton_launch",),
     ("hsa_tl.impl.reference", "hsa_tl.impl.tilelang", "hsa_tl.impl.triton"),
-    ("hsa_tl.impl.*_decode",),
+    ("hsa_tl.impl.*_decode", "hsa_tl.impl.*_retrieval"),
     ("hsa_tl.ops",),
     ("hsa_tl.api",),
     ("hsa_tl",),
@@ -61,7 +62,9 @@ TOP = len(LAYERS)
 # What a module may import of the project, where its layer says too little.
 ONLY = {
     "hsa_tl.impl.reference_decode": (),
-    "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton",),
+    "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton", "hsa_tl.impl.triton_launch"),
+    "hsa_tl.impl.triton_retrieval": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
+    "hsa_tl.impl.triton": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
     "hsa_tl.impl.tilelang_decode": (
         "hsa_tl.impl.tilelang",
         "hsa_tl.autotune.*",

@@ -322,12 +322,12 @@ def test_triton_kernels_compile_for_hopper(D_r, K):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = ops.implementation("triton_retrieval")
+    module, triton_launch = map(ops.implementation, ("triton_retrieval", "triton_launch"))
     types = {"q_slc": "*bf16", "landmarks": "*bf16", "scores": "*fp32", "indices": "*i32", "scale": "fp32"}
     types |= {"dscores": "*fp32", "pair": "*i32", "offsets": "*i64", "dlandmarks": "*bf16"}
     topk = module.topk_constants(1, D_r, K)
     for kernel, constants in ((module.topk_kernel, topk), (module.dlandmarks_kernel, module.sum_constants(1, D_r, K))):
-        jitted = module._form(kernel, False)
+        jitted = triton_launch.form(kernel, False)
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in jitted.arg_names}
         source = ASTSource(jitted, signature, {n: v for n, v in constants.items() if n in signature})
         options = {n: v for n, v in constants.items() if n not in signature} | {"enable_fp_fusion": True}

@@ -71,6 +71,19 @@ def test_deterministic_never_takes_reduce_add():
         assert getattr(config, "reduce_add", 0) == 0
 
 
+def test_deterministic_passes_over_a_tuned_row_with_reduce_add(monkeypatch):
+    adding = {"specialised": 0, "block_M": 64, "threads": 128, "num_stages": 1, "reduce_add": 1}
+    monkeypatch.setattr(strategy.table, "device_name", lambda: "h200")
+    row = {"config": adding}
+    monkeypatch.setattr(strategy.table, "lookup", lambda name, *_: row if name == "hsa_bwd_chunk" else None)
+    share = {"union_share": SCATTERED}
+    problem = cases.at_length(PAPER, 1 << 17)
+    ((name, config),) = strategy.programs("backward", problem, INDICES, share)
+    assert name == "hsa_bwd_chunk" and config.reduce_add == 1
+    ((name, config),) = strategy.programs("backward", problem, INDICES, share, deterministic=True)
+    assert name == "hsa_bwd_chunk" and config.reduce_add == 0
+
+
 def test_expected_time_counts_a_gpu_that_is_not_full():
     """One CTA a chunk: 64 of them leave half of 132 SMs idle."""
     (config, *_) = strategy.configs.space("hsa_bwd_chunk", PAPER)

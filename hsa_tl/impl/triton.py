@@ -13,11 +13,11 @@ delta = rowsum(p * dp) is the gradient of the weight. CPU tensors run under Trit
 
 from __future__ import annotations
 
-import functools
 import math
-import types
 
 import torch
+
+from hsa_tl.impl.triton_launch import launch
 
 try:
     import triton
@@ -25,7 +25,7 @@ try:
 except ImportError:
     triton = tl = None
 
-# The kernels are plain functions here; _form() makes the compiled or the interpreted form. Reductions name their
+# The kernels are plain functions here; form() makes the compiled or the interpreted form. Reductions name their
 # combine function because tl.max and tl.sum, jitted when triton was imported, cannot be called by the interpreter.
 
 
@@ -309,26 +309,6 @@ def unavailable(problem, kernels=(forward_kernel, dq_kernel, dkdv_kernel)) -> st
     return None
 
 
-@functools.cache
-def _form(kernel, interpreted: bool):
-    """A kernel to launch: interpreted for CPU tensors, compiled for CUDA, both in one process."""
-    if not interpreted:
-        # A new T or N must not compile again, not even when it becomes divisible by 16 or 1.
-        return triton.jit(kernel, do_not_specialize=["T", "N", "splits"])
-    from triton.runtime.interpreter import InterpretedFunction
-
-    # On a copy with its own globals: the interpreter adds its names to the globals of what it rewrites.
-    copy = types.FunctionType(kernel.__code__, dict(kernel.__globals__), kernel.__name__)
-    copy.__annotations__ = kernel.__annotations__
-    return InterpretedFunction(copy)
-
-
-def _launch(kernel, grid, *args, **constants):
-    interpreted = args[0].device.type == "cpu" or triton.knobs.runtime.interpret
-    with torch.cuda.device_of(args[0]):
-        _form(kernel, interpreted)[grid](*args, **constants, enable_fp_fusion=True)
-
-
 def _setup(kernel, q, k, weights, indices, config):
     G, D, S, H = q.shape[2] // k.shape[3], q.shape[3], k.shape[2], k.shape[3]
     if q.device.type == "cpu":
@@ -364,7 +344,7 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     out = torch.empty_like(q)
     constants, _ = _setup(forward_kernel, q, k, weights, indices, config)
     scale_log2 = scale * math.log2(math.e)
-    _launch(forward_kernel, (T, H, B), q, k, v, weights, indices, chunk_len, out, T, N, scale_log2, **constants)
+    launch(forward_kernel, (T, H, B), q, k, v, weights, indices, chunk_len, out, T, N, scale_log2, **constants)
     return out
 
 
@@ -380,7 +360,7 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None
     dq = torch.empty_like(q)
     dweights = torch.zeros_like(weights)  # the kernel skips the empty slots at the end of a row
     constants, _ = _setup(dq_kernel, q, k, weights, indices, config)
-    _launch(
+    launch(
         dq_kernel, (T, H, B), do, q, k, v, weights, indices, chunk_len, dq, dweights, T, N, scale, scale_log2,
         **constants,
     )  # fmt: skip
@@ -391,7 +371,7 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None
     dk, dv = (torch.empty_like(k) if splits == 1 else k.new_empty(splits, *k.shape, dtype=torch.float32) for _ in "kv")
     together = S * constants["BLOCK_D"] <= _REGISTER_AREA
     for want_dk, want_dv in [(True, True)] if together else [(True, False), (False, True)]:
-        _launch(
+        launch(
             dkdv_kernel, (N * splits, H, B), do, q, k, v, weights, chunk_len, pairs.pair, pairs.offsets, dk, dv, T, N,
             splits, scale, scale_log2, WANT_DK=want_dk, WANT_DV=want_dv, **constants,
         )  # fmt: skip

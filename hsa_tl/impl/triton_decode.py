@@ -11,6 +11,7 @@ import torch
 
 from hsa_tl.impl import triton as base
 from hsa_tl.impl.triton import tl
+from hsa_tl.impl.triton_launch import launch
 
 
 def decode_kernel(
@@ -92,7 +93,7 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     constants, _ = base._setup(decode_kernel, q, k_pages[None], weights, indices, None)
     del constants["BLOCK_K"]
     out = torch.empty_like(q) if splits == 1 else q.new_empty(B, T, H, splits, G, D, dtype=torch.float32)
-    base._launch(
+    launch(
         decode_kernel, (T * splits, H, B), q, k_pages, v_pages, weights, indices, page_table, out, T,
         page_table.shape[1], P, splits, scale * math.log2(math.e), SLOTS=-(-K // splits), **constants,
     )  # fmt: skip

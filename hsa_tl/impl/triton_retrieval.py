@@ -8,11 +8,9 @@ dlandmarks_kernel  one program owns a chunk and sums the weighted queries of its
 
 from __future__ import annotations
 
-import functools
-import types
-
 import torch
 
+from hsa_tl.impl.triton_launch import launch
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
 
@@ -25,7 +23,7 @@ except ImportError:
 MAX_TOPK = 128
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Plain functions; _form() makes the compiled or the interpreted form. Reductions name their combine function because
+# Plain functions; form() makes the compiled or the interpreted form. Reductions name their combine function because
 # tl.max and tl.sum, jitted when triton was imported, cannot be called by the interpreter.
 
 
@@ -127,27 +125,6 @@ def unavailable(problem: Problem) -> str | None:
     return None if problem.dtype in _DTYPES else "it runs bfloat16, float16 and float32"
 
 
-@functools.cache
-def _form(kernel, interpreted: bool):
-    """A kernel to launch: interpreted for CPU tensors, compiled for CUDA, both in one process."""
-    if not interpreted:
-        names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
-        fixed = [x for x in names if x in ("T", "N", "past", "past_rest", "outside", "outside_rest")]
-        return triton.jit(kernel, do_not_specialize=fixed)
-    from triton.runtime.interpreter import InterpretedFunction
-
-    # On a copy with its own globals: the interpreter adds its names to the globals of what it rewrites.
-    copy = types.FunctionType(kernel.__code__, dict(kernel.__globals__), kernel.__name__)
-    copy.__annotations__ = kernel.__annotations__
-    return InterpretedFunction(copy)
-
-
-def _launch(kernel, grid, *args, **constants):
-    interpreted = args[0].device.type == "cpu" or triton.knobs.runtime.interpret
-    with torch.cuda.device_of(args[0]):
-        _form(kernel, interpreted)[grid](*args, **constants, enable_fp_fusion=True)
-
-
 def _power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
@@ -177,7 +154,7 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
         past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
         bounds = *past, outside[0] + 1, outside[1]
         grid = -(-T // constants["ROWS"]), R, B
-        _launch(
+        launch(
             topk_kernel, grid, q_slc.contiguous(), landmarks.contiguous(), scores, indices, T, N, scale, chunk_size,
             *bounds, **constants,
         )  # fmt: skip
@@ -189,7 +166,7 @@ def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
     B, T, R, D_r = q_slc.shape
     out = q_slc.new_zeros(B, num_chunks, R, D_r)
     if dscores.numel() and num_chunks:
-        _launch(
+        launch(
             dlandmarks_kernel, (num_chunks, R, B), dscores.contiguous(), q_slc.contiguous(), *pairs, out, T, num_chunks,
             scale, **sum_constants(R, D_r, dscores.shape[3]),
         )  # fmt: skip
