@@ -17,6 +17,7 @@ from hsa_tl.bench.decode import run_decode
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.bench.sweep import run_sweep, selection_inputs
 from hsa_tl.demo import default_device, run_demo
+from hsa_tl.model import cli as model_cli
 from hsa_tl.terminal import (
     make_console,
     one_line_errors,
@@ -316,6 +317,8 @@ def demo(
     if not ok:
         raise typer.Exit(1)
 
+
+model_cli.register(app)
 
 if __name__ == "__main__":
     app()
