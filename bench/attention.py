@@ -37,7 +37,7 @@ class Attention(Suite):
     modes = tuple(DIRECTIONS)
     default_modes = ("forward", "train")
     selections = ("random", "overlap", "full", "text")
-    default_lengths = {"cpu": "1k..16k", "cuda": "4k..128k"}
+    cpu_lengths, cuda_lengths = "1k..16k", "4k..128k"
 
     def __init__(self, corpus: Corpus | None = None):
         self.corpus = corpus

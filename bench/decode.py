@@ -99,7 +99,7 @@ class Decode(Suite):
     modes = ("retrieve", "attend", "decode")
     default_modes = modes
     default_case = "k16-d64"
-    default_lengths = {"cpu": "4k,16k,64k,256k,1m,4m,16m", "cuda": "4k..16m"}
+    cpu_lengths, cuda_lengths = "4k,16k,64k,256k,1m,4m,16m", "4k..16m"
     multiple_of_chunk = True
 
     def known(self):

@@ -16,7 +16,6 @@ import torch
 
 from hsa_tl.files import write_atomic
 
-
 GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -113,7 +112,8 @@ def memory_limit_bytes() -> int:
 def free_bytes(device: str) -> int:
     """Memory that this process may still take on the device."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     pages = {}
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -24,9 +24,9 @@ PROVIDERS = ("materialise", *(f"hsa-{impl}" for impl in IMPLS))
 
 
 def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
-    """All scores [B, T, R, N] in memory, then torch.topk: scores and indices, best first; ties as torch.topk has them."""
+    """All scores [B, T, R, N] in memory, then torch.topk: best first, ties as torch.topk has them."""
     (_, T, _, D_r), N = q_slc.shape, landmarks.shape[1]
-    s = torch.einsum("btrd,bnrd->btrn", q_slc, landmarks).float().mul_(D_r**-0.5)
+    s = torch.einsum("btrd,bnrd->btrn", q_slc * D_r**-0.5, landmarks).float()
     position = torch.arange(q_start, q_start + T, device=s.device)
     future = torch.arange(N, device=s.device) >= (position // chunk_size)[:, None]
     scores, indices = s.masked_fill_(future[None, :, None], -torch.inf).topk(min(topk, N), dim=-1)
@@ -78,7 +78,7 @@ class Retrieve(Suite):
     modes = ("prefill", "segment")
     default_modes = modes
     selections = ("random", "text")
-    default_lengths = {"cpu": "4k..16m", "cuda": "4k..16m"}
+    cpu_lengths, cuda_lengths = "4k,16k,64k,256k,1m,4m,16m", "4k..16m"
     multiple_of_chunk = True
 
     def known(self):

@@ -25,7 +25,8 @@ class Suite(ABC):
     default_modes: tuple[str, ...]
     selections: tuple[str, ...] = ("random",)  # kinds
     default_case = "k16-d64"
-    default_lengths: dict[str, str]  # by device kind, as `hsa-tl bench --lengths` takes them
+    cpu_lengths: str  # by default, as `hsa-tl bench --lengths` takes them
+    cuda_lengths: str
     multiple_of_chunk = False  # whether T must be one of S
 
     @abstractmethod
