@@ -60,7 +60,7 @@ def test_it_learns_to_copy_from_the_chunk_it_must_find():
         layer.q_slc.weight.copy_(encoder.landmark.weight)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *layer.parameters()], 3e-3)
     losses = []
-    for _ in range(80):
+    for _ in range(120):
         keys = torch.nn.functional.normalize(torch.randn(8, 4, C // 2), dim=-1) * 4
         values = torch.randn(8, 4, C // 2)
         x = torch.cat([torch.cat([keys, values], -1).repeat_interleave(S, 1), torch.zeros(8, 1, C)], 1)
@@ -73,4 +73,4 @@ def test_it_learns_to_copy_from_the_chunk_it_must_find():
         optimizer.step()
         losses.append(loss.item())
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    assert last < 0.6 * first, (first, last)
+    assert last < 0.5 * first, (first, last)
