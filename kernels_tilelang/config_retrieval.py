@@ -11,7 +11,7 @@ MAX_TOPK = 128
 MIN_PLACES = 16  # that the sort's network takes
 RADIX = 8  # keys of a thread in the sort's network
 TILE = 64  # landmarks that retrieve_split multiplies at once
-COLUMNS = 16  # tokens of that product
+TOKENS = 8  # of that product: the fewest columns that wgmma takes
 RANGES = (1024, 256, 128)  # landmarks of a CTA
 FILL = 120  # CTAs that keep the most of 132 SMs busy
 
@@ -84,13 +84,12 @@ class RetrieveTopkConfig(AuxiliaryConfig):
 
 @dataclass(frozen=True)
 class RetrieveSplitConfig(AuxiliaryConfig):
-    """A CTA owns block_N landmarks and block_M tokens of a retrieval head; num_stages tiles are in flight."""
+    """A CTA owns block_N landmarks and TOKENS tokens of a retrieval head; num_stages tiles are in flight."""
 
-    block_M: int = 1
     block_N: int = 1024
     threads: int = 128
     num_stages: int = 3
-    DIRECTION: ClassVar[str] = "retrieve"
+    DIRECTION: ClassVar[str] = "scan"  # of landmarks: bytes are what it costs
     KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
     own_barriers: ClassVar[bool] = True
     working_registers: ClassVar[int] = 80  # the sort's keys; with 72 ptxas spilled
@@ -103,22 +102,20 @@ class RetrieveSplitConfig(AuxiliaryConfig):
         return self.threads + WARPGROUP  # automatic warp specialisation adds a producer
 
     def ctas(self, p):
-        return p.B * p.H * -(-p.T // self.block_M) * -(-p.N // self.block_N)
+        return p.B * p.H * -(-p.T // TOKENS) * -(-p.N // self.block_N)
 
     def pair_bytes(self, p):
-        moved = p.D * p.itemsize / self.block_M
+        moved = p.D * p.itemsize  # for one token; others of the tile read nothing more
         return {"l2": moved, "hbm": moved}
 
     def smem_bytes(self, p):
-        tiles = (COLUMNS + self.num_stages * min(TILE, self.block_N)) * p.D * p.itemsize
-        return tiles + self.block_N * (4 * self.block_M + KEY_BYTES) + SMEM_ALIGNMENT
+        tiles = (TOKENS + self.num_stages * min(TILE, self.block_N)) * p.D * p.itemsize
+        return tiles + self.block_N * (4 * TOKENS + KEY_BYTES) + SMEM_ALIGNMENT
 
     def accumulators(self, p):
-        return TILE * COLUMNS
+        return TILE * TOKENS
 
     def refusal(self, p):
-        if not 1 <= self.block_M <= COLUMNS:
-            return f"block_M must be 1 to {COLUMNS}, got {self.block_M}"
         if p.K > MAX_TOPK:
             return f"topk must be at most {MAX_TOPK}, got {p.K}"
         if self.block_N & (self.block_N - 1) or self.block_N < max(TILE, places(p.K)):
@@ -132,12 +129,11 @@ class RetrieveSplitConfig(AuxiliaryConfig):
             n = config.ctas(p)
             return n < FILL, n if n >= FILL else -n
 
-        return [c for block_M in ((1,) if p.T == 1 else (8, 1)) for c in
-                sorted((cls(block_M, block_N) for block_N in RANGES), key=effort)]  # fmt: skip
+        return sorted((cls(block_N) for block_N in RANGES), key=effort)
 
     @classmethod
     def on_cpu(cls, p):
-        return cls(block_M=2, block_N=max(32, places(p.K)), num_stages=1)
+        return cls(block_N=max(32, places(p.K)), num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class RetrieveCombineConfig(AuxiliaryConfig):
 
     @classmethod
     def options(cls, p):
-        return [cls(256), cls(128)]
+        return [cls()]
 
     @classmethod
     def on_cpu(cls, p):
