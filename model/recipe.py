@@ -86,8 +86,8 @@ class Recipe:
         raise ValueError(f"step must lie in [0, {self.steps}), got {step + self.steps}")
 
     def config(self, stage: Stage | None = None) -> ModelConfig:
-        """The model's configuration in a stage, by default as it ends."""
-        changes = self.model | (self.stages[-1] if stage is None else stage).model
+        """The model's configuration in a stage; by default after training: without any stage's changes."""
+        changes = self.model | ({} if stage is None else stage.model)
         return with_changes(preset(self.preset), changes)
 
     def lr_at(self, step: int) -> float:

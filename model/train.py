@@ -188,7 +188,7 @@ def _source(recipe: Recipe, stage: Stage, number: int) -> Source:
 
 
 def load_model(run: Path, device: str = "cpu") -> Model:
-    """The model of a run's newest checkpoint, configured as its recipe ends. ValueError: there is none."""
+    """The model of a run's newest checkpoint, configured as after training. ValueError: there is none."""
     from hsa_tl.model.recipe import recipe_of
 
     found = checkpoint.latest(run)
