@@ -122,13 +122,22 @@ class SelfAttention(nn.Module):
             self.value_mix = nn.Parameter(torch.full((2,), 0.5))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
+    @property
+    def reach(self) -> int:
+        """How many tokens before its own a query looks back on."""
+        return 1 << 62 if self.window is None else self.window - 1
+
     def attend(
         self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None,
-        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False,
+        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
-        """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D]."""
+        """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D].
+
+        keep: only the last so many positions ask; the first two results are of these.
+        """
         x = self.norm(x_BTC)
-        q = self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim)))
+        before = 0 if keep is None else max(0, x.shape[1] - keep)
+        q = self.q_norm(self.q(x[:, before:]).unflatten(-1, (self.heads, self.head_dim)))
         k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
         if self.value_residual == "svformer":
             v = first_v_BTHD
@@ -138,11 +147,12 @@ class SelfAttention(nn.Module):
             v = (self.value_mix[0] * first_v_BTHD + self.value_mix[1] * v).to(v.dtype)
         if self.rope_theta is not None:
             position = positions(start, x)
-            q, k = (rotate(y, position, self.rope_theta) for y in (q, k))
+            q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
         q, k, own_v = q.to(v.dtype), k.to(v.dtype), v
         past = None
         if cache is not None:
             k, v, past = cache.extend(k, v)
+            past = None if past is None else past + before
         out, lse = windowed(q, k, v, self.window, past, with_lse)
         return out, lse, own_v
 

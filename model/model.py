@@ -66,10 +66,15 @@ class Layer(nn.Module):
 
     def forward(
         self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
-        start: int | torch.Tensor = 0, cache=None,
+        start: int | torch.Tensor = 0, cache=None, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """x [B, T, C] and this layer's values [B, T, H, D]. cache: of this layer, see hsa_tl.model.attention."""
-        heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint)
+        """x [B, T, C] and this layer's values [B, T, H, D]. cache: of this layer, see hsa_tl.model.attention.
+
+        keep: x of the last so many positions only.
+        """
+        heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint, keep)
+        if keep is not None and keep < x_BTC.shape[1]:
+            start, x_BTC = start + x_BTC.shape[1] - keep, x_BTC[:, -keep:]
         more = 0
         if self.hsa is not None:
             more, window_BTA = self.hsa.mix(x_BTC, memory, start, lse_BTA)
@@ -124,12 +129,20 @@ class Model(nn.Module):
         x_BTC = self.embedding(input_ids)
         return x_BTC if self.conv is None else self.conv(x_BTC, past)
 
-    def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start):
-        for layer, cache in zip(layers, caches or [None] * len(layers), strict=True):
-            run = layer
+    def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start, keep=None):
+        for i, (layer, cache) in enumerate(zip(layers, caches or [None] * len(layers), strict=True)):
+            run, tail = layer, None
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
                 run = _checkpointed(layer)
-            x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache)
+            if keep is not None:  # what the layers above look back on stays
+                tail = keep + sum(x.attention.reach for x in layers[i + 1 :])
+                drop = max(0, x_BTC.shape[1] - tail - layer.attention.reach)
+                x_BTC, start = x_BTC[:, drop:], start + drop
+                first_v_BTHD = None if first_v_BTHD is None else first_v_BTHD[:, -x_BTC.shape[1] :]
+                tail = min(tail, x_BTC.shape[1])
+                start_after = start + x_BTC.shape[1] - tail
+            x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, tail)
+            start = start if tail is None else start_after
             first_v_BTHD = v if first_v_BTHD is None else first_v_BTHD
         return x_BTC, first_v_BTHD
 
@@ -142,9 +155,12 @@ class Model(nn.Module):
         return None if self.encoder is None else self.encoder(h_BTC, start)
 
     def upper(
-        self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None
-    ) -> torch.Tensor:
-        return self._run(self.layers[self.config.lower_layers :], caches, h_BTC, memory, first_v_BTHD, start)[0]
+        self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None,
+        keep: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [B, T, C]; keep: of the last so many positions, and nothing else is computed."""
+        layers = self.layers[self.config.lower_layers :]
+        return self._run(layers, caches, h_BTC, memory, first_v_BTHD, start, keep)[0]
 
     def head(self, h_BTC: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of hidden states [B, T, C]."""
@@ -162,7 +178,13 @@ class Model(nn.Module):
         if cache is not None:
             raise NotImplementedError("cache must be None: this model does not decode yet")
         h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
-        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD)
+        keep = logits_to_keep
+        if labels is not None:
+            # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
+            keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
+        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
+        if labels is not None:
+            labels = labels[:, -h_BTC.shape[1] :]
         logits = loss = None
         if logits_to_keep != 0:
             logits = self.head(h_BTC if logits_to_keep is None else h_BTC[:, -logits_to_keep:])
@@ -183,6 +205,12 @@ class Model(nn.Module):
 
     def _block_loss(self, h_TC, targets_T):
         return F.cross_entropy(self.head(h_TC).float(), targets_T, reduction="sum")
+
+
+def _labelled(labels_BT: torch.Tensor) -> int:
+    """How many of the last positions the first label needs, and all after it."""
+    any_T = (labels_BT[:, 1:] != -100).any(0)
+    return len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels_BT.shape[1]
 
 
 def _checkpointed(layer: Layer):
