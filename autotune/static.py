@@ -40,7 +40,7 @@ NVCC_FLAGS = (
 )  # fmt: skip
 
 
-class MissingTool(RuntimeError):
+class MissingTool(FileNotFoundError):
     """nvcc or cuobjdump cannot be found."""
 
 

@@ -1,6 +1,5 @@
 """hsa-tl: what works here, how accurate and how fast it is, and the demo. Thin commands over the library."""
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -17,54 +16,26 @@ from hsa_tl.bench import gate, plot, record
 from hsa_tl.bench.decode import run_decode
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.bench.sweep import run_sweep, selection_inputs
-from hsa_tl.demo import default_device, make_console, plot_or_say, progress_bar, run_demo, show_table
+from hsa_tl.demo import default_device, run_demo
+from hsa_tl.model import cli as model_cli
+from hsa_tl.terminal import (
+    make_console,
+    one_line_errors,
+    parse_length,
+    parse_lengths,
+    plot_or_say,
+    progress_bar,
+    show_table,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = make_console()
-UNITS = {"k": 1 << 10, "m": 1 << 20}
 VERDICTS = {True: "pass", False: "FAIL"}
 TOOLS = ("nvcc", "cuobjdump")
 
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
 CaseName = Annotated[str, typer.Option("--case", help="a named problem, see hsa_tl/cases.py")]
 Selection = Annotated[str, typer.Option(help="random, overlap, full or text")]
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """What the user got wrong, or what is missing, in one line on stderr, and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, static_check.MissingTool) as error:
-        named = isinstance(error, OSError) and error.filename is not None
-        message = f"{error.filename}: {error.strerror}" if named else str(error)
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-def parse_length(text: str) -> int:
-    """ "4096", "4k" or "1m" to a number of tokens."""
-    body = text.strip().lower()
-    unit = UNITS.get(body[-1:], 1)
-    body = body if unit == 1 else body[:-1]
-    if not body.isdecimal() or int(body) == 0:
-        raise ValueError(f"lengths must be numbers such as 4096, 4k or 1m, got {text!r}")
-    return int(body) * unit
-
-
-def parse_lengths(text: str) -> list[int]:
-    """ "1k,2k,4k" or "1k..16k", which doubles; sorted, each once."""
-    lengths = set()
-    for part in text.split(","):
-        first, dots, last = part.partition("..")
-        T = parse_length(first)
-        end = parse_length(last) if dots else T
-        if end < T:
-            raise ValueError(f"lengths must rise from first..last, got {part!r}")
-        while end >= T:
-            lengths.add(T)
-            T *= 2
-    return sorted(lengths)
 
 
 def pick_device(name: str | None) -> str:
@@ -346,6 +317,8 @@ def demo(
     if not ok:
         raise typer.Exit(1)
 
+
+model_cli.register(app)
 
 if __name__ == "__main__":
     app()

@@ -4,15 +4,11 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from hsa_tl import api, cases, text
 from hsa_tl.bench import gate, plot, record, timing
@@ -20,9 +16,9 @@ from hsa_tl.bench.providers import provider
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.problem import Problem
+from hsa_tl.terminal import plot_or_say, progress_bar, show_table
 from hsa_tl.testing import make_selection
 
-WIDTH = 100
 TOPKS = (16, 64)
 ACCURACY_TOKENS = {"cpu": 512, "cuda": 2048}
 STATIC_CASES = ("paper-d128", "paper-d64")
@@ -37,29 +33,6 @@ def default_device() -> str:
 
 def _base(device: str) -> Problem:
     return cases.on_cpu(cases.case("k16-d64").problem) if device == "cpu" else cases.case("paper-d128").problem
-
-
-def make_console() -> Console:
-    """Colours and the terminal's width on a terminal, WIDTH columns in a pipe or a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
-
-
-def show_table(console: Console, title: str, names, rows, right: tuple[int, ...] = ()) -> None:
-    """Prints a title and a plain table; the columns in `right` are numbers."""
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i, name in enumerate(names):
-        out.add_column(name, justify="right" if i in right else "left", overflow="fold", no_wrap=name == "program")
-    for row in rows:
-        out.add_row(*(escape(str(x)) for x in row))
-    console.print(escape(title), style="bold", highlight=False)
-    console.print(out)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def accuracy(corpus: text.Corpus, device: str) -> tuple[Problem, list[dict]]:
@@ -280,12 +253,3 @@ def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict
         *plot_or_say(console, plot.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
         *plot_or_say(console, plot.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
     ]
-
-
-def plot_or_say(console: Console, function: Callable, *args):
-    """What a plot function returns, its files; [] and one line that says what is missing where it cannot."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        console.print(f"no plot: {error}", markup=False, highlight=False)
-        return []

@@ -1,0 +1,258 @@
+"""Token files: memory-mapped tokens beside a sidecar that proves them, tokenizers, and where text comes from.
+
+    files = prepare(None, Path("out/data"))          # Python's standard library, one token a byte
+    files["train"].tokens[:10]                       # numpy.memmap, uint16
+
+A document is one file of text; an end-of-document token follows each.
+"""
+
+import hashlib
+import json
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from hsa_tl.files import atomic_file, write_atomic
+
+FORMAT = 1
+SPLITS = ("train", "held_out")
+BYTE_END = 256  # end of document of the byte-level tokenizer
+NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+BLOCK = 1 << 24
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. `end` is the id that ends a document."""
+
+    name: str
+    vocab_size: int
+    end: int
+
+    def encode(self, text: str | bytes) -> np.ndarray: ...
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]: ...
+    def decode(self, tokens: np.ndarray) -> str: ...
+
+
+class ByteTokenizer:
+    """One token a byte of UTF-8, ids 0 to 255; 256 ends a document."""
+
+    name, vocab_size, end = "bytes", 257, BYTE_END
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.uint16)
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(t) for t in texts]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        tokens = np.asarray(tokens)
+        return tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class FileTokenizer:
+    """A Hugging Face tokenizer.json, read by the `tokenizers` library; without special tokens around a text.
+
+    end: the id of the first of <|endoftext|>, </s>, <eos> that it has. ImportError: no `tokenizers`. ValueError: not
+    such a file, or no end token.
+    """
+
+    def __init__(self, path: Path | str):
+        try:
+            from tokenizers import Tokenizer as HFTokenizer
+        except ImportError:
+            raise ImportError("a tokenizer file needs the tokenizers library: pip install 'hsa-tl[train]'") from None
+        data = Path(path).read_bytes()
+        try:
+            self.inner = HFTokenizer.from_str(data.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {error}") from None
+        self.name = f"{Path(path).name} {hashlib.sha256(data).hexdigest()}"
+        self.vocab_size = self.inner.get_vocab_size()
+        ends = [self.inner.token_to_id(t) for t in ("<|endoftext|>", "</s>", "<eos>")]
+        if (end := next((i for i in ends if i is not None), None)) is None:
+            raise ValueError(f"tokenizer must have <|endoftext|>, </s> or <eos>, got {path}")
+        self.end = end
+        self.dtype = token_dtype(self.vocab_size)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return np.array(self.inner.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(e.ids, self.dtype) for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return self.inner.decode(np.asarray(tokens).tolist())
+
+
+def make_tokenizer(path: Path | str | None = None) -> Tokenizer:
+    """The tokenizer file at path, by default one token a byte."""
+    return ByteTokenizer() if path is None else FileTokenizer(path)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, uint32 elsewhere."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a token file must be; written beside it as JSON."""
+
+    tokens: int
+    documents: int
+    dtype: str
+    vocab_size: int
+    tokenizer: str
+    end: int
+    sha256: str
+    format: int = FORMAT
+
+
+class TokenFile:
+    """A file of tokens, memory-mapped read-only: `tokens` [n] uint16 or uint32, little-endian.
+
+    Opening checks the length against the sidecar, `verify` also the checksum. OSError: it cannot be read. ValueError:
+    no readable sidecar, a truncated or a longer file, another checksum.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        try:
+            self.sidecar = Sidecar(**json.loads(sidecar_path(self.path).read_text()))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{sidecar_path(self.path)} must describe a token file, got {error}") from None
+        if self.sidecar.format != FORMAT:
+            raise ValueError(f"{self.path} must have format {FORMAT}, got {self.sidecar.format}")
+        size, want = self.path.stat().st_size, self.sidecar.tokens * np.dtype(self.sidecar.dtype).itemsize
+        if size != want:
+            raise ValueError(f"{self.path} must hold {want} bytes as its sidecar says, got {size}: prepare it again")
+        self.tokens = np.memmap(self.path, np.dtype(self.sidecar.dtype).newbyteorder("<"), "r")
+
+    def __len__(self) -> int:
+        return self.sidecar.tokens
+
+    def verify(self) -> None:
+        """Reads the whole file. ValueError if its checksum is not the sidecar's."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != self.sidecar.sha256:
+            raise ValueError(
+                f"{self.path} must have sha256 {self.sidecar.sha256}, got {digest.hexdigest()}: prepare it again"
+            )
+
+
+def sidecar_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def write_tokens(path: Path, documents: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:
+    """Writes documents as one token file and its sidecar; `path` is replaced only when all of it is written."""
+    dtype, digest, tokens, count = token_dtype(tokenizer.vocab_size), hashlib.sha256(), 0, 0
+    end = np.array([tokenizer.end], dtype)
+    with atomic_file(path) as file:
+        for document in documents:
+            data = np.concatenate([tokenizer.encode(document).astype(dtype), end])
+            raw = data.astype(dtype.newbyteorder("<")).tobytes()
+            file.write(raw)
+            digest.update(raw)
+            tokens, count = tokens + len(data), count + 1
+        if not count:
+            raise ValueError(f"{path.stem} must have at least one document, got none")
+    sidecar = Sidecar(
+        tokens, count, dtype.name, tokenizer.vocab_size, tokenizer.name, tokenizer.end, digest.hexdigest()
+    )
+    write_atomic(sidecar_path(path), json.dumps(asdict(sidecar), indent=1) + "\n")
+    return TokenFile(path)
+
+
+class TextFile(NamedTuple):
+    name: str  # relative to its folder
+    path: Path
+
+
+def text_files(folders: list[Path] | None = None) -> list[TextFile]:
+    """Files of the folders in sorted order; by default the *.py files of Python's standard library.
+
+    ValueError: a folder that is not one.
+    """
+    if folders is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        found = [TextFile(f.relative_to(root).as_posix(), f) for f in root.rglob("*.py")]
+        return sorted(f for f in found if not NOT_CORPUS & set(f.name.split("/")))
+    files = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"a folder of text must be a folder, got {folder}")
+        files += sorted(TextFile(f.relative_to(folder).as_posix(), f) for f in folder.rglob("*") if f.is_file())
+    return files
+
+
+def split_of(name: str, held_out: float) -> str:
+    """Which split a file belongs to: by a checksum of its name, so that other files coming or going change nothing."""
+    return SPLITS[zlib.crc32(name.encode()) % 10000 < held_out * 10000]
+
+
+def prepare(
+    folders: list[Path] | None, out: Path, tokenizer: Tokenizer | None = None, *, held_out: float = 0.1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, TokenFile]:  # fmt: skip
+    """Writes out/train.bin and out/held_out.bin with their sidecars: no file is in both. Binary files are left out.
+
+    folders: of text, by default Python's standard library. held_out: share of the files in (0, 1). progress: called
+    with files read and their total. ValueError: no text, or none for one of the splits.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must lie in (0, 1), got {held_out}")
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    files = text_files(folders)
+    parts = {s: [f for f in files if split_of(f.name, held_out) == s] for s in SPLITS}
+    done = 0
+
+    def documents(part: list[TextFile]):
+        nonlocal done
+        for f in part:
+            data = f.path.read_bytes()
+            done += 1
+            progress(done, len(files))
+            if data and b"\0" not in data:
+                yield data
+
+    written = {}
+    for split in SPLITS:
+        try:
+            written[split] = write_tokens(out / f"{split}.bin", documents(parts[split]), tokenizer)
+        except ValueError as error:
+            where = ", ".join(map(str, folders)) if folders else "the standard library"
+            raise ValueError(f"{error} among {len(parts[split])} of {len(files)} files of {where}") from None
+    return written
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Tokens [T] and the spans of the answers in them [A, 2]: an answer's first token and the one after its last.
+
+    The answer's first token is to be predicted from the token before it, and so on.
+    """
+
+    tokens: np.ndarray
+    answers: np.ndarray
+
+    def targets(self) -> np.ndarray:
+        """Positions [P] of all tokens of all answers, ascending."""
+        return np.concatenate([np.arange(a, b) for a, b in self.answers])
+
+
+def distinct(rng: np.random.Generator, below: int, n: int) -> np.ndarray:
+    """n distinct integers of [0, below) in random order."""
+    if below < 4 * n or below <= 1 << 16:
+        return rng.permutation(below)[:n]
+    found = np.unique(rng.integers(0, below, n + n // 2 + 64))
+    return rng.permutation(found)[:n]

@@ -1,0 +1,101 @@
+"""Needles in a haystack of tokens, for models too small for words: the vocabulary is 320 ids.
+
+    MARK key .. key value       a needle in the body; the rest of the body is noise, or other needles
+    ASK key .. key value        a query at the end; its value is the answer
+
+RULER's S-NIAH is one needle and one query, MQ-NIAH 6 needles and 2 queries, MK-NIAH at its third level a haystack made
+of needles whose keys have several tokens. A needle may lie anywhere, across the border of two chunks too.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsa_tl.model.data import Sample, distinct
+
+VOCAB = 320
+MARK, ASK = 0, 1
+NOISE, KEYS, VALUES = (2, 128), (128, 224), (224, 320)  # first id, and the one after the last
+KEY_COUNT = KEYS[1] - KEYS[0]
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """One kind of sample of `length` tokens.
+
+    needles: in the body; 0 fills it with as many as fit. queries: of distinct needles, at the end. key_tokens: tokens
+    of a key, all keys of a sample are distinct. ValueError: they do not fit.
+    """
+
+    length: int
+    needles: int = 1
+    queries: int = 1
+    key_tokens: int = 1
+
+    def __post_init__(self):
+        for name, least in (("length", 1), ("needles", 0), ("queries", 1), ("key_tokens", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        fit = min(self.body // self.width, KEY_COUNT**self.key_tokens)
+        if not self.queries <= self.count <= fit:
+            raise ValueError(f"needles must lie between queries and {fit}, got {self.count} needles in {self}")
+
+    @property
+    def width(self) -> int:
+        """Tokens of a needle, and of a query with its answer."""
+        return self.key_tokens + 2
+
+    @property
+    def body(self) -> int:
+        return self.length - self.queries * self.width
+
+    @property
+    def count(self) -> int:
+        return self.needles or min(self.body // self.width, KEY_COUNT**self.key_tokens)
+
+    def sample(self, seed: int, index: int, depth: float | None = None) -> Sample:
+        """The sample of (seed, index): tokens [length] uint16, answers [queries, 2].
+
+        depth: where the first query's needle lies, 0 the start of the body and 1 its end; by default anywhere.
+        """
+        rng = np.random.default_rng([seed, index])
+        n, w = self.count, self.width
+        starts = np.sort(rng.integers(0, self.body - n * w + 1, n)) + w * np.arange(n)
+        asked = rng.permutation(n)[: self.queries] if n < 4096 else distinct(rng, n, self.queries)
+        if depth is not None:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depth must lie in [0, 1], got {depth}")
+            place = round(depth * (n - 1))
+            if place in asked[1:]:
+                asked[np.flatnonzero(asked == place)] = asked[0]
+            asked[0] = place
+            if n == 1:
+                starts[0] = round(depth * (self.body - w))
+        keys = distinct(rng, KEY_COUNT**self.key_tokens, n)
+        digits = keys[:, None] // KEY_COUNT ** np.arange(self.key_tokens - 1, -1, -1) % KEY_COUNT
+        needles = np.empty((n, w), np.uint16)
+        needles[:, 0] = MARK
+        needles[:, 1:-1] = KEYS[0] + digits
+        needles[:, -1] = rng.integers(*VALUES, n)
+        tokens = rng.integers(*NOISE, self.length, dtype=np.uint16)
+        tokens[starts[:, None] + np.arange(w)] = needles
+        queries = tokens[self.body :].reshape(self.queries, w)
+        queries[:] = needles[asked]
+        queries[:, 0] = ASK
+        ends = self.body + w * np.arange(1, self.queries + 1)
+        return Sample(tokens, np.stack([ends - 1, ends], 1))
+
+
+def task(name: str, length: int) -> NeedleTask:
+    """ "s-niah", "mq-niah" or "mk-niah-3" at a length. ValueError: another name."""
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    return NeedleTask(length, **TASKS[name])
+
+
+TASKS = {
+    "s-niah": {"needles": 1, "queries": 1},
+    "mq-niah": {"needles": 6, "queries": 2},
+    "mk-niah-3": {"needles": 0, "queries": 1, "key_tokens": 4},
+}

@@ -1,0 +1,213 @@
+"""Retrieval tasks in words, after RULER: needles by depth, many keys, many queries, variable tracking, frequent words.
+
+Every sample is a body of exact length, a question and its answers; any tokenizer. The words are ours; the kinds are
+RULER's: a haystack of filler sentences, of real text, or of needles.
+
+    sample = ruler_sample("mq-niah", 4096, seed=0, index=3)
+    ByteTokenizer().decode(sample.tokens)
+
+Nothing loops over tokens, so that a sample of 16M tokens takes seconds.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsa_tl.model.data import ByteTokenizer, Sample, Tokenizer, distinct
+
+FILLER = (
+    "The ferry left before noon and nobody waved. Rain had fallen on the low fields all week. "
+    "A lamp was burning in the last house of the lane. Somewhere a door closed and the dog slept on. "
+)
+ADJECTIVES = (
+    "amber ashen brisk broken calm cedar clever copper distant dusty early faded fallow frozen gentle golden "
+    "hollow humble idle ivory jolly lively lunar mellow misty narrow nimble oaken pallid patient quiet rapid "
+    "rustic sandy scarlet silent silver solemn stormy sturdy subtle sunny tidal tranquil velvet vivid wandering "
+    "wooden"
+)
+NOUNS = (
+    "anchor badger barrel beacon bramble bridge candle canyon castle cobbler comet compass coral cradle crow "
+    "dagger ember falcon fiddle forge garden glacier goblet hammer harbour heron hinge island kettle ladder "
+    "lantern meadow mirror orchard otter parrot pebble quarry raven ribbon saddle sparrow spindle thicket timber "
+    "trumpet valley willow"
+)
+FIRST, SECOND = ADJECTIVES.split(), NOUNS.split()
+LETTERS = np.frombuffer(b"BCDFGHJKLMNPQRSTVWXZ", np.uint8)
+FREQUENT = 3  # words asked for
+LEXICON = 200
+ZIPF = 2.0
+
+
+@dataclass(frozen=True)
+class Niah:
+    """Needles: how many (0: the body is made of them), how many are asked, and whether keys are random strings."""
+
+    needles: int = 1
+    queries: int = 1
+    long_keys: bool = False
+
+
+NIAH = {
+    "s-niah": Niah(),
+    "mk-niah-1": Niah(4),
+    "mk-niah-2": Niah(0),
+    "mk-niah-3": Niah(0, long_keys=True),
+    "mq-niah": Niah(6, 2),
+}
+TASKS = (*NIAH, "vt", "fwe")
+CHAINS, HOPS = 2, 4
+
+
+def ruler_sample(
+    name: str, length: int, seed: int, index: int, *, depth: float | None = None, tokenizer: Tokenizer | None = None,
+    haystack: np.ndarray | None = None,
+) -> Sample:  # fmt: skip
+    """The sample of (seed, index): tokens [length] and its answers' spans [A, 2].
+
+    name: s-niah, mk-niah-1 to 3, mq-niah, vt, fwe. depth: of the first needle asked for, in [0, 1], by default
+    anywhere; niah only. haystack: tokens of real text, which repeat where they are too few; by default filler
+    sentences. ValueError: an unknown name, or a length too short for the task.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    if depth is not None and (name not in NIAH or not 0 <= depth <= 1):
+        raise ValueError(f"depth must lie in [0, 1] and the task be a needle's, got {depth} for {name}")
+    rng = np.random.default_rng([seed, index])
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    filler = tokenizer.encode(FILLER) if haystack is None else haystack
+    if name in NIAH:
+        return _niah(NIAH[name], length, rng, depth, tokenizer, filler)
+    if name == "vt":
+        return _variables(length, rng, tokenizer, filler)
+    return _frequent(length, rng, tokenizer)
+
+
+def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.ndarray) -> Sample:
+    count = kind.needles
+    if not count:  # as many as fit: sentences of one kind differ little in length
+        sizes = [len(t) for t in tokenizer.encode_all(_sentences(*_pairs(rng, 64, kind.long_keys)))]
+        count = max(1, int((length - 4 * max(sizes)) / np.mean(sizes)))
+    keys, values = _pairs(rng, count, kind.long_keys)
+    asked = rng.permutation(count)[: kind.queries]
+    if depth is not None:
+        place = round(depth * (count - 1))
+        asked[asked == place], asked[0] = asked[0], place
+    tail, spans = _question(
+        tokenizer, [(f"\nQuestion: what is the code of {keys[i]}? Answer: ", values[i]) for i in asked]
+    )
+    body, needles = length - len(tail), tokenizer.encode_all(_sentences(keys, values))
+    if not kind.needles:  # what does not fit goes, from the end; never one that is asked for
+        kept = np.ones(count, bool)
+        excess, i = sum(map(len, needles)) - body, count - 1
+        while excess > 0 and i >= 0:
+            if i not in asked:
+                kept[i], excess = False, excess - len(needles[i])
+            i -= 1
+        needles = [x for x, keep in zip(needles, kept, strict=True) if keep]
+    starts = _places(rng, body, np.array([len(x) for x in needles]), "needles")
+    if depth is not None and count == 1:
+        starts[0] = round(depth * (body - len(needles[0])))
+    return _assemble(body, filler, needles, starts, tail, spans)
+
+
+def _pairs(rng, count: int, long_keys: bool) -> tuple[list[str], list[str]]:
+    """Distinct keys and distinct values, of text."""
+    if long_keys:
+        keys, values = ([f"{x:016x}" for x in distinct(rng, 1 << 62, count).tolist()] for _ in range(2))
+        return keys, values
+    pairs = len(FIRST) * len(SECOND)
+    codes = distinct(rng, pairs if 2 * count <= pairs else pairs * 10000, count)
+    words = [f"{FIRST[i % pairs // len(SECOND)]}-{SECOND[i % len(SECOND)]}" for i in codes.tolist()]
+    keys = [w if i < pairs else f"{w}-{i // pairs}" for w, i in zip(words, codes.tolist(), strict=True)]
+    return keys, _numbers(rng, count)
+
+
+def _numbers(rng, count: int, digits: int = 7) -> list[str]:
+    """Distinct numbers of so many digits."""
+    return [str(10 ** (digits - 1) + v) for v in distinct(rng, 9 * 10 ** (digits - 1), count).tolist()]
+
+
+def _sentences(keys: list[str], values: list[str]) -> list[str]:
+    return [f"\nThe code of {k} is {v}.\n" for k, v in zip(keys, values, strict=True)]
+
+
+def _question(tokenizer: Tokenizer, asked: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Questions with their answers as tokens, and the answers' spans in them."""
+    parts, spans, at = [], [], 0
+    for question, answer in asked:
+        q, a = tokenizer.encode(question), tokenizer.encode(answer)
+        spans.append((at + len(q), at + len(q) + len(a)))
+        parts += [q, a]
+        at += len(q) + len(a)
+    return np.concatenate(parts), np.array(spans)
+
+
+def _places(rng, body: int, sizes: np.ndarray, what: str) -> np.ndarray:
+    """Ascending starts in [0, body) at which pieces of these sizes do not overlap."""
+    room = body - int(sizes.sum())
+    if room < 0:
+        raise ValueError(f"length must leave {int(sizes.sum())} tokens for the {what}, got {max(body, 0)}")
+    return np.sort(rng.integers(0, room + 1, len(sizes))) + np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+
+def join(pieces: list[np.ndarray], order: np.ndarray) -> np.ndarray:
+    """pieces[order[0]], pieces[order[1]], ... as one array, without a loop over order."""
+    sizes = np.array([len(p) for p in pieces])
+    first = np.cumsum(sizes) - sizes
+    lengths = sizes[order]
+    end = np.cumsum(lengths)
+    return np.concatenate(pieces)[np.arange(end[-1]) + np.repeat(first[order] - end + lengths, lengths)]
+
+
+def _assemble(body: int, filler, pieces: list[np.ndarray], starts: np.ndarray, tail, spans) -> Sample:
+    """Filler with the pieces at their starts, then the tail."""
+    sizes = np.array([len(p) for p in pieces])
+    at = np.arange(int(sizes.sum())) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    tokens = np.empty(body + len(tail), tail.dtype)
+    free = np.ones(body, bool)
+    free[at] = False
+    tokens[at] = np.concatenate(pieces)
+    tokens[:body][free] = np.resize(filler, body - len(at))
+    tokens[body:] = tail
+    return Sample(tokens, spans + body)
+
+
+def _variables(length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> Sample:
+    """Chains of assignments; asked is who holds the first chain's value, in the order of the text."""
+    codes = rng.permutation(len(LETTERS) ** 3)[: CHAINS * (HOPS + 1)]
+    digits = codes[:, None] // len(LETTERS) ** np.arange(3) % len(LETTERS)
+    names = [bytes(LETTERS[row]).decode() for row in digits]
+    values = _numbers(rng, CHAINS, 5)
+    chain_of = rng.permutation(np.repeat(np.arange(CHAINS), HOPS + 1))  # of each statement, in the order of the text
+    held, statements = [[] for _ in range(CHAINS)], []
+    for chain, name in zip(chain_of, names, strict=True):
+        source = f"VAR {held[chain][-1]}" if held[chain] else values[chain]
+        statements.append(f"\nVAR {name} = {source}\n")
+        held[chain].append(name)
+    question = f"\nQuestion: which variables hold {values[0]}? Answer: "
+    tail, spans = _question(tokenizer, [(question, " ".join(held[0]))])
+    pieces = tokenizer.encode_all(statements)
+    body = length - len(tail)
+    return _assemble(
+        body, filler, pieces, _places(rng, body, np.array([len(p) for p in pieces]), "statements"), tail, spans
+    )
+
+
+def _frequent(length: int, rng, tokenizer: Tokenizer) -> Sample:
+    """A body of made-up words with Zipf frequencies; asked are the most frequent ones, in falling order."""
+    codes = rng.permutation(len(LETTERS) ** 4)[:LEXICON]
+    digits = codes[:, None] // len(LETTERS) ** np.arange(4) % len(LETTERS)
+    words = [bytes(LETTERS[row]).decode().lower() for row in digits]
+    pieces = tokenizer.encode_all([w + " " for w in words])
+    question = f"\nQuestion: which {FREQUENT} words are the most frequent? Answer: "
+    tail, spans = _question(tokenizer, [(question, " ".join(words[:FREQUENT]))])
+    body = length - len(tail)
+    words_in = body // max(len(p) for p in pieces)
+    if words_in < 64:
+        raise ValueError(f"length must leave room for 64 words, got {max(words_in, 0)}")
+    # Counts, not draws: the most frequent are then strictly so at every length.
+    share = np.arange(1, LEXICON + 1) ** -ZIPF
+    counts = (words_in * share / share.sum()).astype(np.int64)
+    text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), counts)))
+    rest = np.resize(tokenizer.encode(". "), body - len(text))
+    return Sample(np.concatenate([text, rest, tail]), spans + body)

@@ -1,0 +1,161 @@
+"""What training reads: batches that are a function of (seed, index), so that a resumed run reads what it would have.
+
+    source = make_source({"kind": "text", "path": "out/data/train.bin", "needles": 0.01}, length=1024, seed=0)
+    input_ids, labels = source.batch(step * 8, 8)
+
+labels are input_ids where the loss counts, -100 elsewhere; the model shifts them.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from hsa_tl.model import needles, ruler
+from hsa_tl.model.data import ByteTokenizer, Sample, TokenFile, Tokenizer, make_tokenizer
+
+IGNORE = -100
+INSERTED = ("s-niah", "mk-niah-1", "mq-niah", "vt")  # RULER tasks that are put into training samples
+
+
+class Batch(NamedTuple):
+    input_ids: torch.Tensor  # [B, T] int64
+    labels: torch.Tensor  # [B, T] int64
+
+
+class Source(Protocol):
+    length: int
+    vocab_size: int
+
+    def batch(self, index: int, size: int) -> Batch: ...
+
+
+def _stack(rows: list[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
+    """Of (tokens, positions of the targets, None for all)."""
+    tokens = torch.from_numpy(np.stack([t for t, _ in rows]).astype(np.int64))
+    labels = torch.full_like(tokens, IGNORE)
+    for i, (_, at) in enumerate(rows):
+        if at is None:
+            labels[i] = tokens[i]
+        else:
+            at = torch.from_numpy(at)
+            labels[i, at] = tokens[i, at]
+    return Batch(tokens, labels)
+
+
+class TextSource:
+    """Windows of a token file in random order, each once an epoch; the loss counts every token.
+
+    needles: share of the samples whose window becomes the haystack of a RULER task (the paper's 1 %). self_copy: the
+    first half of a window is repeated as its second, and only that counts.
+    """
+
+    def __init__(
+        self, file: TokenFile, length: int, seed: int, *, needles: float = 0.0, self_copy: bool = False,
+        tokenizer: Tokenizer | None = None,
+    ):  # fmt: skip
+        self.file, self.length, self.seed, self.self_copy, self.needles = file, length, seed, self_copy, needles
+        self.tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        if self.tokenizer.name != file.sidecar.tokenizer:
+            raise ValueError(
+                f"{file.path} must be of the tokenizer {self.tokenizer.name}, got {file.sidecar.tokenizer}"
+            )
+        if not 0 <= needles <= 1:
+            raise ValueError(f"needles must lie in [0, 1], got {needles}")
+        if self_copy and length % 2:
+            raise ValueError(f"length must be even for self_copy, got {length}")
+        self.vocab_size = file.sidecar.vocab_size
+        self.window = length // 2 if self_copy else length
+        self.windows = len(file) // self.window
+        if not self.windows:
+            raise ValueError(f"{file.path} must hold at least {self.window} tokens, got {len(file)}")
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def _tokens(self, index: int) -> np.ndarray:
+        epoch, i = divmod(index, self.windows)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.windows)
+        # Each epoch cuts the file elsewhere.
+        room = len(self.file) - self.windows * self.window
+        shift = int(np.random.default_rng([self.seed, 1, epoch]).integers(0, room + 1))
+        start = shift + int(self._epoch[1][i]) * self.window
+        return np.asarray(self.file.tokens[start : start + self.window])
+
+    def _row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        tokens = self._tokens(index)
+        if self.self_copy:
+            return np.concatenate([tokens, tokens]), np.arange(self.window, self.length)
+        rng = np.random.default_rng([self.seed, 2, index])
+        if rng.random() >= self.needles:
+            return tokens, None
+        name = INSERTED[rng.integers(len(INSERTED))]
+        sample = ruler.ruler_sample(name, self.length, self.seed, index, tokenizer=self.tokenizer, haystack=tokens)
+        return sample.tokens, None
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Samples index .. index + size."""
+        return _stack([self._row(i) for i in range(index, index + size)])
+
+
+class TaskSource:
+    """Samples of tasks in turn by lot; the loss counts the answers only."""
+
+    def __init__(self, tasks: list, weights: list[float], length: int, vocab_size: int, seed: int):
+        self.tasks, self.length, self.vocab_size, self.seed = tasks, length, vocab_size, seed
+        self.share = np.array(weights) / sum(weights)
+
+    def sample(self, index: int) -> Sample:
+        chosen = np.random.default_rng([self.seed, 2, index]).choice(len(self.tasks), p=self.share)
+        return self.tasks[chosen](self.seed, index)
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Samples index .. index + size."""
+        samples = [self.sample(i) for i in range(index, index + size)]
+        return _stack([(s.tokens, s.targets()) for s in samples])
+
+
+def _text(spec: dict, length: int, seed: int, **options) -> TextSource:
+    tokenizer = make_tokenizer(spec.pop("tokenizer", None))
+    return TextSource(TokenFile(spec.pop("path")), length, seed, tokenizer=tokenizer, **options, **spec)
+
+
+def _needles(spec: dict, length: int, seed: int) -> TaskSource:
+    """tasks: of NeedleTask's fields and a weight, 1 by default."""
+    tasks = [dict(t) for t in spec.pop("tasks")]
+    weights = [t.pop("weight", 1.0) for t in tasks]
+    made = [needles.NeedleTask(length, **t).sample for t in tasks]
+    return TaskSource(made, weights, length, needles.VOCAB, seed, **spec)
+
+
+def _ruler(spec: dict, length: int, seed: int) -> TaskSource:
+    """tasks: names; tokenizer: a file, by default bytes."""
+    tokenizer = make_tokenizer(spec.pop("tokenizer", None))
+    names = spec.pop("tasks", list(ruler.TASKS))
+
+    def make(name):
+        return lambda seed, index: ruler.ruler_sample(name, length, seed, index, tokenizer=tokenizer)
+
+    return TaskSource(list(map(make, names)), [1.0] * len(names), length, tokenizer.vocab_size, seed, **spec)
+
+
+KINDS = {
+    "text": _text,
+    "self-copy": lambda spec, length, seed: _text(spec, length, seed, self_copy=True),
+    "needles": _needles,
+    "ruler": _ruler,
+}
+
+
+def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
+    """The source that a recipe's `data` names by its kind: text, self-copy, needles or ruler.
+
+    ValueError: another kind, or options that the kind does not have.
+    """
+    spec = dict(spec)
+    kind = spec.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"data's kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    try:
+        return KINDS[kind](spec, length, seed)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"data of kind {kind} must have the options that it knows, got {error}") from None

@@ -1,0 +1,199 @@
+"""Token files and training batches: what is written is read back, damage is named, and a seed and an index decide."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from hsa_tl.cli import app
+from hsa_tl.model import data, sources
+from hsa_tl.model.data import ByteTokenizer, FileTokenizer, TokenFile, distinct, prepare, write_tokens
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "text"
+    for i in range(60):
+        file = root / f"part{i % 7}" / f"file{i}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"file {i}: " + "naïve words and more of them. " * (5 + i))
+    (root / "image.bin").write_bytes(b"\0\1\2" * 100)
+    return root
+
+
+@pytest.fixture
+def file(folder, tmp_path):
+    return prepare([folder], tmp_path / "data", held_out=0.3)["train"]
+
+
+def documents(file: TokenFile) -> list[bytes]:
+    """Split at the end tokens, by hand."""
+    tokens = np.asarray(file.tokens)
+    ends = np.flatnonzero(tokens == file.sidecar.end)
+    return [bytes(tokens[a:b].tolist()) for a, b in zip([0, *(ends[:-1] + 1)], ends, strict=True)]
+
+
+def test_every_text_file_is_whole_in_one_split(folder, tmp_path):
+    files = prepare([folder], tmp_path / "data", held_out=0.3)
+    texts = [documents(f) for f in files.values()]
+    assert all(len(t) == f.sidecar.documents >= 5 for t, f in zip(texts, files.values(), strict=True))
+    assert sorted(texts[0] + texts[1]) == sorted(f.read_bytes() for f in folder.rglob("*.txt"))
+    assert not set(texts[0]) & set(texts[1])
+    for f in files.values():
+        f.verify()
+
+
+def test_a_new_file_moves_no_other(folder, tmp_path):
+    before = documents(prepare([folder], tmp_path / "a", held_out=0.3)["train"])
+    (folder / "aaa.txt").write_text("new")
+    after = documents(prepare([folder], tmp_path / "b", held_out=0.3)["train"])
+    assert [d for d in after if d != b"new"] == before
+
+
+def test_the_default_corpus_is_the_standard_library():
+    names = [f.name for f in data.text_files()]
+    assert {"json/decoder.py", "argparse.py"} < set(names) and names == sorted(names)
+    assert not any("test" in n.split("/") or "site-packages" in n for n in names)
+    share = sum(data.split_of(n, 0.1) == "held_out" for n in names) / len(names)
+    assert 0.05 < share < 0.15
+
+
+def test_damage_is_named(file):
+    raw = file.path.read_bytes()
+    file.path.write_bytes(raw[:-2])
+    with pytest.raises(ValueError, match=f"must hold {len(raw)} bytes as its sidecar says, got {len(raw) - 2}"):
+        TokenFile(file.path)
+    file.path.write_bytes(raw[:100] + bytes([raw[100] ^ 1]) + raw[101:])
+    with pytest.raises(ValueError, match="must have sha256"):
+        TokenFile(file.path).verify()
+    side = data.sidecar_path(file.path)
+    fields = json.loads(side.read_text())
+    for broken, match in ((fields | {"format": 9}, "must have format 1, got 9"), ({"tokens": 3}, "must describe")):
+        side.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=match):
+            TokenFile(file.path)
+    side.unlink()
+    with pytest.raises(OSError):
+        TokenFile(file.path)
+
+
+def test_a_failed_prepare_leaves_the_old_file(file):
+    def broken():
+        yield "text"
+        raise RuntimeError("the disk is gone")
+
+    before = file.path.read_bytes()
+    with pytest.raises(RuntimeError):
+        write_tokens(file.path, broken(), ByteTokenizer())
+    assert file.path.read_bytes() == before and len(list(file.path.parent.iterdir())) == 4
+
+
+@pytest.mark.parametrize("held_out", (0.0, 1.0))
+def test_no_split_is_a_clear_error(folder, tmp_path, held_out):
+    with pytest.raises(ValueError, match="held_out must lie in"):
+        prepare([folder], tmp_path / "x", held_out=held_out)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"must have at least one document, got none among . of 1 files"):
+        prepare([tmp_path / "one"], tmp_path / "x", held_out=0.5)
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(), tokenizers.decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator(["naïve words and more of them. The code of it is 1234."], trainer)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_a_tokenizer_file(folder, tmp_path, tokenizer_file):
+    tokenizer = FileTokenizer(tokenizer_file)
+    file = prepare([folder], tmp_path / "data", tokenizer, held_out=0.3)["train"]
+    first = np.asarray(file.tokens[: np.flatnonzero(file.tokens == tokenizer.end)[0]])
+    text = tokenizer.decode(first).strip()
+    assert text in {f.read_text().strip() for f in folder.rglob("*.txt")} and len(first) < len(text.encode())
+    with pytest.raises(ValueError, match=r"must be of the tokenizer bytes, got tokenizer\.json"):
+        sources.TextSource(file, 32, 0)
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must be a Hugging Face tokenizer.json, got .*bad.json"):
+        FileTokenizer(tmp_path / "bad.json")
+
+
+def test_windows_cover_an_epoch_once(tmp_path):
+    file = write_tokens(tmp_path / "x.bin", [np.random.default_rng(0).bytes(5000)], ByteTokenizer())
+    source = sources.make_source({"kind": "text", "path": str(file.path)}, 64, seed=3)
+    rows = source.batch(0, source.windows).input_ids
+    starts = {bytes(np.asarray(file.tokens[i : i + 64]).astype(np.uint16)): i for i in range(len(file) - 63)}
+    found = sorted(starts[bytes(r.numpy().astype(np.uint16))] for r in rows)
+    assert np.all(np.diff(found) == 64) and len(found) == len(file) // 64
+    again = source.batch(source.windows, source.windows).input_ids
+    assert not (rows == again).all()
+
+
+SPECS = (
+    {"kind": "text", "needles": 0.5},
+    {"kind": "self-copy"},
+    {"kind": "needles", "tasks": [{"needles": 6, "queries": 2}, {"needles": 0, "key_tokens": 2, "weight": 3}]},
+    {"kind": "ruler"},
+)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s["kind"])
+def test_a_batch_depends_on_seed_and_index_only(spec, file):
+    def make(seed):
+        path = {"path": str(file.path)} if spec["kind"] in ("text", "self-copy") else {}
+        return sources.make_source(spec | path, 700, seed)
+
+    source = make(5)
+    one, rest = source.batch(7, 5), make(5).batch(9, 3)
+    assert one.input_ids.shape == one.labels.shape == (5, 700)
+    assert (one.input_ids[2:] == rest.input_ids).all() and (one.labels[2:] == rest.labels).all()
+    assert not (make(6).batch(7, 5).input_ids == one.input_ids).all()
+    counted = one.labels != sources.IGNORE
+    assert (one.labels[counted] == one.input_ids[counted]).all() and counted.any(1).all()
+    assert int(one.input_ids.max()) < source.vocab_size
+    if spec["kind"] == "self-copy":
+        assert (one.input_ids[:, :350] == one.input_ids[:, 350:]).all()
+        assert not counted[:, :350].any() and counted[:, 350:].all()
+
+
+def test_needles_are_inserted_into_their_share_of_samples(file):
+    source = sources.make_source({"kind": "text", "path": str(file.path), "needles": 0.1}, 400, seed=0)
+    asked = [b"Question: " in bytes(row.clamp(max=255).tolist()) for row in source.batch(0, 1000).input_ids]
+    assert 70 <= sum(asked) <= 130
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    (
+        ({"kind": "nonsense"}, "kind must be one of text, self-copy, needles, ruler"),
+        ({"kind": "needles", "tasks": [{"needle": 3}]}, "must have the options that it knows"),
+        ({"kind": "needles"}, "must have the options that it knows"),
+        ({"kind": "needles", "tasks": [{"needles": 500}]}, "needles must lie between"),
+    ),
+)
+def test_a_wrong_spec_is_named(spec, words):
+    with pytest.raises(ValueError, match=words):
+        sources.make_source(spec, 128, 0)
+
+
+@pytest.mark.parametrize("below, n", ((10, 10), (96, 24), (1 << 17, 1 << 15), (1 << 62, 5000), (1 << 20, 1 << 18)))
+def test_distinct(below, n):
+    found = distinct(np.random.default_rng(0), below, n)
+    assert len(np.unique(found)) == len(found) == n and found.min() >= 0 and found.max() < below
+
+
+def test_prepare_command(folder, tmp_path):
+    result = CliRunner().invoke(app, ["prepare", str(folder), "--out", str(tmp_path / "d"), "--held-out", "0.3"])
+    assert result.exit_code == 0 and "held_out" in result.output, result.output
+    TokenFile(tmp_path / "d/held_out.bin").verify()
+    result = CliRunner().invoke(app, ["prepare", str(tmp_path / "none"), "--out", str(tmp_path / "d")])
+    assert result.exit_code == 2 and "must be a folder" in result.output

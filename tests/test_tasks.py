@@ -1,0 +1,131 @@
+"""The generators' ground truth, found again by parsers that share no line with them."""
+
+import re
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsa_tl.model import needles, ruler
+from hsa_tl.model.data import ByteTokenizer
+from hsa_tl.model.needles import NeedleTask
+from hsa_tl.model.ruler import ruler_sample
+
+
+def text_and_answers(sample) -> tuple[str, list[str]]:
+    raw = bytes(sample.tokens.astype(np.uint8))
+    return raw.decode(), [raw[a:b].decode() for a, b in sample.answers]
+
+
+def solve(text: str) -> list[str]:
+    """Answers to every question of a text, from the text alone."""
+    body = text.split("\nQuestion: ")[0]
+    codes = re.findall(r"The code of (\S+) is (\w+)\.", body)
+    assert len(dict(codes)) == len(codes), "a key stands for two values"
+    found = []
+    for question in re.findall(r"\nQuestion: (.*?) Answer: ", text):
+        if match := re.fullmatch(r"what is the code of (\S+)\?", question):
+            found.append(dict(codes)[match[1]])
+        elif match := re.fullmatch(r"which variables hold (\d+)\?", question):
+            value, order = {}, []
+            for name, source in re.findall(r"VAR (\w+) = (VAR \w+|\d+)\n", body):
+                value[name] = value[source[4:]] if source.startswith("VAR ") else source
+                order.append(name)
+            found.append(" ".join(n for n in order if value[n] == match[1]))
+        else:
+            count = int(re.fullmatch(r"which (\d) words are the most frequent\?", question)[1])
+            ranks = Counter(re.findall(r"[a-z]+", body)).most_common(count + 1)
+            assert len({n for _, n in ranks}) == count + 1, "the most frequent words are tied"
+            found.append(" ".join(w for w, _ in ranks[:count]))
+    return found
+
+
+@given(st.sampled_from(ruler.TASKS), st.integers(700, 5000), st.integers(0, 1 << 30), st.booleans())
+def test_ruler_answers(name, length, index, real_text):
+    haystack = ByteTokenizer().encode("def f(x):\n    return x\n" * 9) if real_text and name != "fwe" else None
+    sample = ruler_sample(name, length, 1, index, haystack=haystack)
+    text, answers = text_and_answers(sample)
+    assert len(sample.tokens) == length and answers and answers == solve(text)
+    assert text.endswith(answers[-1])
+    kind = ruler.NIAH.get(name)
+    if kind:
+        assert len(answers) == kind.queries
+        hay = sum(len(m) for m in re.findall(r"\nThe code of \S+ is \w+\.\n", text))
+        assert text.count("The code of ") == kind.needles or (kind.needles == 0 and hay > 0.5 * length)
+
+
+@pytest.mark.parametrize("name", ("s-niah", "mk-niah-3"))
+@pytest.mark.parametrize("depth", (0.0, 0.25, 0.5, 1.0))
+def test_ruler_depth(name, depth):
+    text, answers = text_and_answers(ruler_sample(name, 20000, 0, 1, depth=depth))
+    assert solve(text) == answers and abs(text.index(answers[0]) / 20000 - depth) < 0.02
+
+
+@given(
+    st.integers(60, 3000), st.integers(0, 12), st.integers(1, 4), st.integers(1, 3), st.integers(0, 1 << 30),
+    st.none() | st.floats(0, 1),
+)  # fmt: skip
+def test_needle_answers(length, count, queries, key_tokens, index, depth):
+    w = key_tokens + 2
+    try:
+        task = NeedleTask(length, count, queries, key_tokens)
+    except ValueError:
+        assert 0 < count < queries or (length - queries * w) // w < max(count, queries)
+        return
+    sample = task.sample(7, index, depth)
+    tokens = sample.tokens.tolist()
+    body, stored, i = length - queries * w, {}, 0
+    while i < body:  # one token after the other
+        if tokens[i] == needles.MARK:
+            key = tuple(tokens[i + 1 : i + 1 + key_tokens])
+            assert i + w <= body and key not in stored and all(128 <= k < 224 for k in key)
+            stored[key], i = (tokens[i + w - 1], i), i + w
+        else:
+            assert 2 <= tokens[i] < 128
+            i += 1
+    assert len(stored) == (count or min(body // w, 96**key_tokens))
+    asked = []
+    for j in range(queries):
+        ask, *key, value = tokens[body + j * w : body + (j + 1) * w]
+        assert ask == needles.ASK and stored[tuple(key)][0] == value and 224 <= value < 320
+        assert sample.answers[j].tolist() == [body + (j + 1) * w - 1, body + (j + 1) * w]
+        asked.append(tuple(key))
+    assert len(set(asked)) == queries and sample.targets().tolist() == [a for a, _ in sample.answers]
+    if depth is not None:
+        places = sorted(at for _, at in stored.values())
+        at = stored[asked[0]][1]
+        assert at == (round(depth * (body - w)) if len(places) == 1 else places[round(depth * (len(places) - 1))])
+
+
+def test_tasks_by_name():
+    assert needles.task("mq-niah", 256) == NeedleTask(256, needles=6, queries=2)
+    assert needles.task("mk-niah-3", 1 << 16).count > 10000
+    for make in (lambda: needles.task("x", 64), lambda: ruler_sample("x", 64, 0, 0)):
+        with pytest.raises(ValueError, match="task must be one of"):
+            make()
+    with pytest.raises(ValueError, match="length must leave"):
+        ruler_sample("mq-niah", 200, 0, 0)
+    with pytest.raises(ValueError, match="depth must lie in"):
+        ruler_sample("vt", 2000, 0, 0, depth=0.5)
+    with pytest.raises(ValueError, match="needles must lie between queries and 14, got 15"):
+        NeedleTask(48, needles=15, queries=2)
+
+
+@pytest.mark.parametrize("name", ruler.TASKS)
+def test_long_samples_loop_over_no_token(name):
+    """2M tokens in less time than a Python loop over them would take; of another tokenizer than bytes too."""
+    start = time.process_time()
+    sample = ruler_sample(name, 1 << 21, 0, 0)
+    assert time.process_time() - start < 1.0 and len(sample.tokens) == 1 << 21
+    text, answers = text_and_answers(sample)
+    assert solve(text) == answers
+
+
+def test_needles_by_the_million():
+    start = time.process_time()
+    sample = needles.task("mk-niah-3", 1 << 21).sample(0, 0)
+    assert time.process_time() - start < 2.0
+    assert (sample.tokens == needles.MARK).sum() == (len(sample.tokens) - 6) // 6
