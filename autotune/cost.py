@@ -175,6 +175,9 @@ def pass_work(config: Config, problem: Problem, sass) -> dict[str, float] | None
     }
 
 
+READERS = (parse_sass, count, inner_loops, loop_work, pass_work)
+
+
 def bounds(config: Config, problem: Problem, ctas: int, work: dict | None, device: Device, share=None) -> dict:
     """ns for each pair by what could set it. ctas: of an SM; work: pass_work's; share: of a union, best without it."""
     read, multiplied = config.again(problem, share) if share else (1.0, 1.0)

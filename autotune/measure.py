@@ -12,13 +12,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from hsa_tl.autotune import static, strategy, table, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.cases import Case, at_length
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.oracle import attention_oracle
 from hsa_tl.problem import Problem
-from hsa_tl.testing import SELECTIONS, Inputs, assert_as_accurate_as, double, make_inputs, run_with_gradients
+from hsa_tl.testing import (
+    SELECTIONS,
+    Inputs,
+    assert_as_accurate_as,
+    double,
+    make_inputs,
+    make_selection,
+    run_with_gradients,
+)
 
 CHECK_TOKENS = 512
 ROUNDS = 7
@@ -42,6 +52,7 @@ class Rig:
     prepare: Callable[[str, Problem, object, str], Callable[[], object]]  # compiles; what runs it on a selection
     time_us: Callable[[Callable[[], object]], float]  # one round
     clock: Callable[[], float] = time.monotonic
+    alive: Callable[[], bool] = lambda: True  # whether the device still answers after a failure
 
 
 def _run(program: str, config, inputs: Inputs, chunk_size: int) -> dict:
@@ -82,17 +93,28 @@ def launch(program: str, problem: Problem, config, selection: str) -> Callable[[
     return run
 
 
+def _alive() -> bool:
+    """False after an illegal access: the CUDA context is lost to this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def gpu_rig() -> Rig:
     """The Hopper GPU here."""
     from tilelang.profiler import do_bench
 
-    return Rig(check, launch, lambda run: 1e3 * do_bench(run, return_mode="median"))
+    return Rig(check, launch, lambda run: 1e3 * do_bench(run, return_mode="median"), alive=_alive)
 
 
 @functools.lru_cache(maxsize=64)
 def shares(problem: Problem) -> dict[str, dict[int, float]]:
     """The union's share of each selection: what a measurement on it must be compared with."""
-    return {x: strategy.union_share(make_inputs(problem, kind=x).indices, problem.N, problem.G) for x in SELECTIONS}
+    p = problem
+    made = {x: make_selection(p.B, p.T, p.H, p.K, p.S, kind=x) for x in SELECTIONS}
+    return {x: strategy.union_share(indices, p.N, p.G) for x, indices in made.items()}
 
 
 def name_of(row: dict, problem: Problem, device: str) -> dict:
@@ -100,6 +122,12 @@ def name_of(row: dict, problem: Problem, device: str) -> dict:
     size = {k: getattr(problem, k) for k in ("B", "T", "H")} | configs.static_key(problem)
     made = {"kind": "measured", "device": device, "program": row["program"], "config": row["config"]}
     return made | size | {"programs": static.programs_digest()}
+
+
+def unfinished(starts: int) -> dict:
+    """The record of a candidate that has begun and not ended; after a second time it counts as one that hangs."""
+    error = "did not finish: twice the process ended while it ran" if starts > 1 else None
+    return {"error": error, "rounds": {}, "starts": starts}
 
 
 def _say(error: Exception) -> str:
@@ -127,7 +155,7 @@ def _quantile(rounds: list[float], q: float) -> float:
     return rounds[low] + (at - low) * (rounds[min(low + 1, len(rounds) - 1)] - rounds[low])
 
 
-def _summary(record: dict) -> dict:
+def summary(record: dict) -> dict:
     """Geometric means over the selections of median, p20 and p80, and the selections' medians."""
     columns = {"median_us": 0.5, "p20_us": 0.2, "p80_us": 0.8}
     if record["error"]:
@@ -138,25 +166,60 @@ def _summary(record: dict) -> dict:
     return {c: float(f"{value:.4g}") for c, value in found.items()} | {"selections": selections}
 
 
-def _interleave(contenders: list[tuple[dict, dict]], problem: Problem, rig: Rig, journal: Journal, end: float) -> None:
-    """Adds rounds to (identity, record) until each has ROUNDS of every selection, or the time is up."""
+def _first_look(record: dict) -> float:
+    """As median_us, of each selection's first round: the same in every run that goes on from a journal."""
+    return statistics.geometric_mean(x[0] for x in record["rounds"].values())
+
+
+Entry = tuple[dict, dict, dict]  # static row, identity in the journal, record
+
+
+def _looks(
+    case: Case, ranked: list[dict], device: str, rig: Rig, journal: Journal, end: float, progress: Callable | None
+) -> list[Entry]:
+    """A look at each candidate, best first, until the time is up; what the journal holds needs none."""
+    seen = []
+    for i, row in enumerate(ranked):
+        name = name_of(row, case.problem, device)
+        record = journal.get(name)
+        if record is None or not (record["error"] or record["rounds"]):
+            if static.faults(row) or rig.clock() >= end:
+                continue
+            journal.add(name, unfinished(record["starts"] + 1 if record else 1))
+            record = _look(row, case.problem, rig)
+            journal.add(name, record)
+            if record["error"] and not rig.alive():
+                what = f"{row['program']} {row['config']}"
+                raise RuntimeError(f"{what} lost the device to this process; run again to go on with the next")
+        seen.append((row, name, record))
+        if progress:
+            progress(i + 1, len(ranked))
+    return seen
+
+
+def _contenders(mine: list[Entry]) -> list[Entry]:
+    """Of one group in ranked order: the fastest at first look, and the static pick."""
+    by_time = sorted(mine, key=lambda x: _first_look(x[2]))
+    limit = NEAR * _first_look(by_time[0][2])
+    chosen = [x for x in by_time[:CONTENDERS] if _first_look(x[2]) <= limit]
+    return chosen if mine[0] in chosen else [*chosen, mine[0]]
+
+
+def _interleave(contenders: list[Entry], problem: Problem, rig: Rig, journal: Journal, end: float) -> None:
+    """Adds rounds to the records until each has ROUNDS of every selection, or the time is up."""
     for selection in SELECTIONS:
-        runs = []
-        for name, _ in contenders:
-            config = configs.parse(name["program"], name["config"])
-            runs.append(rig.prepare(name["program"], problem, config, selection))
-        while rig.clock() < end:
-            short = [i for i, (_, r) in enumerate(contenders) if len(r["rounds"][selection]) < ROUNDS]
-            if not short:
-                break
-            for i in short:
-                record = contenders[i][1]
-                record["rounds"][selection].append(rig.time_us(runs[i]))
-            for i in short[::-1]:  # and back, so that none always follows the same
-                name, record = contenders[i]
-                if len(record["rounds"][selection]) < ROUNDS:
-                    record["rounds"][selection].append(rig.time_us(runs[i]))
-                journal.add(name, record)
+        times = [record["rounds"][selection] for *_, record in contenders]
+        if rig.clock() >= end or all(len(x) >= ROUNDS for x in times):
+            continue
+        made = [(row["program"], configs.parse(row["program"], row["config"])) for row, *_ in contenders]
+        runs = [rig.prepare(program, problem, config, selection) for program, config in made]
+        order = list(range(len(contenders)))
+        while rig.clock() < end and any(len(x) < ROUNDS for x in times):
+            for i in order:
+                if len(times[i]) < ROUNDS:
+                    times[i].append(rig.time_us(runs[i]))
+                    journal.add(*contenders[i][1:])
+            order.reverse()  # so that none always follows the same
 
 
 def measure(
@@ -165,45 +228,25 @@ def measure(
 ) -> list[dict]:  # fmt: skip
     """The ranked rows that there was time for, with median_us and its spread; a failure is recorded in error.
 
-    over_runner_up and over_static are the next fastest's and the static pick's time over the fastest of its group. What
-    the journal holds of this device, problem and source is not measured again. progress(done, total) after each look.
+    over_runner_up and over_static are the next fastest's and the static pick's time over a row's own, in its group.
+    What the journal holds of this device, problem and source is not measured again. progress(done, total) after each
+    look.
     """
     rig, journal = rig or gpu_rig(), Journal(None) if journal is None else journal
     begin = rig.clock()
-    end, seen = begin + seconds, []
-    for i, row in enumerate(ranked):
-        if static.faults(row):
-            continue
-        name = name_of(row, case.problem, device)
-        record = journal.get(name)
-        if record is None:
-            if rig.clock() >= begin + LOOK_SHARE * seconds:
-                continue
-            record = _look(row, case.problem, rig)
-            journal.add(name, record)
-        seen.append((row, name, record))
-        if progress:
-            progress(i + 1, len(ranked))
-
-    groups: dict[tuple, list] = {}
+    seen = _looks(case, ranked, device, rig, journal, begin + LOOK_SHARE * seconds, progress)
+    groups: dict[tuple, list[Entry]] = {}
     for entry in seen:
         if entry[2]["error"] is None:
             groups.setdefault(tuner.group(entry[0]), []).append(entry)
     margins = {}
     for mine in groups.values():
-        static_pick, *_ = mine  # ranked best
-        by_time = sorted(mine, key=lambda x: _summary(x[2])["median_us"])
-        limit = NEAR * _summary(by_time[0][2])["median_us"]
-        contenders = [x for x in by_time[:CONTENDERS] if _summary(x[2])["median_us"] <= limit]
-        contenders += [] if static_pick in contenders else [static_pick]
-        _interleave([x[1:] for x in contenders], case.problem, rig, journal, end)
-        times = sorted(_summary(x[2])["median_us"] for x in mine)
-        pick = _summary(static_pick[2])["median_us"]
-        for _, name, record in mine:
-            us = _summary(record)["median_us"]
-            others = [t for t in times if t > us] or [us]
-            margins[id(record)] = {"over_runner_up": round(min(others) / us, 4), "over_static": round(pick / us, 4)}
-    return [row | _summary(record) | margins.get(id(record), {}) for row, _, record in seen]
+        _interleave(_contenders(mine), case.problem, rig, journal, begin + seconds)
+        times = [summary(record)["median_us"] for *_, record in mine]
+        for (*_, record), us in zip(mine, times, strict=True):
+            next_us = min((t for t in times if t > us), default=us)
+            margins[id(record)] = {"over_runner_up": round(next_us / us, 4), "over_static": round(times[0] / us, 4)}
+    return [row | summary(record) | margins.get(id(record), {}) for row, _, record in seen]
 
 
 def tune(program: str, problem: Problem, device: str) -> None:

@@ -4,6 +4,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from multiprocessing import get_context
@@ -229,20 +230,24 @@ def made_with() -> str:
 @functools.cache
 def programs_digest() -> str:
     """Of the source of the programs and of what reads them back."""
-    digest = hashlib.sha256()
-    for module in ("hsa_tl.kernels_tilelang", "hsa_tl.autotune"):
-        (folder,) = importlib.util.find_spec(module).submodule_search_locations
-        names = ("static.py", "cost.py") if module.endswith("autotune") else ("*.py", "sm90a/*.py")
-        for path in sorted(p for name in names for p in Path(folder).glob(name)):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    (folder,) = importlib.util.find_spec("hsa_tl.kernels_tilelang").submodule_search_locations
+    sources = [path.read_text() for path in sorted(Path(folder).rglob("*.py"))]
+    sources += [inspect.getsource(f) for f in (assemble, analyse, *cost.READERS)]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
-def analyse_all(work: list[tuple], *, jobs: int | None = None, journal: Journal | None = None, progress=None) -> list:
+def _pool(jobs: int) -> Executor:
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+
+
+def analyse_all(
+    work: list[tuple], *, jobs: int | None = None, journal: Journal | None = None, progress=None, compiler=analyse
+) -> list[dict]:
     """analyse() of each (program, problem, config), each distinct one once, in parallel processes.
 
     What the journal holds of these versions is not made again, and what is made goes there at once. progress(done,
     total) after each. Raises MissingTool when something must be assembled and nvcc or cuobjdump is not there.
+    compiler: in place of analyse, in this process.
     """
     journal = Journal(None) if journal is None else journal
     source = {"kind": "static", "made_with": made_with()} if missing_tools() is None else None
@@ -258,8 +263,8 @@ def analyse_all(work: list[tuple], *, jobs: int | None = None, journal: Journal 
     if progress:
         progress(total - len(todo), total)
     if todo:
-        with ProcessPoolExecutor(jobs or min(4, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(analyse, *x): name for name, x in todo.values()}
+        with _pool(jobs or min(4, os.cpu_count() or 1)) if compiler is analyse else ThreadPoolExecutor(1) as pool:
+            futures = {pool.submit(compiler, *x): name for name, x in todo.values()}
             for i, future in enumerate(as_completed(futures), 1):
                 journal.add(futures[future], future.result() | source)
                 if progress:

@@ -70,7 +70,7 @@ def read(path: Path) -> list[dict]:
     try:
         rows = json.loads(path.read_text())["rows"]
         for row in rows:
-            identity(row), row["source"], row["ns_per_pair"], row["median_us"]
+            identity(row), row["T"] + 0, row["source"], row["ns_per_pair"], row["median_us"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be a tuned table, got {type(error).__name__}: {error}") from None
     return rows

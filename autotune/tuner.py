@@ -1,7 +1,6 @@
 """Ranks the candidates of a case statically, and makes table rows of what was ranked or measured."""
 
 import importlib.metadata
-from collections.abc import Callable
 from dataclasses import asdict
 
 from hsa_tl.autotune import cost, static
@@ -28,6 +27,11 @@ def group(row: dict) -> tuple:
     return (row["program"], *ruled(row["program"], asdict(configs.parse(row["program"], row["config"]))))
 
 
+def group_of(table_row: dict) -> tuple:
+    """The group of a table's row."""
+    return (table_row["program"], *ruled(table_row["program"], table_row["config"]))
+
+
 def in_turns(rows: list[dict]) -> list[dict]:
     """Every group's best predicted config, then every second best, ...; what has faults last."""
     order = {name: i for i, name in enumerate(configs.TUNED)}
@@ -41,12 +45,11 @@ def in_turns(rows: list[dict]) -> list[dict]:
 
 
 def rank(
-    case: Case, device: str | cost.Device, *, programs: tuple[str, ...] = configs.TUNED, jobs: int | None = None,
-    journal: Journal | None = None, progress: Callable | None = None,
+    case: Case, device: str | cost.Device, *, programs: tuple[str, ...] = configs.TUNED, **options
 ) -> list[dict]:  # fmt: skip
-    """Static rows of all candidates of the case, in turns among programs. See static.analyse_all for the options."""
+    """Static rows of all candidates of the case, in turns among programs. options: see static.analyse_all."""
     work = [(name, case.problem, c) for name in programs for c in configs.candidates(name, case.problem)]
-    found = static.analyse_all(work, jobs=jobs, journal=journal, progress=progress)
+    found = static.analyse_all(work, **options)
     return in_turns([static.row(case.name, *x, f, device) for x, f in zip(work, found, strict=True)])
 
 
