@@ -1,6 +1,19 @@
-"""PyTorch layers around the operator, and the memory that decode reads."""
+"""The PyTorch model around the operator: HSA-UltraLong, its layers, its baselines, and the memory that decode reads."""
 
+from hsa_tl.model.config import ModelConfig, baseline, preset
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.memory import MemorySpec, PagedMemory
+from hsa_tl.model.model import Model, ModelOutput
 
-__all__ = ["ChunkEncoder", "ChunkMemory", "HSALayer", "MemorySpec", "PagedMemory"]
+__all__ = [
+    "ChunkEncoder",
+    "ChunkMemory",
+    "HSALayer",
+    "MemorySpec",
+    "Model",
+    "ModelConfig",
+    "ModelOutput",
+    "PagedMemory",
+    "baseline",
+    "preset",
+]

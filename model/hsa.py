@@ -1,106 +1,207 @@
 """The chunk encoder and the HSA layer (paper, section 2 and figure 3), on the public operator.
 
 Shape suffixes: B batch, T tokens, C channels, N chunks, S chunk size, A query heads, H key/value heads, D head dim,
-R retrieval dim, K selected chunks.
+R retrieval heads, E retrieval dim, K selected chunks.
 """
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
-from hsa_tl.model.memory import PagedMemory
+from hsa_tl.model.attention import positions, rotate
+from hsa_tl.model.mlp import SwiGLU
+
+
+class Memory(Protocol):
+    """What an HSA layer reads: a ChunkMemory in training, a PagedMemory in inference."""
+
+    @property
+    def longest(self) -> int:
+        """Chunks of the longest sequence."""
+
+    def retrieve(self, q_slc, start, topk: int, *, exclude_window: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """scores, indices [B, T, R, topk]; start: position of the first query, int or int32 [B]."""
+
+    def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
+        """out [B, T, A, D]."""
 
 
 class ChunkMemory(NamedTuple):
-    """What every HSA layer reads: keys and values of whole chunks, and one landmark a chunk and key/value head."""
+    """Keys and values of whole chunks, and landmarks: what `ChunkEncoder` returns. Differentiable."""
 
     k: torch.Tensor  # [B, N * S, H, D]
     v: torch.Tensor  # [B, N * S, H, D]
-    landmarks: torch.Tensor  # [B, N, H, R]
+    landmarks: torch.Tensor  # [B, N, R, E]
+
+    @property
+    def longest(self) -> int:
+        return self.landmarks.shape[1]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.k.shape[1] // self.landmarks.shape[1]
+
+    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0):
+        return retrieve_chunks(
+            q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, exclude_window=exclude_window
+        )
+
+    def scores(self, q_slc: torch.Tensor, start: int, *, exclude_window: int = 0) -> torch.Tensor:
+        """Retrieval scores [B, T, R, N] float32 of every chunk, -inf for those that a token does not see."""
+        N, S = self.landmarks.shape[1], self.chunk_size
+        scores = torch.einsum("btre,bnre->btrn", q_slc.float(), self.landmarks.float()) * q_slc.shape[-1] ** -0.5
+        position = positions(start, q_slc)[:, None]
+        first = torch.arange(N, device=position.device) * S
+        hidden = first + S > position
+        if exclude_window:
+            hidden = hidden | (first > position - exclude_window)
+        return scores.masked_fill(hidden[:, None], -torch.inf)
+
+    def attend_all(self, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """out [B, T, A, D] of q [B, T, A, D] and weights [B, T, R or A, N] of every chunk, by matrix products alone.
+
+        The operator's mathematics without a selection, for contexts of some hundred tokens: holds [B, A, T, N * S].
+        """
+        (_, T, A, D), H = q.shape, self.k.shape[2]
+        q = q.unflatten(2, (H, A // H)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H, G * T, D]
+        k, v = (x.transpose(1, 2) for x in (self.k, self.v))  # [B, H, N * S, D]
+        p = (q * D**-0.5 @ k.mT).unflatten(-1, (-1, self.chunk_size)).softmax(-1)
+        w = weights.repeat_interleave(A // weights.shape[2], 2).transpose(1, 2).unflatten(1, (H, A // H)).flatten(2, 3)
+        out = (p * w[..., None].to(p.dtype)).flatten(-2) @ v
+        return out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
+        return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=self.chunk_size, impl=impl)
+
+
+class EncoderBlock(nn.Module):
+    """Bidirectional attention and SwiGLU over [B, T, C], all tokens seeing all."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.mlp_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.mlp = SwiGLU(dim, mlp_dim)
+
+    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x_BTC)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x_BTC = x_BTC + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
 class ChunkEncoder(nn.Module):
-    """One bidirectional attention and MLP within each chunk of S tokens and its [CLS]; no chunk sees another.
+    """Bidirectional blocks within each chunk of S tokens and its [CLS]; no chunk sees another.
 
     forward: x [B, T, C] -> ChunkMemory with N = ceil(T / S) chunks. The tokens give keys and values, [CLS] gives the
-    landmark. A last chunk shorter than S is padded; no token may retrieve it before it is whole.
+    landmarks. A last chunk shorter than S is padded; no token may retrieve it before it is whole. start: absolute
+    position of x's first token, for keys with RoPE (rope_theta; None: NoPE). retrieval_heads: kv_heads by default;
+    heads and mlp_dim (default dim): of the blocks; std: of the initial [CLS] and positions within the chunk.
     """
 
-    def __init__(self, dim: int, kv_heads: int, head_dim: int, retrieval_dim: int, chunk_size: int, heads: int = 4):
+    def __init__(
+        self, dim: int, kv_heads: int, head_dim: int, retrieval_dim: int, chunk_size: int, *, heads: int = 4,
+        retrieval_heads: int | None = None, layers: int = 1, mlp_dim: int | None = None,
+        rope_theta: float | None = None, std: float = 0.02,
+    ):  # fmt: skip
         super().__init__()
-        self.chunk_size, self.heads, self.kv_heads = chunk_size, heads, kv_heads
-        self.cls_C = nn.Parameter(torch.randn(dim) * 0.02)
-        self.position_SC = nn.Parameter(torch.randn(chunk_size + 1, dim) * 0.02)
-        self.norm, self.mlp_norm, self.out_norm = nn.RMSNorm(dim), nn.RMSNorm(dim), nn.RMSNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.up, self.down = nn.Linear(dim, 2 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.chunk_size, self.kv_heads, self.rope_theta = chunk_size, kv_heads, rope_theta
+        self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
+        self.cls_C = nn.Parameter(torch.randn(dim) * std)
+        self.position_SC = nn.Parameter(torch.randn(chunk_size + 1, dim) * std)
+        self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_dim or dim) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim)
         self.kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=False)
-        self.landmark = nn.Linear(dim, kv_heads * retrieval_dim, bias=False)
+        self.landmark = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
         self.k_norm, self.landmark_norm = nn.RMSNorm(head_dim), nn.RMSNorm(retrieval_dim)
 
-    def forward(self, x_BTC: torch.Tensor) -> ChunkMemory:
+    def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> ChunkMemory:
         B, T, C = x_BTC.shape
         S = self.chunk_size
         N = (T + S - 1) // S
         x = F.pad(x_BTC, (0, 0, 0, N * S - T)).view(B * N, S, C)
         x = torch.cat([x, self.cls_C.expand(B * N, 1, C)], 1) + self.position_SC
-        q, k, v = self.qkv(self.norm(x)).view(B * N, S + 1, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = x + self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        gate, up = self.up(self.mlp_norm(x)).chunk(2, -1)
-        x = self.out_norm(x + self.down(F.silu(gate) * up))
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
         k, v = self.kv(x[:, :S]).view(B, N * S, 2, self.kv_heads, -1).unbind(2)
-        landmarks = self.landmark(x[:, S]).view(B, N, self.kv_heads, -1)
-        return ChunkMemory(self.k_norm(k), v, self.landmark_norm(landmarks))
+        k = self.k_norm(k)
+        if self.rope_theta is not None:
+            k = rotate(k, positions(start, k), self.rope_theta)
+        landmarks = self.landmark_norm(self.landmark(x[:, S]).view(B, N, self.retrieval_heads, -1))
+        return ChunkMemory(k.to(v.dtype), v, landmarks.to(v.dtype))
 
 
 class HSALayer(nn.Module):
     """Retrieve, weigh, attend: queries with QK-norm and no positional encoding (NoPE) over a shared chunk memory.
 
-    forward: x [B, T, C] and a ChunkMemory -> [B, T, C], to be added to the residual stream. q_start: absolute position
-    of x's first token. Every key/value head retrieves for itself. A token with no visible chunk gets 0.
+    forward: x [B, T, C] and a memory -> [B, T, C], to be added to the residual stream. start: absolute position of x's
+    first token; an int32 [B] for a PagedMemory. Each of retrieval_heads (default kv_heads) retrieves for its share of
+    the key/value heads. topk "all": every chunk there is. A token with no visible chunk gets 0.
+    impl: of the operators; "dense", for topk "all": no selection but masked products over every chunk of a ChunkMemory.
+    Norms bound both logits, so a learned scale multiplies each: attention's by 4 at first, retrieval's by 8.
     """
 
     def __init__(
-        self, dim: int, heads: int, kv_heads: int, head_dim: int, retrieval_dim: int, *, chunk_size: int = 64,
-        topk: int = 64, exclude_window: int = 0, fusion: str = "softmax", impl: str = "auto",
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, retrieval_dim: int, *, topk: int | str = 64,
+        exclude_window: int = 0, fusion: str = "softmax", retrieval_heads: int | None = None,
+        rope_theta: float | None = None, impl: str = "auto",
     ):  # fmt: skip
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads
-        self.chunk_size, self.topk, self.exclude_window = chunk_size, topk, exclude_window
-        self.fusion, self.impl = fusion, impl
+        self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
+        self.topk, self.exclude_window, self.fusion = topk, exclude_window, fusion
+        self.rope_theta, self.impl = rope_theta, impl
         self.norm = nn.RMSNorm(dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.q_slc = nn.Linear(dim, kv_heads * retrieval_dim, bias=False)
+        self.q_slc = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
         self.q_norm, self.q_slc_norm = nn.RMSNorm(head_dim), nn.RMSNorm(retrieval_dim)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(4.0)))
+        self.log_slc_scale = nn.Parameter(torch.tensor(math.log(8.0)))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def queries(self, x_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of attention [B, T, A, D] and of retrieval [B, T, H, R]."""
-        B, T, _ = x_BTC.shape
+    def queries(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of attention [B, T, A, D] and of retrieval [B, T, R, E]."""
         x = self.norm(x_BTC)
-        q_BTAD = self.q_norm(self.q(x).view(B, T, self.heads, -1))
-        return q_BTAD, self.q_slc_norm(self.q_slc(x).view(B, T, self.kv_heads, -1))
+        q, q_slc = self.q(x), self.q_slc(x)
+        dtype = q.dtype
+        q_BTAD = self.q_norm(q.unflatten(-1, (self.heads, -1))) * self.log_scale.exp()
+        q_BTRE = self.q_slc_norm(q_slc.unflatten(-1, (self.retrieval_heads, -1))) * self.log_slc_scale.exp()
+        if self.rope_theta is not None:
+            q_BTAD = rotate(q_BTAD, positions(start, x), self.rope_theta)
+        return q_BTAD.to(dtype), q_BTRE.to(dtype)
 
-    def forward(self, x_BTC: torch.Tensor, memory: ChunkMemory, q_start: int = 0) -> torch.Tensor:
-        q_BTAD, q_BTHR = self.queries(x_BTC)
-        scores_BTHK, indices_BTHK = retrieve_chunks(
-            q_BTHR, memory.landmarks, self.topk, chunk_size=self.chunk_size, q_start=q_start,
-            exclude_window=self.exclude_window,
-        )  # fmt: skip
-        weights_BTHK = fusion_weights(scores_BTHK, self.fusion)
-        out_BTAD = hsa_attention(
-            q_BTAD, memory.k, memory.v, weights_BTHK, indices_BTHK, chunk_size=self.chunk_size, impl=self.impl
-        )
-        return self.out(out_BTAD.flatten(2))
+    def mix(
+        self,
+        x_BTC: torch.Tensor,
+        memory: Memory,
+        start: int | torch.Tensor = 0,
+        swa_lse_BTA: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp swa_lse."""
+        q_BTAD, q_BTRE = self.queries(x_BTC, start)
+        if self.impl == "dense":
+            scores_BTRK, indices_BTRK = memory.scores(q_BTRE, start, exclude_window=self.exclude_window), None
+        else:
+            topk = max(1, memory.longest) if self.topk == "all" else self.topk
+            scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, topk, exclude_window=self.exclude_window)
+        window_BTA = None
+        if self.fusion == "joint":
+            weights, window_BTA = fusion_weights(scores_BTRK, "joint", swa_lse_BTA)  # [B, T, A, K]
+        else:
+            weights = fusion_weights(scores_BTRK, self.fusion)
+        if indices_BTRK is None:
+            return self.out(memory.attend_all(q_BTAD, weights).flatten(2)), window_BTA
+        share = self.kv_heads // self.retrieval_heads
+        if share > 1:
+            indices_BTRK = indices_BTRK.repeat_interleave(share, 2)
+            weights = weights if self.fusion == "joint" else weights.repeat_interleave(share, 2)
+        out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=self.impl)
+        return self.out(out_BTAD.flatten(2)), window_BTA
 
-    @torch.no_grad()
-    def decode(self, x_BTC: torch.Tensor, memory: PagedMemory, lengths_B: torch.Tensor) -> torch.Tensor:
-        """forward of one or a few new tokens; lengths [B] int32: tokens of each sequence before them."""
-        q_BTAD, q_BTHR = self.queries(x_BTC)
-        scores_BTHK, indices_BTHK = memory.retrieve(q_BTHR, lengths_B, self.topk, exclude_window=self.exclude_window)
-        weights_BTHK = fusion_weights(scores_BTHK, self.fusion)
-        return self.out(memory.attend(q_BTAD, weights_BTHK, indices_BTHK, impl=self.impl).flatten(2))
+    def forward(self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0) -> torch.Tensor:
+        return self.mix(x_BTC, memory, start)[0]

@@ -100,6 +100,11 @@ class PagedMemory:
         """Of keys, values and landmarks, with what is reserved."""
         return sum(x.nbytes for x in (*self.k_slabs, *self.v_slabs, *self.landmark_slabs, *self.bound_slabs))
 
+    @property
+    def longest(self) -> int:
+        """Chunks of the longest sequence."""
+        return max(self.held)
+
     def _add_pages(self) -> None:
         n = max(self.first_pages, sum(map(len, self.k_slabs)))
         where = {"device": self.device}

@@ -312,10 +312,11 @@ def test_bad_options():
         dataclasses.replace(SPEC, heads=0)
 
 
-def test_a_layer_decodes_what_it_prefills():
+@pytest.mark.parametrize("topk", (K, "all"))
+def test_a_layer_decodes_what_it_prefills(topk):
     B, T, C = 2, 75, 32
     encoder = ChunkEncoder(C, kv_heads=H, head_dim=D, retrieval_dim=E, chunk_size=S)
-    layer = HSALayer(C, H * G, H, D, E, chunk_size=S, topk=K, exclude_window=S)
+    layer = HSALayer(C, H * G, H, D, E, topk=topk, exclude_window=S)
     x = torch.randn(B, T, C)
     with torch.no_grad():
         chunked = encoder(x)
@@ -327,5 +328,6 @@ def test_a_layer_decodes_what_it_prefills():
             tokens, c = slice(t - S, t), t // S - 1
             for b in range(B):
                 memory.append(b, chunked.k[b, tokens], chunked.v[b, tokens], chunked.landmarks[b, c : c + 1])
-        out.append(layer.decode(x[:, t : t + 1], memory, int32([t] * B)))
+        with torch.no_grad():
+            out.append(layer(x[:, t : t + 1], memory, int32([t] * B)))
     torch.testing.assert_close(torch.cat(out, 1), whole)

@@ -1,76 +1,79 @@
-"""The layers: causal, incremental, trainable."""
+"""The whole model: causal, trainable at every parameter, its loss and its stages."""
+
+import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from hsa_tl.model import ChunkEncoder, HSALayer
+from hsa_tl.model import Model, ModelConfig, preset
 
-S, C, T = 16, 32, 75
-
-
-@pytest.fixture
-def layers():
-    encoder = ChunkEncoder(C, kv_heads=2, head_dim=16, retrieval_dim=8, chunk_size=S)
-    return encoder, HSALayer(C, 4, 2, 16, 8, chunk_size=S, topk=3)
+SMALL = dataclasses.replace(
+    preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, layers=4, groups=2,
+    vocab_size=50, encoder_mlp_dim=32, window=20, topk=3,
+)  # fmt: skip
+T = 75
 
 
-def test_a_later_token_changes_no_earlier_output(layers):
-    encoder, layer = layers
-    x = torch.randn(2, T, C)
-    before = layer(x, encoder(x))
-    for p in (0, S - 1, S, 2 * S, T - 1):
+def tokens(B=2, n=T, config=SMALL):
+    return torch.randint(config.vocab_size, (B, n))
+
+
+@pytest.mark.parametrize("attention", ("hsa", "swa", "full"))
+def test_a_later_token_changes_no_earlier_logit(attention):
+    model = Model(dataclasses.replace(SMALL, attention=attention)).eval()
+    x = tokens()
+    before = model(x).logits
+    for p in (1, 15, 16, 17, 32, 40, T - 1):
         changed = x.clone()
-        changed[:, p:] = torch.randn(2, T - p, C)
-        after = layer(changed, encoder(changed))
+        changed[:, p:] = (changed[:, p:] + 1 + torch.randint(48, (2, T - p))) % 50
+        after = model(changed).logits
         torch.testing.assert_close(after[:, :p], before[:, :p])
-        assert not torch.equal(after[:, -1], before[:, -1]) or p == T - 1
+        assert not torch.isclose(after[:, p:], before[:, p:]).all(-1).any()
 
 
-def test_segments_equal_one_shot(layers):
-    """Prefill in segments, each over the memory of what came before and of itself."""
-    encoder, layer = layers
-    x = torch.randn(1, T, C)
-    whole = layer(x, encoder(x))
-    for cut in (1, S, 40):
-        parts = [layer(x[:, :cut], encoder(x[:, :cut])), layer(x[:, cut:], encoder(x), q_start=cut)]
-        torch.testing.assert_close(torch.cat(parts, 1), whole)
-
-
-def test_before_the_first_whole_chunk_the_output_is_zero(layers):
-    encoder, layer = layers
-    x = torch.randn(1, T, C)
-    out = layer(x, encoder(x))
-    assert (out[:, :S] == 0).all() and (out[:, S:] != 0).any(-1).all()
-
-
-def test_every_parameter_gets_a_gradient(layers):
-    encoder, layer = layers
-    x = torch.randn(1, T, C)
-    layer(x, encoder(x)).square().sum().backward()
-    for name, p in [*encoder.named_parameters(), *layer.named_parameters()]:
+@pytest.mark.parametrize("attention", ("hsa", "swa", "full"))
+def test_every_parameter_gets_a_gradient(attention):
+    model = Model(dataclasses.replace(SMALL, attention=attention))
+    x = tokens()
+    model(x, labels=x).loss.backward()
+    for name, p in model.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any(), name
 
 
-def test_it_learns_to_copy_from_the_chunk_it_must_find():
-    """The landmark of one chunk carries the token's key; the layer must learn to retrieve and read that chunk."""
-    torch.manual_seed(0)
-    encoder = ChunkEncoder(C, kv_heads=1, head_dim=32, retrieval_dim=16, chunk_size=S)
-    layer = HSALayer(C, 2, 1, 32, 16, chunk_size=S, topk=4)
-    with torch.no_grad():
-        layer.q_slc.weight.copy_(encoder.landmark.weight)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *layer.parameters()], 3e-3)
-    losses = []
-    for _ in range(80):
-        keys = torch.nn.functional.normalize(torch.randn(8, 4, C // 2), dim=-1) * 4
-        values = torch.randn(8, 4, C // 2)
-        x = torch.cat([torch.cat([keys, values], -1).repeat_interleave(S, 1), torch.zeros(8, 1, C)], 1)
-        target = torch.randint(4, (8,))
-        x[:, -1, : C // 2] = keys[torch.arange(8), target]
-        out = layer(x[:, -1:], encoder(x), q_start=4 * S)[:, 0, C // 2 :]
-        loss = (out - values[torch.arange(8), target]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    assert last < 0.6 * first, (first, last)
+def test_loss_is_the_shifted_cross_entropy_of_labelled_positions():
+    model, x = Model(SMALL), tokens()
+    labels = torch.where(torch.rand(x.shape) < 0.3, x, -100)
+    out = model(x, labels=labels)
+    expected = F.cross_entropy(out.logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100)
+    torch.testing.assert_close(out.loss, expected)
+    alone = model(x, labels=labels, logits_to_keep=0)
+    assert alone.logits is None
+    torch.testing.assert_close(alone.loss, expected)
+    torch.testing.assert_close(model(x, logits_to_keep=3).logits, out.logits[:, -3:])
+
+
+def test_stages_make_up_the_forward():
+    model, x = Model(SMALL), tokens()
+    h, values = model.lower(model.embed(x))
+    h = model.upper(h, model.encode(h), values)
+    torch.testing.assert_close(model.head(h), model(x).logits, rtol=0, atol=0)
+
+
+def test_config_errors_name_the_field():
+    for change, message in (
+        ({"heads": 3}, "heads must be a multiple of kv_heads = 2, got 3"),
+        ({"topk": 0}, 'topk must be a positive int or "all", got 0'),
+        ({"dim": 0}, "dim must be an int of at least 1, got 0"),
+        ({"attention": "dense"}, "attention must be one of hsa, nsa, swa, full, got 'dense'"),
+        ({"chunk_size": 20}, "chunk_size must be 16, 32, 64 or 128, got 20"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(SMALL, **change)
+    with pytest.raises(ValueError, match="preset must be one of tiny"):
+        preset("huge")
+
+
+def test_tiny_has_the_prototypes_scale():
+    assert preset("tiny") == ModelConfig()
+    assert 0.5e6 < sum(p.numel() for p in Model(preset("tiny")).parameters()) < 1e6

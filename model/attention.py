@@ -1,0 +1,161 @@
+"""Causal self-attention over a sliding window, or over everything (BaseLM): QK-norm, RoPE or no positions.
+
+Shape suffixes: B batch, T tokens, C channels, A query heads, H key/value heads, G = A / H, D head dim, P past and new
+keys, W window, N blocks of W tokens.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class KeyCache(Protocol):
+    """Keys and values of the tokens before a segment, one for each attention."""
+
+    def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
+        """k, v [B, P, H, D] that end with those given, and how many of the P - T before them are real: an int32 [B],
+        the latest ones; or None, all. Stores what later segments need."""
+
+
+def positions(start: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[T] or [B, T] absolute positions of x [B, T, ...]; start: of its first token, int or int32 [B]."""
+    t = torch.arange(x.shape[1], device=x.device)
+    return t + start if isinstance(start, int) else start[:, None] + t
+
+
+def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float) -> torch.Tensor:
+    """RoPE: turns (x[d], x[d + D / 2]) by position * theta ** (-2 d / D), computed in float32."""
+    half = x_BTHD.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x_BTHD.device, dtype=torch.float32) / half)
+    angle = position[..., None, None] * frequency  # [(B), T, 1, D / 2]
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x_BTHD[..., :half], x_BTHD[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BTHD.dtype)
+
+
+def _attend(q_BTHGD, k_BPHD, v_BPHD, mask, with_lse):
+    """Attention of one block: mask [T, P] or [B, 1, T, P], True where seen; None: causal, P = T."""
+    T, G, D = q_BTHGD.shape[1], q_BTHGD.shape[3], q_BTHGD.shape[4]
+    q, k, v = q_BTHGD.permute(0, 2, 3, 1, 4), k_BPHD.transpose(1, 2), v_BPHD.transpose(1, 2)
+    if not with_lse:
+        q = q.flatten(1, 2)
+        k, v = (x if G == 1 else x[:, :, None].expand(-1, -1, G, -1, -1).flatten(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return out.unflatten(1, (-1, G)).permute(0, 3, 1, 2, 4), None
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    score = (q @ k[:, :, None].mT).float() / math.sqrt(D)
+    score = score.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -torch.inf)
+    lse = score.logsumexp(-1)
+    out = torch.exp(score - lse[..., None]).to(v.dtype) @ v[:, :, None]
+    return out.permute(0, 3, 1, 2, 4), lse.permute(0, 3, 1, 2)
+
+
+def windowed(
+    q_BTAD: torch.Tensor, k_BPHD: torch.Tensor, v_BPHD: torch.Tensor, window: int | None = None,
+    past_B: torch.Tensor | None = None, with_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Causal attention of T queries over themselves and the P - T keys before them, each over `window` keys at most.
+
+    Returns out [B, T, A, D] and, with_lse, the log-sum-exp [B, T, A] float32 of each query's scaled scores. window
+    None: all keys. past_B: how many keys before the queries are real, the latest ones; None: all. Work and memory are
+    O(T * window): queries in blocks of `window`, each over its own block of keys and the one before.
+    """
+    B, T, A, _ = q_BTAD.shape
+    H = k_BPHD.shape[2]
+    q = q_BTAD.unflatten(2, (H, A // H))
+    W = T if window is None else window
+    before = k_BPHD.shape[1] - T
+    drop = 0 if window is None else max(0, before - window + 1)
+    k, v, before = k_BPHD[:, drop:], v_BPHD[:, drop:], before - drop
+
+    n = min(W, T)
+    mask = None
+    if before or n > W:
+        r = torch.arange(n, device=q.device)[:, None] + before
+        c = torch.arange(before + n, device=q.device)
+        mask = (c <= r) & (c > r - (k_BPHD.shape[1] if window is None else window))
+        if past_B is not None:
+            mask = mask & (c >= before - past_B[:, None])[:, None, None]
+    first = _attend(q[:, :n], k[:, : before + n], v[:, : before + n], mask, with_lse)
+    if n == T:
+        out, lse = first
+    else:
+        N = -(-T // W)
+        pad = (0, 0) * 2 + (0, N * W - T)
+        q_blocks = F.pad(q, (0, 0, *pad)).unflatten(1, (N, W))[:, 1:].flatten(0, 1)
+        k, v = (F.pad(x[:, before:], pad).unflatten(1, (N, W)) for x in (k, v))
+        k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v))
+        r, c = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
+        rest = _attend(q_blocks, k, v, (c > r) & (c <= r + W), with_lse)
+        out, lse = (
+            None if a is None else torch.cat([a, b.unflatten(0, (B, N - 1)).flatten(1, 2)[:, : T - n]], 1)
+            for a, b in zip(first, rest, strict=True)
+        )
+    return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
+
+
+class SelfAttention(nn.Module):
+    """Pre-norm attention of a token over a sliding window, or over all before it, with QK-norm.
+
+    window: tokens, the query's own included; None: all. rope_theta: of RoPE, None for no positions. value_residual:
+    "none", or how the first layer's values enter (ResFormer: mixed by two learned scalars; SVFormer: they are the
+    values, and there is no value projection).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None,
+        rope_theta: float | None = None, value_residual: str = "none",
+    ):  # fmt: skip
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.window, self.rope_theta, self.value_residual = window, rope_theta, value_residual
+        self.norm, self.q_norm, self.k_norm = nn.RMSNorm(dim), nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        if value_residual != "svformer":
+            self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        if value_residual == "resformer":
+            self.value_mix = nn.Parameter(torch.full((2,), 0.5))
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before its own a query looks back on."""
+        return 1 << 62 if self.window is None else self.window - 1
+
+    def attend(
+        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None,
+        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
+        """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D].
+
+        keep: only the last so many positions ask; the first two results are of these.
+        """
+        x = self.norm(x_BTC)
+        before = 0 if keep is None else max(0, x.shape[1] - keep)
+        q = self.q_norm(self.q(x[:, before:]).unflatten(-1, (self.heads, self.head_dim)))
+        k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
+        if self.value_residual == "svformer":
+            v = first_v_BTHD
+        else:
+            v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.value_residual == "resformer":
+            v = (self.value_mix[0] * first_v_BTHD + self.value_mix[1] * v).to(v.dtype)
+        if self.rope_theta is not None:
+            position = positions(start, x)
+            q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
+        q, k, own_v = q.to(v.dtype), k.to(v.dtype), v
+        past = None
+        if cache is not None:
+            k, v, past = cache.extend(k, v)
+            past = None if past is None else past + before
+        out, lse = windowed(q, k, v, self.window, past, with_lse)
+        return out, lse, own_v
+
+    def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None):
+        """[B, T, C], to be added to the residual stream."""
+        return self.out(self.attend(x_BTC, start, cache)[0].flatten(2))

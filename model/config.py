@@ -1,0 +1,119 @@
+"""The model's configuration: one frozen dataclass, its presets and its baselines."""
+
+from dataclasses import dataclass, fields, replace
+
+ATTENTIONS = ("hsa", "nsa", "swa", "full")
+FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint")
+VALUE_RESIDUALS = ("none", "resformer", "svformer")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Dims and options; `dataclasses.replace` changes them, and every change is validated. Defaults: `tiny`.
+
+    attention: what the model is.
+      "hsa": sliding windows everywhere; the layer that leads each upper group has HSA beside its window.
+      "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax (`hsa_tl.model.nsa`).
+      "swa": sliding windows only. "full": causal attention over everything (BaseLM).
+    No parameter's shape depends on window, topk, exclude_window, fusion or rope, so that a checkpoint goes from one
+    training stage to the next. ValueError: names the field, the rule and the value.
+    """
+
+    vocab_size: int = 320
+    dim: int = 128
+    layers: int = 2  # the first half lies below the chunk memory
+    groups: int = 1  # of upper layers; the first layer of each has HSA
+    heads: int = 4  # query heads
+    kv_heads: int = 1
+    head_dim: int = 32
+    mlp_dim: int = 256
+    attention: str = "hsa"
+    window: int = 32  # tokens that a sliding window spans, its own included
+    rope: tuple[str, ...] = ("swa", "full")  # kinds of attention with RoPE; the others have no positions (NoPE)
+    rope_theta: float = 10000.0
+    value_residual: str = "none"  # "resformer": values mixed with the first layer's; "svformer": the first layer's
+    chunk_size: int = 16
+    topk: int | str = 8  # chunks, or "all"
+    exclude_window: bool = False  # retrieve no chunk that lies whole in the window
+    fusion: str = "softmax"
+    retrieval_heads: int = 1  # each serves kv_heads / retrieval_heads key/value heads
+    retrieval_dim: int = 128
+    encoder_layers: int = 1
+    encoder_heads: int = 4
+    encoder_mlp_dim: int = 256
+    conv: int = 4  # width of the causal convolution on the embeddings, 0 for none
+    tied: bool = False  # embeddings and output head
+    embedding_std: float = 0.1
+    experts: int = 0  # of each mixture, 0 for dense layers only
+    experts_per_token: int = 4
+    expert_dim: int = 512
+    shared_experts: int = 1
+    dense_layers: int = 1  # first layers without a mixture
+    activation_checkpointing: bool = False
+    impl: str = "auto"  # of the operators; "dense": see hsa_tl.model.hsa.HSALayer
+
+    def __post_init__(self):
+        for field in fields(self):
+            value, low = getattr(self, field.name), 0 if field.name in MAY_BE_ZERO else 1
+            if field.type is int and (type(value) is not int or value < low):
+                raise ValueError(f"{field.name} must be an int of at least {low}, got {value!r}")
+        rules = (
+            ("heads", self.heads % self.kv_heads == 0, f"be a multiple of kv_heads = {self.kv_heads}"),
+            ("head_dim", self.head_dim % 2 == 0, "be even"),
+            ("dim", self.dim % self.encoder_heads == 0, f"be a multiple of encoder_heads = {self.encoder_heads}"),
+            ("layers", self.layers >= 2, "be at least 2"),
+            ("groups", self.groups <= self.layers - self.layers // 2, "be at most the number of upper layers"),
+            ("attention", self.attention in ATTENTIONS, f"be one of {', '.join(ATTENTIONS)}"),
+            ("rope", isinstance(self.rope, tuple) and set(self.rope) <= set(ATTENTIONS), "be a tuple of attentions"),
+            ("value_residual", self.value_residual in VALUE_RESIDUALS, f"be one of {', '.join(VALUE_RESIDUALS)}"),
+            ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
+            ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
+            ("topk", self.topk == "all" or (type(self.topk) is int and self.topk > 0), 'be a positive int or "all"'),
+            (
+                "retrieval_heads",
+                self.kv_heads % self.retrieval_heads == 0,
+                f"divide kv_heads = {self.kv_heads}",
+            ),
+            ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
+            ("experts_per_token", not self.experts or self.experts_per_token <= self.experts, "be at most experts"),
+        )
+        for name, ok, rule in rules:
+            if not ok:
+                raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def lower_layers(self) -> int:
+        """Layers below the chunk memory."""
+        return self.layers // 2
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of each layer: "full", "swa", or "hsa" and "nsa", which have a sliding window too."""
+        if self.attention in ("full", "swa"):
+            return (self.attention,) * self.layers
+        lower, upper = self.lower_layers, self.layers - self.lower_layers
+        leads = {lower + g * upper // self.groups for g in range(self.groups)}
+        return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
+
+
+MAY_BE_ZERO = ("conv", "experts", "shared_experts", "dense_layers")
+
+PRESETS = {
+    "tiny": ModelConfig(),
+    "small": ModelConfig(
+        vocab_size=32000, dim=512, layers=8, groups=2, heads=16, kv_heads=1, head_dim=64, mlp_dim=1536, window=512,
+        chunk_size=64, topk=16, encoder_heads=8, encoder_mlp_dim=1536, tied=True, embedding_std=0.02,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> ModelConfig:
+    """The named configuration; ValueError lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+def baseline(config: ModelConfig, attention: str) -> ModelConfig:
+    """The same model with another attention: "full" (BaseLM), "swa", or "nsa" with the same windows and top-k."""
+    return replace(config, attention=attention)

@@ -1,0 +1,217 @@
+"""HSA-UltraLong (paper, figure 3): a lower decoder, one chunk memory, an upper decoder that reads it.
+
+    embed -> lower layers -> encode -> upper layers (the first of each group with HSA) -> head
+
+Shape suffixes: B batch, T tokens, C channels, A query heads, H key/value heads, D head dim, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hsa_tl.model.attention import SelfAttention
+from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
+from hsa_tl.model.mlp import SwiGLU
+
+HEAD_ROWS = 4096  # rows of logits that the loss holds at once
+
+
+class ModelOutput(NamedTuple):
+    """logits [B, T, V] (or fewer positions, or None, see Model.forward), loss (scalar or None), cache (as given)."""
+
+    logits: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    cache: object | None = None
+
+
+class ShortConv(nn.Module):
+    """x + a causal depthwise convolution of x [B, T, C]: each token sees the width - 1 before it, `past` [B, ., C]."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.weight_WC = nn.Parameter((torch.rand(width, dim) * 2 - 1) / width**0.5)
+
+    def forward(self, x_BTC: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
+        W, T = len(self.weight_WC), x_BTC.shape[1]
+        padded = F.pad(x_BTC, (0, 0, W - 1, 0)) if past is None else torch.cat([past, x_BTC], 1)
+        return x_BTC + sum(padded[:, i : i + T] * self.weight_WC[i] for i in range(W))
+
+
+class Layer(nn.Module):
+    """Attention (over a window, with what reads further beside it) and a feed-forward layer, both on the residual."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        c, kind = config, config.kinds[index]
+        rope = dict.fromkeys(c.rope, c.rope_theta)
+        heads = c.dim, c.heads, c.kv_heads, c.head_dim
+        local = "full" if kind == "full" else "swa"
+        self.attention = SelfAttention(
+            *heads, window=None if kind == "full" else c.window, rope_theta=rope.get(local),
+            value_residual=c.value_residual if index else "none",
+        )  # fmt: skip
+        self.joint = kind == "hsa" and c.fusion == "joint"
+        self.hsa = None
+        if kind == "hsa":
+            self.hsa = HSALayer(
+                *heads, c.retrieval_dim, topk=c.topk, exclude_window=c.window if c.exclude_window else 0,
+                fusion=c.fusion, retrieval_heads=c.retrieval_heads, rope_theta=rope.get("hsa"), impl=c.impl,
+            )  # fmt: skip
+        self.mlp_norm = nn.RMSNorm(c.dim)
+        self.mlp = SwiGLU(c.dim, c.mlp_dim)
+
+    def forward(
+        self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
+        start: int | torch.Tensor = 0, cache=None, keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """x [B, T, C] and this layer's values [B, T, H, D]. cache: of this layer, see hsa_tl.model.attention.
+
+        keep: x of the last so many positions only.
+        """
+        heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint, keep)
+        if keep is not None and keep < x_BTC.shape[1]:
+            start, x_BTC = start + x_BTC.shape[1] - keep, x_BTC[:, -keep:]
+        more = 0
+        if self.hsa is not None:
+            more, window_BTA = self.hsa.mix(x_BTC, memory, start, lse_BTA)
+            if window_BTA is not None:
+                heads_BTAD = heads_BTAD * window_BTA[..., None].to(heads_BTAD.dtype)
+        x = x_BTC + self.attention.out(heads_BTAD.flatten(2)) + more
+        return x + self.mlp(self.mlp_norm(x)), v_BTHD
+
+
+class Model(nn.Module):
+    """The language model of a ModelConfig.
+
+    The stages are methods, so that inference can run them on segments: `embed`, `lower`, `encode`, `upper`, `head`.
+    start: the absolute position of the first token given, an int, or int32 [B] for sequences of different lengths.
+    caches: one KeyCache for each layer of the stage, or None.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(c.vocab_size, c.dim)
+        self.conv = ShortConv(c.dim, c.conv) if c.conv else None
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.layers))
+        self.encoder = None
+        if c.attention == "hsa":
+            self.encoder = ChunkEncoder(
+                c.dim, c.kv_heads, c.head_dim, c.retrieval_dim, c.chunk_size, heads=c.encoder_heads,
+                retrieval_heads=c.retrieval_heads, layers=c.encoder_layers, mlp_dim=c.encoder_mlp_dim,
+                rope_theta=c.rope_theta if "hsa" in c.rope else None, std=c.embedding_std,
+            )  # fmt: skip
+        self.norm = nn.RMSNorm(c.dim)
+        self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
+        if c.tied:
+            self.output.weight = self.embedding.weight
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Linear layers keep PyTorch's variance of 1 / (3 fan_in); what adds to the residual stream shrinks with depth.
+
+        A query starts equal to the landmark projection: a token then retrieves chunks whose [CLS] it resembles.
+        """
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                parameter.mul_((2 / self.config.layers) ** 0.5)
+            if name.endswith("q_slc.weight"):
+                parameter.copy_(self.encoder.landmark.weight)
+
+    def embed(self, input_ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids [B, T] -> [B, T, C]. past [B, conv - 1, C]: embeddings (not convolved) of the tokens before."""
+        x_BTC = self.embedding(input_ids)
+        return x_BTC if self.conv is None else self.conv(x_BTC, past)
+
+    def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start, keep=None):
+        for i, (layer, cache) in enumerate(zip(layers, caches or [None] * len(layers), strict=True)):
+            run, tail = layer, None
+            if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+                run = _checkpointed(layer)
+            if keep is not None:  # what the layers above look back on stays
+                tail = keep + sum(x.attention.reach for x in layers[i + 1 :])
+                drop = max(0, x_BTC.shape[1] - tail - layer.attention.reach)
+                x_BTC, start = x_BTC[:, drop:], start + drop
+                first_v_BTHD = None if first_v_BTHD is None else first_v_BTHD[:, -x_BTC.shape[1] :]
+                tail = min(tail, x_BTC.shape[1])
+                start_after = start + x_BTC.shape[1] - tail
+            x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, tail)
+            start = start if tail is None else start_after
+            first_v_BTHD = v if first_v_BTHD is None else first_v_BTHD
+        return x_BTC, first_v_BTHD
+
+    def lower(self, x_BTC: torch.Tensor, start=0, caches=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [B, T, C] and the first layer's values [B, T, H, D] (which `value_residual` needs above)."""
+        return self._run(self.layers[: self.config.lower_layers], caches, x_BTC, None, None, start)
+
+    def encode(self, h_BTC: torch.Tensor, start=0) -> Memory | None:
+        """The chunk memory of hidden states that begin at a chunk's first token; None if nothing reads one."""
+        return None if self.encoder is None else self.encoder(h_BTC, start)
+
+    def upper(
+        self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None,
+        keep: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [B, T, C]; keep: of the last so many positions, and nothing else is computed."""
+        layers = self.layers[self.config.lower_layers :]
+        return self._run(layers, caches, h_BTC, memory, first_v_BTHD, start, keep)[0]
+
+    def head(self, h_BTC: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of hidden states [B, T, C]."""
+        return self.output(self.norm(h_BTC))
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache=None, logits_to_keep: int | None = None
+    ) -> ModelOutput:
+        """Logits [B, T, V] of input_ids [B, T] int64, and the mean cross-entropy of labels [B, T] (-100: ignored).
+
+        labels are shifted here: labels[:, t] is predicted at t - 1, as input_ids themselves would be. logits_to_keep:
+        only the last so many positions have logits; 0: none (out.logits is None), and the head runs at labelled
+        positions only, a block of rows at a time.
+        """
+        if cache is not None:
+            raise NotImplementedError("cache must be None: this model does not decode yet")
+        h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
+        keep = logits_to_keep
+        if labels is not None:
+            # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
+            keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
+        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
+        if labels is not None:
+            labels = labels[:, -h_BTC.shape[1] :]
+        logits = loss = None
+        if logits_to_keep != 0:
+            logits = self.head(h_BTC if logits_to_keep is None else h_BTC[:, -logits_to_keep:])
+        if labels is not None:
+            loss = self._loss(h_BTC[:, :-1], labels[:, 1:], logits if logits_to_keep is None else None)
+        return ModelOutput(logits, loss, cache)
+
+    def _loss(self, h_BTC, targets_BT, logits):
+        if logits is not None:
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
+        h, targets = h_BTC.flatten(0, 1), targets_BT.flatten()
+        if not torch.compiler.is_compiling():  # the number of labels is no static shape
+            labelled = (targets != -100).nonzero()[:, 0]
+            h, targets = h[labelled], targets[labelled]
+        blocks = zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+        total = sum(checkpoint(self._block_loss, x, y, use_reentrant=False) for x, y in blocks)
+        return total / (targets != -100).sum()
+
+    def _block_loss(self, h_TC, targets_T):
+        return F.cross_entropy(self.head(h_TC).float(), targets_T, reduction="sum")
+
+
+def _labelled(labels_BT: torch.Tensor) -> int:
+    """How many of the last positions the first label needs, and all after it."""
+    any_T = (labels_BT[:, 1:] != -100).any(0)
+    return len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels_BT.shape[1]
+
+
+def _checkpointed(layer: Layer):
+    return lambda *args: checkpoint(layer, *args, use_reentrant=False)

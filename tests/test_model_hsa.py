@@ -1,0 +1,76 @@
+"""The layers: causal, incremental, trainable."""
+
+import pytest
+import torch
+
+from hsa_tl.model import ChunkEncoder, HSALayer
+
+S, C, T = 16, 32, 75
+
+
+@pytest.fixture
+def layers():
+    encoder = ChunkEncoder(C, kv_heads=2, head_dim=16, retrieval_dim=8, chunk_size=S)
+    return encoder, HSALayer(C, 4, 2, 16, 8, topk=3)
+
+
+def test_a_later_token_changes_no_earlier_output(layers):
+    encoder, layer = layers
+    x = torch.randn(2, T, C)
+    before = layer(x, encoder(x))
+    for p in (0, S - 1, S, 2 * S, T - 1):
+        changed = x.clone()
+        changed[:, p:] = torch.randn(2, T - p, C)
+        after = layer(changed, encoder(changed))
+        torch.testing.assert_close(after[:, :p], before[:, :p])
+        assert not torch.equal(after[:, -1], before[:, -1]) or p == T - 1
+
+
+def test_segments_equal_one_shot(layers):
+    """Prefill in segments, each over the memory of what came before and of itself."""
+    encoder, layer = layers
+    x = torch.randn(1, T, C)
+    whole = layer(x, encoder(x))
+    for cut in (1, S, 40):
+        parts = [layer(x[:, :cut], encoder(x[:, :cut])), layer(x[:, cut:], encoder(x), start=cut)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_before_the_first_whole_chunk_the_output_is_zero(layers):
+    encoder, layer = layers
+    x = torch.randn(1, T, C)
+    out = layer(x, encoder(x))
+    assert (out[:, :S] == 0).all() and (out[:, S:] != 0).any(-1).all()
+
+
+def test_every_parameter_gets_a_gradient(layers):
+    encoder, layer = layers
+    x = torch.randn(1, T, C)
+    layer(x, encoder(x)).square().sum().backward()
+    for name, p in [*encoder.named_parameters(), *layer.named_parameters()]:
+        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any(), name
+
+
+def test_it_learns_to_copy_from_the_chunk_it_must_find():
+    """The landmark of one chunk carries the token's key; the layer must learn to retrieve and read that chunk."""
+    torch.manual_seed(0)
+    encoder = ChunkEncoder(C, kv_heads=1, head_dim=32, retrieval_dim=16, chunk_size=S)
+    layer = HSALayer(C, 2, 1, 32, 16, topk=4)
+    with torch.no_grad():
+        layer.q_slc.weight.copy_(encoder.landmark.weight)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *layer.parameters()], 3e-3)
+    losses = []
+    for _ in range(120):
+        keys = torch.nn.functional.normalize(torch.randn(8, 4, C // 2), dim=-1) * 4
+        values = torch.randn(8, 4, C // 2)
+        x = torch.cat([torch.cat([keys, values], -1).repeat_interleave(S, 1), torch.zeros(8, 1, C)], 1)
+        target = torch.randint(4, (8,))
+        x[:, -1, : C // 2] = keys[torch.arange(8), target]
+        out = layer(x[:, -1:], encoder(x), start=4 * S)[:, 0, C // 2 :]
+        loss = (out - values[torch.arange(8), target]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert last < 0.5 * first, (first, last)
