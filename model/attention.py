@@ -124,11 +124,15 @@ class SelfAttention(nn.Module):
 
     def attend(
         self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None,
-        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False,
+        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
-        """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D]."""
+        """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D].
+
+        keep: outputs of the last so many tokens only; None: of all.
+        """
         x = self.norm(x_BTC)
-        q = self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim)))
+        skip = 0 if keep is None else x.shape[1] - keep
+        q = self.q_norm(self.q(x[:, skip:]).unflatten(-1, (self.heads, self.head_dim)))
         k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
         if self.value_residual == "svformer":
             v = first_v_BTHD
@@ -138,7 +142,7 @@ class SelfAttention(nn.Module):
             v = (self.value_mix[0] * first_v_BTHD + self.value_mix[1] * v).to(v.dtype)
         if self.rope_theta is not None:
             position = positions(start, x)
-            q, k = (rotate(y, position, self.rope_theta) for y in (q, k))
+            q, k = rotate(q, position[..., skip:], self.rope_theta), rotate(k, position, self.rope_theta)
         q, k, own_v = q.to(v.dtype), k.to(v.dtype), v
         past = None
         if cache is not None:

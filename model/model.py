@@ -66,10 +66,15 @@ class Layer(nn.Module):
 
     def forward(
         self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
-        start: int | torch.Tensor = 0, cache=None,
+        start: int | torch.Tensor = 0, cache=None, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """x [B, T, C] and this layer's values [B, T, H, D]. cache: of this layer, see hsa_tl.model.attention."""
-        heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint)
+        """x [B, T, C] and this layer's values [B, T, H, D]. cache: of this layer, see hsa_tl.model.attention.
+
+        keep: return only the last so many tokens of x.
+        """
+        heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint, keep)
+        if keep is not None:
+            start, x_BTC = start + x_BTC.shape[1] - keep, x_BTC[:, -keep:]
         more = 0
         if self.hsa is not None:
             more, window_BTA = self.hsa.mix(x_BTC, memory, start, lse_BTA)
@@ -124,12 +129,12 @@ class Model(nn.Module):
         x_BTC = self.embedding(input_ids)
         return x_BTC if self.conv is None else self.conv(x_BTC, past)
 
-    def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start):
-        for layer, cache in zip(layers, caches or [None] * len(layers), strict=True):
+    def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start, keep=None):
+        for i, (layer, cache) in enumerate(zip(layers, caches or [None] * len(layers), strict=True)):
             run = layer
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
                 run = _checkpointed(layer)
-            x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache)
+            x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, keep if i == len(layers) - 1 else None)
             first_v_BTHD = v if first_v_BTHD is None else first_v_BTHD
         return x_BTC, first_v_BTHD
 
@@ -142,9 +147,11 @@ class Model(nn.Module):
         return None if self.encoder is None else self.encoder(h_BTC, start)
 
     def upper(
-        self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None
-    ) -> torch.Tensor:
-        return self._run(self.layers[self.config.lower_layers :], caches, h_BTC, memory, first_v_BTHD, start)[0]
+        self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None,
+        keep: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states of the last `keep` tokens, None: of all. The last layer computes no others."""
+        return self._run(self.layers[self.config.lower_layers :], caches, h_BTC, memory, first_v_BTHD, start, keep)[0]
 
     def head(self, h_BTC: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of hidden states [B, T, C]."""
@@ -155,22 +162,27 @@ class Model(nn.Module):
     ) -> ModelOutput:
         """Logits [B, T, V] of input_ids [B, T] int64, and the mean cross-entropy of labels [B, T] (-100: ignored).
 
-        labels are shifted here: labels[:, t] is predicted at t - 1, as input_ids themselves would be. logits_to_keep:
-        only the last so many positions have logits; 0: none (out.logits is None), and the head runs at labelled
-        positions only, a block of rows at a time.
+        labels are shifted here: labels[:, t] is predicted at t - 1, as input_ids themselves would be.
+        logits_to_keep: logits, and the loss, of only the last so many positions; the last layer and the head compute no
+        others. 0: no logits at all, the loss of every label, from the first of which on the last layer computes; the
+        head takes labelled positions only, a block of rows at a time.
         """
         if cache is not None:
             raise NotImplementedError("cache must be None: this model does not decode yet")
+        T = input_ids.shape[1]
+        keep = min(T, logits_to_keep) if logits_to_keep else T
+        if logits_to_keep == 0 and labels is not None and not torch.compiler.is_compiling():
+            labelled = (labels[:, 1:] != -100).any(0).nonzero()
+            keep = T - int(labelled[0]) if len(labelled) else 1
         h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
-        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD)
-        logits = loss = None
-        if logits_to_keep != 0:
-            logits = self.head(h_BTC if logits_to_keep is None else h_BTC[:, -logits_to_keep:])
+        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
+        logits = None if logits_to_keep == 0 else self.head(h_BTC)
+        loss = None
         if labels is not None:
-            loss = self._loss(h_BTC[:, :-1], labels[:, 1:], logits if logits_to_keep is None else None)
+            loss = self._loss(h_BTC[:, :-1], logits, labels[:, T - keep + 1 :])
         return ModelOutput(logits, loss, cache)
 
-    def _loss(self, h_BTC, targets_BT, logits):
+    def _loss(self, h_BTC, logits, targets_BT):
         if logits is not None:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
         h, targets = h_BTC.flatten(0, 1), targets_BT.flatten()
