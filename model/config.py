@@ -103,7 +103,7 @@ PRESETS = {
     "tiny": ModelConfig(),
     "small": ModelConfig(
         vocab_size=32000, dim=512, layers=8, groups=2, heads=16, kv_heads=1, head_dim=64, mlp_dim=1536, window=512,
-        chunk_size=64, topk=16, encoder_heads=8, encoder_mlp_dim=1536, tied=True, **LARGE,
+        chunk_size=64, topk=16, encoder_heads=8, encoder_mlp_dim=1536, tied=True, embedding_std=0.02,
     ),
     "dense-0.5b": ModelConfig(
         vocab_size=128256, dim=1024, layers=22, groups=2, heads=16, kv_heads=1, head_dim=64, mlp_dim=3072, window=4096,
