@@ -1,11 +1,12 @@
 """Accuracy against float64: what lets a provider into a benchmark, and the table of `hsa-tl check` and the demo."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
-from hsa_tl.testing import Inputs, assert_as_accurate_as, double
+from hsa_tl.bench.providers import Provider
+from hsa_tl.testing import assert_as_accurate_as
 
 BASELINE_SLACK = 8.0
 QUANTITIES = ("out", "dq", "dk", "dv", "dweights")
@@ -29,39 +30,38 @@ class Expected(NamedTuple):
     high: dict[str, torch.Tensor]
 
 
-def _gradients(attention: Callable, inputs: Inputs, chunk_size: int) -> dict[str, torch.Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
-    out = attention(*leaves, inputs.indices, chunk_size=chunk_size)
-    gradients = torch.autograd.grad(out, leaves, inputs.do, allow_unused=True)
-    return {n: x.detach() for n, x in zip(QUANTITIES, (out, *gradients), strict=True) if x is not None}
+def _gradients(p: Provider, function, tensors: Mapping[str, torch.Tensor], chunk_size: int) -> dict[str, torch.Tensor]:
+    leaves = {n: tensors[n].detach().requires_grad_() for n in p.leaves}
+    out = function(**{n: leaves.get(n, tensors[n]) for n in p.uses}, chunk_size=chunk_size)
+    gradients = torch.autograd.grad(out, list(leaves.values()), p.incoming(tensors).to(out.dtype))
+    return {"out": out.detach()} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
 
 
-def expected(oracle: Callable, inputs: Inputs, chunk_size: int) -> Expected:
-    """What any implementation is held against for these inputs."""
-    return Expected(*(_gradients(oracle, x, chunk_size) for x in (inputs, double(inputs))))
+def expected(p: Provider, tensors: Mapping[str, torch.Tensor], chunk_size: int) -> Expected:
+    """What any implementation of p's equations is held against for these inputs."""
+    doubles = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
+    return Expected(*(_gradients(p, p.oracle, x, chunk_size) for x in (tensors, doubles)))
 
 
-def compare(
-    attention: Callable, inputs: Inputs, chunk_size: int, want: Expected, *, baseline: bool = False
-) -> list[Accuracy]:
+def compare(p: Provider, tensors: Mapping[str, torch.Tensor], chunk_size: int, want: Expected) -> list[Accuracy]:
     """Errors of out and every gradient relative to float64, each judged by `assert_as_accurate_as`.
 
-    baseline: others' code has to compute the same thing: its RMS error is up to BASELINE_SLACK times the eager one.
+    Others' code has to compute the same thing: its RMS error is up to BASELINE_SLACK times the eager one.
     """
-    got, rows = _gradients(attention, inputs, chunk_size), []
+    got, rows = _gradients(p, p.attention, tensors, chunk_size), []
     for name, high in want.high.items():
         low, norm = want.low[name], high.norm().clamp(min=torch.finfo(torch.float64).tiny)
         difference = got[name].double() - high
         rms_error, message = float(difference.norm() / norm), ""
-        if baseline:
-            bound = BASELINE_SLACK * (float((low.double() - high).norm() / norm) + torch.finfo(low.dtype).eps)
-            if not rms_error <= bound:
-                message = f"{name}: relative RMS error {rms_error:.3e} above {bound:.3e}"
-        else:
+        if p.ours:
             try:
                 assert_as_accurate_as(name, got[name], low, high)
             except AssertionError as error:
                 message = str(error)
+        else:
+            bound = BASELINE_SLACK * (float((low.double() - high).norm() / norm) + torch.finfo(low.dtype).eps)
+            if not rms_error <= bound:
+                message = f"{name}: relative RMS error {rms_error:.3e} above {bound:.3e}"
         largest = high.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
         rows.append(Accuracy(name, float(difference.abs().max() / largest), rms_error, message))
     return rows

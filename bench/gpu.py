@@ -15,6 +15,7 @@ import typer
 from hsa_tl import cases
 from hsa_tl.autotune import static, table, tuner
 from hsa_tl.bench import record
+from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import compile
@@ -146,7 +147,7 @@ def sweep(out: Path, seconds: float) -> dict:
         for name in SWEPT:
             left = max(0.0, end - time.monotonic())
             rows += run_sweep(
-                [cases.case(name)], LENGTHS, ("forward", "backward"), None, selection, "cuda", out, left,
+                Attention(), [cases.case(name)], LENGTHS, ("forward", "backward"), None, selection, "cuda", out, left,
                 min_repeats=10, seconds=0.3,
             )  # fmt: skip
     late = sum("time is up" in r.note for r in rows)

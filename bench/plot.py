@@ -8,14 +8,21 @@ import torch
 from hsa_tl.bench import record
 from hsa_tl.files import write_atomic
 
-TITLES = {"forward": "Forward", "backward": "Backward", "train": "Forward + backward"}
+TITLES = {
+    "forward": "Forward", "backward": "Backward", "train": "Forward + backward", "prefill": "Retrieval, all tokens",
+    "segment": "Retrieval, the last tokens", "retrieve": "Retrieval, one token", "attend": "Attention, one token",
+    "decode": "Decode, one token",
+}  # fmt: skip
 STYLES = {
     "dense": ("#444444", "o"),
     "dense-expanded": ("#9a6fb0", "P"),
     "dense-cudnn": ("#888888", "s"),
     "dense-flash": ("#b08d57", "D"),
     "dense-fa3": ("#7a3e00", "^"),
+    "materialise": ("#444444", "s"),
     "hsa-auto": ("#0b6fb8", "o"),
+    "hsa-with-retrieval": ("#0b3d66", "v"),
+    "retrieve": ("#6aaed6", "x"),
     "hsa-reference": ("#3aa6a0", "s"),
     "hsa-tilelang": ("#c2185b", "^"),
     "hsa-triton": ("#e07b00", "D"),
@@ -85,7 +92,7 @@ def _panel(ax, rows: list[record.Row]) -> None:
 
 def _versus_dense(rows: list[record.Row]) -> str:
     """HSA against dense attention at the longest length that both have."""
-    dense = record.fastest_dense(rows)
+    dense = record.fastest_baseline(rows)
     both = [r for r in rows if r.provider == "hsa-auto" and (r.mode, r.x) in dense]
     if not both:
         return ""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -15,6 +16,8 @@ import torch
 
 from hsa_tl.files import write_atomic
 
+GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,8 +25,8 @@ class Row:
 
     kernel: str
     provider: str
-    mode: str  # forward, backward, train = forward + backward
-    metric: str  # time, throughput, peak_extra_memory
+    mode: str  # of the suite: forward, backward, train = forward + backward, segment, decode, ...
+    metric: str  # time, throughput, bandwidth, peak_extra_memory
     unit: str
     x_name: str
     x: int
@@ -69,11 +72,14 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
-def fastest_dense(rows: list[Row]) -> dict[tuple[str, int], float]:
-    """(mode, length) -> milliseconds of the fastest dense provider, what HSA is held against."""
+BASELINES = ("dense_attention", "materialised_retrieval")  # kernels that HSA is held against
+
+
+def fastest_baseline(rows: list[Row]) -> dict[tuple[str, int], float]:
+    """(mode, length) -> milliseconds of the fastest provider of what HSA is held against, dense attention for one."""
     out: dict[tuple[str, int], float] = {}
     for r in rows:
-        if r.metric == "time" and r.kernel == "dense_attention" and r.p50 is not None:
+        if r.metric == "time" and r.kernel in BASELINES and r.p50 is not None:
             out[r.mode, r.x] = min(r.p50, out.get((r.mode, r.x), r.p50))
     return out
 
@@ -101,6 +107,37 @@ def memory_limit_bytes() -> int:
         return min(total, int(limit.read_text()))
     except (OSError, ValueError):
         return total
+
+
+def free_bytes(device: str) -> int:
+    """Memory that this process may still take on the device."""
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    pages = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, value = line.split(":")
+            pages[name] = int(value.split()[0]) * 1024
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        reclaimable = re.search(r"^inactive_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.M)
+        used -= int(reclaimable.group(1)) if reclaimable else 0
+    except (OSError, ValueError):
+        used = 0
+    return min(memory_limit_bytes() - used, pages.get("MemAvailable", memory_limit_bytes()))
+
+
+def device_state(device: str) -> str:
+    """Clocks, power and temperature of a GPU as nvidia-smi gives them now; "" for a CPU."""
+    if torch.device(device).type != "cuda":
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader"]
+    try:
+        index = torch.cuda.get_device_properties(device).uuid
+        run = subprocess.run([*command, f"--id=GPU-{index}"], check=True, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return f"clocks and power unknown: {type(error).__name__}"
+    return ", ".join(f"{name} {value}" for name, value in zip(GPU_STATE, run.stdout.strip().split(", "), strict=True))
 
 
 def device_name(device: str) -> str:

@@ -58,6 +58,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Times each function; rounds visit all of them in turn, so that a slow spell of the machine hits all alike.
 
+    Every other round goes backwards, so that none always follows the same one.
     A function repeats until `seconds` are spent on it or max_repeats are done, min_repeats at least; past `deadline`
     (time.monotonic) after one repeat. On CUDA between events after an L2 flush, else by the wall clock.
     """
@@ -70,7 +71,7 @@ def measure(
         for f in functions.values():
             once(f)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(max_repeats):
+    for i in range(max_repeats):
         late = deadline is not None and time.monotonic() > deadline
         pending = [
             name
@@ -79,7 +80,7 @@ def measure(
         ]
         if not pending:
             break
-        for name in pending:
+        for name in pending if i % 2 == 0 else reversed(pending):
             times[name].append(once(functions[name]))
     return {name: quantiles(spent) for name, spent in times.items()}
 

@@ -271,6 +271,7 @@ def retrieve_decode(
     chunks: torch.Tensor | None = None,
     bounds: torch.Tensor | None = None,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`retrieve_chunks` for one or a few new tokens of sequences of different lengths; no gradient.
 
@@ -280,9 +281,9 @@ def retrieve_decode(
     Returns scores and indices [B, T, R, topk], what retrieve_chunks(q_start=lengths[b]) returns for sequence b: same
     visible chunks, ties, order and padding. All shapes are static and lengths is not read on the host, except on a CPU.
     bounds [B, ceil(N / 64), 2, R, D_r], what `landmark_bounds` returns: skips blocks of 64 landmarks that cannot hold
-    one of the best. The result is the same. Pays where landmarks of a block are alike; on a GPU it waits for the device
-    and cannot stand in a captured graph.
-    ValueError / TypeError: names the argument, the rule and the value.
+    one of the best. The result is the same. Pays where landmarks of a block are alike. For impl "auto" and "reference"
+    only; on a GPU it waits for the device and cannot stand in a captured graph.
+    ValueError / TypeError: names the argument, the rule and the value. NotImplementedError: impl cannot run here.
     """
     _require_tensor("q_slc", q_slc, 4)
     _require_tensor("landmarks", landmarks, 4, q_slc)
@@ -302,9 +303,9 @@ def retrieve_decode(
         _require(bounds.shape[1] >= blocks, "bounds", lambda: f"have {blocks} blocks", _shape_of(bounds))
     _require_int("topk", topk, 1)
     _require_int("exclude_window", exclude_window, 0)
-    _require_common(chunk_size, scale, "auto")
+    _require_common(chunk_size, scale, impl)
     scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
-    return ops.retrieve_decode(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale)
+    return ops.retrieve_decode(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale, impl)
 
 
 def hsa_decode(

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from hsa_tl import api, cases, text
-from hsa_tl.bench import gate, plot, record, timing
+from hsa_tl.bench import gate, plot, record
+from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.providers import provider
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.files import write_atomic
@@ -25,10 +26,7 @@ STATIC_CASES = ("paper-d128", "paper-d64")
 TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
 UNION_PAYS = 0.45  # of the chunks walked token by token
 IMPLS = ("reference", "tilelang", "triton")
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+SPEED = ("hsa-auto", "retrieve", "hsa-with-retrieval")
 
 
 def _base(device: str) -> Problem:
@@ -39,15 +37,15 @@ def accuracy(corpus: text.Corpus, device: str) -> tuple[Problem, list[dict]]:
     """out and gradients of every implementation against float64, on retrieved chunks of real text."""
     cpu = device == "cpu"
     problem = cases.at_length(_base(device), ACCURACY_TOKENS[device], K=4 if cpu else 16)
-    inputs = text.text_inputs(problem, corpus).to(device)
-    want = gate.expected(provider("hsa-reference").oracle, inputs, problem.S)
+    tensors = text.text_inputs(problem, corpus).to(device)._asdict()
+    want = gate.expected(provider("hsa-reference"), tensors, problem.S)
     rows = []
     for impl in IMPLS:
         p = provider(f"hsa-{impl}")
         row = {"implementation": impl, "unavailable": p.unavailable(problem)}
         if row["unavailable"] is None:
             start = time.perf_counter()
-            results = gate.compare(p.attention, inputs, problem.S, want)
+            results = gate.compare(p, tensors, problem.S, want)
             row |= {"seconds": time.perf_counter() - start, "errors": [r._asdict() for r in results]}
         rows.append(row)
     return problem, rows
@@ -74,21 +72,6 @@ def selections(corpus: text.Corpus, problem: Problem, topks) -> tuple[list[dict]
                 "best_chunk_found": text.best_chunk_found(corpus.data, indices, problem.S),
             })  # fmt: skip
     return rows, first
-
-
-def retrieval_times(corpus: text.Corpus, problem: Problem, lengths, device: str) -> dict[int, float]:
-    """Milliseconds of retrieve_chunks at each length: what HSA pays before attention."""
-    out = {}
-    for T in lengths:
-        p = cases.at_length(problem, T)
-        f = text.text_features(corpus.data, p)
-        q_slc, landmarks = (x.to(device=device, dtype=p.dtype) for x in f[:2])
-
-        def run(q_slc=q_slc, landmarks=landmarks):
-            return api.retrieve_chunks(q_slc, landmarks, problem.K, chunk_size=problem.S)
-
-        out[T] = timing.measure({"": run}, device=device, seconds=0.5)[""].p50
-    return out
 
 
 def static_rows(console: Console) -> list[dict]:
@@ -135,24 +118,20 @@ def _show_selections(console: Console, rows: list[dict]) -> None:
     show_table(console, title, names, lines, right=(0, 2, 3, 4, 5, 7))
 
 
-def _show_speed(console: Console, rows: list[record.Row], retrieval: dict[int, float]) -> None:
-    at = {(r.mode, r.x, r.metric): r for r in rows if r.provider == "hsa-auto"}
-    dense, lines = record.fastest_dense(rows), []
+def _show_speed(console: Console, rows: list[record.Row]) -> None:
+    at = {(r.mode, r.x, r.provider, r.metric): r.p50 for r in rows}
+    dense, lines = record.fastest_baseline(rows), []
     for mode, T in dict.fromkeys((r.mode, r.x) for r in rows):
-        hsa, memory = at[mode, T, "time"], at.get((mode, T, "peak_extra_memory"))
-        has_dense, has_hsa = (mode, T) in dense, hsa.p50 is not None
-        cells = (
-            f"{dense[mode, T]:.4g}" if has_dense else "",
-            f"{hsa.p50:.4g}" if has_hsa else "",
-            f"{hsa.p50 / dense[mode, T]:.2f}" if has_dense and has_hsa else "",
-            f"{retrieval[T]:.4g}",
-            "" if memory is None or memory.p50 is None else f"{memory.p50:.0f}",
-        )
-        lines.append((mode, T, *cells))
+        base = dense.get((mode, T))
+        times = [at.get((mode, T, name, "time")) for name in SPEED]
+        cells = ("" if x is None else f"{x:.4g}" for x in (base, *times))
+        ratio = f"{times[-1] / base:.2f}" if base and times[-1] else ""
+        memory = at.get((mode, T, "hsa-auto", "peak_extra_memory"))
+        lines.append((mode, T, *cells, ratio, "" if memory is None else f"{memory:.0f}"))
     notes = dict.fromkeys(f"{r.provider}: {r.note}" for r in rows if r.metric == "time" and r.p50 is None)
-    names = ("mode", "T", "dense ms", "HSA ms", "HSA / dense", "retrieval ms", "HSA extra MiB")
+    names = ("mode", "T", "dense ms", "HSA ms", "retrieval ms", "both ms", "both / dense", "HSA extra MiB")
     title = f"3. Speed on {rows[0].device}: {rows[0].config.split(': ')[1]}, text"
-    show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6))
+    show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6, 7))
     for note in notes:
         console.print(note, markup=False, highlight=False)
 
@@ -220,11 +199,10 @@ def run_demo(
                 dense = ("dense-expanded",) if device == "cpu" else ("dense", "dense-cudnn", "dense-flash")
                 case = dataclasses.replace(cases.case("k16-d64"), name="demo", problem=base)
                 speed = run_sweep(
-                    [case], lengths, ("forward", "train"), (*dense, "hsa-auto"), "text", device, deadline_s=speed_s,
-                    threads=None, seconds=1.0, corpus=corpus,
+                    Attention(corpus), [case], lengths, ("forward", "train"), (*dense, *SPEED), "text", device,
+                    deadline_s=speed_s, threads=None, seconds=1.0,
                 )  # fmt: skip
-                retrieval = retrieval_times(corpus, base, lengths, device)
-            _show_speed(console, speed, retrieval)
+            _show_speed(console, speed)
             with part("static table"):
                 static = static_rows(console)
             _show_static(console, static)
@@ -236,7 +214,7 @@ def run_demo(
     result = source | {
         "text": {"name": corpus.name, "bytes": len(corpus.data), "tokens": tokens}, "seconds": seconds,
         "accuracy": {"problem": str(accuracy_problem), "implementations": errors}, "selections": found,
-        "speed": [dataclasses.asdict(r) for r in speed], "retrieval_ms": retrieval, "static": static,
+        "speed": [dataclasses.asdict(r) for r in speed], "static": static,
     }  # fmt: skip
     write_atomic(out / "demo.json", json.dumps(result, indent=1, default=str) + "\n")
     console.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))

@@ -60,8 +60,10 @@ def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
     raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(map(repr, preferred(problem)))}")
 
 
-def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int) -> str:
-    """As `resolve`, for retrieval: "reference" is hsa_tl.retrieval, which runs everything, others <name>_retrieval."""
+def resolve_retrieval(
+    impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, decode: bool = False
+) -> str:
+    """As `resolve`, for retrieval: "reference" is PyTorch, which runs everything, others <name>_retrieval."""
     B, T, R, D_r = q_slc.shape
     problem = Problem(
         B, T, landmarks.shape[1], R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=q_slc.device.type
@@ -71,7 +73,10 @@ def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, ch
         hopper = q_slc.is_cuda and torch.cuda.get_device_capability(q_slc.device) == (9, 0)
         names = ("tilelang", "reference") if hopper else ("reference",)
     for name in names:
-        reason = None if name == "reference" else implementation(f"{name}_retrieval").unavailable(problem)
+        if name == "reference":
+            return name
+        module = implementation(f"{name}_retrieval")
+        reason = module.decode_unavailable(problem) if decode else module.unavailable(problem)
         if reason is None:
             return name
     raise NotImplementedError(
@@ -212,13 +217,23 @@ def _(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validate):
 @custom_op("hsa_tl::retrieve_decode")
 def retrieve_decode(
     q_slc: Tensor, landmarks: Tensor, lengths: Tensor, chunks: Optional[Tensor], bounds: Optional[Tensor], topk: int,
-    chunk_size: int, exclude_window: int, scale: float,
+    chunk_size: int, exclude_window: int, scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return decode_retrieval.retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale)
+    # Only PyTorch skips by bounds.
+    name = "reference" if impl == "auto" and bounds is not None else impl
+    if resolve_retrieval(name, q_slc, landmarks, topk, chunk_size, decode=True) == "reference":
+        return decode_retrieval.retrieve(
+            q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale
+        )
+    if bounds is not None:
+        raise NotImplementedError(f"impl={impl!r} cannot retrieve by bounds; use 'auto' or 'reference'")
+    return implementation("tilelang_retrieval").retrieve_decode(
+        q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale
+    )
 
 
 @retrieve_decode.register_fake
-def _(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
+def _(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale, impl):
     shape = (*q_slc.shape[:3], topk)
     dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
     return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)

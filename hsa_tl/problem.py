@@ -5,7 +5,17 @@ from dataclasses import dataclass
 import torch
 
 # [rows, D] x [D, S] products for each pair, by direction
-GEMMS = {"forward": 2, "decode": 2, "backward": 5, "dkdv": 4, "dq": 3, "index": 0, "combine": 0, "retrieve": 1}
+GEMMS = {
+    "forward": 2,
+    "decode": 2,
+    "backward": 5,
+    "dkdv": 4,
+    "dq": 3,
+    "index": 0,
+    "combine": 0,
+    "retrieve": 1,
+    "scan": 0,
+}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -81,3 +82,17 @@ def parse_lengths(text: str) -> list[int]:
             lengths.add(T)
             T *= 2
     return sorted(lengths)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_device(name: str | None) -> str:
+    """ValueError if there is no such device here."""
+    name = default_device() if name is None else name
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be here: torch sees no CUDA GPU, got 'cuda'; use --device cpu")
+    return name

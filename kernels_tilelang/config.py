@@ -12,7 +12,12 @@ from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig, BwdDkdvChunk
 from hsa_tl.kernels_tilelang.config_base import refused
 from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig
 from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
-from hsa_tl.kernels_tilelang.config_retrieval import RetrieveDlandmarksConfig, RetrieveTopkConfig
+from hsa_tl.kernels_tilelang.config_retrieval import (
+    RetrieveCombineConfig,
+    RetrieveDlandmarksConfig,
+    RetrieveSplitConfig,
+    RetrieveTopkConfig,
+)
 from hsa_tl.problem import Problem
 
 CONFIGS = {
@@ -30,6 +35,8 @@ CONFIGS = {
     "hsa_decode_combine": DecodeCombineConfig,
     "retrieve_topk": RetrieveTopkConfig,
     "retrieve_dlandmarks": RetrieveDlandmarksConfig,
+    "retrieve_split": RetrieveSplitConfig,
+    "retrieve_combine": RetrieveCombineConfig,
 }
 PROGRAMS = tuple(CONFIGS)
 # Those of `hsa_attention` with matrix products: the tuner runs a program through it.

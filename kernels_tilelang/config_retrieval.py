@@ -9,6 +9,16 @@ from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, WARPGROUP, first
 KEY_BYTES = 8  # a score and its chunk
 MAX_TOPK = 128
 MIN_PLACES = 16  # that the sort's network takes
+RADIX = 8  # keys of a thread in the sort's network
+TILE = 64  # landmarks that retrieve_split multiplies at once
+TOKENS = 8  # of that product: the fewest columns that wgmma takes
+RANGES = (1024, 256, 128)  # landmarks of a CTA
+FILL = 120  # CTAs that keep the most of 132 SMs busy
+
+
+def places(K: int) -> int:
+    """Of a row's K best: a power of two."""
+    return max(MIN_PLACES, next_power_of_two(K))
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,9 @@ class RetrieveTopkConfig(AuxiliaryConfig):
     own_barriers: ClassVar[bool] = True
     working_registers: ClassVar[int] = 72  # the sort's keys; with 52 ptxas spilled
 
-    @staticmethod
-    def places(K: int) -> int:
+    def places(self, K: int) -> int:
         """Of a row's best, and of its buffer of candidates."""
-        return max(MIN_PLACES, next_power_of_two(K))
+        return places(K)
 
     def total_threads(self):
         return self.threads + WARPGROUP  # automatic warp specialisation adds a producer
@@ -71,6 +80,101 @@ class RetrieveTopkConfig(AuxiliaryConfig):
 
     def tensor_core(self):
         return "hgmma"
+
+
+@dataclass(frozen=True)
+class RetrieveSplitConfig(AuxiliaryConfig):
+    """A CTA owns block_N landmarks and TOKENS tokens of a retrieval head; num_stages tiles are in flight."""
+
+    block_N: int = 1024
+    threads: int = 128
+    num_stages: int = 3
+    DIRECTION: ClassVar[str] = "scan"  # of landmarks: bytes are what it costs
+    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
+    own_barriers: ClassVar[bool] = True
+    working_registers: ClassVar[int] = 80  # the sort's keys; with 72 ptxas spilled
+
+    def places(self, K: int) -> int:
+        """Of the best that a CTA passes on."""
+        return places(K)
+
+    def total_threads(self):
+        return self.threads + WARPGROUP  # automatic warp specialisation adds a producer
+
+    def ctas(self, p):
+        return p.B * p.H * -(-p.T // TOKENS) * -(-p.N // self.block_N)
+
+    def pair_bytes(self, p):
+        moved = p.D * p.itemsize  # for one token; others of the tile read nothing more
+        return {"l2": moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        tiles = (TOKENS + self.num_stages * min(TILE, self.block_N)) * p.D * p.itemsize
+        return tiles + self.block_N * (4 * TOKENS + KEY_BYTES) + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return TILE * TOKENS
+
+    def refusal(self, p):
+        if p.K > MAX_TOPK:
+            return f"topk must be at most {MAX_TOPK}, got {p.K}"
+        if self.block_N & (self.block_N - 1) or self.block_N < max(TILE, places(p.K)):
+            return f"block_N must be a power of two of at least {max(TILE, places(p.K))}, got {self.block_N}"
+        return None if self.num_stages >= 1 else f"num_stages must be at least 1, got {self.num_stages}"
+
+    @classmethod
+    def options(cls, p):
+        def effort(config):
+            """The longest ranges that keep the GPU busy, or the shortest."""
+            n = config.ctas(p)
+            return n < FILL, n if n >= FILL else -n
+
+        return sorted((cls(block_N) for block_N in RANGES), key=effort)
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_N=max(32, places(p.K)), num_stages=1)
+
+
+@dataclass(frozen=True)
+class RetrieveCombineConfig(AuxiliaryConfig):
+    """A CTA owns a token and a retrieval head; its threads hold RADIX keys each."""
+
+    threads: int = 256
+    DIRECTION: ClassVar[str] = "combine"
+    KEY: ClassVar[tuple[str, ...]] = ("K",)
+    own_barriers: ClassVar[bool] = True
+
+    def places(self, K: int) -> int:
+        return places(K)
+
+    def rows_of(self, K: int) -> int:
+        """Ranges' rows that the CTA holds at a time."""
+        return max(1, self.threads * RADIX // places(K))
+
+    def pair_bytes(self, p):
+        moved = KEY_BYTES * places(p.K) / p.K
+        return {"l2": moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        return KEY_BYTES * places(p.K) * (self.rows_of(p.K) + 1) + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return 0
+
+    def refusal(self, p):
+        if p.K > MAX_TOPK:
+            return f"topk must be at most {MAX_TOPK}, got {p.K}"
+        threads = self.threads
+        return f"threads must be a power of two, got {threads}" if threads & (threads - 1) else None
+
+    @classmethod
+    def options(cls, p):
+        return [cls()]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(threads=32)
 
 
 @dataclass(frozen=True)

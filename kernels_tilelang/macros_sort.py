@@ -76,3 +76,14 @@ def keep_best(best, fresh, held, spot, levels, threads):
         best[m, j] = T.max(best[m, j], fresh[m, j])
     T.sync_threads(BARRIER, threads)
     descend(best, held, spot, levels - 1, False, False, threads)
+
+
+@T.macro
+def halve_rows(keys, held, spot, levels, threads):
+    """keys [rows, 1 << levels], rows a power of two, each ascending: row 0 becomes the greatest of all, ascending."""
+    rows, P = keys.shape
+    for half in [rows >> (x + 1) for x in range(rows.bit_length() - 1)]:
+        for m, j in T.Parallel(half, P):
+            keys[m, at(m, j)] = T.max(keys[m, at(m, j)], keys[m + half, at(m + half, P - 1 - j)])
+        T.sync_threads(BARRIER, threads)
+        descend(keys, held, spot, levels - 1, False, False, threads)

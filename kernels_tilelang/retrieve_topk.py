@@ -6,28 +6,14 @@ keeps its best P >= K so far, sorted, and a buffer of P candidates: a score abov
 place there. Only when a row's buffer overflows are all rows' buffers sorted and merged, by bitonic networks, and the
 K-th bests raised: about log2(N / K) times for landmarks in no order. Any other tile costs one comparison a score.
 Places are taken in any order, but keys (score, then the lower chunk) are unique, so all runs give the same result. A
-tile's scores that equal the K-th best come behind it, for they are of later chunks. A score becomes an integer that
-sorts alike: NaN above all, as for torch.
+tile's scores that equal the K-th best come behind it, for they are of later chunks.
 """
 
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_retrieval import RetrieveTopkConfig
-from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, keep_best, sort_rows
-
-NONE = 1 - 2**31  # below the integer of every score
-NAN = 2**31 - 1
-LAST = 2**31 - 1  # in a key, chunks count down from here
-EMPTY = NONE * 2**32  # key of no chunk
-BEHIND = 2**63 - 1  # by chunk: sorts behind all
-
-
-def ordered(s, dtype):
-    """An integer that sorts like the float32 s, but -0 just below 0."""
-    bits = T.reinterpret(s, "int32")
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    # On the GPU a product's NaN is 0x7fffffff; the CPU, which alone runs float32, may give it a sign.
-    return T.if_then_else(T.isnan(s), NAN, key) if dtype == "float32" else key
+from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, keep_best
+from hsa_tl.kernels_tilelang.macros_topk import EMPTY, NONE, by_chunk, key_of, ordered, score_of, slot_chunk, slot_score
 
 
 @T.macro
@@ -42,8 +28,7 @@ def take_candidates(key, place, limit, visible, first, fresh_shared, count_share
     for m, n in T.Parallel(block_M, block_N):
         if place[m, n] >= 0:
             if place[m, n] < places:
-                score = T.if_then_else(key[m, n] == -1, 0, key[m, n])  # -0 equals 0
-                fresh_shared[m, at(m, place[m, n])] = (T.cast(score, "int64") << 32) + (LAST - (first + n))
+                fresh_shared[m, at(m, place[m, n])] = key_of(key[m, n], first + n)
                 key[m, n] = NONE
             else:
                 overflow_shared[parity] = 1
@@ -125,7 +110,7 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
                             for m in T.Parallel(block_M):
                                 count_shared[m] = 0
                                 # What is left of the tile may stand before an equal score that found a place (or -0).
-                                kth = T.cast(best_shared[m, at(m, worst)] >> 32, "int32")
+                                kth = score_of(best_shared[m, at(m, worst)])
                                 limit[m] = T.max(kth, NONE + 2) - 2
                             overflow_shared[i_n % 2] = 0
                             T.sync_threads(BARRIER, threads)
@@ -136,23 +121,14 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
                         T.sync_threads(BARRIER, threads)
                         overflow = overflow_shared[i_n % 2]
                 for m in T.Parallel(block_M):
-                    limit[m] = T.cast(best_shared[m, at(m, worst)] >> 32, "int32")
+                    limit[m] = score_of(best_shared[m, at(m, worst)])
 
             keep_best(best_shared, fresh_shared, held, spot, levels, threads)
-            for m, n in T.Parallel(block_M, P):  # the score and the chunk change places
-                found = best_shared[m, at(m, n)]
-                chunk = LAST - (found % 2**32)
-                by_chunk = chunk * 2**32 + ((found >> 32) & 0xFFFFFFFF)
-                fresh_shared[m, at(m, n)] = T.if_then_else((n < worst) | (found == EMPTY), T.int64(BEHIND), by_chunk)
-            T.sync_threads(BARRIER, threads)
-            sort_rows(fresh_shared, held, spot, levels, False, threads)
+            by_chunk(best_shared, fresh_shared, held, spot, levels, worst, threads)
             for m, n in T.Parallel(block_M, K):
                 if first_t + m < tokens:
                     found = fresh_shared[m, at(m, n)]
-                    bits = T.cast(found & 0xFFFFFFFF, "int32")
-                    score = T.reinterpret(bits ^ ((bits >> 31) & 0x7FFFFFFF), "float32")
-                    empty = found == BEHIND
-                    scores[i_b, first_t + m, i_r, n] = T.if_then_else(empty, -T.infinity("float32"), score)
-                    indices[i_b, first_t + m, i_r, n] = T.if_then_else(empty, -1, T.cast(found >> 32, "int32"))
+                    scores[i_b, first_t + m, i_r, n] = slot_score(found)
+                    indices[i_b, first_t + m, i_r, n] = slot_chunk(found)
 
     return retrieve_topk

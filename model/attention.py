@@ -136,11 +136,11 @@ class SelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
         """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D].
 
-        keep: outputs of the last so many tokens only; None: of all.
+        keep: only the last so many positions ask; the first two results are of these.
         """
         x = self.norm(x_BTC)
-        skip = 0 if keep is None else x.shape[1] - keep
-        q = self.q_norm(self.q(x[:, skip:]).unflatten(-1, (self.heads, self.head_dim)))
+        before = 0 if keep is None else max(0, x.shape[1] - keep)
+        q = self.q_norm(self.q(x[:, before:]).unflatten(-1, (self.heads, self.head_dim)))
         k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
         if self.value_residual == "svformer":
             v = first_v_BTHD
@@ -150,11 +150,12 @@ class SelfAttention(nn.Module):
             v = (self.value_mix[0] * first_v_BTHD + self.value_mix[1] * v).to(v.dtype)
         if self.rope_theta is not None:
             position = positions(start, x)
-            q, k = rotate(q, position[..., skip:], self.rope_theta), rotate(k, position, self.rope_theta)
+            q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
         q, k, own_v = q.to(v.dtype), k.to(v.dtype), v
         past = None
         if cache is not None:
             k, v, past = cache.extend(k, v)
+            past = None if past is None else past + before
         out, lse = windowed(q, k, v, self.window, past, with_lse)
         return out, lse, own_v
 

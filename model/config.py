@@ -50,7 +50,7 @@ class ModelConfig:
     shared_experts: int = 1
     dense_layers: int = 1  # first layers without a mixture
     activation_checkpointing: bool = False
-    impl: str = "auto"  # of the operators
+    impl: str = "auto"  # of the operators; "dense": see hsa_tl.model.hsa.HSALayer
 
     def __post_init__(self):
         for field in fields(self):
@@ -74,6 +74,7 @@ class ModelConfig:
                 self.kv_heads % self.retrieval_heads == 0,
                 f"divide kv_heads = {self.kv_heads}",
             ),
+            ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
             ("experts_per_token", not self.experts or self.experts_per_token <= self.experts, "be at most experts"),
         )
         for name, ok, rule in rules:

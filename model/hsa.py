@@ -50,6 +50,30 @@ class ChunkMemory(NamedTuple):
             q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, exclude_window=exclude_window
         )
 
+    def scores(self, q_slc: torch.Tensor, start: int, *, exclude_window: int = 0) -> torch.Tensor:
+        """Retrieval scores [B, T, R, N] float32 of every chunk, -inf for those that a token does not see."""
+        N, S = self.landmarks.shape[1], self.chunk_size
+        scores = torch.einsum("btre,bnre->btrn", q_slc.float(), self.landmarks.float()) * q_slc.shape[-1] ** -0.5
+        position = positions(start, q_slc)[:, None]
+        first = torch.arange(N, device=position.device) * S
+        hidden = first + S > position
+        if exclude_window:
+            hidden = hidden | (first > position - exclude_window)
+        return scores.masked_fill(hidden[:, None], -torch.inf)
+
+    def attend_all(self, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """out [B, T, A, D] of q [B, T, A, D] and weights [B, T, R or A, N] of every chunk, by matrix products alone.
+
+        The operator's mathematics without a selection, for contexts of some hundred tokens: holds [B, A, T, N * S].
+        """
+        (_, T, A, D), H = q.shape, self.k.shape[2]
+        q = q.unflatten(2, (H, A // H)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H, G * T, D]
+        k, v = (x.transpose(1, 2) for x in (self.k, self.v))  # [B, H, N * S, D]
+        p = (q * D**-0.5 @ k.mT).unflatten(-1, (-1, self.chunk_size)).softmax(-1)
+        w = weights.repeat_interleave(A // weights.shape[2], 2).transpose(1, 2).unflatten(1, (H, A // H)).flatten(2, 3)
+        out = (p * w[..., None].to(p.dtype)).flatten(-2) @ v
+        return out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
     def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
         return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=self.chunk_size, impl=impl)
 
@@ -118,6 +142,7 @@ class HSALayer(nn.Module):
     forward: x [B, T, C] and a memory -> [B, T, C], to be added to the residual stream. start: absolute position of x's
     first token; an int32 [B] for a PagedMemory. Each of retrieval_heads (default kv_heads) retrieves for its share of
     the key/value heads. topk "all": every chunk there is. A token with no visible chunk gets 0.
+    impl: of the operators; "dense", for topk "all": no selection but masked products over every chunk of a ChunkMemory.
     Norms bound both logits, so a learned scale multiplies each: attention's by 4 at first, retrieval's by 8.
     """
 
@@ -159,13 +184,18 @@ class HSALayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp swa_lse."""
         q_BTAD, q_BTRE = self.queries(x_BTC, start)
-        topk = max(1, memory.longest) if self.topk == "all" else self.topk
-        scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, topk, exclude_window=self.exclude_window)
+        if self.impl == "dense":
+            scores_BTRK, indices_BTRK = memory.scores(q_BTRE, start, exclude_window=self.exclude_window), None
+        else:
+            topk = max(1, memory.longest) if self.topk == "all" else self.topk
+            scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, topk, exclude_window=self.exclude_window)
         window_BTA = None
         if self.fusion == "joint":
             weights, window_BTA = fusion_weights(scores_BTRK, "joint", swa_lse_BTA)  # [B, T, A, K]
         else:
             weights = fusion_weights(scores_BTRK, self.fusion)
+        if indices_BTRK is None:
+            return self.out(memory.attend_all(q_BTAD, weights).flatten(2)), window_BTA
         share = self.kv_heads // self.retrieval_heads
         if share > 1:
             indices_BTRK = indices_BTRK.repeat_interleave(share, 2)

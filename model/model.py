@@ -72,18 +72,20 @@ class Layer(nn.Module):
             self.mlp = MoE(c.dim, c.experts, c.experts_per_token, c.expert_dim, c.shared_experts)
         else:
             self.mlp = SwiGLU(c.dim, c.mlp_dim)
+        # How many tokens before its own a token looks back on, besides the chunk memory.
+        self.reach = c.window - 1 if kind in ("swa", "hsa") else 1 << 40
 
     def forward(
         self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
         start: int | torch.Tensor = 0, cache=None, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """x [B, T, C] and this layer's values [B, T, H, D]. cache: a KeyCache; with NSA a pair of them, the
-        window's and the one that keeps all. keep: return only the last so many tokens of x.
+        """x [B, T, C] and this layer's values [B, T, H, D]. cache: a KeyCache; with NSA a pair of them, the window's
+        and the one that keeps all. keep: x of the last so many positions only.
         """
         cache, far_cache = cache if self.nsa is not None and cache is not None else (cache, None)
         heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint, keep)
         more = 0 if self.nsa is None else self.nsa(x_BTC, start, far_cache, keep)
-        if keep is not None:
+        if keep is not None and keep < x_BTC.shape[1]:
             start, x_BTC = start + x_BTC.shape[1] - keep, x_BTC[:, -keep:]
         if self.hsa is not None:
             more, window_BTA = self.hsa.mix(x_BTC, memory, start, lse_BTA)
@@ -154,10 +156,18 @@ class Model(nn.Module):
 
     def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start, keep=None):
         for i, (layer, cache) in enumerate(zip(layers, caches or [None] * len(layers), strict=True)):
-            run = layer
+            run, tail = layer, None
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
                 run = _checkpointed(layer)
-            x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, keep if i == len(layers) - 1 else None)
+            if keep is not None:  # what the layers above look back on stays
+                tail = keep + sum(x.reach for x in layers[i + 1 :])
+                drop = max(0, x_BTC.shape[1] - tail - layer.reach)
+                x_BTC, start = x_BTC[:, drop:], start + drop
+                first_v_BTHD = None if first_v_BTHD is None else first_v_BTHD[:, -x_BTC.shape[1] :]
+                tail = min(tail, x_BTC.shape[1])
+                start_after = start + x_BTC.shape[1] - tail
+            x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, tail)
+            start = start if tail is None else start_after
             first_v_BTHD = v if first_v_BTHD is None else first_v_BTHD
         return x_BTC, first_v_BTHD
 
@@ -173,8 +183,9 @@ class Model(nn.Module):
         self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None,
         keep: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Hidden states of the last `keep` tokens, None: of all. The last layer computes no others."""
-        return self._run(self.layers[self.config.lower_layers :], caches, h_BTC, memory, first_v_BTHD, start, keep)[0]
+        """Hidden states [B, T, C]; keep: of the last so many positions, and nothing else is computed."""
+        layers = self.layers[self.config.lower_layers :]
+        return self._run(layers, caches, h_BTC, memory, first_v_BTHD, start, keep)[0]
 
     def head(self, h_BTC: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of hidden states [B, T, C]."""
@@ -185,27 +196,28 @@ class Model(nn.Module):
     ) -> ModelOutput:
         """Logits [B, T, V] of input_ids [B, T] int64, and the mean cross-entropy of labels [B, T] (-100: ignored).
 
-        labels are shifted here: labels[:, t] is predicted at t - 1, as input_ids themselves would be.
-        logits_to_keep: logits, and the loss, of only the last so many positions; the last layer and the head compute no
-        others. 0: no logits at all, the loss of every label, from the first of which on the last layer computes; the
-        head takes labelled positions only, a block of rows at a time.
+        labels are shifted here: labels[:, t] is predicted at t - 1, as input_ids themselves would be. logits_to_keep:
+        only the last so many positions have logits; 0: none (out.logits is None), and the head runs at labelled
+        positions only, a block of rows at a time.
         """
         if cache is not None:
             raise NotImplementedError("cache must be None: this model does not decode yet")
-        T = input_ids.shape[1]
-        keep = min(T, logits_to_keep) if logits_to_keep else T
-        if logits_to_keep == 0 and labels is not None and not torch.compiler.is_compiling():
-            labelled = (labels[:, 1:] != -100).any(0).nonzero()
-            keep = T - int(labelled[0]) if len(labelled) else 1
         h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
-        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
-        logits = None if logits_to_keep == 0 else self.head(h_BTC)
-        loss = None
+        keep = 1 if logits_to_keep == 0 else logits_to_keep
         if labels is not None:
-            loss = self._loss(h_BTC[:, :-1], logits, labels[:, T - keep + 1 :])
+            # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
+            keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
+        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
+        if labels is not None:
+            labels = labels[:, -h_BTC.shape[1] :]
+        logits = loss = None
+        if logits_to_keep != 0:
+            logits = self.head(h_BTC if logits_to_keep is None else h_BTC[:, -logits_to_keep:])
+        if labels is not None:
+            loss = self._loss(h_BTC[:, :-1], labels[:, 1:], logits if logits_to_keep is None else None)
         return ModelOutput(logits, loss, cache)
 
-    def _loss(self, h_BTC, logits, targets_BT):
+    def _loss(self, h_BTC, targets_BT, logits):
         if logits is not None:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
         h, targets = h_BTC.flatten(0, 1), targets_BT.flatten()
@@ -218,6 +230,12 @@ class Model(nn.Module):
 
     def _block_loss(self, h_TC, targets_T):
         return F.cross_entropy(self.head(h_TC).float(), targets_T, reduction="sum")
+
+
+def _labelled(labels_BT: torch.Tensor) -> int:
+    """How many of the last positions the first label needs, and all after it."""
+    any_T = (labels_BT[:, 1:] != -100).any(0)
+    return len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels_BT.shape[1]
 
 
 def _checkpointed(layer: Layer):

@@ -1,127 +1,116 @@
-"""The sweep and the GPU run: a wrong provider is refused, rows resume, steps resume, time ends them."""
+"""The sweep: a wrong provider is refused, rows have the schema, resume and merge; what is missing says so."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
-import torch
 
 from hsa_tl import cases
-from hsa_tl.bench import gpu, providers, record
+from hsa_tl.bench import providers, record, sweep, timing
+from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.sweep import run_sweep
 
 CASE = dataclasses.replace(
     cases.case("k16-d64"), problem=cases.at_length(cases.case("k16-d64").problem, 128, HQ=2, D=16, S=16, K=2)
 )
+METRICS = {"time", "throughput", "bandwidth", "peak_extra_memory"}
 
 
-def sweep(folder, names=("dense", "hsa-reference"), **options):
-    return run_sweep(
-        [CASE], [64], ("train",), names, "random", "cpu", folder, min_repeats=1, seconds=0.0, **options
-    )  # fmt: skip
+def attention(folder, names=("dense", "hsa-reference"), lengths=(64,), modes=("train",), **options):
+    options = {"min_repeats": 1, "seconds": 0.0} | options
+    return run_sweep(Attention(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, **options)
 
 
-def test_a_wrong_provider_is_refused(monkeypatch, tmp_path):
+def times(rows):
+    return {r.provider: r for r in rows if r.metric == "time"}
+
+
+@pytest.mark.parametrize("name", ["hsa-reference", "retrieve", "hsa-with-retrieval", "dense"])
+def test_a_wrong_provider_is_refused(name, monkeypatch, tmp_path):
+    right = providers.PROVIDERS[name]
+    wrong = dataclasses.replace(right, attention=lambda **tensors: right.attention(**tensors) * 1.01)
+    monkeypatch.setitem(providers.PROVIDERS, name, wrong)
+    rows = times(attention(tmp_path, (name, "dense-expanded")))
+    assert rows[name].p50 is None and rows[name].note.startswith("refused by the gate: out")
+    assert rows["dense-expanded"].p50 > 0
+
+
+def test_a_provider_that_raises_is_a_row(monkeypatch, tmp_path):
     right = providers.PROVIDERS["hsa-reference"]
-    wrong = dataclasses.replace(right, attention=lambda *a, **kw: right.attention(*a, **kw) * 1.01)
-    monkeypatch.setitem(providers.PROVIDERS, "hsa-reference", wrong)
-    rows = {r.provider: r for r in sweep(tmp_path) if r.metric == "time"}
-    assert rows["hsa-reference"].p50 is None and rows["hsa-reference"].note.startswith("refused by the gate: out")
-    assert rows["dense"].p50 > 0
+
+    def late(q, **tensors):
+        if q.shape[1] == 64:
+            raise RuntimeError("no such length\nmore")
+        return right.attention(q=q, **tensors)
+
+    monkeypatch.setitem(providers.PROVIDERS, "hsa-reference", dataclasses.replace(right, attention=late))
+    row = times(attention(tmp_path))["hsa-reference"]
+    assert row.p50 is None and row.note == "failed: RuntimeError: no such length"
 
 
 def test_an_unavailable_provider_is_a_row_that_says_why(tmp_path):
-    (row,) = [r for r in sweep(tmp_path, ("dense-fa3",)) if r.metric == "time"]
+    (row,) = attention(tmp_path, ("dense-fa3",))
     assert row.p50 is None and row.note == "unavailable: needs CUDA tensors, the problem is on cpu"
 
 
 def test_rows_have_the_schema_and_resume(tmp_path):
-    first = sweep(tmp_path)
-    assert {r.metric for r in first} == {"time", "throughput", "peak_extra_memory"}
+    first = attention(tmp_path)
+    assert {r.metric for r in first} == METRICS
     for r in first:
         assert r.device and r.versions and r.commit and r.unit and r.x == 64 and r.config
-    assert sweep(tmp_path) == first, "measured again"
-    assert sweep(tmp_path, resume=False) != first
+    assert attention(tmp_path) == first, "measured again"
+    assert attention(tmp_path, resume=False) != first
     assert {r.key for r in record.read_rows(tmp_path / "bench.csv")} == {r.key for r in first}
     assert len(json.loads((tmp_path / "bench.json").read_text())) == len(first)
 
 
+def test_rows_of_others_stay(monkeypatch, tmp_path):
+    first = attention(tmp_path)
+    monkeypatch.setattr(record, "device_name", lambda device: "another machine")
+    second = attention(tmp_path, selection="overlap=0.5")
+    assert {r.selection for r in second} == {"overlap=0.5"} and {r.device for r in second} == {"another machine"}
+    key = functools.partial(sorted, key=lambda r: r.key)
+    assert record.read_rows(tmp_path / "bench.csv") == key([*first, *second])
+
+
+def test_another_commit_is_measured_again(monkeypatch, tmp_path):
+    first = attention(tmp_path)
+    monkeypatch.setattr(record, "commit", lambda: "another")
+    again = attention(tmp_path)
+    assert {r.commit for r in again} == {"another"} and {r.key for r in again} == {r.key for r in first}
+
+
 def test_a_sweep_out_of_time_says_so(tmp_path):
-    assert all("time is up" in r.note for r in sweep(tmp_path, deadline_s=-1.0))
+    assert all("time is up" in r.note for r in attention(tmp_path, deadline_s=-1.0))
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+def test_a_point_too_slow_or_too_large_says_so(monkeypatch, tmp_path):
+    (row,) = times(attention(tmp_path, ("dense-math",), (64, 1 << 20), max_call_s=1e-4)).values()
+    assert row.x == 1 << 20 and row.p50 is None
 
 
-def steps(clock, log, broken=()):
-    def step(name, cost):
-        def run(left):
-            clock.now += cost
-            log.append((name, left))
-            if name in broken:
-                raise RuntimeError("red")
-            return {"detail": name}
-
-        return run
-
-    return [
-        gpu.Step("tests", step("tests", 40), 0.5, required=True),
-        gpu.Step("tune", step("tune", 30), 0.3),
-        gpu.Step("sweep", step("sweep", 30), 1.0),
-    ]
+def test_rounds_go_both_ways():
+    order = []
+    timing.measure({n: functools.partial(order.append, n) for n in "abc"}, warmup=0, min_repeats=4, seconds=0)
+    assert "".join(order) == "abccbaabccba"
 
 
-def test_the_gpu_run_resumes_and_keeps_to_its_time(tmp_path):
-    path, clock, log = tmp_path / "agenda.json", Clock(), []
-    source = ("H100", "abc", "torch 2")
-    assert gpu.run_agenda(steps(clock, log), gpu.read_state(path, *source), path, 70, clock)
-    assert log == [("tests", 35), ("tune", 21)]
-    state = gpu.read_state(path, *source)
-    assert {k: v["status"] for k, v in state.steps.items()} == {
-        "tests": "done", "tune": "done", "sweep": "no time left",
-    }  # fmt: skip
-    assert gpu.run_agenda(steps(clock, log), state, path, 70, clock) and log[2:] == [("sweep", 70)]
-    assert gpu.read_state(path, "H200", "abc", "torch 2").steps == {}, "another device starts anew"
-
-
-def test_red_tests_end_the_gpu_run_and_are_tried_again(tmp_path):
-    path, clock, log = tmp_path / "agenda.json", Clock(), []
-    source = ("H100", "abc", "torch 2")
-    assert not gpu.run_agenda(steps(clock, log, {"tests"}), gpu.read_state(path, *source), path, 100, clock)
-    assert [name for name, _ in log] == ["tests"]
-    state = gpu.read_state(path, *source)
-    assert state.steps["tests"]["status"] == "failed" and "red" in state.steps["tests"]["error"]
-    assert gpu.run_agenda(steps(clock, log), state, path, 200, clock)
-    assert [name for name, _ in log] == ["tests", "tests", "tune", "sweep"]
-
-
-def test_prepared_ranks_are_used_at_their_commit_only(monkeypatch, tmp_path):
-    path = tmp_path / "ranked.json"
-    row = {"case": CASE.name, "program": "hsa_fwd_token", "config": "threads=32,num_stages=2"}
-    monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: [row])
-    compiled = []
-    monkeypatch.setattr(gpu.compile, "kernel", lambda program, problem, config: compiled.append((program, config)))
-    assert gpu.prepare(path, (CASE,)) == len(compiled)
-    assert {program for program, _ in compiled} == {
-        p for p in gpu.configs.PROGRAMS if gpu.configs.space(p, CASE.problem)
-    }
-    assert ("hsa_fwd_token", gpu.configs.parse("hsa_fwd_token", row["config"])) in compiled
-    monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: "ranked now")
-    assert gpu.ranked(CASE, path) == [row]
-    assert gpu.ranked(dataclasses.replace(CASE, name="other"), path) == "ranked now"
-    monkeypatch.setattr(gpu.record, "commit", lambda: "another")
-    assert gpu.ranked(CASE, path) == "ranked now"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the run itself starts where there is a GPU")
-def test_without_a_gpu_the_gpu_run_says_so(tmp_path, capsys):
-    import typer
-
-    with pytest.raises(typer.Exit) as end:
-        gpu.main(out=tmp_path)
-    assert end.value.exit_code == 2 and "needs a Hopper GPU" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"names": ("x",)}, r"provider must be one of dense, .*got 'x'"),
+        ({"modes": ("x",)}, r"mode must be one of forward, backward, train, got 'x'"),
+        ({"selection": "overlap=2"}, r"selection must be one of .*got 'overlap=2'"),
+        ({"selection": "random=0.5"}, r"selection must be one of .*got 'random=0.5'"),
+        ({"lengths": (0,)}, "lengths must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        attention(tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_name_their_units():
+    assert set(sweep.METRICS) == METRICS

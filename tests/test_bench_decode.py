@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from hsa_tl import cases
 from hsa_tl.bench import decode, record
+from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.cli import app
 
 CASE = dataclasses.replace(
@@ -15,24 +16,29 @@ CASE = dataclasses.replace(
 
 
 def bench(folder=None, names=None, lengths=(64, 128)):
-    return decode.run_decode(CASE, lengths, names, "cpu", folder, min_repeats=1, seconds=0.0)
+    return run_sweep(
+        decode.Decode(), [CASE], lengths, None, names, device="cpu", out_dir=folder, min_repeats=1, seconds=0.0
+    )
 
 
 def test_rows(tmp_path):
     rows = bench(tmp_path)
-    assert sorted(rows, key=lambda r: r.key) == record.read_rows(tmp_path / "decode.csv")
+    assert sorted(rows, key=lambda r: r.key) == record.read_rows(tmp_path / "bench.csv")
     times = {(r.provider, r.mode, r.x) for r in rows if r.metric == "time" and r.p50 > 0}
-    hsa = {(n, mode, T) for n in ("hsa-auto", "hsa-auto-two-level") for mode in decode.MODES for T in (64, 128)}
+    modes = decode.Decode.modes
+    hsa = {(n, mode, T) for n in ("hsa-auto", "hsa-auto-two-level") for mode in modes for T in (64, 128)}
     assert times == hsa | {(n, "decode", T) for n in ("dense", "dense-grouped") for T in (64, 128)}
-    assert set(record.fastest_dense(rows)) == {("decode", 64), ("decode", 128)}
+    assert set(record.fastest_baseline(rows)) == {("decode", 64), ("decode", 128)}
 
 
 @pytest.mark.parametrize("name", ("dense", "hsa-auto"))
 def test_a_wrong_provider_is_refused(name, monkeypatch):
-    right = decode.call
-    monkeypatch.setattr(decode, "call", lambda *x: lambda: right(*x)() * 1.01 if x[2] == "decode" else right(*x)())
+    right = decode.Decode.call
+    monkeypatch.setattr(
+        decode.Decode, "call", lambda *x: lambda: right(*x)() * 1.01 if x[-1] == "decode" else right(*x)()
+    )
     rows = bench(names=(name,), lengths=(64,))
-    assert all(r.p50 is None and r.note.startswith("refused by the gate: Assertion") for r in rows)
+    assert rows and all(r.p50 is None and r.note.startswith("refused by the gate: out") for r in rows)
 
 
 def test_unavailable_and_unknown():
@@ -45,7 +51,9 @@ def test_unavailable_and_unknown():
 
 
 def test_the_command(tmp_path):
-    run = CliRunner().invoke(app, ["bench", "decode", "--device", "cpu", "--lengths", "1k", "--out", str(tmp_path)])
-    assert run.exit_code == 0 and (tmp_path / "decode.csv").exists() and "dense-grouped" in run.output
+    run = CliRunner().invoke(
+        app, ["bench", "decode", "--device", "cpu", "--lengths", "1k", "--seconds", "0", "--out", str(tmp_path)]
+    )
+    assert run.exit_code == 0 and (tmp_path / "bench.csv").exists() and "dense-grouped" in run.output
     run = CliRunner().invoke(app, ["bench", "x"])
-    assert run.exit_code == 2 and "must be attention or decode, got 'x'" in run.output
+    assert run.exit_code == 2 and "must be one of attention, retrieve, decode," in run.output and "'x'" in run.output

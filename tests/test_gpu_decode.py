@@ -89,17 +89,33 @@ def test_a_step_replays_in_a_graph(impl):
         assert (indices >= 0).sum() == min(d.K, n // S)
 
 
-@pytest.mark.parametrize("two_level", (False, True))
-def test_retrieval_equals_retrieve_chunks(two_level):
+@pytest.mark.parametrize(
+    "D_r, topk, T, N", ((16, 33, 2, 1000), (128, 64, 1, 1000), (64, 128, 9, 70000), (128, 16, 1, 40))
+)
+@pytest.mark.parametrize("impl", ("two-level", "auto", "tilelang", "reference"))
+def test_retrieval_equals_retrieve_chunks(impl, D_r, topk, T, N):
     """Integers, so every score is exact and many are equal."""
-    q, landmarks = (torch.randint(-1, 2, (2, n, 3, 16), device="cuda").bfloat16() for n in (2, 1000))
-    lengths = torch.tensor([1000 * S, 300], dtype=torch.int32, device="cuda")
-    bounds = landmark_bounds(landmarks) if two_level else None
-    got = retrieve_decode(q, landmarks, lengths, 33, exclude_window=100, bounds=bounds)
+    q, landmarks = (torch.randint(-1, 2, (2, n, 3, D_r), device="cuda").bfloat16() for n in (T, N))
+    lengths = torch.tensor([N * S, 300], dtype=torch.int32, device="cuda")
+    options = {"impl": impl}
+    if impl == "two-level":
+        options = {"bounds": landmark_bounds(landmarks)}
+    got = retrieve_decode(q, landmarks, lengths, topk, exclude_window=100, **options)
     for b, n in enumerate(lengths.tolist()):
         part = slice(b, b + 1)
-        want = retrieve_chunks(q[part], landmarks[part], 33, q_start=n, exclude_window=100)
+        want = retrieve_chunks(q[part], landmarks[part], topk, q_start=n, exclude_window=100, impl="reference")
         assert torch.equal(got[1][part], want[1]) and torch.equal(got[0][part], want[0])
+
+
+def test_decode_retrieves_the_bits_of_a_prefill():
+    """One program multiplies tokens by landmarks, the other landmarks by tokens."""
+    q, landmarks = (torch.randn(1, n, 1, 128, device="cuda").bfloat16() for n in (64, 9000))
+    start = 9000 * S - 64
+    whole = retrieve_chunks(q, landmarks, 64, q_start=start, impl="tilelang")
+    for t in range(64):
+        lengths = torch.tensor([start + t], dtype=torch.int32, device="cuda")
+        one = retrieve_decode(q[:, t : t + 1], landmarks, lengths, 64, impl="tilelang")
+        assert torch.equal(one[0], whole[0][:, t : t + 1]) and torch.equal(one[1], whole[1][:, t : t + 1])
 
 
 def test_offloaded_equals_on_device(tmp_path):

@@ -32,7 +32,7 @@ def _operator_calls(call):
         "attention_without_pairs": (q, k, v, weights, indices, None, None, None, 0.25, "auto", "", False, True),
         "attention_backward": (*(do, q, k, v, weights, indices, pair, offsets, chunk_len, 0.25, "auto", "", False),),
         "decode": (q, *_pages(k, v), weights, indices, torch.arange(N, dtype=torch.int32)[None], 0.25, "auto", True),
-        "retrieve_decode": (*(q_slc, landmarks, torch.tensor([20], dtype=torch.int32), None, None, 2, S, 0, 0.25),),
+        "retrieve_decode": (q_slc, landmarks, torch.tensor([20], dtype=torch.int32), None, None, 2, S, 0, 0.25, "auto"),
         "retrieve": (*both, 2, S, 9, 0, None, 0.25, "auto"),
         "retrieve_packed": (*both, 2, S, 0, 0, cu_seqlens, 0.25, "auto"),
         "retrieve_backward": (torch.randn(chosen.shape), chosen, q_slc, landmarks, None, S, 0.25),

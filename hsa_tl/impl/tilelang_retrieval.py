@@ -1,4 +1,4 @@
-"""Launcher of the TileLang retrieval program: on Hopper, and on the CPU through TileLang's C target (float32)."""
+"""Launchers of the TileLang retrieval programs: on Hopper, and on the CPU through TileLang's C target (float32)."""
 
 import importlib.util
 
@@ -6,12 +6,12 @@ import torch
 
 from hsa_tl.autotune import table
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.kernels_tilelang.config_retrieval import MAX_TOPK, RetrieveTopkConfig
+from hsa_tl.kernels_tilelang.config_retrieval import MAX_TOPK
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
 
 
-def unavailable(problem: Problem) -> str | None:
+def unavailable(problem: Problem, program: str = "retrieve_topk") -> str | None:
     """Why the program cannot run this retrieval here, or None. A retrieval's H is R and its D is D_r."""
     if importlib.util.find_spec("tilelang") is None:
         return "the package tilelang is not installed"
@@ -23,10 +23,14 @@ def unavailable(problem: Problem) -> str | None:
         return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return "on CUDA it runs bfloat16 and float16"
-    if not configs.space("retrieve_topk", problem):
-        reason = configs.why_illegal("retrieve_topk", problem, RetrieveTopkConfig())
-        return f"no config of retrieve_topk suits it: {reason}"
+    if not configs.space(program, problem):
+        return f"no config of {program} suits it: {configs.why_illegal(program, problem, configs.CONFIGS[program]())}"
     return None
+
+
+def decode_unavailable(problem: Problem) -> str | None:
+    """As `unavailable`, for `retrieve_decode`."""
+    return unavailable(problem, "retrieve_split")
 
 
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
@@ -45,6 +49,29 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
         bounds = *past, outside[0] + 1, outside[1]
         kernel = compile.kernel("retrieve_topk", problem, table.resolve("retrieve_topk", problem))
         kernel(q_slc.contiguous(), landmarks.contiguous(), scale, chunk_size, *bounds, scores, indices)
+    return scores, indices
+
+
+def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale):
+    """scores, indices [B, T, R, topk] of a few tokens of each sequence; see hsa_tl.api.retrieve_decode."""
+    from hsa_tl.kernels_tilelang import compile
+
+    B, T, R, D_r = q_slc.shape
+    N, device_type = landmarks.shape[1], q_slc.device.type
+    scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
+    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    if scores.numel() and N:
+        problem = Problem(B, T, N, R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=device_type)
+        config = table.heuristic("retrieve_split", problem)  # of B, T and N: no table's row is
+        splits = -(-N // config.block_N)
+        best = torch.empty(B, T, R, splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
+        chunks = torch.full_like(lengths, N) if chunks is None else chunks
+        compile.kernel("retrieve_split", problem, config)(
+            q_slc.contiguous(), landmarks.contiguous(), lengths.contiguous(), chunks.contiguous(), scale, chunk_size,
+            exclude_window, best,
+        )  # fmt: skip
+        combine = compile.kernel("retrieve_combine", problem, table.resolve("retrieve_combine", problem))
+        combine(best, scores, indices)
     return scores, indices
 
 

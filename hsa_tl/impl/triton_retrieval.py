@@ -125,6 +125,11 @@ def unavailable(problem: Problem) -> str | None:
     return None if problem.dtype in _DTYPES else "it runs bfloat16, float16 and float32"
 
 
+def decode_unavailable(problem: Problem) -> str:
+    """There is no Triton kernel for `retrieve_decode`."""
+    return "there is no Triton kernel for it"
+
+
 def _power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 

@@ -1,0 +1,128 @@
+"""`hsa-tl bench forward | backward | train`: HSA's attention, its retrieval and both, beside dense attention."""
+
+import torch
+
+from hsa_tl import api, cases
+from hsa_tl.bench import gate
+from hsa_tl.bench.providers import DEFAULT_PROVIDERS, PROVIDERS, provider
+from hsa_tl.bench.suite import Suite, Work, parse_selection
+from hsa_tl.problem import Problem
+from hsa_tl.testing import Inputs, make_inputs
+from hsa_tl.text import Corpus, read_corpus, text_features, text_inputs
+
+D_R = 128  # dimension of the retrieval heads
+GATE_LENGTH = 256  # tokens; TileLang's CPU target and Triton's interpreter take seconds for it
+DIRECTIONS = {"forward": ("forward",), "backward": ("backward",), "train": ("forward", "backward")}
+Tensors = dict[str, torch.Tensor]
+
+
+def selection_inputs(problem: Problem, selection: str, corpus: Corpus | None = None) -> Inputs:
+    """Inputs on the problem's device with a "random", "overlap=0.8", "full" or "text" selection (of corpus)."""
+    kind, overlap = parse_selection(selection)
+    if kind == "text":
+        return text_inputs(problem, corpus).to(problem.device_type)
+    return make_inputs(problem, kind=kind, overlap=overlap).to(problem.device_type)
+
+
+def scored_chunks(p: Problem) -> int:
+    """(token, chunk) products of the landmarks' scores, of one head: whole chunks in the past."""
+    full, tail = divmod(p.T, p.S)
+    return p.S * full * (full - 1) // 2 + tail * full
+
+
+class Attention(Suite):
+    """corpus: the text of selection "text", by default Python's standard library."""
+
+    name = "attention"
+    modes = tuple(DIRECTIONS)
+    default_modes = ("forward", "train")
+    selections = ("random", "overlap", "full", "text")
+    cpu_lengths, cuda_lengths = "1k..16k", "4k..128k"
+
+    def __init__(self, corpus: Corpus | None = None):
+        self.corpus = corpus
+        self.gate_tensors: dict[Problem, Tensors] = {}
+        self.expected: dict[tuple, gate.Expected] = {}
+
+    def known(self):
+        return tuple(PROVIDERS)
+
+    def default(self, device_type):
+        return DEFAULT_PROVIDERS[device_type]
+
+    def kernel(self, name):
+        return provider(name).kernel
+
+    def unavailable(self, name, problem, mode):
+        return provider(name).unavailable(problem)
+
+    def gate_problem(self, problem):
+        return cases.at_length(problem, GATE_LENGTH - (problem.S // 2 if problem.masked else 0))
+
+    def gate(self, name, problem):
+        p = provider(name)
+        if problem not in self.gate_tensors:
+            self.gate_tensors[problem] = self.inputs(problem, "random")
+        tensors, key = self.gate_tensors[problem], (problem, p.oracle)
+        if key not in self.expected:
+            self.expected[key] = gate.expected(p, tensors, problem.S)
+        results = gate.compare(p, tensors, problem.S, self.expected[key])
+        return next((r.message for r in results if not r.ok), None)
+
+    def inputs(self, problem: Problem, selection: str) -> Tensors:
+        """Arguments of `hsa_attention` by name, do and dweights, and q_slc and landmarks with their own selection."""
+        tensors = selection_inputs(problem, selection, self.corpus)._asdict()
+        g = torch.Generator().manual_seed(1)
+        p = problem
+
+        def draw(*shape):
+            return torch.randn(shape, generator=g).to(device=p.device_type, dtype=p.dtype)
+
+        if parse_selection(selection)[0] == "text":
+            f = text_features(self.corpus.data if self.corpus else read_corpus(at_least=p.T).data, p, retrieval_dim=D_R)
+            q_slc, landmarks = (x.to(device=p.device_type, dtype=p.dtype) for x in f[:2])
+        else:
+            q_slc, landmarks = draw(p.B, p.T, p.H, D_R), draw(p.B, p.N, p.H, D_R)
+        _, own = api.retrieve_chunks(q_slc, landmarks, p.K, chunk_size=p.S)
+        dweights = draw(p.B, p.T, p.H, p.K).to(tensors["weights"].dtype)
+        return tensors | {"q_slc": q_slc, "landmarks": landmarks, "own": own, "dweights": dweights}
+
+    def call(self, name, problem, inputs, mode):
+        p = provider(name)
+        tensors, S = {n: inputs[n] for n in p.uses}, problem.S
+        if mode == "forward":
+            return torch.no_grad()(lambda: p.attention(**tensors, chunk_size=S))
+        leaves = {n: tensors[n].detach().requires_grad_() for n in p.leaves}
+        wanted, incoming = list(leaves.values()), p.incoming(inputs)
+        tensors |= leaves
+        if mode == "train":
+            return lambda: torch.autograd.grad(p.attention(**tensors, chunk_size=S), wanted, incoming)
+        out = p.attention(**tensors, chunk_size=S)
+        return lambda: torch.autograd.grad(out, wanted, incoming, retain_graph=True)
+
+    def work(self, name, problem, mode):
+        p, directions = provider(name), DIRECTIONS[mode]
+        scores = 2 * problem.B * problem.H * D_R * scored_chunks(problem)
+        chosen = 4 * problem.B * problem.H * D_R * problem.K * problem.T  # the sparse backward's two products
+        per_direction = {
+            "dense_attention": {d: problem.dense_flops(d) for d in directions},
+            "hsa_attention": {d: problem.flops(d) for d in directions},
+            "retrieval": {d: {"forward": scores, "backward": chosen}[d] for d in directions},
+        }
+        per_direction["hsa_with_retrieval"] = {
+            d: per_direction["hsa_attention"][d] + per_direction["retrieval"][d] for d in directions
+        }
+        flops = sum(per_direction[p.kernel].values())
+        item = problem.itemsize
+        rows = {
+            "q": problem.T * problem.HQ * problem.D * item, "k": problem.T * problem.H * problem.D * item,
+            "v": problem.T * problem.H * problem.D * item, "weights": 4 * problem.T * problem.H * problem.K,
+            "indices": 4 * problem.T * problem.H * problem.K, "own": 0,
+            "q_slc": problem.T * problem.H * D_R * item, "landmarks": problem.N * problem.H * D_R * item,
+        }  # fmt: skip
+        read, out = sum(rows[n] for n in p.uses), rows["q" if "q" in p.uses else "weights"]
+        gradients = sum(rows[n] for n in p.leaves)
+        once = {"forward": read + out, "backward": read + out + gradients}
+        held = 4 * problem.B * problem.HQ * problem.T**2 if name == "dense-math" else 0
+        note = f"D_r={D_R}" if "q_slc" in p.uses else ""
+        return Work(flops, problem.B * sum(once[d] for d in directions), 3 * held, note)

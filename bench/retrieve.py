@@ -1,0 +1,164 @@
+"""`hsa-tl bench retrieve`: `retrieve_chunks`, which streams over the landmarks, against materialised scores and topk.
+
+Mode "prefill" retrieves for all T tokens at once; "segment" for the last SEGMENT tokens of T only, as one segment of a
+chunked prefill does (q_start = T - SEGMENT), and its rows say so. Nothing is extrapolated.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from hsa_tl import cases, ops
+from hsa_tl.api import IMPLS, retrieve_chunks
+from hsa_tl.bench.attention import scored_chunks
+from hsa_tl.bench.suite import Suite, Work, one_of, parse_selection
+from hsa_tl.oracle import retrieve_oracle
+from hsa_tl.problem import Problem
+from hsa_tl.testing import assert_as_accurate_as
+from hsa_tl.text import read_corpus, text_features
+
+SEGMENT = 4096  # queries of mode "segment"
+GATE_QUERIES = 128  # at the start and at the end of the gate's sequence
+PROVIDERS = ("materialise", *(f"hsa-{impl}" for impl in IMPLS))
+
+
+def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
+    """All scores [B, T, R, N] in memory, then torch.topk: best first, ties as torch.topk has them."""
+    (_, T, _, D_r), N = q_slc.shape, landmarks.shape[1]
+    s = torch.einsum("btrd,bnrd->btrn", q_slc * D_r**-0.5, landmarks).float()
+    position = torch.arange(q_start, q_start + T, device=s.device)
+    future = torch.arange(N, device=s.device) >= (position // chunk_size)[:, None]
+    scores, indices = s.masked_fill_(future[None, :, None], -torch.inf).topk(min(topk, N), dim=-1)
+    return scores, indices.masked_fill_(scores == -torch.inf, -1).int()
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Landmarks of T tokens, and the queries of the tokens from q_start on."""
+
+    problem: Problem
+    selection: str
+    integers: bool = False  # small whole numbers: scores are exact and ties are common
+
+    def draw(self, tokens: int, seed: int) -> torch.Tensor:
+        p, g = self.problem, torch.Generator(self.problem.device_type).manual_seed(seed)
+        shape = (p.B, tokens, p.H, p.D)
+        if self.integers:
+            return torch.randint(-2, 3, shape, generator=g, device=p.device_type).to(p.dtype)
+        return torch.randn(shape, generator=g, device=p.device_type, dtype=p.dtype)
+
+    @functools.cached_property
+    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        p = self.problem
+        f = text_features(read_corpus(at_least=p.T).data, p, retrieval_dim=p.D)
+        return tuple(x.to(device=p.device_type, dtype=p.dtype) for x in f[:2])
+
+    @functools.cached_property
+    def landmarks(self) -> torch.Tensor:
+        return self.features[1] if self.selection == "text" else self.draw(self.problem.N, 1)
+
+    def queries(self, q_start: int) -> torch.Tensor:
+        if self.selection == "text":
+            return self.features[0][:, q_start:]
+        return self.draw(self.problem.T - q_start, 2)
+
+
+def first_query(problem: Problem, mode: str) -> int:
+    return 0 if mode == "prefill" else max(0, problem.T - SEGMENT)
+
+
+def as_problem(p: Problem) -> Problem:
+    """The same dims as an attention problem whose heads are the retrieval heads."""
+    return Problem(p.B, p.T, p.N, p.H, p.H, p.D, p.S, p.K, dtype=p.dtype, device_type=p.device_type)
+
+
+class Retrieve(Suite):
+    name = "retrieve"
+    modes = ("prefill", "segment")
+    default_modes = modes
+    selections = ("random", "text")
+    cpu_lengths, cuda_lengths = "4k,16k,64k,256k,1m,4m,16m", "4k..16m"
+    multiple_of_chunk = True
+
+    def known(self):
+        return PROVIDERS
+
+    def default(self, device_type):
+        return PROVIDERS[:2] if device_type == "cpu" else PROVIDERS
+
+    def kernel(self, name):
+        return "materialised_retrieval" if name == "materialise" else "retrieval"
+
+    def unavailable(self, name, problem, mode):
+        impl = one_of("provider", name, PROVIDERS).removeprefix("hsa-")
+        if impl in ("materialise", "auto", "reference"):
+            return None
+        try:
+            return ops.implementation(f"{impl}_retrieval").unavailable(as_problem(problem))
+        except Exception as error:
+            return f"hsa_tl.impl.{impl}_retrieval does not import: {type(error).__name__}: {error}"
+
+    def run(self, name, q_slc, landmarks, problem, q_start):
+        p = problem
+        if name == "materialise":
+            return materialise(q_slc, landmarks, p.K, chunk_size=p.S, q_start=q_start)
+        impl = name.removeprefix("hsa-")
+        return retrieve_chunks(q_slc, landmarks, p.K, chunk_size=p.S, q_start=q_start, impl=impl)
+
+    def gate_problem(self, problem):
+        return cases.at_length(problem, 4 * problem.K * problem.S)
+
+    def gate(self, name, problem):
+        """Selection exact, on whole numbers with many ties; scores of normal vectors as accurate as the eager ones.
+
+        The baseline's ties are torch.topk's: of it only the sorted scores of the chosen chunks are compared.
+        """
+        whole, normal = (Sequence(problem, "random", integers) for integers in (True, False))
+        for q_start in (0, problem.T - GATE_QUERIES):
+            part, options = slice(None, GATE_QUERIES), {"chunk_size": problem.S, "q_start": q_start}
+            q = whole.queries(q_start)[:, part]
+            _, got = self.run(name, q, whole.landmarks, problem, q_start)
+            marks = whole.landmarks.double().cpu()
+            high, want = retrieve_oracle(q.double().cpu(), marks, problem.K, **options)
+            got = got.cpu()
+            chosen = torch.einsum("btrd,bnrd->btrn", q.double().cpu(), marks) * problem.D**-0.5
+            chosen = chosen.gather(3, got.clamp(min=0).long()).masked_fill(got < 0, -torch.inf)
+            if not torch.equal(chosen.sort(-1).values, high.sort(-1).values):
+                return f"the chosen chunks are not the {problem.K} best from token {q_start} on"
+            if name != "materialise" and not torch.equal(got, want):
+                return f"a tie is not won by the lower chunk, or slots do not ascend, from token {q_start} on"
+            q = normal.queries(q_start)[:, part]
+            low, high = (
+                retrieve_oracle(q.to(dtype).cpu(), normal.landmarks.to(dtype).cpu(), problem.K, **options)[0]
+                for dtype in (torch.float32, torch.float64)
+            )
+            scores = self.run(name, q, normal.landmarks, problem, q_start)[0].cpu()
+            if name == "materialise":
+                scores, low, high = (x.sort(-1).values for x in (scores, low, high))
+            try:
+                assert_as_accurate_as("scores", scores, low, high)
+            except AssertionError as error:
+                return str(error)
+        return None
+
+    def inputs(self, problem, selection):
+        return Sequence(problem, parse_selection(selection)[0])
+
+    def call(self, name, problem, inputs, mode):
+        q_start = first_query(problem, mode)
+        q_slc, landmarks = inputs.queries(q_start), inputs.landmarks
+        return torch.no_grad()(lambda: self.run(name, q_slc, landmarks, problem, q_start))
+
+    def work(self, name, problem, mode):
+        p, q_start = problem, first_query(problem, mode)
+        scores = scored_chunks(p) - scored_chunks(cases.at_length(p, q_start))
+        queries = p.T - q_start
+        rows = p.B * p.H * ((queries + p.N) * p.D * p.itemsize + queries * p.K * 8)
+        # float32 scores and the mask of the future
+        held = 5 * p.B * p.H * queries * p.N if name == "materialise" else 0
+        note = f"queries {q_start} to {p.T} of {p.T} only" if q_start else ""
+        return Work(2 * p.B * p.H * p.D * scores, rows, held, note)
+
+    def label(self, p):
+        return f"R={p.H} D_r={p.D} S={p.S} K={p.K} {p.dtype_name}"

@@ -1,0 +1,110 @@
+"""What a benchmark is made of: providers that do the same work, a gate, and what the work costs. sweep.py runs any."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from hsa_tl import cases
+from hsa_tl.problem import Problem
+
+
+class Work(NamedTuple):
+    """What one call does at least, whatever runs it."""
+
+    flops: int
+    moved_bytes: int  # every input read once, every output written once
+    held_bytes: int = 0  # beyond inputs and outputs; known only where it may be more than the machine has
+    note: str = ""  # what of the problem was timed, where it is not all
+
+
+class Suite(ABC):
+    """A kind of measurement: its providers, modes and inputs. One instance for one sweep; it may cache."""
+
+    name: str
+    modes: tuple[str, ...]
+    default_modes: tuple[str, ...]
+    selections: tuple[str, ...] = ("random",)  # kinds
+    default_case = "k16-d64"
+    cpu_lengths: str  # by default, as `hsa-tl bench --lengths` takes them
+    cuda_lengths: str
+    multiple_of_chunk = False  # whether T must be one of S
+
+    @abstractmethod
+    def known(self) -> tuple[str, ...]:
+        """Names of all providers."""
+
+    @abstractmethod
+    def default(self, device_type: str) -> tuple[str, ...]:
+        """Names of the providers that a sweep takes by itself."""
+
+    @abstractmethod
+    def kernel(self, name: str) -> str:
+        """The operation that the provider computes; dense_attention is what the others are held against."""
+
+    @abstractmethod
+    def unavailable(self, name: str, problem: Problem, mode: str) -> str | None:
+        """Why the provider cannot run here, precisely, or None."""
+
+    @abstractmethod
+    def gate_problem(self, problem: Problem) -> Problem:
+        """The small problem that the gate compares at."""
+
+    @abstractmethod
+    def gate(self, name: str, problem: Problem) -> str | None:
+        """What is wrong with the provider's results for a gate_problem, or None."""
+
+    @abstractmethod
+    def inputs(self, problem: Problem, selection: str) -> Any:
+        """What `call` takes, on the problem's device."""
+
+    @abstractmethod
+    def call(self, name: str, problem: Problem, inputs: Any, mode: str) -> Callable[[], object]:
+        """One call of the provider, without arguments: what is timed."""
+
+    @abstractmethod
+    def work(self, name: str, problem: Problem, mode: str) -> Work:
+        """FLOPs and bytes of a call."""
+
+    def does(self, name: str, mode: str) -> bool:
+        """Whether the mode means anything for the provider; if not, it has no row."""
+        return True
+
+    def input_bytes(self, problem: Problem) -> int:
+        """What `inputs` takes, where it may be more than the machine has."""
+        return 0
+
+    def problem(self, base: Problem, T: int) -> Problem:
+        return cases.at_length(base, T)
+
+    def label(self, p: Problem) -> str:
+        """The problem without its length."""
+        return f"HQ={p.HQ} H={p.H} D={p.D} S={p.S} K={p.K} {p.dtype_name}"
+
+
+def parse_selection(text: str) -> tuple[str, float]:
+    """ "random", "full", "text", "overlap" or "overlap=0.8" to its kind and share of overlap. ValueError otherwise."""
+    kind, equals, share = text.partition("=")
+    try:
+        overlap = float(share) if equals else 0.8
+    except ValueError:
+        overlap = -1.0
+    if kind not in ("random", "overlap", "full", "text") or not 0 <= overlap <= 1 or (equals and kind != "overlap"):
+        raise ValueError(f"selection must be one of random, overlap=0..1, full, text, got {text!r}")
+    return kind, overlap
+
+
+def selection_label(text: str) -> str:
+    """ "overlap=0.8" for "overlap", else the kind."""
+    kind, overlap = parse_selection(text)
+    return f"overlap={overlap:g}" if kind == "overlap" else kind
+
+
+def one_of(what: str, name: str, known) -> str:
+    """name, or a ValueError that lists what is known."""
+    if name not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+def error_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]

@@ -1,0 +1,52 @@
+"""scores, indices[t] = the K best of all ranges that `retrieve_split` handled apart, ascending by chunk.
+
+One CTA owns a token and retrieval head. It holds `rows` sorted rows of P >= K keys; the ranges' rows meet them one
+batch of `rows` after the other, and then the rows each other.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_retrieval import RetrieveCombineConfig
+from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, descend, halve_rows
+from hsa_tl.kernels_tilelang.macros_topk import EMPTY, by_chunk, slot_chunk, slot_score
+
+
+def retrieve_combine(*, K, min_blocks, config: RetrieveCombineConfig):
+    rows, threads = config.rows_of(K), config.threads
+    P = config.places(K)
+    levels = P.bit_length() - 1  # log2
+    B, tokens, R, splits = T.dynamic("B, tokens, R, splits")
+
+    @T.prim_func
+    def retrieve_combine(
+        best: T.Tensor((B, tokens, R, splits, P), "int64"),
+        scores: T.Tensor((B, tokens, R, K), "float32"),
+        indices: T.Tensor((B, tokens, R, K), "int32"),
+    ):
+        with T.Kernel(tokens, R, B, threads=threads) as (i_t, i_r, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            keys_shared = T.alloc_shared([rows, P], "int64")  # ascending
+            out_shared = T.alloc_shared([1, P], "int64")
+            held = T.alloc_local([8], "int64")
+            spot = T.alloc_local([8], "int32")
+
+            for g, j in T.Parallel(rows, P):
+                keys_shared[g, at(g, j)] = EMPTY
+            T.sync_threads(BARRIER, threads)
+            for i in T.serial(T.ceildiv(splits, rows)):
+                for g, j in T.Parallel(rows, P):
+                    i_s = i * rows + g
+                    # A row backwards, so that the greater of both are the best of both, in one bitonic run.
+                    fresh = best[i_b, i_t, i_r, T.min(i_s, splits - 1), P - 1 - j]
+                    keys_shared[g, at(g, j)] = T.max(
+                        keys_shared[g, at(g, j)], T.if_then_else(i_s < splits, fresh, T.int64(EMPTY))
+                    )
+                T.sync_threads(BARRIER, threads)
+                descend(keys_shared, held, spot, levels - 1, False, False, threads)
+            halve_rows(keys_shared, held, spot, levels, threads)
+            by_chunk(keys_shared, out_shared, held, spot, levels, P - K, threads)
+            for n in T.Parallel(K):
+                scores[i_b, i_t, i_r, n] = slot_score(out_shared[0, at(0, n)])
+                indices[i_b, i_t, i_r, n] = slot_chunk(out_shared[0, at(0, n)])
+
+    return retrieve_combine

@@ -1,0 +1,79 @@
+"""The K best of s[t, i] = q_slc[t] . landmarks[i] * scale in each range of block_N landmarks: decode, a few tokens.
+
+One CTA owns a range of landmarks, a retrieval head and up to TOKENS tokens of a sequence. The range streams through
+shared memory, TILE landmarks at a time, as the rows of the matrix product whose columns are the tokens. Then, token by
+token, its keys are sorted in groups of P >= K, and halves of the groups meet until one is left.
+`retrieve_combine` takes the best of all ranges. A range that the sequence does not reach is not read.
+"""
+
+import tilelang.language as T
+
+from hsa_tl.kernels_tilelang.config_retrieval import TILE, TOKENS, RetrieveSplitConfig
+from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, halve_rows, sort_rows
+from hsa_tl.kernels_tilelang.macros_topk import EMPTY, key_of, ordered, visible_chunks
+
+
+def retrieve_split(*, D, K, dtype, min_blocks, config: RetrieveSplitConfig):
+    block_N, threads = config.block_N, config.threads
+    tile = min(TILE, block_N)
+    P = config.places(K)
+    groups, levels = block_N // P, P.bit_length() - 1  # log2
+    B, tokens, N, R, splits = T.dynamic("B, tokens, N, R, splits")
+
+    @T.prim_func
+    def retrieve_split(
+        q_slc: T.Tensor((B, tokens, R, D), dtype),
+        landmarks: T.Tensor((B, N, R, D), dtype),
+        lengths: T.Tensor((B,), "int32"),
+        chunks: T.Tensor((B,), "int32"),
+        scale: T.float32,
+        chunk_size: T.int32,
+        window: T.int32,
+        best: T.Tensor((B, tokens, R, splits, P), "int64"),  # ascending
+    ):
+        with T.Kernel(splits, T.ceildiv(tokens, TOKENS) * R, B, threads=threads) as (i_x, i_y, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            q_shared = T.alloc_shared([TOKENS, D], dtype)
+            landmarks_shared = T.alloc_shared([tile, D], dtype)
+            score_shared = T.alloc_shared([TOKENS, block_N], "int32")
+            keys_shared = T.alloc_shared([groups, P], "int64")
+            held = T.alloc_local([8], "int64")
+            spot = T.alloc_local([8], "int32")
+            acc_s = T.alloc_fragment([tile, TOKENS], "float32")
+            first_t = T.alloc_var("int32")
+            first = T.alloc_var("int32")
+            seen = T.alloc_var("int32")
+
+            first_t = i_y // R * TOKENS
+            first = i_x * block_N
+            for m, d in T.Parallel(TOKENS, D):
+                q_shared[m, d] = q_slc[i_b, T.min(first_t + m, tokens - 1), i_y % R, d]
+            T.sync_threads()
+            last = lengths[i_b] + T.min(first_t + TOKENS, tokens) - 1
+            seen = visible_chunks(last, chunk_size, window, T.min(chunks[i_b], N))
+            seen = T.max(T.min(seen - first, block_N), 0)
+
+            for i_n in T.Pipelined(T.ceildiv(seen, tile), num_stages=config.num_stages):
+                T.copy(landmarks[i_b, first + i_n * tile : first + (i_n + 1) * tile, i_y % R, :], landmarks_shared)
+                T.clear(acc_s)
+                T.gemm(landmarks_shared, q_shared, acc_s, transpose_B=True)  # [tile, TOKENS]
+                for n, m in T.Parallel(tile, TOKENS):
+                    score_shared[m, i_n * tile + n] = ordered(acc_s[n, m] * scale, dtype)
+            T.sync_threads(BARRIER, threads)
+
+            for m in T.serial(T.min(TOKENS, tokens - first_t)):
+                position = lengths[i_b] + first_t + m
+                visible = visible_chunks(position, chunk_size, window, T.min(chunks[i_b], N)) - first
+                for g, j in T.Parallel(groups, P):
+                    c = g * P + j
+                    keys_shared[g, at(g, j)] = T.if_then_else(
+                        c < visible, key_of(score_shared[m, c], first + c), T.int64(EMPTY)
+                    )
+                T.sync_threads(BARRIER, threads)
+                sort_rows(keys_shared, held, spot, levels, False, threads)
+                halve_rows(keys_shared, held, spot, levels, threads)
+                for j in T.Parallel(P):
+                    best[i_b, first_t + m, i_y % R, i_x, j] = keys_shared[0, at(0, j)]
+                T.sync_threads(BARRIER, threads)
+
+    return retrieve_split

@@ -1,0 +1,153 @@
+"""Training recipes as data: stages that change window, top-k, context and data, read from YAML.
+
+    recipe = load_recipe("needle-tiny")              # or a path of a YAML file
+    recipe.stages[0].length
+
+model/recipes holds the paper's stages, each a file that starts from the checkpoint of the one before.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+from hsa_tl.model.config import ModelConfig, preset
+
+FOLDER = Path(__file__).parent / "recipes"
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """steps of `batch` * `accumulate` samples of `length` tokens. data: see hsa_tl.model.sources. model: changes of the
+    configuration that leave the parameters' shapes alone (window, topk, exclude_window, fusion, rope, impl)."""
+
+    steps: int
+    length: int
+    batch: int
+    data: dict[str, Any]
+    accumulate: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_ints(self, steps=1, length=2, batch=1, accumulate=1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW with linear warm-up over `warmup` steps, then constant; the last `decay` share of the steps falls by a
+    cosine to `final` of lr (decay = 1: cosine throughout). start: folder of a run whose last weights are taken.
+    ValueError: names the field, the rule and the value."""
+
+    name: str
+    preset: str
+    stages: tuple[Stage, ...]
+    lr: float
+    model: dict[str, Any] = field(default_factory=dict)
+    warmup: int = 0
+    decay: float = 0.0
+    final: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    dtype: str = "float32"
+    seed: int = 0
+    checkpoint_every: int = 100
+    keep: int = 2
+    log_every: int = 10
+    start: str | None = None
+
+    def __post_init__(self):
+        _check_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
+        rules = (
+            ("stages", bool(self.stages), "name at least one stage"),
+            ("lr", self.lr > 0, "be positive"),
+            ("decay", 0 <= self.decay <= 1, "lie in [0, 1]"),
+            ("final", 0 <= self.final <= 1, "lie in [0, 1]"),
+            ("clip", self.clip > 0, "be positive"),
+            ("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}"),
+        )
+        for name, ok, rule in rules:
+            if not ok:
+                raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
+        for stage in self.stages:
+            self.config(stage)
+
+    @property
+    def steps(self) -> int:
+        return sum(s.steps for s in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """Number of the stage that a step belongs to, and the step within it."""
+        for i, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return i, step
+            step -= stage.steps
+        raise ValueError(f"step must lie in [0, {self.steps}), got {step + self.steps}")
+
+    def config(self, stage: Stage | None = None) -> ModelConfig:
+        """The model's configuration in a stage; by default after training: without any stage's changes."""
+        changes = self.model | ({} if stage is None else stage.model)
+        return with_changes(preset(self.preset), changes)
+
+    def lr_at(self, step: int) -> float:
+        rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        first = self.steps * (1 - self.decay)
+        if not self.decay or step < first:
+            return self.lr * rising
+        part = (step - first) / (self.steps - first)
+        return self.lr * rising * (self.final + (1 - self.final) * 0.5 * (1 + cos(pi * part)))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """config with other fields; lists become tuples. ValueError: a field that it does not have."""
+    known = {f.name for f in fields(ModelConfig)}
+    if unknown := set(changes) - known:
+        raise ValueError(f"model must change fields of ModelConfig, got {', '.join(sorted(unknown))}")
+    return ModelConfig(**(vars(config) | {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}))
+
+
+def _check_ints(values, **least: int) -> None:
+    for name, low in least.items():
+        value = getattr(values, name)
+        if type(value) is not int or value < low:
+            raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+
+def recipe_of(values: dict[str, Any]) -> Recipe:
+    """A recipe from plain values. ValueError: a field that is missing, unknown or wrong."""
+    values = dict(values)
+    try:
+        values["stages"] = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values.get("stages", ()))
+        values["betas"] = tuple(values.get("betas", Recipe.betas))
+        return Recipe(**values)
+    except TypeError as error:
+        raise ValueError(f"a recipe must have the fields of Recipe and Stage, got {error}") from None
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe of model/recipes by its name, or a YAML file by its path.
+
+    ImportError: no PyYAML. ValueError: neither, or not a recipe. OSError: the file cannot be read.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError("recipes need PyYAML: pip install 'hsa-tl[train]'") from None
+    path = FOLDER / f"{name}.yaml" if str(name) in recipe_names() else Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"recipe must be a .yaml file or one of {', '.join(recipe_names())}, got {str(name)!r}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold the fields of a recipe, got {values!r}")
+    return recipe_of({"name": path.stem} | values)

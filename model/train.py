@@ -1,0 +1,199 @@
+"""The training loop: a recipe's stages on one device, resumable to the bit.
+
+    model = train(load_recipe("needle-tiny"), Path("out/needle-tiny"))
+
+A step reads the samples that its number names, so that a resumed run is the run that was never stopped.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hsa_tl.files import write_atomic
+from hsa_tl.model import checkpoint
+from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.model import Model
+from hsa_tl.model.recipe import Recipe, Stage
+from hsa_tl.model.sources import IGNORE, Batch, Source, make_source
+
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did; one line of log.jsonl."""
+
+    step: int
+    stage: int
+    loss: float  # mean over the labels, in nats
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+def with_config(model: Model, config: ModelConfig) -> Model:
+    """The same parameters, not copies, in a model of another configuration. ValueError: other shapes."""
+    if config == model.config:
+        return model
+    with torch.device("meta"):
+        other = Model(config)
+    try:
+        other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"config must leave the parameters' shapes alone, got {error}") from None
+    return other.train(model.training)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; vectors (gains, scales, [CLS]) do not decay."""
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == decays] for decays in (True, False)]
+    decay = ({"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0})
+    return torch.optim.AdamW(decay, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+
+
+def train_step(model: Model, optimizer, recipe: Recipe, batches: list[Batch], lr: float) -> tuple[float, float]:
+    """Gradients of the batches taken together, one update; loss and gradient norm."""
+    device = next(model.parameters()).device
+    labels = [int((b.labels[:, 1:] != IGNORE).sum()) for b in batches]
+    total = max(1, sum(labels))
+    half = recipe.dtype == "bfloat16"
+    loss_sum = 0.0
+    for b, n in zip(batches, labels, strict=True):
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            loss = model(b.input_ids.to(device), labels=b.labels.to(device), logits_to_keep=0).loss
+        (loss * (n / total)).backward()
+        loss_sum += loss.item() * n / total
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient must be finite, got norm {norm.item()} and loss {loss_sum}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, norm.item()
+
+
+def _start(recipe: Recipe, device: str) -> Model:
+    torch.manual_seed(recipe.seed)
+    model = Model(recipe.config(recipe.stages[0])).to(device)
+    if recipe.start is not None:
+        found = checkpoint.latest(Path(recipe.start))
+        if found is None:
+            raise ValueError(f"start must be a folder with a checkpoint, got {recipe.start}")
+        _load(model, found)
+    return model
+
+
+def _load(model: Model, found: checkpoint.Checkpoint) -> None:
+    try:
+        model.load_state_dict(found.weights)
+    except RuntimeError as error:
+        raise ValueError(f"{found.path} must hold the weights of this model, got {error}") from None
+
+
+def _rng(device: str) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if device == "cuda" else {})
+
+
+def _set_rng(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _keep_log(path: Path, step: int) -> None:
+    """Drops the lines of steps that the resumed run will do again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+    write_atomic(path, "".join(kept))
+
+
+def _writer(run: Path):
+    """A TensorBoard writer where the tensorboard package is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run)
+
+
+def train(
+    recipe: Recipe, run: Path, *, device: str = "cpu", on_step: Callable[[Step], None] = lambda step: None
+) -> Model:
+    """Trains to the recipe's end in the folder run, from its newest checkpoint if there is one.
+
+    Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step.
+    ValueError: run holds checkpoints of another recipe; data or start that are not there. FloatingPointError: a
+    gradient that is not finite.
+    """
+    model = _start(recipe, device)
+    optimizer = make_optimizer(model, recipe)
+    values, first = json.loads(json.dumps(recipe.to_dict())), 0
+    if (found := checkpoint.latest(run)) is not None:
+        if found.recipe != values:
+            differ = sorted(k for k in values if found.recipe.get(k) != values[k])
+            raise ValueError(f"run must hold checkpoints of this recipe, got others in {run}: {', '.join(differ)}")
+        _load(model, found)
+        optimizer.load_state_dict(found.state["optimizer"])
+        _set_rng(found.state["rng"])
+        first = found.step
+    run.mkdir(parents=True, exist_ok=True)
+    _keep_log(run / LOG, first)
+    writer = _writer(run)
+    source: Source | None = None
+    stage_number = None
+    model.train()
+    with (run / LOG).open("a", buffering=1) as log:
+        for step in range(first, recipe.steps):
+            begin = time.perf_counter()
+            number, within = recipe.stage_at(step)
+            stage = recipe.stages[number]
+            if number != stage_number:
+                stage_number, source = number, _source(recipe, stage, number)
+                model = with_config(model, recipe.config(stage))
+            at = within * stage.batch * stage.accumulate
+            batches = [source.batch(at + i * stage.batch, stage.batch) for i in range(stage.accumulate)]
+            lr = recipe.lr_at(step)
+            loss, norm = train_step(model, optimizer, recipe, batches, lr)
+            tokens = stage.length * stage.batch * stage.accumulate
+            done = Step(step, number, loss, lr, norm, tokens, time.perf_counter() - begin)
+            if step % recipe.log_every == 0 or step + 1 == recipe.steps:
+                log.write(json.dumps(vars(done)) + "\n")
+                for name in ("loss", "lr", "grad_norm") if writer else ():
+                    writer.add_scalar(name, getattr(done, name), step)
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+                state = {"optimizer": optimizer.state_dict(), "rng": _rng(device)}
+                checkpoint.save(run, step + 1, values, model.state_dict(), state, recipe.keep)
+            on_step(done)
+    if writer:
+        writer.close()
+    return with_config(model, recipe.config()).eval()
+
+
+def _source(recipe: Recipe, stage: Stage, number: int) -> Source:
+    source = make_source(stage.data, stage.length, recipe.seed * 1000 + number)
+    if source.vocab_size > recipe.config(stage).vocab_size:
+        raise ValueError(
+            f"data must have at most the model's {recipe.config(stage).vocab_size} token ids, got {source.vocab_size}"
+        )
+    return source
+
+
+def load_model(run: Path, device: str = "cpu") -> Model:
+    """The model of a run's newest checkpoint, configured as after training. ValueError: there is none."""
+    from hsa_tl.model.recipe import recipe_of
+
+    found = checkpoint.latest(run)
+    if found is None:
+        raise ValueError(f"run must be a folder with a checkpoint, got {run}")
+    model = Model(recipe_of(found.recipe).config())
+    _load(model, found)
+    return model.to(device).eval()

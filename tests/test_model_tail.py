@@ -1,0 +1,76 @@
+"""What training leaves out changes nothing: the upper decoder before the first label, the selection of all chunks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hsa_tl.model import Model, preset
+from hsa_tl.model.sources import make_source
+from hsa_tl.testing import assert_as_accurate_as
+
+CONFIGS = (
+    {},
+    {"layers": 5, "groups": 2, "kv_heads": 2, "value_residual": "resformer"},
+    {"fusion": "joint", "kv_heads": 4, "retrieval_heads": 2},
+    {"fusion": "stick_breaking", "exclude_window": True, "rope": ("swa", "hsa")},
+    {"attention": "swa", "layers": 4, "value_residual": "svformer"},
+    {"attention": "full", "layers": 3},
+)
+
+
+def gradients(model, batch, **options) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(batch.input_ids, labels=batch.labels, **options).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
+    }
+
+
+def check(low, other, double):
+    for name, want in double.items():
+        assert_as_accurate_as(name, other[name], low[name], want)
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+def test_the_same_loss_and_gradients(changes):
+    config = replace(preset("tiny"), topk="all", **changes)
+    model = Model(config)
+    batch = make_source({"kind": "needles", "tasks": [{"needles": 9, "queries": 3}]}, 250, 0).batch(0, 3)
+    low = gradients(model, batch)
+    exact = Model(config).double()
+    exact.load_state_dict(model.state_dict())
+    double = gradients(exact, batch)
+    check(low, gradients(model, batch, logits_to_keep=0), double)
+    if config.attention == "hsa":
+        dense = Model(replace(config, impl="dense"))
+        dense.load_state_dict(model.state_dict())
+        check(low, gradients(dense, batch), double)
+        check(low, gradients(dense, batch, logits_to_keep=0), double)
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+@pytest.mark.parametrize("keep", (1, 40, 250))
+def test_the_last_logits(changes, keep):
+    model = Model(replace(preset("tiny"), **changes))
+    ids = torch.randint(0, 320, (2, 250))
+    exact = Model(model.config).double()
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        all_, last, want = model(ids).logits, model(ids, logits_to_keep=keep).logits, exact(ids).logits
+    assert last.shape == (2, keep, 320)
+    assert_as_accurate_as("logits", last, all_[:, -keep:], want[:, -keep:])
+
+
+def test_the_upper_decoder_skips_what_no_label_needs():
+    model, rows = Model(preset("tiny")), []
+    model.layers[1].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    batch = make_source({"kind": "needles", "tasks": [{"needles": 2, "queries": 2}]}, 250, 0).batch(0, 1)
+    model(batch.input_ids, labels=batch.labels, logits_to_keep=0)
+    assert rows == [5]  # of ASK key value ASK key value, from the key that predicts the first value on
+
+
+def test_dense_needs_all_chunks():
+    with pytest.raises(ValueError, match='impl must not be "dense" unless topk is "all", got \'dense\''):
+        replace(preset("tiny"), impl="dense")
