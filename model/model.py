@@ -220,13 +220,16 @@ class Model(nn.Module):
     def _loss(self, h_BTC, targets_BT, logits):
         if logits is not None:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
+        return self.loss_sum(h_BTC, targets_BT) / (targets_BT != -100).sum()
+
+    def loss_sum(self, h_BTC: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """The sum of cross-entropies (float32 scalar) of hidden states at targets that are not -100."""
         h, targets = h_BTC.flatten(0, 1), targets_BT.flatten()
         if not torch.compiler.is_compiling():  # the number of labels is no static shape
             labelled = (targets != -100).nonzero()[:, 0]
             h, targets = h[labelled], targets[labelled]
         blocks = zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        total = sum(checkpoint(self._block_loss, x, y, use_reentrant=False) for x, y in blocks)
-        return total / (targets != -100).sum()
+        return sum(checkpoint(self._block_loss, x, y, use_reentrant=False) for x, y in blocks)
 
     def _block_loss(self, h_TC, targets_T):
         return F.cross_entropy(self.head(h_TC).float(), targets_T, reduction="sum")
