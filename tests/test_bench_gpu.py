@@ -8,7 +8,7 @@ import torch
 from tuning import FakeGpu, fake_compiler
 
 from hsa_tl import cases
-from hsa_tl.bench import agenda, gpu, page, record
+from hsa_tl.bench import agenda, gpu, page, record, roofline
 from hsa_tl.bench.roofline import Roofline
 
 CASE = dataclasses.replace(cases.case("k16-d64"), problem=cases.at_length(cases.case("k16-d64").problem, 2048))
@@ -73,6 +73,9 @@ PLAN = (
 def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_path):
     """A fake device and clock: the second machine has the first one's folder and does what is left, then nothing."""
     monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H200 (a fake)")
+    monkeypatch.setattr(roofline, "COPIED_BYTES", 1 << 20)
+    quick = {"min_repeats": 1, "seconds": 0.0}
+    monkeypatch.setattr(gpu, "run_sweep", lambda *x, run=gpu.run_sweep, **options: run(*x, **options | quick))
     clock, done = Clock(), []
 
     def takes(cost, function):
