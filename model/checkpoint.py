@@ -21,6 +21,10 @@ from hsa_tl.files import write_atomic
 WEIGHTS, STATE, META = "model.safetensors", "state.pt", "meta.json"
 
 
+class TornCheckpoint(UserWarning):
+    """A checkpoint that is not whole was skipped."""
+
+
 class Checkpoint(NamedTuple):
     step: int  # steps done
     recipe: dict[str, Any]
@@ -52,8 +56,8 @@ def save(run: Path, step: int, recipe: dict, weights: dict[str, torch.Tensor], s
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(run.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    for old in [*sorted(run.glob("step-*"))[:-keep], *run.glob(".step-*")]:
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -76,5 +80,5 @@ def latest(run: Path) -> Checkpoint | None:
         try:
             return load(path)
         except (ValueError, OSError) as error:
-            warnings.warn(f"skipped a torn checkpoint: {error}", stacklevel=2)
+            warnings.warn(f"skipped a torn checkpoint: {error}", TornCheckpoint, stacklevel=2)
     return None
