@@ -1,15 +1,20 @@
-"""What a pair costs: device constants, bytes by level, and the prediction from SASS. Constants marked [A] are assumed.
+"""What a pair costs: bytes by level, work in the inner loop, and the prediction with a device's constants.
 
 A pair is one (token, key/value head, selected chunk); ns_per_pair is for the whole GPU. The roofline is the least time
 that FLOPs and bytes allow; the prediction adds issue slots, special functions, shared memory and latency, read from
-the innermost loop of the assembled program. It finds cliffs; it is not a measurement.
+the innermost loop of the assembled program. It finds cliffs; it is not a measurement. The constants stand in
+devices/<name>.json with their unit and source; autotune.calibrate fits those that are assumed to measurements.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from importlib import resources
 
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
+
+FREE = ("assumed", "fitted")  # sources of constants that measurements may change
 
 
 @dataclass(frozen=True)
@@ -18,17 +23,22 @@ class Device:
 
     name: str
     hbm: float
-    l2: float = 7.0e12  # [A] working figure for tile reads
-    reduce: float = 2.0e12  # [A] float32 reduce-add into L2
-    l2_bytes: float = 40e6  # [A] working set that still hits
-    sms: int = 132
-    clock: float = 1.755e9
-    tensor_flops_clock: float = 4096  # dense 16-bit, an SM and clock
-    mma_sync: float = 0.62  # [A] share of the wgmma rate
-    special_clock: int = 16  # exp2 an SM and clock
-    smem_clock: int = 128  # bytes an SM and clock
-    smem: int = 228 * 1024
-    registers: int = 65536
+    l2: float  # tile reads
+    reduce: float  # float32 reduce-add into L2
+    l2_bytes: float  # working set that still hits
+    sms: int
+    clock: float
+    tensor_flops_clock: float  # dense 16-bit, an SM and clock
+    mma_sync: float  # share of the wgmma rate
+    special_clock: float  # exp2 an SM and clock
+    smem_clock: float  # bytes an SM and clock
+    smem: int
+    registers: int
+    barrier_clocks: float  # latencies that a warp cannot hide behind its own work
+    wgmma_wait_clocks: float
+    instruction_clocks: float
+    load_clocks: float
+    free: tuple[str, ...] = ()  # names of the constants that are not known
 
     @property
     def ns_for_each_clock(self) -> float:
@@ -36,13 +46,33 @@ class Device:
         return 1e9 / (self.sms * self.clock)
 
 
-DEVICES = {d.name: d for d in (Device("h100", 3.0e12), Device("h200", 4.3e12), Device("h800", 3.0e12))}
+def parse_device(text: str) -> Device:
+    """The device of a constants file."""
+    file = json.loads(text)
+    free = tuple(name for name, c in file["constants"].items() if c["source"] in FREE)
+    return Device(file["name"], **{name: c["value"] for name, c in file["constants"].items()}, free=free)
 
 
-def memory_ns(config: Config, problem: Problem, device: Device) -> dict[str, float]:
-    """ns for each pair that its bytes take at each level."""
+def device_text(name: str) -> str:
+    """The constants file that the package ships."""
+    return (resources.files("hsa_tl.autotune") / "devices" / f"{name}.json").read_text()
+
+
+DEVICES = {name: parse_device(device_text(name)) for name in ("h100", "h200", "h800")}
+
+
+def memory_ns(config: Config, problem: Problem, device: Device, read: float = 1.0) -> dict[str, float]:
+    """ns for each pair that its bytes take at each level, when chunks are read `read` times the best case.
+
+    Keys and values that the L2 cache cannot hold come from HBM.
+    """
+    p, moved = problem, config.pair_bytes(problem)
+    chunks = config.chunk_reads(p) * p.chunk_bytes()
+    missed = 1 - min(1.0, device.l2_bytes / max(1, p.B * p.N * p.H * p.chunk_bytes()))
+    moved["l2"] = moved.get("l2", 0.0) + (read - 1) * chunks
+    moved["hbm"] = moved.get("hbm", 0.0) + read * missed * chunks
     rates = {"l2": device.l2, "hbm": device.hbm, "reduce": device.reduce}
-    return {level: moved / rates[level] * 1e9 for level, moved in config.pair_bytes(problem).items()}
+    return {level: amount / rates[level] * 1e9 for level, amount in moved.items()}
 
 
 def roofline(config: Config, problem: Problem, device: Device) -> tuple[float, str]:
@@ -56,6 +86,7 @@ def roofline(config: Config, problem: Problem, device: Device) -> tuple[float, s
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*?);")
 SHORT_LOOP_BYTES = 0x200  # barrier retries, not work
+LDS_BYTES = 128  # a warp reads from shared memory with each of the narrowest loads
 
 
 def parse_sass(text: str) -> list[tuple[int, str, str]]:
@@ -83,27 +114,26 @@ def inner_loops(sass, holding: str = "") -> list[list]:
     return [[x for x in sass if low <= x[0] <= high] for low, high in inner]
 
 
-def loop_work(loop, device: Device) -> dict[str, float]:
-    """What one warp executes in one pass of a loop."""
-    f = dict.fromkeys(("issue", "hgmma_clocks", "hmma", "special", "smem_clocks", "barriers", "waits", "loads"), 0.0)
-    f["flops"] = 0.0
+def loop_work(loop) -> dict[str, float]:
+    """What one warp executes in one pass of a loop; of a wgmma, which four warps share, all of its FLOPs."""
+    f = dict.fromkeys(("issue", "wgmma_flops", "mma_flops", "special", "smem_bytes", "barriers", "waits", "loads"), 0.0)
     for _, op, operands in loop:
         base = op.split(".")[0]
         f["issue"] += 1
         shape = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op)
         if shape:
             m, n, k = map(int, shape.groups())
-            f["flops"] += 2 * m * n * k
-            f["hgmma_clocks"] += 2 * m * n * k / device.tensor_flops_clock
+            f["wgmma_flops"] += 2 * m * n * k
             from_shared = re.match(r"\s*R\d+, gdesc", operands) is not None
-            f["smem_clocks"] += (n * k + (m * k if from_shared else 0)) * 2 / device.smem_clock / 4  # a warp's quarter
+            f["smem_bytes"] += (n * k + (m * k if from_shared else 0)) * 2 / 4  # a warp's quarter
         elif base == "HMMA":
-            f["hmma"] += 1
-            f["flops"] += 4096
+            f["mma_flops"] += 4096
         elif base == "MUFU":
             f["special"] += 32
         elif base in ("LDSM", "STSM", "LDS", "STS"):
-            f["smem_clocks"] += 4 if re.search(r"x4|\.4|128", op) else 2 if re.search(r"64|x2|\.2", op) else 1
+            f["smem_bytes"] += LDS_BYTES * (
+                4 if re.search(r"x4|\.4|128", op) else 2 if re.search(r"64|x2|\.2", op) else 1
+            )
         elif base == "BAR":
             f["barriers"] += 1
         elif base == "WARPGROUP" and "DEPBAR" in op:
@@ -113,38 +143,65 @@ def loop_work(loop, device: Device) -> dict[str, float]:
     return f
 
 
-# [A] clocks of latency that a warp cannot hide behind its own work
-BARRIER_CLOCKS, WGMMA_WAIT_CLOCKS, INSTRUCTION_CLOCKS, GLOBAL_LOAD_CLOCKS = 30, 90, 2, 700
+def pass_work(config: Config, problem: Problem, sass) -> dict[str, float] | None:
+    """What a CTA does in a pass of the loop that holds the matrix products, and the pairs that it serves.
 
-
-def predict(config: Config, problem: Problem, ctas: int, sass, device: Device) -> tuple[float, str]:
-    """ns for each pair and the limiter, from the loop that holds the matrix products and the bytes a pair moves."""
-    memory = memory_ns(config, problem, device)
+    None for a program without matrix products. issue_warp, barriers, waits and loads are a warp's, the rest the CTA's.
+    """
     if config.tensor_core() is None:
-        return max(memory.values()), max(memory, key=memory.get)
-    loops = [loop_work(loop, device) for holding in ("HGMMA", "HMMA") for loop in inner_loops(sass, holding)]
+        return None
+    loops = [loop_work(loop) for holding in ("HGMMA", "HMMA") for loop in inner_loops(sass, holding)]
     # Without a loop around its products, the whole program is one pass.
-    loops = loops or [loop_work(sass, device)]
-    f = max(loops, key=lambda x: x["flops"])
-    if not f["flops"]:
+    loops = loops or [loop_work(sass)]
+    f = max(loops, key=lambda x: x["wgmma_flops"] + x["mma_flops"])
+    if not f["wgmma_flops"] + f["mma_flops"]:
         raise ValueError("no matrix products in the SASS")
     warps = config.threads // 32
-    groups = warps / 4
-    share = config.loop_share(problem)
-    flops = f["flops"] * (groups if f["hgmma_clocks"] else warps) * share
+    wgmma, mma = f["wgmma_flops"] * warps / 4 * config.loop_share(problem), f["mma_flops"] * warps
     tile_flops = problem.pair_flops(config.DIRECTION) / problem.G * config.rows(problem)
-    pairs = flops / tile_flops * config.pairs(problem)  # the compiler may have unrolled the loop
-    tensor = f["hgmma_clocks"] * groups * share + f["hmma"] * warps * 4096 / device.tensor_flops_clock / device.mma_sync
-    serial = f["issue"] * INSTRUCTION_CLOCKS + f["barriers"] * BARRIER_CLOCKS + f["waits"] * WGMMA_WAIT_CLOCKS
-    serial += GLOBAL_LOAD_CLOCKS if f["loads"] else 0
+    return {
+        "pairs": (wgmma + mma) / tile_flops * config.pairs(problem),  # the compiler may have unrolled the loop
+        "issue": f["issue"] * warps,
+        "wgmma_flops": wgmma,
+        "mma_flops": mma,
+        "special": f["special"] * warps,
+        "smem_bytes": f["smem_bytes"] * warps,
+        "issue_warp": f["issue"],
+        "barriers": f["barriers"],
+        "waits": f["waits"],
+        "loads": f["loads"],
+        # Chunks that asynchronous copies bring while others are worked on; 0 where the loop loads for itself.
+        "stages": 0 if f["loads"] else getattr(config, "num_stages", 0),
+    }
+
+
+READERS = (parse_sass, count, inner_loops, loop_work, pass_work)
+
+
+def bounds(config: Config, problem: Problem, ctas: int, work: dict | None, device: Device, share=None) -> dict:
+    """ns for each pair by what could set it. ctas: of an SM; work: pass_work's; share: of a union, best without it."""
+    read, multiplied = config.again(problem, share) if share else (1.0, 1.0)
+    memory = memory_ns(config, problem, device, read)
+    if work is None:
+        return memory
+    d = device
+    tensor = (work["wgmma_flops"] + work["mma_flops"] / d.mma_sync) / d.tensor_flops_clock
+    serial = work["issue_warp"] * d.instruction_clocks + work["barriers"] * d.barrier_clocks
+    serial += work["waits"] * d.wgmma_wait_clocks + (d.load_clocks if work["loads"] else 0)
     clocks = {
-        "issue": f["issue"] * warps / 4,
+        "issue": work["issue"] / 4,
         "tensor": tensor,
-        "special": f["special"] * warps / device.special_clock,
-        "smem": f["smem_clocks"] * warps,
+        "special": work["special"] / d.special_clock,
+        "smem": work["smem_bytes"] / d.smem_clock,
         "latency": max(serial, tensor) / ctas,
     }
-    bounds = {name: value / pairs * device.ns_for_each_clock for name, value in clocks.items()}
-    bounds |= memory
-    top = sorted(bounds, key=bounds.get, reverse=True)[:3]
-    return sum(bounds[name] ** 4 for name in top) ** 0.25, top[0]  # near ties cost extra
+    if work["stages"]:  # a stage is taken from the start of its copy to the end of its use
+        clocks["copies"] = (d.load_clocks + max(serial, tensor)) / (work["stages"] * ctas)
+    return memory | {k: multiplied * value / work["pairs"] * d.ns_for_each_clock for k, value in clocks.items()}
+
+
+def predict(config: Config, problem: Problem, ctas: int, work: dict | None, device: Device, share=None):
+    """(ns for each pair, the limiter): the greatest of the bounds, and more where others come near."""
+    found = bounds(config, problem, ctas, work, device, share)
+    top = sorted(found, key=found.get, reverse=True)[: 3 if work else 1]
+    return sum(found[name] ** 4 for name in top) ** 0.25, top[0]

@@ -4,6 +4,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -11,15 +12,17 @@ import re
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
 from hsa_tl.autotune import cost
+from hsa_tl.autotune.journal import Journal, key_of
 from hsa_tl.bench import record
 from hsa_tl.cases import Case
-from hsa_tl.files import write_atomic
+from hsa_tl.files import cache_folder, write_atomic
 from hsa_tl.kernels_tilelang.config import PROGRAMS, describe, parse, space, static_key
 from hsa_tl.problem import Problem
 
@@ -28,6 +31,10 @@ COLUMNS = (
     "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "ns_per_pair", "limiter", "roofline_ns",
     "error", "versions", "commit",
 )  # fmt: skip
+READ = (
+    "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "copies", "work", "error",
+)  # fmt: skip
+ASYNCHRONOUS = ("UTMALDG", "UBLKCP", "LDGSTS")  # TMA of a tile, of a run of bytes, and cp.async
 # As compile.PASS_CONFIGS has TileLang call it.
 NVCC_FLAGS = (
     "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "--use_fast_math", "--cubin", "-w", "-Xptxas", "-v",
@@ -49,20 +56,28 @@ class Assembled:
 
 
 def find_tool(name: str) -> str | None:
-    """Path of a CUDA tool: on PATH, under CUDA_HOME, or the one that triton's package carries."""
+    """Path of a CUDA tool: on PATH, under CUDA_HOME, from NVIDIA's wheels, or the one that triton's package carries."""
     folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    triton = importlib.util.find_spec("triton")
+    nvidia, triton = (importlib.util.find_spec(package) for package in ("nvidia", "triton"))
+    if nvidia:  # nvidia/cu13/bin, and before CUDA 13 nvidia/<part>/bin
+        folders += [str(p) for base in nvidia.submodule_search_locations for p in sorted(Path(base).glob("*/bin"))]
     if triton and triton.origin:
         folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
+WHEELS = {"nvcc": "nvidia-cuda-nvcc", "cuobjdump": "nvidia-cuda-cuobjdump"}
+
+
 def missing_tools() -> str | None:
     """One line that says what the static check lacks, or None."""
-    lacking = [name for name in ("nvcc", "cuobjdump") if find_tool(name) is None]
+    lacking = [name for name in WHEELS if find_tool(name) is None]
     if not lacking:
         return None
-    return f"the static check needs {' and '.join(lacking)} (CUDA toolkit 12.8 or later) on PATH or under CUDA_HOME"
+    return (
+        f"the static check needs {' and '.join(lacking)} of the CUDA toolkit, 12.8 or later: on PATH, under CUDA_HOME, "
+        f"or by pip install {' '.join(WHEELS[name] for name in lacking)}"
+    )
 
 
 @functools.cache
@@ -76,9 +91,8 @@ def nvcc_release() -> str:
 
 
 def _cache_file(source: str) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     text = nvcc_version() + " ".join(NVCC_FLAGS) + source
-    return base / "hsa-tl" / "static" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    return cache_folder() / "static" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
 def assemble(source: str) -> Assembled:
@@ -134,15 +148,14 @@ def ctas_per_sm(registers: int, smem: int, threads: int, device: cost.Device) ->
     return max(0, min(by_registers, by_smem, 2048 // threads, 32))
 
 
-def analyse(case: str, program: str, problem: Problem, config, device: str = "h200") -> dict:
-    """One row of the static table. A program that does not lower or assemble is a row with its error."""
+def analyse(program: str, problem: Problem, config) -> dict:
+    """What lowering, ptxas and SASS say of a config; the same on any device and for any B, T, N and H.
+
+    A program that does not lower or assemble has its error, and None for the rest.
+    """
     from hsa_tl.kernels_tilelang.compile import lower
 
-    gpu = cost.DEVICES[device]
-    row = dict.fromkeys(COLUMNS)
-    row |= {"case": case, "program": program, "direction": config.DIRECTION, **static_key(problem)}
-    row |= {"config": describe(config), "threads": config.threads, "device": device}
-    row |= {"roofline_ns": cost.roofline(config, problem, gpu)[0]}
+    found = dict.fromkeys(READ)
     try:
         artifact = lower(program, problem, config)
         (function,) = artifact.device_mod.functions.values()
@@ -152,15 +165,28 @@ def analyse(case: str, program: str, problem: Problem, config, device: str = "h2
         made = assemble(artifact.kernel_source)
         sass = cost.parse_sass(made.sass)
         smem = dynamic + made.smem_bytes
-        ctas = ctas_per_sm(made.registers, smem, config.total_threads(), gpu)
-        row |= {"registers": made.registers, "spill_bytes": made.spill_bytes, "smem_bytes": smem, "ctas_per_sm": ctas}
-        row |= {"hgmma": cost.count(sass, "HGMMA"), "hmma": cost.count(sass, "HMMA")}
-        row["ns_per_pair"], row["limiter"] = cost.predict(config, problem, max(1, ctas), sass, gpu)
+        ctas = ctas_per_sm(made.registers, smem, config.total_threads(), cost.DEVICES["h100"])  # all are alike in this
+        found |= {"registers": made.registers, "spill_bytes": made.spill_bytes, "smem_bytes": smem, "ctas_per_sm": ctas}
+        found |= {"hgmma": cost.count(sass, "HGMMA"), "hmma": cost.count(sass, "HMMA")}
+        found |= {"copies": sum(cost.count(sass, op) for op in ASYNCHRONOUS)}
+        found |= {"work": cost.pass_work(config, problem, sass)}
     except MissingTool:
         raise
     except Exception as error:
-        row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-    return row
+        found["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+    return found
+
+
+def row(case: str, program: str, problem: Problem, config, found: dict, device: str | cost.Device = "h200") -> dict:
+    """One row of the static table: what analyse() found, and the prediction for a device."""
+    gpu = cost.DEVICES[device] if isinstance(device, str) else device
+    made = {"case": case, "program": program, "direction": config.DIRECTION, **static_key(problem), **found}
+    made |= {"config": describe(config), "threads": config.threads, "device": gpu.name}
+    made |= {"roofline_ns": cost.roofline(config, problem, gpu)[0], "ns_per_pair": None, "limiter": None}
+    if not found["error"]:
+        ctas = max(1, found["ctas_per_sm"])
+        made["ns_per_pair"], made["limiter"] = cost.predict(config, problem, ctas, found["work"], gpu)
+    return made
 
 
 def faults(row: dict) -> list[str]:
@@ -178,36 +204,90 @@ def faults(row: dict) -> list[str]:
     return found
 
 
-def _analyse_job(job) -> dict:
-    return analyse(*job)
+def cliffs(row: dict) -> list[str]:
+    """faults(), and what makes a program slow without making it wrong: copies that wait, one CTA for each SM."""
+    found = faults(row)
+    if row["error"]:
+        return found
+    config = parse(row["program"], row["config"])
+    if getattr(config, "num_stages", 0) > 1 and not row["copies"]:
+        found.append("no asynchronous copy (TMA or cp.async)")
+    if row["ctas_per_sm"] == 1:
+        found.append("one CTA on an SM")
+    return found
 
 
-def table_rows(
-    cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, first_only=False, jobs=None, progress=None
-):
-    """Rows of every program x every config of its space for the cases; `progress(done, total)` after each.
+def identity(program: str, problem: Problem, config) -> dict:
+    """What analyse() depends on, beside the versions and the programs' source."""
+    return {"program": program, "config": describe(config), **static_key(problem)}
+
+
+def made_with() -> str:
+    """The versions and the source that analyse() depends on."""
+    return f"tilelang {metadata.version('tilelang')}, nvcc {nvcc_release()}, programs {programs_digest()}"
+
+
+@functools.cache
+def programs_digest() -> str:
+    """Of the source of the programs and of what reads them back."""
+    (folder,) = importlib.util.find_spec("hsa_tl.kernels_tilelang").submodule_search_locations
+    sources = [path.read_text() for path in sorted(Path(folder).rglob("*.py"))]
+    sources += [inspect.getsource(f) for f in (assemble, analyse, *cost.READERS)]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
+
+
+def _pool(jobs: int) -> Executor:
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+
+
+def analyse_all(
+    work: list[tuple], *, jobs: int | None = None, journal: Journal | None = None, progress=None, compiler=analyse
+) -> list[dict]:
+    """analyse() of each (program, problem, config), each distinct one once, in parallel processes.
+
+    What the journal holds of these versions is not made again, and what is made goes there at once. progress(done,
+    total) after each. Raises MissingTool when something must be assembled and nvcc or cuobjdump is not there.
+    compiler: in place of analyse, in this process.
+    """
+    journal = Journal(None) if journal is None else journal
+    source = {"kind": "static", "made_with": made_with()} if missing_tools() is None else None
+    names = [{"kind": "static", **identity(*x)} for x in work]
+    todo = {}
+    for name, x in zip(names, work, strict=True):
+        known = journal.get(name)
+        if known is None or (source and known["made_with"] != source["made_with"]):
+            todo[key_of(name)] = (name, x)
+    if todo and source is None:
+        raise MissingTool(missing_tools())
+    total = len({key_of(name) for name in names})
+    if progress:
+        progress(total - len(todo), total)
+    if todo:
+        with _pool(jobs or min(4, os.cpu_count() or 1)) if compiler is analyse else ThreadPoolExecutor(1) as pool:
+            futures = {pool.submit(compiler, *x): name for name, x in todo.values()}
+            for i, future in enumerate(as_completed(futures), 1):
+                journal.add(futures[future], future.result() | source)
+                if progress:
+                    progress(total - len(todo) + i, total)
+    return [{k: journal.get(name)[k] for k in READ} for name in names]
+
+
+def table_rows(cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, first_only=False, **options) -> list[dict]:
+    """Rows of every program x every config of its space for the cases; options: see analyse_all.
 
     first_only: the heuristic config alone. Raises MissingTool when nvcc or cuobjdump is not there.
     """
     if reason := missing_tools():
         raise MissingTool(reason)
-    work, seen = [], set()
+    work = {}
     for case in cases:
         for program in programs:
             for config in space(program, case.problem)[: 1 if first_only else None]:
-                key = (program, config, *static_key(case.problem).values())
-                if key not in seen:
-                    seen.add(key)
-                    work.append((case.name, program, case.problem, config, device))
-    rows: dict[int, dict] = {}
-    with ProcessPoolExecutor(jobs or min(4, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_analyse_job, job): i for i, job in enumerate(work)}
-        for future in as_completed(futures):
-            rows[futures[future]] = future.result()
-            if progress:
-                progress(len(rows), len(work))
+                key = tuple(identity(program, case.problem, config).values())
+                work.setdefault(key, (case.name, program, case.problem, config))
+    found = analyse_all([x[1:] for x in work.values()], **options)
     source = {"versions": f"{record.versions()}, nvcc {nvcc_release()}", "commit": record.commit()}
-    return [rows[i] | source for i in range(len(work))]
+    return [row(*x, f, device) | source for x, f in zip(work.values(), found, strict=True)]
 
 
 PAGE = """# Static check of the TileLang programs
@@ -241,7 +321,7 @@ def write_page(rows: list[dict], path: Path) -> None:
 def write_csv(rows: list[dict], path: Path) -> None:
     """The rows as CSV, COLUMNS first line."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue())

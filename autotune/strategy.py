@@ -64,16 +64,12 @@ def expected_ns(problem: Problem, config, share: dict[int, float], device: cost.
     """Bound of a pair's time for the whole GPU, in ns: memory, tensor cores, and how well the CTAs fill the GPU."""
     p = problem
     read, multiplied = config.again(p, share)
-    resident = min(1.0, device.l2_bytes / (p.B * p.N * p.H * p.chunk_bytes()))
-    memory = cost.memory_ns(config, p, device)
-    chunk_reads = config.chunk_reads(p) * p.chunk_bytes()
     rate = device.mma_sync if config.tensor_core() == "hmma" else 1.0
     tensor = multiplied * p.pair_flops(config.DIRECTION) / device.tensor_flops_clock / rate * device.ns_for_each_clock
-    l2 = memory["l2"] + (read - 1) * chunk_reads / device.l2 * 1e9
-    hbm = memory["hbm"] + read * chunk_reads * (1 - resident) / device.hbm * 1e9
+    memory = cost.memory_ns(config, p, device, read)
     slots = device.sms * max(1, blocks_per_sm(config, p))
     ctas = max(1, config.ctas(p))
-    return max(tensor, l2, hbm, memory.get("reduce", 0.0)) * math.ceil(ctas / slots) * slots / ctas
+    return max(tensor, *memory.values()) * math.ceil(ctas / slots) * slots / ctas
 
 
 def choose(direction: str, problem: Problem, share: dict[int, float], device: cost.Device, deterministic=False) -> list:

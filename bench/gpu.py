@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 import typer
 
 from hsa_tl import cases
-from hsa_tl.autotune import static, table, tuner
+from hsa_tl.autotune import calibrate, cost, measure, static, table, tuner
+from hsa_tl.autotune.journal import Journal
 from hsa_tl.bench import record
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.sweep import run_sweep
@@ -21,8 +23,8 @@ from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang import config as configs
 
-PREPARED = Path(".bundle/ranked.json")
-PREPARED_CONFIGS = 3  # of a program and case: a lease has no time for more
+PREPARED = Path(".bundle/ranked.jsonl")
+PREPARED_CONFIGS = 2  # of a group and case: a lease has no time for more
 LENGTHS = (4096, 16384, 65536)
 SELECTIONS = ("random", "overlap")
 SWEPT = ("paper-d128", "k16-d128", "paper-d64")
@@ -94,50 +96,56 @@ def run_tests(seconds: float) -> dict:
     return {"result": tail.splitlines()[-1]}
 
 
-def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None) -> int:
-    """Does without a GPU what tuning would spend a lease on: static ranks to a file, kernels into TileLang's cache.
+def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None, jobs: int = 2) -> int:
+    """Does without a GPU what tuning would spend a lease on: static ranks to a journal, kernels into TileLang's cache.
 
-    For each case the PREPARED_CONFIGS best predicted configs of each tuned program, and what the others run with.
-    Returns how many kernels were compiled. Needs nvcc.
+    For each case the PREPARED_CONFIGS best predicted configs of each group of each tuned program, and what the others
+    run with. Returns how many kernels were compiled. Needs nvcc.
     """
-    wanted = cases.find("tune") if wanted is None else wanted
-    rows, made = [], set()
-    for case in wanted:
-        ranks = tuner.rank(case, "h200", jobs=2)
-        rows += ranks
+    made, journal = {}, Journal(path)
+    for case in cases.find("tune") if wanted is None else wanted:
         chosen = [(program, c) for program in configs.PROGRAMS for c in configs.space(program, case.problem)[:1]]
-        for program in configs.TUNED:
-            best = [r for r in ranks if r["program"] == program][:PREPARED_CONFIGS]
-            chosen += [(program, configs.parse(program, r["config"])) for r in best]
-        for program, config in dict.fromkeys(chosen):
-            compile.kernel(program, case.problem, config)
-            made.add((case.name, program, config))
-    write_atomic(path, json.dumps({"commit": record.commit(), "rows": rows}) + "\n")
+        groups = Counter()
+        for row in tuner.rank(case, "h200", journal=journal, jobs=jobs):
+            groups[tuner.group(row)] += 1
+            if groups[tuner.group(row)] <= PREPARED_CONFIGS and not static.faults(row):
+                chosen.append((row["program"], configs.parse(row["program"], row["config"])))
+        for program, config in chosen:
+            made.setdefault(tuple(static.identity(program, case.problem, config).values()), (program, case, config))
+    for program, case, config in made.values():
+        compile.kernel(program, case.problem, config)
     return len(made)
 
 
-def ranked(case: cases.Case, path: Path = PREPARED) -> list[dict]:
-    """Static rows of a case: what prepare() left of this commit, else ranked now."""
-    if path.is_file():
-        prepared = json.loads(path.read_text())
-        rows = [r for r in prepared["rows"] if r["case"] == case.name]
-        if rows and prepared["commit"] == record.commit():
-            return rows
-    return tuner.rank(case, table.device_name() or "h100")
-
-
 def tune(out: Path, seconds: float) -> dict:
-    """Measures the cases tagged tune, best static rank first; every row goes to tuning.json, the best to table.json."""
+    """Measures the cases tagged tune, best static rank first; every row goes to tuning.json, the best to table.json.
+
+    out/tuning.jsonl is the journal that the next lease goes on from; it begins as what prepare() left. Beside them the
+    constants fitted to what was measured, and the rank correlation of the predictions.
+    """
+    device = table.device_name() or "h100"
+    journal = Journal(out / "tuning.jsonl")
+    for name, found in Journal(PREPARED).all(kind="static"):
+        if journal.get(name) != found:
+            journal.add(name, found)
     end, rows, chosen = time.monotonic() + seconds, [], []
     wanted = cases.find("tune")
     for i, case in enumerate(wanted):
-        deadline = time.monotonic() + (end - time.monotonic()) / (len(wanted) - i)
-        measured = tuner.measure(case, ranked(case), deadline=deadline)
+        ranked = tuner.rank(case, device, journal=journal)
+        left = (end - time.monotonic()) / (len(wanted) - i)
+        measured = measure.measure(case, ranked, device=device, seconds=left, journal=journal)
         rows += measured
-        chosen += tuner.best(case, [r for r in measured if r.get("median_us")])
+        chosen += tuner.best(case, [r for r in measured if r["median_us"]])
     write_atomic(out / "tuning.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    table.write(out / "table.json", table.device_name() or "unknown", chosen)
-    return {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
+    table.write(out / "table.json", device, chosen)
+    detail = {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
+    if found := calibrate.samples(journal, device):
+        times, old = [x.ns_per_pair for x in found], cost.DEVICES[device]
+        fitted = calibrate.fit(found, old)
+        write_atomic(out / "device.json", calibrate.text(old, fitted))
+        for name, constants in (("spearman", old), ("spearman_fitted", fitted)):
+            detail[name] = round(calibrate.spearman(calibrate.predictions(found, constants), times), 3)
+    return detail
 
 
 def sweep(out: Path, seconds: float) -> dict:

@@ -1,7 +1,5 @@
 """hsa-tl: what works here, how accurate and how fast it is, and the demo. Thin commands over the library."""
 
-import json
-import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -9,7 +7,7 @@ import typer
 
 from hsa_tl import cases
 from hsa_tl.api import IMPLS
-from hsa_tl.autotune import cost, table, tuner
+from hsa_tl.autotune import cli as autotune_cli
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import cli as bench_cli
 from hsa_tl.bench import gate, record
@@ -102,110 +100,6 @@ def check(
         raise typer.Exit(1)
 
 
-SHORT = {  # in a terminal's table
-    "threads=": "t=", "num_stages=": "s=", "block_M=": "M=",
-    ",specialised=0": "", "specialised=1": "ws", ",reduce_add=0": "", "reduce_add=1": "add",
-}  # fmt: skip
-
-
-def show_static(rows: list[dict], title: str) -> bool:
-    """Prints static rows; False if one has a fault."""
-    lines, notes = [], []
-    for r in rows:
-        wrong = static_check.faults(r)
-        notes += [f"{r['case']} {r['program']} {r['config']}: {fault}" for fault in wrong]
-        known = r["error"] is None
-        numbers = (
-            [r["registers"], r["spill_bytes"], f"{r['smem_bytes'] / 1024:.0f}", r["ctas_per_sm"]] if known else [""] * 4
-        )
-        model = [r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.2f}", r["limiter"]] if known else [""] * 3
-        timed = [f"{r['median_us']:.0f}" if r["median_us"] else ""] if "median_us" in r else []
-        config = r["config"]
-        for word, short in SHORT.items():
-            config = config.replace(word, short)
-        lines.append((r["case"], r["program"], config, *numbers, *model, f"{r['roofline_ns']:.2f}", *timed))
-    names = ("case", "program", "config", "regs", "spill", "smem", "CTAs", "MMA", "ns/pair", "limiter", "roof")
-    names += ("us",) if any("median_us" in r for r in rows) else ()
-    show_table(console, title, names, lines, right=(3, 4, 5, 6, 7, 8, 10, 11))
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
-    return not notes
-
-
-@app.command()
-def static(
-    case_names: Annotated[
-        Optional[list[str]], typer.Option("--case", help="repeatable; by default those tagged ci")
-    ] = None,
-    device: Annotated[str, typer.Option(help="h100, h200 or h800: whose bandwidths the prediction takes")] = "h200",
-    out: Annotated[Optional[Path], typer.Option(help="a CSV file to write, and README.md beside it")] = None,
-    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
-) -> None:
-    """Lowers and assembles every config for sm_90a and reads registers, spills, SASS; predicts ns per pair. No GPU.
-
-    Exit code 1 if a config spills, fails or misses its tensor-core instructions, 2 if nvcc or cuobjdump is missing.
-    """
-    with one_line_errors():
-        if device not in cost.DEVICES:
-            raise ValueError(f"device must be one of {', '.join(cost.DEVICES)}, got {device!r}")
-        chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
-        with progress_bar(console) as bar:
-            step = bar.add_task("lower, assemble, read", total=None)
-            rows = static_check.table_rows(
-                chosen,
-                device=device,
-                jobs=jobs,
-                progress=lambda done, total: bar.update(step, completed=done, total=total),
-            )
-        if out:
-            static_check.write_csv(rows, out)
-            static_check.write_page(rows, out)
-    ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
-    if out:
-        console.print(f"wrote {out}")
-    if not ok:
-        raise typer.Exit(1)
-
-
-@app.command()
-def autotune(
-    case_name: CaseName = "paper-d128",
-    device: Annotated[Optional[str], typer.Option(help="h100, h200 or h800: static; by default the GPU here")] = None,
-    minutes: Annotated[float, typer.Option(help="stop measuring after so long")] = 9.0,
-    out: Annotated[Optional[Path], typer.Option(help="a table to write the best rows to, merged with its own")] = None,
-    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
-) -> None:
-    """Ranks the configs of a case: statically for a named device, by measurement where a Hopper GPU is present.
-
-    Exit code 2 if nvcc or cuobjdump is missing.
-    """
-    with one_line_errors():
-        case, here = cases.case(case_name), table.device_name()
-        target = device or here or "h200"
-        if target not in cost.DEVICES:
-            raise ValueError(f"device must be one of {', '.join(cost.DEVICES)}, got {target!r}")
-        with progress_bar(console) as bar:
-            step = bar.add_task("rank", total=None)
-
-            def progress(done: int, total: int) -> None:
-                bar.update(step, completed=done, total=total)
-
-            rows = tuner.rank(case, target, jobs=jobs, progress=progress)
-            measured = device is None and here is not None
-            if measured:
-                bar.update(step, description="measure", completed=0)
-                rows = tuner.measure(case, rows, deadline=time.monotonic() + minutes * 60, progress=progress)
-        chosen = tuner.best(case, rows)
-        if out:
-            table.merge(out, target, chosen)
-    how = "measured on" if measured else "static, predicted for"
-    show_static(rows, f"{case.problem}: {how} {target}, best first")
-    for row in chosen:
-        console.print(f"{row['program']}: {json.dumps(row['config'])} ({row['source']})", markup=False, highlight=False)
-    if out:
-        console.print(f"wrote {out}")
-
-
 @app.command()
 def demo(
     text: Annotated[Optional[Path], typer.Option(help="a text file; by default Python's own standard library")] = None,
@@ -227,6 +121,7 @@ def demo(
         raise typer.Exit(1)
 
 
+autotune_cli.register(app)
 bench_cli.register(app)
 model_cli.register(app)
 

@@ -1,10 +1,15 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and the user's cache folder."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+def cache_folder() -> Path:
+    """Where this user's caches stand: $XDG_CACHE_HOME/hsa-tl, by default ~/.cache/hsa-tl."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsa-tl"
 
 
 @contextlib.contextmanager

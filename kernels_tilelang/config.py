@@ -64,8 +64,14 @@ def why_illegal(program: str, problem: Problem, config) -> str | None:
 
 
 def space(program: str, problem: Problem) -> list:
-    """Every legal config of the program's search space, in a fixed order of preference."""
+    """The legal configs that may run without a table, in order of preference; the tests assemble all of them."""
     return [c for c in CONFIGS[program].options(problem) if refused(c, problem) is None]
+
+
+def candidates(program: str, problem: Problem) -> list:
+    """The tuner's search space: space() first, then the program's legal variants."""
+    usual = space(program, problem)
+    return usual + [c for c in CONFIGS[program].variants(problem) if c not in usual and refused(c, problem) is None]
 
 
 def from_dict(program: str, values: dict):

@@ -23,6 +23,9 @@ class AuxiliaryConfig(Config):
     def rows(self, p):
         return 0
 
+    def chunk_reads(self, p):
+        return 0.0
+
     def smem_bytes(self, p):
         return 0
 

@@ -54,6 +54,10 @@ class BwdDkdvChunkConfig(ChunkConfig):
         return first_legal(p, [c for c in every if c.threads >= WARPGROUP], every)
 
     @classmethod
+    def variants(cls, p):
+        return [cls(*x) for x in product((64, 128, 192, 256), (128, 256))]
+
+    @classmethod
     def on_cpu(cls, p):
         return cls(block_M=max(16, p.G))
 
@@ -128,6 +132,11 @@ class BwdChunkConfig(ChunkConfig):
         adding = [replace(c, reduce_add=1) for c in (twin[0], *plain[-2:])]
         # Less than a warpgroup is for shapes that nothing better fits.
         return first_legal(p, twin + plain + adding, [cls(m, 64) for m in (64, 32, 16)])
+
+    @classmethod
+    def variants(cls, p):
+        twin = [cls(128, 256, n, 1, add) for n in (1, 2, 3) for add in (0, 1)]
+        return twin + [cls(m, t, reduce_add=add) for t, m in product((128, 256), (128, 64, 192)) for add in (0, 1)]
 
     def loop_share(self, p):
         return 5 / 7 if self.specialised and p.D == 64 else 1.0  # dv in one consumer's branch, dk in the other's

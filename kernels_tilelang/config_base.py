@@ -1,5 +1,6 @@
 """What every config states of its program's tile, and the arithmetic of shared memory and registers on sm_90."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 from hsa_tl.problem import Problem
@@ -27,6 +28,8 @@ class Config:
     producer_registers: ClassVar[int] = PRODUCER_REGISTERS  # where moves_registers
     working_registers: ClassVar[int] = WORKING_REGISTERS
     own_barriers: ClassVar[bool] = False  # the program places every barrier itself, TileLang adds none
+    blocks: ClassVar[int] = 0  # CTAs of an SM; 0: as many as fit
+    RULED: ClassVar[tuple[str, ...]] = ()  # fields that autotune.strategy chooses from the selection
     threads: int  # that compute
 
     def total_threads(self) -> int:
@@ -75,8 +78,13 @@ class Config:
 
     @classmethod
     def options(cls, p: Problem) -> list:
-        """The search space in order of preference, legal or not."""
+        """What may run without a table, in order of preference, legal or not."""
         raise NotImplementedError
+
+    @classmethod
+    def variants(cls, p: Problem) -> list:
+        """What the tuner tries beside options(), legal or not."""
+        return []
 
     @classmethod
     def on_cpu(cls, p: Problem) -> "Config":
@@ -141,13 +149,14 @@ def registers_needed(config: Config, problem: Problem) -> int:
 
 
 def blocks_per_sm(config: Config, problem: Problem) -> int:
-    """CTAs that fit an SM by shared memory and by the registers the program needs; 0 if not even one does."""
+    """CTAs of an SM: config.blocks, or as many as fit by shared memory and the registers needed; 0 if none."""
     by_smem = SMEM_SM // (config.smem_bytes(problem) + SMEM_RESERVED)
     needed = registers_needed(config, problem)
     # ptxas wants one wgmma's accumulator and operands within the registers at launch.
     at_launch = config.largest(problem) // config.threads + WGMMA_REGISTERS if config.moves_registers else 0
     fits = [n for n in range(1, min(by_smem, 8) + 1) if registers_left(config, n) >= needed]
-    return max((n for n in fits if launch_registers(config, n) >= at_launch), default=0)
+    most = max((n for n in fits if launch_registers(config, n) >= at_launch), default=0)
+    return min(most, config.blocks or most)
 
 
 def refused(config: Config, p: Problem) -> str | None:
@@ -161,9 +170,12 @@ def refused(config: Config, p: Problem) -> str | None:
     smem = config.smem_bytes(p)
     if smem > SMEM_LIMIT:
         return f"shared memory must be at most {SMEM_LIMIT} bytes, got {smem}"
-    if blocks_per_sm(config, p) == 0:
+    blocks = blocks_per_sm(config, p)
+    if blocks == 0:
         needed = registers_needed(config, p)
         return f"registers must be at most {registers_left(config)} a thread, got about {needed}"
+    if config.blocks and blocks_per_sm(replace(config, blocks=0), p) == blocks:
+        return f"blocks must be 0 or less than the {blocks} that fit, got {config.blocks}"
     return None
 
 

@@ -38,6 +38,9 @@ class DecodeSplitConfig(FwdTokenConfig):
     def ctas(self, p):
         return p.B * p.H * p.T * self.num_splits
 
+    def chunk_reads(self, p):
+        return 0.0  # pair_bytes has them, from HBM
+
     def pair_bytes(self, p):
         out = p.itemsize if self.num_splits == 1 else 4 * self.num_splits
         moved = p.chunk_bytes() + p.G * p.D * (p.itemsize * self.num_splits + out) / p.K

@@ -65,6 +65,10 @@ class FwdTokenConfig(Config):
         # A lone warp and an unpipelined loop are for shapes that nothing better fits.
         return first_legal(p, usual, [cls(*x) for x in ((128, 1), (64, 1), (32, 2), (32, 1))])
 
+    @classmethod
+    def variants(cls, p):
+        return [cls(*x) for x in product((128, 64), (2, 3, 4, 1))]
+
     def tensor_core(self):
         return "hmma"  # a token's tile has too few rows for wgmma
 
@@ -73,13 +77,18 @@ class FwdTokenConfig(Config):
 class FwdUnionConfig(Config):
     """A CTA owns block_M // G neighbouring tokens, a warpgroup 64 rows; num_stages chunks of their union in flight.
 
-    specialised: a warpgroup skips the chunks that none of its own tokens chose.
+    specialised: a warpgroup skips the chunks that none of its own tokens chose. q_registers: q stays in registers,
+    since a wgmma of 64 keys with both operands in shared memory takes all of its bandwidth. blocks: CTAs of an SM, 0
+    for as many as fit.
     """
 
     block_M: int = 128
     num_stages: int = 2
     specialised: int = 0
+    q_registers: int = 0
+    blocks: int = 0
     DIRECTION: ClassVar[str] = "forward"
+    RULED: ClassVar[tuple[str, ...]] = ("block_M", "specialised")
     moves_registers: ClassVar[bool] = True
 
     @property
@@ -112,12 +121,14 @@ class FwdUnionConfig(Config):
         return tiles * p.itemsize + slots + SMEM_ALIGNMENT
 
     def accumulators(self, p):
-        return self.block_M * (p.D + p.S)
+        return self.block_M * (p.D + p.S + p.D * p.itemsize // 4 * self.q_registers)
 
     def largest(self, p):
         return self.block_M * max(p.D, p.S)
 
     def refusal(self, p):
+        if self.num_stages < 1:
+            return f"num_stages must be at least 1, got {self.num_stages}"
         if self.block_M not in (64, 128, 192) or self.block_M < p.G:
             return f"block_M must be 64, 128 or 192 and at least G = {p.G}, got {self.block_M}"
         if self.specialised and (64 % p.G or self.block_M == 64):
@@ -130,6 +141,10 @@ class FwdUnionConfig(Config):
             cls(*x) for x in ((192, 2), (128, 2), (64, 2), (64, 3))
         ]
         return first_legal(p, usual, [cls(block_M, 1) for block_M in (128, 64)])
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(*x) for x in product((192, 128, 64), (2, 3, 4, 1), (1, 0), (0, 1), (0, 1, 2))]
 
     @classmethod
     def on_cpu(cls, p):
@@ -202,6 +217,12 @@ class FwdChunkConfig(ChunkConfig):
         plain = [cls(*x, num_stages=1, specialised=0) for x in ((64, 128), (128, 128), (128, 256))]
         adding = [replace(c, reduce_add=1) for c in (specialised[0], *plain[::2])]
         return first_legal(p, specialised + plain + adding)
+
+    @classmethod
+    def variants(cls, p):
+        specialised = [cls(num_stages=n, reduce_add=add) for n in (3, 2, 4, 1) for add in (0, 1)]
+        tiles = ((64, 128), (128, 128), (128, 256), (192, 128))
+        return specialised + [cls(*x, 1, 0, add) for x in tiles for add in (0, 1)]
 
     @classmethod
     def on_cpu(cls, p):

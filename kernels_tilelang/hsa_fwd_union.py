@@ -64,6 +64,9 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             )
             # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
             T.sync_threads()
+            if config.q_registers:
+                q_local = T.alloc_fragment([rows, D], dtype)
+                T.copy(q_shared, q_local)
             T.clear(acc_o)
             T.clear(cursor)
 
@@ -71,7 +74,10 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                 i_c = union_chunks[i_b, i_tile, i_h, i_u]
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
                 T.clear(acc_s)
-                T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                T.gemm(
+                    q_local if config.q_registers else q_shared, k_shared, acc_s, transpose_B=True,
+                    policy=T.GemmWarpPolicy.FullRow,
+                )  # [rows, S]  # fmt: skip
                 exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
                 union_weights(
                     row_sum, cursor, union_shared[i_u], chunk_shared, weights_shared, 0, rows, G, tile, heads_w

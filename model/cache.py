@@ -5,9 +5,9 @@ attends to everything), the tokens that the convolution looks back on, the hidde
 chunk memory, and the hidden states that the upper decoder has not read yet.
 
 The last is an exact shortcut. Above the chunk memory there are only sliding windows, of `window` tokens, so that a
-token's output depends on the hidden states of at most (upper layers) * (window - 1) tokens before it, and on the memory.
-While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill retrieves
-nothing before its last segment. Models whose upper layers attend further (attention "full", "nsa") have no such shortcut.
+token's output depends on the hidden states of at most (upper layers) * (window - 1) tokens before it, and on the
+memory. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
+retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
 
 Shape suffixes: B sequences, T tokens, C channels, H key/value heads, D head dim, M chunks, S chunk size.
 """
@@ -46,13 +46,24 @@ class Cache:
             self.memory = PagedMemory(spec, device=device, capacity=chunks, **memory_options)
             self.chunk = Tail(self.counts, c.chunk_size - 1)
         elif memory_options:
-            raise ValueError(
-                f"{next(iter(memory_options))} must go to a model with a chunk memory, got {c.attention!r}"
-            )
-        self.layers = [Tail(self.counts, None if kind == "full" else c.window - 1) for kind in c.kinds]
+            name = next(iter(memory_options))
+            raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
+        self.row_counts = [[0] for _ in range(batch_size)]
+        self.layers = [self._layer_cache(kind) for kind in c.kinds]
         self.past_ids = torch.full((batch_size, max(0, c.conv - 1)), -1, dtype=torch.int64, device=device)
         upper = c.layers - c.lower_layers
         self.waiting = Tail(self.counts, upper * (c.window - 1)) if c.attention in ("hsa", "swa") else None
+
+    def _layer_cache(self, kind: str):
+        """What a layer's forward takes as its cache."""
+        near = Tail(self.counts, None if kind == "full" else self.config.window - 1)
+        return (near, [Tail(counts) for counts in self.row_counts]) if kind == "nsa" else near
+
+    def _count(self, counts: list[int]) -> None:
+        """The layers run on a segment of so many tokens."""
+        self.counts[:] = counts
+        for row, n in zip(self.row_counts, counts, strict=True):
+            row[0] = n
 
     def advance(
         self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None, keep: int | None = None
@@ -71,7 +82,7 @@ class Cache:
             raise ValueError(f"lengths must be {B} ints from 0 to {T}, got {counts}")
         if not T:
             return model.embedding(input_ids)
-        self.counts[:] = counts
+        self._count(counts)
         x_BTC = model.embed(input_ids, self._past_embeddings(model, input_ids))
         h_BTC, first_v_BTHD = model.lower(x_BTC, self._start(self.lengths), self.layers[: self.config.lower_layers])
         if self.memory is not None:
@@ -121,13 +132,17 @@ class Cache:
             if not n:
                 return h_BTC[:, :0]
             # What stands further back than n outputs reach is left out for good.
-            self.counts[:] = [min(a + b, n + self.waiting.keep) for a, b in zip(waited, counts, strict=True)]
+            self._count([min(a + b, n + self.waiting.keep) for a, b in zip(waited, counts, strict=True)])
             first = [h.shape[1] - T + b - m for b, m in zip(counts, self.counts, strict=True)]
             h_BTC, first_v_BTHD = (take_rows(x, first, max(1, *self.counts)) for x in (h, v))
             starts = [a + b - m for a, b, m in zip(starts, counts, self.counts, strict=True)]
             self.waiting.clear()
-        memory = None if self.memory is None else SegmentMemory(self.memory, starts, self.counts)
+        memory = None if self.memory is None else SegmentMemory(self.memory, self.counts)
         caches = self.layers[self.config.lower_layers :]
-        out = model.upper(h_BTC, memory, first_v_BTHD, self._start(starts), caches)
+        start = self._start(starts)
+        if keep is not None and min(self.counts) == h_BTC.shape[1]:
+            out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, max(1, n))
+            return out[:, out.shape[1] - n :]
+        out = model.upper(h_BTC, memory, first_v_BTHD, start, caches)
         behind = counts if keep is None else [n] * len(counts)
         return take_rows(out, [m - b for m, b in zip(self.counts, behind, strict=True)], n)

@@ -15,10 +15,9 @@ GATHERED = 1 << 26  # elements of keys that a segment gathers at once, and as ma
 
 
 class SegmentMemory(NamedTuple):
-    """The Memory that an HSA layer reads: row b asks for counts[b] tokens from position starts[b] on."""
+    """The Memory that an HSA layer reads: row b asks for at most counts[b] tokens."""
 
     paged: PagedMemory
-    starts: list[int]
     counts: list[int]
 
     @property
@@ -28,12 +27,13 @@ class SegmentMemory(NamedTuple):
     def retrieve(self, q_BTRE, start, topk: int, *, exclude_window: int = 0):
         B, T, R, _ = q_BTRE.shape
         if T <= FEW:
-            lengths = torch.tensor(self.starts, dtype=torch.int32, device=q_BTRE.device)
+            lengths = torch.full((B,), start, dtype=torch.int32, device=q_BTRE.device) if type(start) is int else start
             return self.paged.retrieve(q_BTRE, lengths, topk, exclude_window=exclude_window)
         dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
         scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
         indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
-        for b, (first, n) in enumerate(zip(self.starts, self.counts, strict=True)):
+        starts = [start] * B if type(start) is int else start.tolist()
+        for b, (first, n) in enumerate(zip(starts, self.counts, strict=True)):
             scores[b, :n], indices[b, :n] = self.paged.retrieve_segment(
                 b, q_BTRE[b, :n], first, topk, exclude_window=exclude_window
             )

@@ -38,7 +38,8 @@ class Tail:
         The views hold until the next call.
         """
         T = new[0].shape[1]
-        before = self.end if self.keep is None else min(self.end, self.keep)
+        counts = [min(n, T) for n in self.counts]  # a layer may leave out tokens that no later one reads
+        before = max(self.held)
         if not self.buffers or self.end + T > self.buffers[0].shape[1] or any(self.shift):
             old, first = self.buffers, [self.end - before - shift for shift in self.shift]
             self.buffers = [x.new_empty(x.shape[0], 2 * (before + T), *x.shape[2:]) for x in new]
@@ -51,7 +52,7 @@ class Tail:
         past = None
         if min(self.held) < before:
             past = torch.tensor(self.held, dtype=torch.int32, device=new[0].device)
-        limit = self.end if self.keep is None else self.keep
-        self.held = [min(n + more, limit) for n, more in zip(self.held, self.counts, strict=True)]
-        self.shift = [T - n for n in self.counts]
+        held = [n + more for n, more in zip(self.held, counts, strict=True)]
+        self.held = held if self.keep is None else [min(n, self.keep) for n in held]
+        self.shift = [T - n for n in counts]
         return *(buffer[:, begin : self.end] for buffer in self.buffers), past

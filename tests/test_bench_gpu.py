@@ -1,14 +1,16 @@
 """The GPU run: steps resume, time ends them, red tests end them; prepared ranks are of their commit."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from tuning import FakeGpu, fake_compiler
 
 from hsa_tl import cases
 from hsa_tl.bench import gpu
 
-CASE = cases.case("k16-d64")
+CASE = dataclasses.replace(cases.case("k16-d64"), problem=cases.at_length(cases.case("k16-d64").problem, 2048))
 
 
 class Clock:
@@ -60,22 +62,32 @@ def test_red_tests_end_the_gpu_run_and_are_tried_again(tmp_path):
     assert [name for name, _ in log] == ["tests", "tests", "tune", "sweep"]
 
 
-def test_prepared_ranks_are_used_at_their_commit_only(monkeypatch, tmp_path):
-    path = tmp_path / "ranked.json"
-    row = {"case": CASE.name, "program": "hsa_fwd_token", "config": "threads=32,num_stages=2"}
-    monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: [row])
-    compiled = []
+def test_what_is_prepared_without_a_gpu_is_what_the_lease_measures(monkeypatch, tmp_path):
+    """The journal of prepare() ranks for tune(), which measures, writes its files and goes on where it stopped."""
+    path, compiled, rank = tmp_path / "ranked.jsonl", [], gpu.tuner.rank
+    monkeypatch.setattr(gpu.static, "missing_tools", lambda: None)
+    monkeypatch.setattr(gpu.static, "nvcc_release", lambda: "13.0")
+    monkeypatch.setattr(gpu.tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=fake_compiler))
     monkeypatch.setattr(gpu.compile, "kernel", lambda program, problem, config: compiled.append((program, config)))
-    assert gpu.prepare(path, (CASE,)) == len(compiled)
+    assert gpu.prepare(path, (CASE,)) == len(compiled) == len(set(compiled))
     assert {program for program, _ in compiled} == {
         p for p in gpu.configs.PROGRAMS if gpu.configs.space(p, CASE.problem)
     }
-    assert ("hsa_fwd_token", gpu.configs.parse("hsa_fwd_token", row["config"])) in compiled
-    monkeypatch.setattr(gpu.tuner, "rank", lambda *args, **kwargs: "ranked now")
-    assert gpu.ranked(CASE, path) == [row]
-    assert gpu.ranked(dataclasses.replace(CASE, name="other"), path) == "ranked now"
-    monkeypatch.setattr(gpu.record, "commit", lambda: "another")
-    assert gpu.ranked(CASE, path) == "ranked now"
+
+    def nothing_left(*x, **options):
+        raise AssertionError("assembled on the lease")
+
+    monkeypatch.setattr(gpu.tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=nothing_left))
+    monkeypatch.setattr(gpu, "PREPARED", path)
+    monkeypatch.setattr(gpu.cases, "find", lambda tag: (CASE,))
+    fake = FakeGpu()
+    monkeypatch.setattr(gpu.measure, "gpu_rig", fake.rig)
+    detail = gpu.tune(tmp_path / "out", 1e6)
+    rows = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert detail["candidates"] == len(rows) > detail["chosen"] == len(gpu.table.read(tmp_path / "out" / "table.json"))
+    assert -1 <= detail["spearman"] <= 1 and gpu.cost.parse_device((tmp_path / "out" / "device.json").read_text())
+    looked = len(fake.log)
+    assert gpu.tune(tmp_path / "out", 1e6) == detail and len(fake.log) == looked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the run itself starts where there is a GPU")

@@ -4,13 +4,15 @@ import csv
 import json
 
 import pytest
+from tuning import FakeGpu, fake_compiler
 from typer.testing import CliRunner
 
 from hsa_tl import cases
-from hsa_tl.autotune import static, tuner
+from hsa_tl.autotune import cost, measure, static, table, tuner
+from hsa_tl.autotune.journal import Journal
 from hsa_tl.bench.providers import DEFAULT_PROVIDERS
 from hsa_tl.cli import app, parse_lengths
-from hsa_tl.kernels_tilelang.config import CONFIGS, PROGRAMS, TUNED, describe
+from hsa_tl.kernels_tilelang.config import CONFIGS, PROGRAMS, TUNED, candidates, describe
 
 
 def run(*args, code=0):
@@ -23,7 +25,7 @@ def static_row(program="hsa_fwd_token", **changes):
     row = dict.fromkeys(static.COLUMNS) | {
         "case": "paper-d128", "program": program, "config": describe(CONFIGS[program]()), "threads": 128,
         "device": "h200",
-        "registers": 64, "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4,
+        "registers": 64, "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4, "copies": 4,
         "ns_per_pair": 4.5, "limiter": "l2", "roofline_ns": 4.0,
     }  # fmt: skip
     return row | changes
@@ -59,17 +61,60 @@ def test_static_prints_writes_and_fails_on_spills(monkeypatch, tmp_path):
     assert "16 bytes of spills" in run("static", code=1)
 
 
-def test_autotune_writes_the_best_rows_and_merges(monkeypatch, tmp_path):
-    rows = [static_row(p, ns_per_pair=x) for p in TUNED for x in (5.0, 3.0)]
-    monkeypatch.setattr(tuner, "rank", lambda *args, **kwargs: rows)
-    out = tmp_path / "h200.json"
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Candidates are read back by the fake compiler, into a fresh cache folder."""
+    analyse_all = static.analyse_all
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(static, "missing_tools", lambda: None)
+    monkeypatch.setattr(static, "nvcc_release", lambda: "13.0")
+    fake = lambda *args, **options: analyse_all(*args, **options, compiler=fake_compiler)  # noqa: E731
+    monkeypatch.setattr(static, "analyse_all", fake)
+    return tmp_path / "cache" / "hsa-tl" / "tuning.jsonl"
+
+
+def test_autotune_writes_the_best_rows_and_merges(compiler, tmp_path):
+    out = tmp_path / "tables"
     for _ in range(2):
-        run("autotune", "--case", "paper-d128", "--device", "h200", "--out", out)
-        table = json.loads(out.read_text())["rows"]
-        assert [r["program"] for r in table] == sorted(TUNED)
-        assert all(r["source"] == "static" and r["ns_per_pair"] == 3.0 for r in table)
-    run("autotune", "--case", "paper-d64", "--device", "h200", "--out", out)
-    assert len(json.loads(out.read_text())["rows"]) == 2 * len(TUNED)
+        output = run("autotune", "--device", "h200", "--device", "h100", "--out", out)
+        for name in ("h200", "h100"):
+            rows = table.read(out / f"{name}.json")
+            assert {r["program"] for r in rows} == set(TUNED) and all(r["source"] == "static" for r in rows)
+            assert len({table.identity(r) for r in rows}) == len(rows)
+    assert "nvcc refused the program" in output and "16 bytes of spills" in output and "one CTA on an SM" in output
+    lines = compiler.read_text().splitlines()
+    assert len(lines) == sum(len(candidates(p, cases.case("paper-d128").problem)) for p in TUNED), "once each"
+    sweep = ("autotune", "--tag", "tune", "--T", "4k,64k", "--device", "h200", "--program", "hsa_fwd_union", "--out")
+    output = run(*sweep, out)
+    rows = [r for r in table.read(out / "h200.json") if r["program"] == "hsa_fwd_union"]
+    assert {(r["D"], r["K"], r["T"]) for r in rows} == {
+        (D, K, T) for D in (64, 128) for K in (16, 64) for T in (4096, 65536)
+    } | {(128, 64, 16384)}
+    assert "limiter" in output
+
+
+def test_autotune_takes_dims(compiler, tmp_path):
+    dims = ("--HQ", 8, "--H", 2, "--D", 64, "--S", 32, "--K", 8, "--T", 1000, "--dtype", "float16")
+    run("autotune", *dims, "--device", "h800", "--program", "hsa_fwd_token", "--out", tmp_path / "t.json")
+    (row,) = table.read(tmp_path / "t.json")
+    assert [row[k] for k in ("G", "D", "S", "K", "T", "masked", "dtype")] == [4, 64, 32, 8, 1000, True, "float16"]
+
+
+def test_autotune_explains(compiler):
+    output = run("autotune", "--explain", "--device", "h200", "--program", "hsa_fwd_union")
+    words = ("chosen: block_M=192", "because: ", "predicted: ", "roofline: ", "measured: not yet", "num_stages 2 -> 3")
+    assert all(word in output for word in words) and "threads must be 32 to 384" in " ".join(output.split())
+
+
+def test_calibrate_fits_what_was_measured(compiler, tmp_path):
+    assert "must be in the journal, got none" in run("calibrate", "--device", "h200", code=2)
+    case = cases.case("k16-d64")
+    journal = Journal(compiler)
+    rows = tuner.rank(case, "h200", programs=("hsa_fwd_chunk",), journal=journal)
+    measure.measure(case, rows, device="h200", seconds=1e6, rig=FakeGpu().rig(), journal=journal)
+    output = run("calibrate", "--device", "h200", "--out", tmp_path / "h200.json")
+    assert "Spearman" in output and "l2" in output
+    assert cost.parse_device((tmp_path / "h200.json").read_text()).name == "h200"
 
 
 def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path):
@@ -98,6 +143,12 @@ def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path):
         (("demo", "--text", "/nonexistent/file"), "/nonexistent/file"),
         (("static", "--device", "v100"), "device must be one of h100, h200, h800"),
         (("autotune", "--case", "nonsense"), "case must be one of"),
+        (("autotune", "--device", "v100"), "device must be one of h100, h200, h800"),
+        (("autotune", "--program", "nonsense"), "program must be one of hsa_fwd_token"),
+        (("autotune", "--tag", "nonsense"), "tag must be one that a case has"),
+        (("autotune", "--HQ", 3, "--H", 2), "HQ must be a multiple of H = 2, got 3"),
+        (("autotune", "--S", 48), "S must be a power of two between 16 and 128, got 48"),
+        (("autotune", "--dtype", "float32"), "dtype must be one of bfloat16, float16"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, words, tmp_path, monkeypatch):
@@ -109,6 +160,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, words, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("command", ["static", "autotune"])
 def test_a_missing_nvcc_is_one_line_and_exit_code_2(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_suffix(".cache")))
     monkeypatch.setattr(static, "find_tool", lambda name: None)
     monkeypatch.chdir(tmp_path)
     output = run(command, "--out", tmp_path / "x", code=2)

@@ -26,6 +26,9 @@ CONFIGS = {
     "all": {"topk": "all", "rope": ("swa", "hsa"), "layers": 3, "groups": 1, "value_residual": "svformer"},
     "swa": {"attention": "swa"},
     "full": {"attention": "full", "value_residual": "resformer"},
+    "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
+    "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
+    "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
     "window of one": {"window": 1, "layers": 2, "groups": 1},
 }
 each_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -135,7 +138,7 @@ def test_a_prefill_without_logits_runs_the_upper_decoder_once(changes):
     for part in ids[:, :120].split(20, 1):
         assert model(part, cache=cache, logits_to_keep=0).logits is None
     got = model(ids[:, 120:130], cache=cache, logits_to_keep=1).logits
-    if config.attention == "full":
+    if config.attention in ("full", "nsa"):
         assert seen == [20] * 6 + [10]
     else:
         upper = config.layers - config.lower_layers
@@ -217,8 +220,8 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
     counts = [100, 31]
     starts = [n - m for n, m in zip(lengths, counts, strict=True)]
     q, q_slc = torch.randn(2, 100, 4, D), torch.randn(2, 100, H, E).sign()
-    view = SegmentMemory(memory, starts, counts)
-    scores, indices = view.retrieve(q_slc, None, K, exclude_window=exclude)
+    view = SegmentMemory(memory, counts)
+    scores, indices = view.retrieve(q_slc, torch.tensor(starts, dtype=torch.int32), K, exclude_window=exclude)
     weights = torch.rand(scores.shape)
     out = view.attend(q, weights, indices)
     monkeypatch.setattr(segment, "GATHERED", 7 * S * H * D)

@@ -57,8 +57,9 @@ def test_wheel_holds_hsa_tl_only(wheel):
     sources = {f.relative_to(ROOT).as_posix() for top in FOLDERS for f in (ROOT / top).rglob("*.py")}
     packed = {f.relative_to(wheel).as_posix() for f in wheel.rglob("*.py")}
     assert packed == {f if f.startswith("hsa_tl/") else f"hsa_tl/{f}" for f in sources}
-    tables = {f.name for f in (ROOT / "autotune/tables").glob("*.json")}
-    assert {f.name for f in wheel.glob("hsa_tl/autotune/tables/*.json")} == tables
+    for folder in ("autotune/tables", "autotune/devices"):
+        data = {f.name for f in (ROOT / folder).glob("*.json")}
+        assert {f.name for f in wheel.glob(f"hsa_tl/{folder}/*.json")} == data
     metadata = next(wheel.glob("hsa_tl-*.dist-info"))
     assert "hsa-tl = hsa_tl.cli:app" in (metadata / "entry_points.txt").read_text()
     assert list(metadata.rglob("LICENSE"))

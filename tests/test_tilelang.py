@@ -1,23 +1,18 @@
-"""What only the TileLang programs promise: no recompilation, legal configs, the table's order of lookup."""
+"""What only the TileLang programs promise: no recompilation, legal configs."""
 
 import itertools
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from hsa_tl import cases, hsa_attention
-from hsa_tl.autotune import table, tuner
+from hsa_tl.autotune import table
 from hsa_tl.impl.tilelang import BASE
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
-    CONFIGS,
     PROGRAMS,
-    describe,
-    from_dict,
     space,
-    static_key,
     why_illegal,
 )
 from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig
@@ -97,24 +92,6 @@ def test_every_shape_of_the_contract_has_a_config_or_is_listed_here():
     assert lacking == expected | {("hsa_bwd_dq_token", 16, 128, 32)}
 
 
-def _row(T, **config):
-    return {"program": "hsa_fwd_token", **static_key(PAPER), "T": T, "config": config}
-
-
-def test_lookup_order(monkeypatch):
-    """Explicit config, then the nearest T of the same static key, then the heuristic."""
-    near, far = _row(16384, threads=64, num_stages=3), _row(1 << 20, threads=64, num_stages=2)
-    other = near | {"K": 8}
-    monkeypatch.setattr(table, "shipped", lambda device: (other, far, near))
-    monkeypatch.setattr(table, "device_name", lambda: "h200")
-    assert table.resolve("hsa_fwd_token", PAPER) == FwdTokenConfig(64, 3)
-    assert table.resolve("hsa_fwd_token", cases.at_length(PAPER, 1 << 19)) == FwdTokenConfig(64, 2)
-    assert table.resolve("hsa_fwd_token", PAPER, {"hsa_fwd_token": {"num_stages": 2}}) == FwdTokenConfig(128, 2)
-    assert table.resolve("hsa_bwd_dq_token", PAPER) == space("hsa_bwd_dq_token", PAPER)[0]
-    monkeypatch.setattr(table, "device_name", lambda: None)
-    assert table.resolve("hsa_fwd_token", PAPER) == space("hsa_fwd_token", PAPER)[0]
-
-
 @pytest.mark.parametrize(
     "config, words",
     [
@@ -125,49 +102,3 @@ def test_lookup_order(monkeypatch):
 def test_a_bad_config_is_refused(config, words):
     with pytest.raises(ValueError, match=words):
         table.resolve("hsa_fwd_token", PAPER, config)
-
-
-@pytest.mark.parametrize("device", table.DEVICES)
-def test_shipped_rows_are_legal_and_say_where_they_come_from(device):
-    for row in table.shipped(device):
-        names = {"D": row["D"], "S": row["S"], "K": row["K"], "masked": row["masked"], "T": row["T"]}
-        problem = replace(PAPER, HQ=row["G"], H=1, per_head=row["heads_w"] > 1, **names)
-        assert static_key(problem) == {k: row[k] for k in static_key(problem)}
-        assert why_illegal(row["program"], problem, from_dict(row["program"], row["config"])) is None
-        assert row["source"] in ("static", "measured") and row["versions"]
-
-
-def test_a_table_is_sorted_and_reads_back(tmp_path):
-    rows = [_row(2, threads=64), _row(1, threads=64)]
-    table.write(tmp_path / "x.json", "h200", rows)
-    assert table.read(tmp_path / "x.json") == sorted(rows, key=json.dumps)
-    assert table.read(tmp_path / "absent.json") == []
-
-
-def test_the_best_row_prefers_measurement_over_prediction():
-    def row(config, ns, us=None, spills=0):
-        made = {"program": "hsa_fwd_token", "config": config, "ns_per_pair": ns, "median_us": us, "error": None}
-        return made | {"threads": 128, "spill_bytes": spills, "ctas_per_sm": 1, "hmma": 1, "hgmma": 0}
-
-    fast, slow = row("threads=128,num_stages=2", 2.0), row("threads=64,num_stages=2", 1.0, spills=4)
-    case = cases.case("paper-d128")
-    (chosen,) = tuner.best(case, [fast, slow])
-    assert chosen["config"] == {"threads": 128, "num_stages": 2} and chosen["source"] == "static"
-    timed = [row("threads=128,num_stages=2", 1.0, us=9.0), row("threads=64,num_stages=3", 2.0, us=8.0)]
-    (chosen,) = tuner.best(case, timed)
-    assert chosen["config"] == {"threads": 64, "num_stages": 3} and chosen["source"] == "measured"
-
-
-def test_ranks_take_turns_among_programs(monkeypatch):
-    """A short tuning sees every program's best config before any second best; what cannot run comes last."""
-
-    def row(program, ns, spills=0):
-        made = {"program": program, "config": describe(CONFIGS[program]()), "ns_per_pair": ns, "error": None}
-        return made | {"spill_bytes": spills, "ctas_per_sm": 1, "hmma": 1, "hgmma": 1}
-
-    rows = [row("hsa_fwd_token", 1.0, spills=4)]
-    rows += [row(p, ns) for p in ("hsa_bwd_dq_token", "hsa_fwd_token") for ns in (5.0, 3.0)]
-    monkeypatch.setattr(tuner.static, "table_rows", lambda *args, **kwargs: rows)
-    ranked = [(r["program"], r["ns_per_pair"]) for r in tuner.rank(cases.case("paper-d128"), "h200")]
-    best = [("hsa_fwd_token", 3.0), ("hsa_bwd_dq_token", 3.0)]
-    assert ranked == [*best, ("hsa_fwd_token", 5.0), ("hsa_bwd_dq_token", 5.0), ("hsa_fwd_token", 1.0)]

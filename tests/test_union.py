@@ -46,12 +46,13 @@ def test_index(G, K, block_M, B, T, H, N, seed):
             assert groups[b, i, h, i_u] == sum(1 << g for g in who)
 
 
-@pytest.mark.parametrize("block_M", [64, 128, 192])
+@pytest.mark.parametrize("block_M, q_registers", [(64, 0), (128, 1), (192, 0)])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_any_block_gives_the_same_output(block_M, per_head):
+def test_any_block_gives_the_same_output(block_M, q_registers, per_head):
     """Tiles of 21, 42 and 64 tokens: the last one is not full, rows pad the others."""
     call = make_call(Dims(T=50, T_kv=90, per_head=per_head))
-    out = attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_union": {"block_M": block_M}})
+    config = {"block_M": block_M, "q_registers": q_registers}
+    out = attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_union": config})
     low, high = expected(call, chunk_size=16)
     assert_as_accurate_as("out", out, low["out"], high["out"])
 

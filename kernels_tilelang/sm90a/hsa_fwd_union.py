@@ -34,6 +34,9 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
         row_sum = T.alloc_fragment([ROWS], "float32")
         cursor = T.alloc_fragment([ROWS], "int32")
         needed = T.alloc_var("int32")
+        if config.q_registers:
+            q_local = T.alloc_fragment([ROWS, D], dtype)
+            T.copy(q_shared[g, :, :], q_local)
         T.clear(acc_o)
         T.clear(cursor)
         for i_u in T.serial(length):
@@ -43,8 +46,9 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             if needed == 1:
                 T.clear(acc_s)
                 T.gemm(
-                    q_shared[g, :, :], k_shared[stage, :, :], acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow
-                )
+                    q_local if config.q_registers else q_shared[g, :, :], k_shared[stage, :, :], acc_s,
+                    transpose_B=True, policy=T.GemmWarpPolicy.FullRow,
+                )  # fmt: skip
                 keys = chunk_len[union_shared[i_u]] if masked else None
                 exp_rows(acc_s, row_max, row_sum, ROWS, S, scale * LOG2E, keys)
                 union_weights(

@@ -1,0 +1,119 @@
+"""Fits a device's assumed constants to what was measured on it, and says how well predictions rank."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hsa_tl.autotune import cost, measure, static
+from hsa_tl.autotune.journal import Journal
+from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.kernels_tilelang.config_base import Config
+from hsa_tl.problem import Problem
+
+PRIOR = 0.05  # weight of a constant's old value, against one measurement: what no row depends on stays
+STEP = 1e-3  # of the numerical derivative, in log space
+ITERATIONS = 60
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One candidate on one selection: what cost.predict takes, and what was measured."""
+
+    program: str
+    config: Config
+    problem: Problem
+    ctas: int
+    work: dict | None
+    share: dict[int, float]
+    ns_per_pair: float
+
+
+def problem_of(name: dict) -> Problem:
+    """The problem of a measurement's identity in the journal."""
+    B, T, H, G, S = (name[k] for k in ("B", "T", "H", "G", "S"))
+    return Problem(
+        B=B, T=T, N=-(-T // S), HQ=G * H, H=H, D=name["D"], S=S, K=name["K"], dtype=getattr(torch, name["dtype"]),
+        masked=name["masked"], per_head=name["heads_w"] == G > 1,
+    )  # fmt: skip
+
+
+def samples(journal: Journal, device: str) -> list[Sample]:
+    """The measurements of a device that have a static record beside them."""
+    found = []
+    for name, record in journal.all(kind="measured", device=device):
+        problem, config = problem_of(name), configs.parse(name["program"], name["config"])
+        read = journal.get({"kind": "static", **static.identity(name["program"], problem, config)})
+        if record.get("error") or read is None or read["error"] or not record["rounds"]:
+            continue
+        shares = measure.shares(problem)
+        for selection, rounds in record["rounds"].items():
+            ns = 1e3 * float(np.median(rounds)) / problem.pairs
+            found.append(
+                Sample(
+                    name["program"], config, problem, max(1, read["ctas_per_sm"]), read["work"], shares[selection], ns
+                )
+            )
+    return found
+
+
+def predictions(samples: Iterable[Sample], device: cost.Device) -> np.ndarray:
+    """ns for each pair of each sample."""
+    return np.array([cost.predict(s.config, s.problem, s.ctas, s.work, device, s.share)[0] for s in samples])
+
+
+def _ranks(values) -> np.ndarray:
+    """From 0, equal values share the mean of theirs."""
+    _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[place]
+
+
+def spearman(a, b) -> float:
+    """Rank correlation; nan where either has no two different values."""
+    ranks = np.stack([_ranks(a), _ranks(b)])
+    return float(np.corrcoef(ranks)[0, 1]) if (np.ptp(ranks, axis=1) > 0).all() else float("nan")
+
+
+def fit(samples: list[Sample], device: cost.Device) -> cost.Device:
+    """The device with its free constants such that the logarithms of prediction and measurement differ least.
+
+    Levenberg-Marquardt over the constants' logarithms. ValueError: there are no samples.
+    """
+    if not samples:
+        raise ValueError(f"measurements of {device.name} must be in the journal, got none")
+    wanted = np.log([s.ns_per_pair for s in samples])
+    old = np.log([getattr(device, name) for name in device.free])
+
+    def at(logs) -> cost.Device:
+        return replace(device, **dict(zip(device.free, np.exp(logs).tolist(), strict=True)))
+
+    def residual(logs) -> np.ndarray:
+        return np.concatenate([np.log(predictions(samples, at(logs))) - wanted, PRIOR**0.5 * (logs - old)])
+
+    logs, damping = old, 1e-2
+    r = residual(logs)
+    for _ in range(ITERATIONS):
+        columns = [(residual(logs + STEP * e) - r) / STEP for e in np.eye(len(logs))]
+        J = np.stack(columns, axis=1)
+        step = np.linalg.solve(J.T @ J + damping * np.eye(len(logs)), -J.T @ r)
+        after = residual(logs + step)
+        if after @ after < r @ r:
+            logs, r, damping = logs + step, after, damping / 3
+            if np.abs(step).max() < 1e-4:
+                break
+        else:
+            damping *= 4
+    return at(logs)
+
+
+def text(device: cost.Device, fitted: cost.Device) -> str:
+    """The constants file of a fitted device, four digits; what the fit has changed is marked fitted."""
+    file = json.loads(cost.device_text(device.name))
+    for name in device.free:
+        new = float(f"{getattr(fitted, name):.4g}")
+        if new != file["constants"][name]["value"]:
+            file["constants"][name] |= {"value": new, "source": "fitted"}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in file["constants"].items())
+    return f'{{"name": "{device.name}", "constants": {{\n{lines}\n}}}}\n'

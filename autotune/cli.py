@@ -1,0 +1,304 @@
+"""The tuner's commands of hsa-tl."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+
+from hsa_tl import cases
+from hsa_tl.autotune import calibrate as calibration
+from hsa_tl.autotune import cost, explain, measure, table, tuner
+from hsa_tl.autotune import static as static_check
+from hsa_tl.autotune.journal import Journal
+from hsa_tl.cases import Case
+from hsa_tl.files import write_atomic
+from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.terminal import make_console, one_line_errors, parse_lengths, progress_bar, show_table
+
+console = make_console()
+SHORT = {  # in a terminal's table
+    "threads=": "t=", "num_stages=": "s=", "block_M=": "M=", ",specialised=0": "", "specialised=1": "ws",
+    ",reduce_add=0": "", "reduce_add=1": "add", ",q_registers=0": "", "q_registers=1": "q", ",blocks=0": "",
+    "blocks=": "b=",
+}  # fmt: skip
+DTYPES = ("bfloat16", "float16")
+DEFAULT = "paper-d128"
+JOURNAL = "candidates that are finished; by default the user's own. A run goes on from it"
+
+
+def short(config: str) -> str:
+    for word, less in SHORT.items():
+        config = config.replace(word, less)
+    return config
+
+
+def show_static(rows: list[dict], title: str) -> bool:
+    """Prints static rows and what is wrong with them; False if one has a fault."""
+    lines, notes, slow = [], [], {}
+    for r in rows:
+        wrong = static_check.faults(r)
+        name = f"{r['case']} {r['program']} {r['config']}"
+        notes += [f"{name}: {fault}" for fault in wrong]
+        for cliff in static_check.cliffs(r)[len(wrong) :]:
+            slow.setdefault((r["program"], cliff), []).append(short(r["config"]))
+        known = r["ns_per_pair"] is not None
+        numbers = (
+            [r["registers"], r["spill_bytes"], f"{r['smem_bytes'] / 1024:.0f}", r["ctas_per_sm"]] if known else [""] * 4
+        )
+        model = [r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.2f}", r["limiter"]] if known else [""] * 3
+        timed = [f"{r['median_us']:.0f}" if r["median_us"] else ""] if "median_us" in r else []
+        lines.append((r["case"], r["program"], short(r["config"]), *numbers, *model, f"{r['roofline_ns']:.2f}", *timed))
+    names = ("case", "program", "config", "regs", "spill", "smem", "CTAs", "MMA", "ns/pair", "limiter", "roof")
+    names += ("us",) if any("median_us" in r for r in rows) else ()
+    show_table(console, title, names, lines, right=(3, 4, 5, 6, 7, 8, 10, 11))
+    for (program, cliff), where in slow.items():
+        total = sum(r["program"] == program for r in rows)
+        console.print(f"{program}: {cliff}: {len(where)} of {total}", markup=False, highlight=False)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    return not notes
+
+
+def check_devices(names: list[str]) -> None:
+    for name in names:
+        if name not in cost.DEVICES:
+            raise ValueError(f"device must be one of {', '.join(cost.DEVICES)}, got {name!r}")
+
+
+def progress_of(bar, description: str) -> Callable[[int, int], None]:
+    step = bar.add_task(description, total=None)
+    return lambda done, total: bar.update(step, completed=done, total=total)
+
+
+def static(
+    case_names: Annotated[
+        Optional[list[str]], typer.Option("--case", help="repeatable; by default those tagged ci")
+    ] = None,
+    device: Annotated[str, typer.Option(help="h100, h200 or h800: whose bandwidths the prediction takes")] = "h200",
+    out: Annotated[Optional[Path], typer.Option(help="a CSV file to write, and README.md beside it")] = None,
+    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
+) -> None:
+    """Lowers and assembles every config for sm_90a and reads registers, spills, SASS; predicts ns per pair. No GPU.
+
+    Exit code 1 if a config spills, fails or misses its tensor-core instructions, 2 if nvcc or cuobjdump is missing.
+    """
+    with one_line_errors():
+        check_devices([device])
+        chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
+        with progress_bar(console) as bar:
+            progress = progress_of(bar, "lower, assemble, read")
+            rows = static_check.table_rows(chosen, device=device, jobs=jobs, progress=progress)
+        if out:
+            static_check.write_csv(rows, out)
+            static_check.write_page(rows, out)
+    ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
+    if out:
+        console.print(f"wrote {out}", soft_wrap=True)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def given(base: Case, lengths: list[int] | None, dims: dict[str, int], dtype: str | None) -> list[Case]:
+    """The case with these dims instead of its own, at each of the lengths."""
+    p, changes = base.problem, {k: v for k, v in dims.items() if v is not None}
+    for name, value in changes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    HQ, H, S = (changes.get(name, getattr(p, name)) for name in ("HQ", "H", "S"))
+    if HQ % H:
+        raise ValueError(f"HQ must be a multiple of H = {H}, got {HQ}")
+    if S not in (16, 32, 64, 128):
+        raise ValueError(f"S must be a power of two between 16 and 128, got {S}")
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        changes["dtype"] = getattr(torch, dtype)
+    made = []
+    for T in lengths or [p.T]:
+        problem = cases.at_length(cases.at_length(p, T, **changes), T)  # N and masked follow the new S
+        made.append(Case(str(problem) if changes else base.name, problem, base.tags, base.why))
+    return made
+
+
+def out_file(out: Path, device: str) -> Path:
+    """A table's file: out itself, or the device's in a folder."""
+    return out if out.suffix == ".json" else out / f"{device}.json"
+
+
+def autotune(
+    case_names: Annotated[
+        Optional[list[str]], typer.Option("--case", help=f"a named problem, repeatable; by default {DEFAULT}")
+    ] = None,
+    tag: Annotated[Optional[str], typer.Option(help="all cases of a tag: tune, table, ci, bench")] = None,
+    lengths: Annotated[Optional[str], typer.Option("--T", "--lengths", help="tokens: 16k, 4k,64k or 4k..1m")] = None,
+    hq: Annotated[Optional[int], typer.Option("--HQ", help="query heads")] = None,
+    h: Annotated[Optional[int], typer.Option("--H", help="key/value heads")] = None,
+    d: Annotated[Optional[int], typer.Option("--D", help="head dimension")] = None,
+    s: Annotated[Optional[int], typer.Option("--S", help="chunk size")] = None,
+    k: Annotated[Optional[int], typer.Option("--K", help="chunks that a token chooses")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float16")] = None,
+    device: Annotated[
+        Optional[list[str]], typer.Option(help="h100, h200 or h800: static, repeatable; by default the GPU here")
+    ] = None,
+    program: Annotated[Optional[list[str]], typer.Option(help="hsa_fwd_union, ...; repeatable; by default all")] = None,
+    minutes: Annotated[float, typer.Option(help="stop measuring after so long")] = 9.0,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(help="a table, or a folder of <device>.json, to merge the best rows into; by default what is "
+                     "measured goes to the user's own"),
+    ] = None,
+    journal_path: Annotated[Optional[Path], typer.Option("--journal", help=JOURNAL)] = None,
+    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
+    explained: Annotated[bool, typer.Option("--explain", help="why a config is chosen, and its neighbours")] = False,
+) -> None:  # fmt: skip
+    """From a problem to a table: every candidate assembled and ranked, and measured where a Hopper GPU is present.
+
+    An interrupted run goes on where it stopped. Exit code 2 if nvcc or cuobjdump is missing.
+    """
+    with one_line_errors():
+        here = table.device_name()
+        devices = device or [here or "h200"]
+        check_devices(devices)
+        programs = tuple(program or configs.TUNED)
+        if unknown := set(programs) - set(configs.TUNED):
+            raise ValueError(f"program must be one of {', '.join(configs.TUNED)}, got {min(unknown)!r}")
+        named = [cases.case(name) for name in case_names or ()] + list(cases.find(tag) if tag else ())
+        if tag and not cases.find(tag):
+            raise ValueError(f"tag must be one that a case has, got {tag!r}")
+        points = parse_lengths(lengths) if lengths else None
+        dims = {"HQ": hq, "H": h, "D": d, "S": s, "K": k}
+        wanted = [x for c in named or [cases.case(DEFAULT)] for x in given(c, points, dims, dtype)]
+        journal = Journal(journal_path) if journal_path else tuner.default_journal()
+        if explained:
+            for case in wanted:
+                for name in programs:
+                    if configs.space(name, case.problem):
+                        show_explanation(explain.explain(name, case, devices[0], journal, jobs=jobs), case, devices[0])
+            return
+        measured = not device and here is not None
+        chosen, shown = run(wanted, devices, programs, journal, jobs, minutes if measured else None)
+        for name in devices:
+            if out or measured:
+                path = out_file(out, name) if out else table.user_path(name)
+                table.merge(path, name, chosen[name])
+                console.print(f"wrote {path}", soft_wrap=True)
+    how = f"measured on {here}" if measured else f"static, predicted for {devices[0]}"
+    if len(wanted) == 1:
+        show_static(shown, f"{wanted[0].problem}: {how}, best first")
+        for row in chosen[devices[0]]:
+            line = f"{row['program']}: {json.dumps(row['config'])} ({row['source']})"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        show_chosen(chosen[devices[0]], f"Best of each program: {how}")
+    if measured:
+        show_agreement(journal, here)
+
+
+def run(
+    wanted: list[Case], devices: list[str], programs: tuple[str, ...], journal: Journal, jobs: int,
+    minutes: float | None,
+) -> tuple[dict[str, list[dict]], list[dict]]:  # fmt: skip
+    """Ranks, and measures where minutes are given. The table rows of each device, and all rows of the last case."""
+    chosen, rows = {name: [] for name in devices}, []
+    work = [(n, c.problem, x) for c in wanted for n in programs for x in configs.candidates(n, c.problem)]
+    with progress_bar(console) as bar:
+        static_check.analyse_all(work, jobs=jobs, journal=journal, progress=progress_of(bar, "lower, assemble, read"))
+        end = None if minutes is None else time.monotonic() + 60 * minutes
+        for name in devices:
+            for i, case in enumerate(wanted):
+                rows = tuner.rank(case, name, programs=programs, journal=journal)
+                if end is not None:
+                    seconds = max(0.0, end - time.monotonic()) / (len(wanted) - i)
+                    progress = progress_of(bar, f"measure {case.name}")
+                    rows = measure.measure(case, rows, device=name, seconds=seconds, journal=journal, progress=progress)
+                    chosen[name] += tuner.best(case, [r for r in rows if r["median_us"]])
+                else:
+                    chosen[name] += tuner.best(case, rows)
+    return chosen, rows
+
+
+def show_chosen(rows: list[dict], title: str) -> None:
+    """Prints table rows."""
+    lines = [
+        (r["program"], r["D"], r["K"], r["T"], short(configs.describe(configs.from_dict(r["program"], r["config"]))),
+         f"{r['ns_per_pair']:.2f}", r["limiter"], r["candidates"], f"{r['median_us']:.0f}" if r["median_us"] else "")
+        for r in rows
+    ]  # fmt: skip
+    names = ("program", "D", "K", "T", "config", "ns/pair", "limiter", "of", "us")
+    show_table(console, title, names, lines, right=(1, 2, 3, 5, 7, 8))
+
+
+def show_agreement(journal: Journal, device: str) -> None:
+    """Prints the rank correlation of prediction and measurement, program by program."""
+    found = calibration.samples(journal, device)
+    for program in configs.TUNED:
+        mine = [x for x in found if x.program == program]
+        if len(mine) > 2:
+            rank = calibration.spearman(
+                calibration.predictions(mine, cost.DEVICES[device]), [x.ns_per_pair for x in mine]
+            )
+            console.print(f"{program}: Spearman of prediction and measurement {rank:.2f} over {len(mine)}")
+
+
+def show_explanation(e: explain.Explanation, case: Case, device: str) -> None:
+    """Prints one program's explanation."""
+    c, row = e.chosen, e.chosen.row
+    console.print(f"{e.program}, {case.problem}, {device}", style="bold", highlight=False, markup=False)
+    lines = [f"chosen: {c.config}", f"because: {e.origin}"]
+    if row["ns_per_pair"] is None:
+        lines.append(f"fails: {row['error']}")
+    else:
+        bounds = ", ".join(f"{name} {ns:.2f}" for name, ns in e.bounds.items())
+        lines.append(f"predicted: {row['ns_per_pair']:.3f} ns/pair, limiter {row['limiter']}; ns by limit: {bounds}")
+        cliffs = static_check.cliffs(row)
+        lines.append(f"roofline: {row['roofline_ns']:.3f} ns/pair; cliffs: {', '.join(cliffs) or 'none'}")
+    lines.append("measured: " + (f"{c.median_us:.4g} us" if c.median_us else "not yet on this device"))
+    for line in lines:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    near = []
+    for n in e.neighbours:
+        if n.illegal:
+            near.append((n.change, "", "", n.illegal))
+            continue
+        known = n.row["ns_per_pair"] is not None
+        ratio = f"{n.row['ns_per_pair'] / row['ns_per_pair']:.3f}" if known and row["ns_per_pair"] else ""
+        why = "; ".join([n.row["limiter"] or "", *static_check.cliffs(n.row)])
+        near.append((n.change, ratio, f"{n.median_us:.4g}" if n.median_us else "", why))
+    show_table(console, "neighbours", ("change", "x predicted", "us", "why"), near, right=(1, 2))
+
+
+def calibrate(
+    device: Annotated[str, typer.Option(help="h100, h200 or h800")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="the constants file to write, as autotune/devices has them")
+    ] = None,
+    journal_path: Annotated[Optional[Path], typer.Option("--journal", help=JOURNAL)] = None,
+) -> None:
+    """Fits the assumed constants of a device to its measurements; prints the rank correlation before and after.
+
+    Exit code 2 if there is no measurement.
+    """
+    with one_line_errors():
+        check_devices([device])
+        journal = Journal(journal_path) if journal_path else tuner.default_journal()
+        found, old = calibration.samples(journal, device), cost.DEVICES[device]
+        new = calibration.fit(found, old)
+        lines = [(n, f"{getattr(old, n):.4g}", f"{getattr(new, n):.4g}") for n in old.free]
+        show_table(console, f"{device}: {len(found)} measurements", ("constant", "old", "fitted"), lines, right=(1, 2))
+        measured = [x.ns_per_pair for x in found]
+        ranks = [calibration.spearman(calibration.predictions(found, x), measured) for x in (old, new)]
+        console.print(f"Spearman of prediction and measurement: {ranks[0]:.3f}, fitted {ranks[1]:.3f}")
+        if out:
+            write_atomic(out, calibration.text(old, new))
+            console.print(f"wrote {out}", soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to hsa-tl."""
+    app.command()(static)
+    app.command()(autotune)
+    app.command()(calibrate)

@@ -1,0 +1,79 @@
+"""Why a config is chosen: where it comes from, what it is predicted and measured to do, and how its neighbours do."""
+
+from dataclasses import dataclass, fields, replace
+
+from hsa_tl.autotune import cost, static, table
+from hsa_tl.autotune.journal import Journal
+from hsa_tl.autotune.measure import name_of, summary
+from hsa_tl.cases import Case
+from hsa_tl.kernels_tilelang import config as configs
+
+BEYOND = {"block_M": lambda x: x + 64, "num_stages": lambda x: x + 1, "threads": lambda x: 2 * x}
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A config that differs in one field, or the chosen one itself (change "")."""
+
+    change: str
+    config: str
+    illegal: str | None  # why_illegal
+    row: dict | None  # static row, where it is legal
+    median_us: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    program: str
+    origin: str
+    chosen: Neighbour
+    bounds: dict[str, float]  # ns for each pair, greatest first
+    neighbours: list[Neighbour]
+
+
+def neighbours(program: str, problem, config) -> list[tuple[str, object]]:
+    """(what changes, the config) one step away in each field, legal or not."""
+    known = configs.candidates(program, problem)
+    found = []
+    for name in (f.name for f in fields(config)):
+        value = getattr(config, name)
+        values = sorted({getattr(c, name) for c in known} | {value})
+        at = values.index(value)
+        steps = values[max(0, at - 1) : at] + values[at + 1 : at + 2]
+        if at == len(values) - 1 and name in BEYOND:
+            steps.append(BEYOND[name](value))
+        found += [(f"{name} {value} -> {x}", replace(config, **{name: x})) for x in steps]
+    return found
+
+
+def chosen_config(program: str, case: Case, device: str) -> tuple[object, str]:
+    """What table.resolve takes on that device without config= and without a rule, and where it comes from."""
+    if table.mode() != "heuristic" and (row := table.lookup(program, case.problem, device)):
+        how = "the same T" if row["T"] == case.problem.T else f"nearest T = {row['T']}"
+        origin = f"{row['source']} row of the table ({how}), best of {row['candidates']} candidates"
+        if row["source"] == "measured":
+            origin += f": {row['median_us']:.4g} us, {row['over_runner_up']:.3f} x to the runner-up"
+        return configs.from_dict(program, row["config"]), origin
+    return table.heuristic(program, case.problem), "the heuristic, first of the space: no row in the table"
+
+
+def explain(program: str, case: Case, device: str, journal: Journal, **options) -> Explanation:
+    """For a device by name. options: see static.analyse_all; what the journal lacks is assembled."""
+    config, origin = chosen_config(program, case, device)
+    near = [("", config), *neighbours(program, case.problem, config)]
+    reasons = [configs.why_illegal(program, case.problem, c) for _, c in near]
+    legal = [(program, case.problem, c) for (_, c), reason in zip(near, reasons, strict=True) if reason is None]
+    found = dict(zip((c for *_, c in legal), static.analyse_all(legal, journal=journal, **options), strict=True))
+    seen = []
+    for (change, c), reason in zip(near, reasons, strict=True):
+        row = static.row(case.name, program, case.problem, c, found[c], device) if reason is None else None
+        record = journal.get(name_of(row, case.problem, device)) if row else None
+        median = summary(record)["median_us"] if record else None
+        seen.append(Neighbour(change, configs.describe(c), reason, row, median))
+    read = found[config]
+    bounds = {}
+    if not read["error"]:
+        ctas = max(1, read["ctas_per_sm"])
+        bounds = cost.bounds(config, case.problem, ctas, read["work"], cost.DEVICES[device])
+    bounds = dict(sorted(bounds.items(), key=lambda x: -x[1]))
+    return Explanation(program, origin, seen[0], bounds, seen[1:])

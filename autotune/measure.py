@@ -1,0 +1,261 @@
+"""Measures candidates on a Hopper GPU: checked against the oracle, then timed on real selections, best first.
+
+First every candidate gets a look, in the order of the static rank: its check, and one round on each selection. Then
+the contenders of each group, those within NEAR of its fastest and the static pick, are timed in interleaved rounds.
+A round is the median of TileLang's profiler, which flushes the L2 cache before each run. All is journaled at once.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hsa_tl.autotune import static, strategy, table, tuner
+from hsa_tl.autotune.journal import Journal
+from hsa_tl.cases import Case, at_length
+from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.oracle import attention_oracle
+from hsa_tl.problem import Problem
+from hsa_tl.testing import (
+    SELECTIONS,
+    Inputs,
+    assert_as_accurate_as,
+    double,
+    make_inputs,
+    make_selection,
+    run_with_gradients,
+)
+
+CHECK_TOKENS = 512
+ROUNDS = 7
+LOOK_SHARE = 0.6  # of the time, at most, before the contenders' rounds
+NEAR = 1.1  # of the fastest: a contender
+CONTENDERS = 4  # of a group
+MINUTES = 1.0  # HSA_TL_TUNING=tune spends on a program
+QUANTITIES = {  # by direction
+    "forward": ("out",),
+    "dq": ("dq", "dweights"),
+    "dkdv": ("dk", "dv"),
+    "backward": ("dq", "dk", "dv", "dweights"),
+}
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What measuring needs of the machine; a test brings its own."""
+
+    check: Callable[[str, Problem, object], None]  # AssertionError unless the config computes the right thing
+    prepare: Callable[[str, Problem, object, str], Callable[[], object]]  # compiles; what runs it on a selection
+    time_us: Callable[[Callable[[], object]], float]  # one round
+    clock: Callable[[], float] = time.monotonic
+    alive: Callable[[], bool] = lambda: True  # whether the device still answers after a failure
+
+
+def _run(program: str, config, inputs: Inputs, chunk_size: int) -> dict:
+    from hsa_tl.api import hsa_attention
+
+    return run_with_gradients(
+        hsa_attention, inputs, chunk_size=chunk_size, impl="tilelang", config={program: vars(config)}
+    )
+
+
+def check(program: str, problem: Problem, config, device: str = "cuda") -> None:
+    """AssertionError unless the config is as accurate as the eager reference at a small length."""
+    small = at_length(problem, min(problem.T, CHECK_TOKENS))
+    inputs = make_inputs(small).to(device)
+    actual = _run(program, config, inputs, small.S)
+    low = run_with_gradients(attention_oracle, inputs, chunk_size=small.S)
+    high = run_with_gradients(attention_oracle, double(inputs), chunk_size=small.S)
+    for name in QUANTITIES[config.DIRECTION]:
+        assert_as_accurate_as(name, actual[name], low[name], high[name])
+
+
+@functools.lru_cache(maxsize=len(SELECTIONS))
+def _inputs(problem: Problem, selection: str) -> Inputs:
+    return make_inputs(problem, kind=selection).to("cuda")
+
+
+def launch(program: str, problem: Problem, config, selection: str) -> Callable[[], object]:
+    """A function that runs the one program on a selection, with what it needs run each time; all else is prepared."""
+    from hsa_tl import ops
+    from hsa_tl.impl.tilelang import LAUNCHERS, Call
+    from hsa_tl.pairs import Pairs
+
+    inputs = _inputs(problem, selection)
+    k, v = (x.unflatten(1, (problem.N, problem.S)) for x in (inputs.k, inputs.v))
+    pairs = Pairs(*ops.build_pairs(inputs.indices, problem.N, False))
+    call = Call.of(inputs.q, k, v, inputs.weights, inputs.indices, pairs, None, problem.D**-0.5, inputs.do)
+    run, _ = LAUNCHERS[program](call, config)
+    return run
+
+
+def _alive() -> bool:
+    """False after an illegal access: the CUDA context is lost to this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def gpu_rig() -> Rig:
+    """The Hopper GPU here."""
+    from tilelang.profiler import do_bench
+
+    return Rig(check, launch, lambda run: 1e3 * do_bench(run, return_mode="median"), alive=_alive)
+
+
+@functools.lru_cache(maxsize=64)
+def shares(problem: Problem) -> dict[str, dict[int, float]]:
+    """The union's share of each selection: what a measurement on it must be compared with."""
+    p = problem
+    made = {x: make_selection(p.B, p.T, p.H, p.K, p.S, kind=x) for x in SELECTIONS}
+    return {x: strategy.union_share(indices, p.N, p.G) for x, indices in made.items()}
+
+
+def name_of(row: dict, problem: Problem, device: str) -> dict:
+    """A measurement's identity in the journal."""
+    size = {k: getattr(problem, k) for k in ("B", "T", "H")} | configs.static_key(problem)
+    made = {"kind": "measured", "device": device, "program": row["program"], "config": row["config"]}
+    return made | size | {"programs": static.programs_digest()}
+
+
+def unfinished(starts: int) -> dict:
+    """The record of a candidate that has begun and not ended; after a second time it counts as one that hangs."""
+    error = "did not finish: twice the process ended while it ran" if starts > 1 else None
+    return {"error": error, "rounds": {}, "starts": starts}
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+FAILURES = (AssertionError, RuntimeError, ValueError, NotImplementedError, TypeError)
+
+
+def _look(row: dict, problem: Problem, rig: Rig) -> dict:
+    config = configs.parse(row["program"], row["config"])
+    try:
+        rig.check(row["program"], problem, config)
+        runs = {x: rig.prepare(row["program"], problem, config, x) for x in SELECTIONS}
+        return {"error": None, "rounds": {x: [rig.time_us(run)] for x, run in runs.items()}}
+    except FAILURES as error:
+        return {"error": _say(error), "rounds": {}}
+
+
+def _quantile(rounds: list[float], q: float) -> float:
+    """By linear interpolation."""
+    rounds = sorted(rounds)
+    at = q * (len(rounds) - 1)
+    low = math.floor(at)
+    return rounds[low] + (at - low) * (rounds[min(low + 1, len(rounds) - 1)] - rounds[low])
+
+
+def summary(record: dict) -> dict:
+    """Geometric means over the selections of median, p20 and p80, and the selections' medians."""
+    columns = {"median_us": 0.5, "p20_us": 0.2, "p80_us": 0.8}
+    if record["error"]:
+        return {"error": record["error"], **dict.fromkeys(columns)}
+    rounds = record["rounds"]
+    found = {c: statistics.geometric_mean(_quantile(x, q) for x in rounds.values()) for c, q in columns.items()}
+    selections = {x: statistics.median(times) for x, times in rounds.items()}
+    return {c: float(f"{value:.4g}") for c, value in found.items()} | {"selections": selections}
+
+
+def _first_look(record: dict) -> float:
+    """As median_us, of each selection's first round: the same in every run that goes on from a journal."""
+    return statistics.geometric_mean(x[0] for x in record["rounds"].values())
+
+
+Entry = tuple[dict, dict, dict]  # static row, identity in the journal, record
+
+
+def _looks(
+    case: Case, ranked: list[dict], device: str, rig: Rig, journal: Journal, end: float, progress: Callable | None
+) -> list[Entry]:
+    """A look at each candidate, best first, until the time is up; what the journal holds needs none."""
+    seen = []
+    for i, row in enumerate(ranked):
+        name = name_of(row, case.problem, device)
+        record = journal.get(name)
+        if record is None or not (record["error"] or record["rounds"]):
+            if static.faults(row) or rig.clock() >= end:
+                continue
+            journal.add(name, unfinished(record["starts"] + 1 if record else 1))
+            record = _look(row, case.problem, rig)
+            journal.add(name, record)
+            if record["error"] and not rig.alive():
+                what = f"{row['program']} {row['config']}"
+                raise RuntimeError(f"{what} lost the device to this process; run again to go on with the next")
+        seen.append((row, name, record))
+        if progress:
+            progress(i + 1, len(ranked))
+    return seen
+
+
+def _contenders(mine: list[Entry]) -> list[Entry]:
+    """Of one group in ranked order: the fastest at first look, and the static pick."""
+    by_time = sorted(mine, key=lambda x: _first_look(x[2]))
+    limit = NEAR * _first_look(by_time[0][2])
+    chosen = [x for x in by_time[:CONTENDERS] if _first_look(x[2]) <= limit]
+    return chosen if mine[0] in chosen else [*chosen, mine[0]]
+
+
+def _interleave(contenders: list[Entry], problem: Problem, rig: Rig, journal: Journal, end: float) -> None:
+    """Adds rounds to the records until each has ROUNDS of every selection, or the time is up."""
+    for selection in SELECTIONS:
+        times = [record["rounds"][selection] for *_, record in contenders]
+        if rig.clock() >= end or all(len(x) >= ROUNDS for x in times):
+            continue
+        made = [(row["program"], configs.parse(row["program"], row["config"])) for row, *_ in contenders]
+        runs = [rig.prepare(program, problem, config, selection) for program, config in made]
+        order = list(range(len(contenders)))
+        while rig.clock() < end and any(len(x) < ROUNDS for x in times):
+            for i in order:
+                if len(times[i]) < ROUNDS:
+                    times[i].append(rig.time_us(runs[i]))
+                    journal.add(*contenders[i][1:])
+            order.reverse()  # so that none always follows the same
+
+
+def measure(
+    case: Case, ranked: list[dict], *, device: str, seconds: float, rig: Rig | None = None,
+    journal: Journal | None = None, progress: Callable | None = None,
+) -> list[dict]:  # fmt: skip
+    """The ranked rows that there was time for, with median_us and its spread; a failure is recorded in error.
+
+    over_runner_up and over_static are the next fastest's and the static pick's time over a row's own, in its group.
+    What the journal holds of this device, problem and source is not measured again. progress(done, total) after each
+    look.
+    """
+    rig, journal = rig or gpu_rig(), Journal(None) if journal is None else journal
+    begin = rig.clock()
+    seen = _looks(case, ranked, device, rig, journal, begin + LOOK_SHARE * seconds, progress)
+    groups: dict[tuple, list[Entry]] = {}
+    for entry in seen:
+        if entry[2]["error"] is None:
+            groups.setdefault(tuner.group(entry[0]), []).append(entry)
+    margins = {}
+    for mine in groups.values():
+        _interleave(_contenders(mine), case.problem, rig, journal, begin + seconds)
+        times = [summary(record)["median_us"] for *_, record in mine]
+        for (*_, record), us in zip(mine, times, strict=True):
+            next_us = min((t for t in times if t > us), default=us)
+            margins[id(record)] = {"over_runner_up": round(next_us / us, 4), "over_static": round(times[0] / us, 4)}
+    return [row | summary(record) | margins.get(id(record), {}) for row, _, record in seen]
+
+
+def tune(program: str, problem: Problem, device: str) -> None:
+    """What HSA_TL_TUNING=tune does on a miss: ranks, measures for MINUTES, and keeps the best in the user's cache."""
+    case = Case(str(problem), problem, frozenset(), "met at run time")
+    journal = tuner.default_journal()
+    ranked = tuner.rank(case, device, programs=(program,), journal=journal)
+    rows = measure(case, ranked, device=device, seconds=60 * MINUTES, journal=journal)
+    timed = [r for r in rows if r["median_us"]]
+    if not timed:
+        raise RuntimeError(f"no candidate of {program} for {problem} passed its check: {[r['error'] for r in rows]}")
+    table.merge(table.user_path(device), device, tuner.best(case, timed))

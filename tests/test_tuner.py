@@ -1,0 +1,286 @@
+"""The tuner with a fake compiler, clock and GPU: order, budget, check before time, interleaving, margins, resume."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from tuning import FakeGpu, fake_compiler
+
+from hsa_tl import cases
+from hsa_tl.autotune import calibrate, cost, explain, measure, static, table, tuner
+from hsa_tl.autotune.journal import Journal
+from hsa_tl.kernels_tilelang import config as configs
+
+CASE = cases.case("paper-d128")
+UNION = ("hsa_fwd_union",)
+
+
+@pytest.fixture(autouse=True)
+def no_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(static, "missing_tools", lambda: None)
+    monkeypatch.setattr(static, "nvcc_release", lambda: "13.0")
+
+
+def ranked(programs=UNION, case=CASE, journal=None):
+    return tuner.rank(case, "h200", programs=programs, journal=journal, compiler=fake_compiler)
+
+
+def run(gpu, rows, seconds=1e6, journal=None, case=CASE):
+    return measure.measure(case, rows, device="h200", seconds=seconds, rig=gpu.rig(), journal=journal)
+
+
+def config_of(row):
+    return configs.parse(row["program"], row["config"])
+
+
+def test_the_union_has_enough_candidates():
+    """Each by the arithmetic of legality; hsa-tl autotune --program hsa_fwd_union assembles them all."""
+    for name in ("paper-d128", "paper-d64", "k16-d128", "k16-d64"):
+        found = configs.candidates("hsa_fwd_union", cases.case(name).problem)
+        assert len(set(found)) == len(found) >= 24
+        assert found[: len(configs.space("hsa_fwd_union", cases.case(name).problem))] == configs.space(
+            "hsa_fwd_union", cases.case(name).problem
+        )
+
+
+def test_a_failing_candidate_is_a_recorded_result(tmp_path):
+    journal = Journal(tmp_path / "j.jsonl")
+    rows = ranked(journal=journal)
+    failed = [r for r in rows if static.faults(r)]
+    assert {static.faults(r)[0] for r in failed} == {"RuntimeError: nvcc refused the program", "16 bytes of spills"}
+    assert rows[-len(failed) :] == failed, "last"
+    assert len(Journal(tmp_path / "j.jsonl").records) == len(rows) == len(configs.candidates(*UNION, CASE.problem))
+
+
+def test_ranks_take_turns_among_groups():
+    """A short tuning sees the best of every program and tile before any second best."""
+    rows = [r for r in ranked(configs.TUNED) if not static.faults(r)]
+    groups = [tuner.group(r) for r in rows]
+    first = len(set(groups))
+    assert len(set(groups[:first])) == first and groups[0][0] == configs.TUNED[0]
+    for g in set(groups):
+        ns = [r["ns_per_pair"] for r, x in zip(rows, groups, strict=True) if x == g]
+        assert ns == sorted(ns)
+
+
+def test_ranking_goes_on_from_the_journal(tmp_path):
+    """Nothing is compiled twice, not for another device or length either; a torn last line costs one candidate."""
+    path, compiled = tmp_path / "j.jsonl", []
+
+    def compiler(*x):
+        compiled.append(x)
+        return fake_compiler(*x)
+
+    first = tuner.rank(CASE, "h200", programs=UNION, journal=Journal(path), compiler=compiler)
+    longer = replace(CASE, problem=cases.at_length(CASE.problem, 1 << 20))
+    for case, device in ((CASE, "h200"), (CASE, "h100"), (longer, "h200")):
+        again = tuner.rank(case, device, programs=UNION, journal=Journal(path), compiler=compiler)
+        assert len(again) == len(first) == len(compiled)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert tuner.rank(CASE, "h200", programs=UNION, journal=Journal(path), compiler=compiler) == first
+    assert len(compiled) == len(first) + 1
+    lines = path.read_text().splitlines()
+    assert sum(json.loads(line)["name"]["kind"] == "static" for line in lines if line.endswith("}}")) == len(first)
+
+
+def test_another_version_is_ranked_anew(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "j.jsonl")
+    ranked(journal=journal)
+    monkeypatch.setattr(static, "programs_digest", lambda: "other")
+    tuner.rank(CASE, "h200", programs=UNION, journal=journal, compiler=lambda *x: fake_compiler(*x) | {"registers": 7})
+    assert {r["registers"] for _, r in journal.all(kind="static") if r["error"] is None} == {7}
+
+
+def test_best_first_until_the_time_is_up():
+    rows, gpu = ranked(), FakeGpu()
+    seen = run(gpu, rows, seconds=40)
+    good = [r for r in rows if not static.faults(r)]
+    assert 3 < len(seen) < len(good) and gpu.checked() == [config_of(r) for r in good[: len(seen)]]
+    assert all(r["median_us"] for r in seen) and gpu.now < 60
+
+
+def test_nothing_is_timed_unless_it_is_right():
+    rows = ranked()
+    wrong, refused, *_ = [config_of(r) for r in rows]
+    gpu = FakeGpu(wrong=(wrong,), refused=(refused,))
+    seen = {config_of(r): r for r in run(gpu, rows)}
+    assert seen[wrong]["error"] == "AssertionError: out: max error 1 above 0.1" and seen[wrong]["median_us"] is None
+    assert seen[refused]["error"] == "RuntimeError: nvcc refused the program"
+    assert not {wrong, refused} & {x[1] for x in gpu.log if x[0] == "time"}
+    assert tuner.best(CASE, [r for r in seen.values() if r["median_us"]])
+
+
+def test_contenders_are_timed_in_turns_and_margins_reported():
+    rows = [r for r in ranked() if not static.faults(r)]
+    groups = [tuner.group(r) for r in rows]
+    largest = max(groups, key=groups.count)
+    mine = [config_of(r) for r, group in zip(rows, groups, strict=True) if group == largest]
+    pick, fast, near, *rest = mine
+    gpu = FakeGpu(slow=dict.fromkeys(rest, 500.0) | {pick: 130.0, fast: 100.0, near: 105.0})
+    seen = {config_of(r): r for r in run(gpu, rows)}
+    late = [x[1] for x in gpu.log if x[0] == "time" and x[1] in mine][3 * len(mine) :]
+    assert set(late) == {pick, fast, near} and late[:6] == [fast, near, pick, pick, near, fast]
+    times = {c: [x for x in gpu.log if x[0] == "time" and x[1] == c] for c in mine}
+    assert len(times[fast]) == 3 * measure.ROUNDS and len(times[rest[0]]) == 3
+    best = seen[fast]
+    assert best["median_us"] == pytest.approx(100.0 * 1.01, rel=0.02)  # geometric mean of 2, 1 and 1/2 times 100
+    assert best["p20_us"] <= best["median_us"] <= best["p80_us"]
+    assert best["over_runner_up"] == pytest.approx(1.05, rel=0.02) and best["over_static"] == pytest.approx(
+        1.3, rel=0.02
+    )
+    (row,) = [r for r in tuner.best(CASE, list(seen.values())) if tuner.group_of(r) == largest]
+    assert row["source"] == "measured" and row["median_us"] == best["median_us"] and set(row["selections"]) == {
+        "random", "overlap", "full",
+    }  # fmt: skip
+    assert row["candidates"] == len(mine)
+
+
+def test_measuring_goes_on_from_the_journal(tmp_path):
+    rows, path = ranked(), tmp_path / "j.jsonl"
+    first = run(FakeGpu(), rows, seconds=40, journal=Journal(path))
+    gpu = FakeGpu()
+    second = run(gpu, rows, seconds=1e6, journal=Journal(path))
+    done = {config_of(r) for r in first}
+    assert len(second) > len(first) and not done & set(gpu.checked())
+    again = FakeGpu()
+    assert run(again, rows, journal=Journal(path)) == second and not again.log
+
+
+def test_a_candidate_that_twice_ends_the_process_is_given_up(tmp_path):
+    """A kernel that hangs must not eat every lease."""
+    rows, path = ranked(), tmp_path / "j.jsonl"
+    bad = config_of(rows[1])
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run(FakeGpu(dies=(bad,)), rows, journal=Journal(path))
+    seen = {config_of(r): r for r in run(FakeGpu(dies=(bad,)), rows, journal=Journal(path))}
+    assert seen[bad]["error"].startswith("did not finish") and seen[config_of(rows[2])]["median_us"]
+
+
+def test_a_lost_device_ends_the_run_and_keeps_the_rest(tmp_path):
+    rows, journal = ranked(), Journal(tmp_path / "j.jsonl")
+    gpu = FakeGpu(refused=(config_of(rows[1]),))
+    rig = replace(gpu.rig(), alive=lambda: False)
+    with pytest.raises(RuntimeError, match="lost the device"):
+        measure.measure(CASE, rows, device="h200", seconds=1e6, rig=rig, journal=journal)
+    assert len(journal.all(kind="measured")) == 2
+
+
+def _tune_slowly(path, table_path, programs):
+    """A whole tuning in another process; a candidate takes 20 ms."""
+    static.missing_tools, static.nvcc_release = (lambda: None), (lambda: "13.0")
+    gpu = FakeGpu()
+    rig = replace(gpu.rig(), check=lambda *x: time.sleep(0.02))
+    journal = Journal(path)
+    rows = measure.measure(
+        CASE, ranked(programs, journal=journal), device="h200", seconds=1e6, rig=rig, journal=journal
+    )
+    table.merge(table_path, "h200", tuner.best(CASE, rows))
+
+
+def test_resume_after_kill_9(tmp_path):
+    path, context = tmp_path / "j.jsonl", multiprocessing.get_context("spawn")
+    child = context.Process(target=_tune_slowly, args=(path, tmp_path / "t.json", UNION))
+    child.start()
+    finished = 0
+    while finished < 4:
+        assert child.is_alive()
+        time.sleep(0.01)
+        finished = sum(bool(r["rounds"]) for _, r in Journal(path).all(kind="measured"))
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    journal = Journal(path)
+    done = {name["config"] for name, r in journal.all(kind="measured") if r["rounds"]}
+    rows, gpu = ranked(journal=journal), FakeGpu()
+    seen = run(gpu, rows, journal=journal)
+    assert 4 <= len(done) < len(seen) == sum(not static.faults(r) for r in rows)
+    assert not done & {configs.describe(c) for c in gpu.checked()} and len(gpu.checked()) == len(seen) - len(done)
+
+
+def test_two_processes_tune_at_once(tmp_path):
+    path, out, context = tmp_path / "j.jsonl", tmp_path / "t.json", multiprocessing.get_context("spawn")
+    halves = (UNION, ("hsa_fwd_token", "hsa_fwd_union"))
+    children = [context.Process(target=_tune_slowly, args=(path, out, programs)) for programs in halves]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    assert all(json.loads(line)["record"] for line in path.read_text().splitlines())
+    rows = table.read(out)
+    assert {r["program"] for r in rows} == {"hsa_fwd_token", "hsa_fwd_union"}
+    assert len({table.identity(r) for r in rows}) == len(rows) and all(r["source"] == "measured" for r in rows)
+
+
+def test_tune_keeps_the_best_in_the_users_cache(monkeypatch):
+    gpu = FakeGpu()
+    monkeypatch.setattr(measure, "gpu_rig", gpu.rig)
+    rank = tuner.rank
+    monkeypatch.setattr(tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=fake_compiler))
+    measure.tune("hsa_fwd_token", CASE.problem, "h200")
+    (row,) = table.read(table.user_path("h200"))
+    assert row["program"] == "hsa_fwd_token" and row["source"] == "measured" and row["T"] == CASE.problem.T
+    gpu.wrong = configs.candidates("hsa_bwd_chunk", CASE.problem)
+    with pytest.raises(RuntimeError, match=r"no candidate of hsa_bwd_chunk .* passed its check"):
+        measure.tune("hsa_bwd_chunk", CASE.problem, "h200")
+
+
+def test_spearman():
+    assert calibrate.spearman([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
+    assert calibrate.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert calibrate.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # ties share their mean rank
+    assert math.isnan(calibrate.spearman([1, 1], [1, 2]))
+
+
+def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path):
+    """Times made by other constants: the fit predicts them, and its file reads back."""
+    old = cost.DEVICES["h200"]
+    true = replace(old, l2=4.4e12, hbm=3.9e12, reduce=3.1e12)
+    journal = Journal(tmp_path / "j.jsonl")
+    for name in ("k16-d128", "k16-d64"):
+        case = replace(CASE, problem=cases.at_length(cases.case(name).problem, 4096))
+        for row in ranked(("hsa_fwd_token", "hsa_fwd_chunk", "hsa_bwd_chunk"), case, journal):
+            if row["error"]:
+                continue
+            rounds = {}
+            for selection, share in measure.shares(case.problem).items():
+                ns, _ = cost.predict(config_of(row), case.problem, row["ctas_per_sm"], row["work"], true, share)
+                rounds[selection] = [ns * case.problem.pairs / 1e3]
+            name = measure.name_of(row, case.problem, "h200")
+            journal.add(name, {"error": None, "rounds": rounds})
+    found = calibrate.samples(journal, "h200")
+    assert len(found) > 100 and not calibrate.samples(journal, "h100")
+    fitted = calibrate.fit(found, old)
+    assert fitted.l2 == pytest.approx(true.l2, rel=0.05) and fitted.reduce == pytest.approx(true.reduce, rel=0.05)
+    assert fitted.hbm == old.hbm, "published, so not free"
+    measured = [x.ns_per_pair for x in found]
+    before, after = (calibrate.spearman(calibrate.predictions(found, d), measured) for d in (old, fitted))
+    assert after > before and after > 0.99
+    file = cost.parse_device(calibrate.text(old, fitted))
+    assert file.l2 == pytest.approx(fitted.l2, rel=1e-3) and file.free == old.free and file.sms == old.sms
+    with pytest.raises(ValueError, match="measurements of h100 must be in the journal, got none"):
+        calibrate.fit([], cost.DEVICES["h100"])
+
+
+def test_explain_says_why(monkeypatch, tmp_path):
+    """Constraint, prediction, measurement and the neighbours of the config that the lookup takes."""
+    monkeypatch.setattr(table, "shipped", lambda device: ())
+    journal = Journal(tmp_path / "j.jsonl")
+    e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
+    assert e.origin == "the heuristic, first of the space: no row in the table"
+    assert e.chosen.config == configs.describe(configs.space("hsa_fwd_union", CASE.problem)[0])
+    near = {n.change: n for n in e.neighbours}
+    assert near["block_M 192 -> 256"].illegal == "threads must be 32 to 384 in whole warps, got 512"
+    assert near["num_stages 2 -> 3"].row["ns_per_pair"] and near["num_stages 2 -> 3"].median_us is None
+    assert list(e.bounds.values()) == sorted(e.bounds.values(), reverse=True)
+    rows = run(FakeGpu(), ranked(journal=journal), journal=journal)
+    table.merge(table.user_path("h200"), "h200", tuner.best(CASE, rows))
+    e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
+    assert "measured row of the table (the same T), best of" in e.origin and "x to the runner-up" in e.origin
+    assert e.chosen.median_us and any(n.median_us for n in e.neighbours)
