@@ -4,13 +4,12 @@ import torch
 
 from hsa_tl import api, cases
 from hsa_tl.bench import gate
-from hsa_tl.bench.providers import DEFAULT_PROVIDERS, PROVIDERS, provider
+from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider
 from hsa_tl.bench.suite import Suite, Work, parse_selection
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, make_inputs
 from hsa_tl.text import Corpus, read_corpus, text_features, text_inputs
 
-D_R = 128  # dimension of the retrieval heads
 GATE_LENGTH = 256  # tokens; TileLang's CPU target and Triton's interpreter take seconds for it
 DIRECTIONS = {"forward": ("forward",), "backward": ("backward",), "train": ("forward", "backward")}
 Tensors = dict[str, torch.Tensor]
@@ -28,6 +27,19 @@ def scored_chunks(p: Problem) -> int:
     """(token, chunk) products of the landmarks' scores, of one head: whole chunks in the past."""
     full, tail = divmod(p.T, p.S)
     return p.S * full * (full - 1) // 2 + tail * full
+
+
+def flops_of(kernel: str, problem: Problem, direction: str) -> int:
+    """FLOPs of what the kernel computes, in one direction."""
+    p = problem
+    if kernel == "dense_attention":
+        return p.dense_flops(direction)
+    # Every score of the forward; the backward goes over the chosen chunks, for the queries and for the landmarks.
+    products = scored_chunks(p) if direction == "forward" else 2 * p.T * p.K
+    retrieval = 2 * p.B * p.H * D_R * products
+    if kernel == "retrieval":
+        return retrieval
+    return p.flops(direction) + (retrieval if kernel == "hsa_with_retrieval" else 0)
 
 
 class Attention(Suite):
@@ -54,7 +66,9 @@ class Attention(Suite):
         return provider(name).kernel
 
     def unavailable(self, name, problem, mode):
-        return provider(name).unavailable(problem)
+        p = provider(name)
+        reason = p.unavailable(problem)
+        return "it has no backward" if reason is None and mode != "forward" and not p.backward else reason
 
     def gate_problem(self, problem):
         return cases.at_length(problem, GATE_LENGTH - (problem.S // 2 if problem.masked else 0))
@@ -63,7 +77,7 @@ class Attention(Suite):
         p = provider(name)
         if problem not in self.gate_tensors:
             self.gate_tensors[problem] = self.inputs(problem, "random")
-        tensors, key = self.gate_tensors[problem], (problem, p.oracle)
+        tensors, key = self.gate_tensors[problem], (problem, p.oracle, p.leaves)
         if key not in self.expected:
             self.expected[key] = gate.expected(p, tensors, problem.S)
         results = gate.compare(p, tensors, problem.S, self.expected[key])
@@ -101,28 +115,15 @@ class Attention(Suite):
         return lambda: torch.autograd.grad(out, wanted, incoming, retain_graph=True)
 
     def work(self, name, problem, mode):
-        p, directions = provider(name), DIRECTIONS[mode]
-        scores = 2 * problem.B * problem.H * D_R * scored_chunks(problem)
-        chosen = 4 * problem.B * problem.H * D_R * problem.K * problem.T  # the sparse backward's two products
-        per_direction = {
-            "dense_attention": {d: problem.dense_flops(d) for d in directions},
-            "hsa_attention": {d: problem.flops(d) for d in directions},
-            "retrieval": {d: {"forward": scores, "backward": chosen}[d] for d in directions},
-        }
-        per_direction["hsa_with_retrieval"] = {
-            d: per_direction["hsa_attention"][d] + per_direction["retrieval"][d] for d in directions
-        }
-        flops = sum(per_direction[p.kernel].values())
-        item = problem.itemsize
-        rows = {
-            "q": problem.T * problem.HQ * problem.D * item, "k": problem.T * problem.H * problem.D * item,
-            "v": problem.T * problem.H * problem.D * item, "weights": 4 * problem.T * problem.H * problem.K,
-            "indices": 4 * problem.T * problem.H * problem.K, "own": 0,
-            "q_slc": problem.T * problem.H * D_R * item, "landmarks": problem.N * problem.H * D_R * item,
+        p, t = provider(name), problem
+        item, rows = t.itemsize, t.B * t.T
+        size = {
+            "q": rows * t.HQ * t.D * item, "k": rows * t.H * t.D * item, "v": rows * t.H * t.D * item,
+            "weights": 4 * rows * t.H * t.K, "indices": 4 * rows * t.H * t.K, "own": 0,
+            "q_slc": rows * t.H * D_R * item, "landmarks": t.B * t.N * t.H * D_R * item,
         }  # fmt: skip
-        read, out = sum(rows[n] for n in p.uses), rows["q" if "q" in p.uses else "weights"]
-        gradients = sum(rows[n] for n in p.leaves)
-        once = {"forward": read + out, "backward": read + out + gradients}
-        held = 4 * problem.B * problem.HQ * problem.T**2 if name == "dense-math" else 0
-        note = f"D_r={D_R}" if "q_slc" in p.uses else ""
-        return Work(flops, problem.B * sum(once[d] for d in directions), 3 * held, note)
+        forward = sum(size[n] for n in p.uses) + size["q" if "q" in p.uses else "weights"]
+        moved = {"forward": forward, "backward": forward + sum(size[n] for n in p.leaves)}
+        held = 12 * t.B * t.HQ * t.T**2 if name == "dense-math" else 0  # float32 scores, their softmax, a copy
+        flops = sum(flops_of(p.kernel, t, d) for d in DIRECTIONS[mode])
+        return Work(flops, sum(moved[d] for d in DIRECTIONS[mode]), held, p.note)

@@ -7,10 +7,11 @@ from typing import Annotated, Optional
 import typer
 
 from hsa_tl import cases
-from hsa_tl.bench import plot, record
+from hsa_tl.bench import compare, page, plot, record
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.decode import Decode
 from hsa_tl.bench.retrieve import Retrieve
+from hsa_tl.bench.roofline import Roofline
 from hsa_tl.bench.suite import Suite, one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, run_sweep
 from hsa_tl.terminal import (
@@ -23,7 +24,9 @@ from hsa_tl.terminal import (
     show_table,
 )
 
-SUITES: dict[str, Callable[[], Suite]] = {"attention": Attention, "retrieve": Retrieve, "decode": Decode}
+SUITES: dict[str, Callable[[], Suite]] = {
+    "attention": Attention, "retrieve": Retrieve, "decode": Decode, "roofline": Roofline,
+}  # fmt: skip
 WHATS = (*SUITES, *DIRECTIONS)  # a direction is the attention suite in that mode
 console = make_console()
 
@@ -31,7 +34,7 @@ console = make_console()
 def show_speed(rows: list[record.Row], title: str) -> None:
     """Prints a sweep: time, spread, ratio to the fastest baseline, rates and memory, and why a point is missing."""
     at = {(r.mode, r.x, r.provider, r.metric): r.p50 for r in rows}
-    baseline, lines, notes = record.fastest_baseline(rows), [], {}
+    baseline, lines, notes = compare.fastest_baseline(rows), [], {}
     for r in (r for r in rows if r.metric == "time"):
         if r.p50 is None:
             notes.setdefault((r.provider, r.note), []).append(f"{r.mode} {r.x}")
@@ -92,6 +95,24 @@ def bench(
         raise typer.Exit(1)
 
 
+def plot_command(
+    folder: Annotated[Optional[Path], typer.Argument(help="of bench.csv; with --page, of one folder a device")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="folder of the plots, by default FOLDER")] = None,
+    whole_page: Annotated[bool, typer.Option("--page", help="write FOLDER/README.md and each device's plots")] = False,
+) -> None:
+    """PNG and SVG of what `hsa-tl bench` wrote: time, memory and rates by length, with crossover and roofline."""
+    with one_line_errors():
+        if whole_page:
+            paths = page.write_page(folder or Path("bench/results"))
+        else:
+            folder = folder or Path("out/bench")
+            files = plot.plot_rows(record.read_folder(folder), out or folder)
+            paths = [p for its in files.values() for p in its]
+    for path in paths:
+        console.print(f"wrote {path}")
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
     app.command()(bench)
+    app.command("plot")(plot_command)

@@ -33,6 +33,8 @@ class Expected(NamedTuple):
 def _gradients(p: Provider, function, tensors: Mapping[str, torch.Tensor], chunk_size: int) -> dict[str, torch.Tensor]:
     leaves = {n: tensors[n].detach().requires_grad_() for n in p.leaves}
     out = function(**{n: leaves.get(n, tensors[n]) for n in p.uses}, chunk_size=chunk_size)
+    if not leaves:
+        return {"out": out}
     gradients = torch.autograd.grad(out, list(leaves.values()), p.incoming(tensors).to(out.dtype))
     return {"out": out.detach()} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
 
@@ -49,13 +51,14 @@ def compare(p: Provider, tensors: Mapping[str, torch.Tensor], chunk_size: int, w
     Others' code has to compute the same thing: its RMS error is up to BASELINE_SLACK times the eager one.
     """
     got, rows = _gradients(p, p.attention, tensors, chunk_size), []
-    for name, high in want.high.items():
-        low, norm = want.low[name], high.norm().clamp(min=torch.finfo(torch.float64).tiny)
-        difference = got[name].double() - high
+    for name, value in got.items():
+        low, high = want.low[name], want.high[name]
+        norm = high.norm().clamp(min=torch.finfo(torch.float64).tiny)
+        difference = value.double() - high
         rms_error, message = float(difference.norm() / norm), ""
         if p.ours:
             try:
-                assert_as_accurate_as(name, got[name], low, high)
+                assert_as_accurate_as(name, value, low, high)
             except AssertionError as error:
                 message = str(error)
         else:

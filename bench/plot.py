@@ -1,36 +1,53 @@
-"""Plots of a sweep's CSV and of nothing else: time and memory against length, dense attention beside HSA."""
+"""Plots of benchmark rows and of nothing else: time, rates and memory against length, the baselines beside HSA."""
 
 import io
 from pathlib import Path
 
-import torch
-
-from hsa_tl.bench import record
+from hsa_tl.bench import compare, record
+from hsa_tl.bench.record import Row
 from hsa_tl.files import write_atomic
 
 TITLES = {
     "forward": "Forward", "backward": "Backward", "train": "Forward + backward", "prefill": "Retrieval, all tokens",
     "segment": "Retrieval, the last tokens", "retrieve": "Retrieval, one token", "attend": "Attention, one token",
-    "decode": "Decode, one token",
+    "decode": "Decode, one token", "step": "Training step", "read": "Prefill", "generate": "Generation, one token",
 }  # fmt: skip
 STYLES = {
     "dense": ("#444444", "o"),
     "dense-expanded": ("#9a6fb0", "P"),
+    "dense-grouped": ("#9a6fb0", "P"),
+    "dense-math": ("#c9a0dc", "X"),
     "dense-cudnn": ("#888888", "s"),
     "dense-flash": ("#b08d57", "D"),
+    "dense-flex": ("#d9b98a", "d"),
     "dense-fa3": ("#7a3e00", "^"),
     "materialise": ("#444444", "s"),
+    "full-attention": ("#444444", "o"),
     "hsa-auto": ("#0b6fb8", "o"),
+    "hsa-auto-two-level": ("#3aa6a0", "d"),
     "hsa-with-retrieval": ("#0b3d66", "v"),
+    "hsa": ("#0b6fb8", "o"),
     "retrieve": ("#6aaed6", "x"),
     "hsa-reference": ("#3aa6a0", "s"),
     "hsa-tilelang": ("#c2185b", "^"),
+    "hsa-tilelang-token": ("#e57fa5", "<"),
+    "hsa-tilelang-union": ("#8e1246", ">"),
+    "hsa-tilelang-chunk": ("#f06292", "v"),
     "hsa-triton": ("#e07b00", "D"),
+    "ramstorage-triton": ("#7cb342", "s"),
+    "ramstorage-tilelang": ("#aed581", "s"),
+    "hils": ("#33691e", "p"),
+    "nsa-fla": ("#c0ca33", "*"),
 }
+OTHER = ("#000000", ".")
 NAMES = {
     "dense": "dense causal (torch SDPA)",
     "dense-expanded": "dense causal (torch SDPA, heads expanded)",
+    "dense-grouped": "dense (SDPA, heads grouped)",
     "hsa-auto": "HSA (auto)",
+    "hsa-with-retrieval": "HSA with its retrieval",
+    "materialise": "materialised scores + torch.topk",
+    "retrieve": "HSA's retrieval alone",
 }
 
 
@@ -46,15 +63,16 @@ def pyplot():
     plt.rcParams.update({
         "figure.dpi": 130, "font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10,
+        "svg.hashsalt": "hsa-tl", "svg.fonttype": "none",
     })  # fmt: skip
     return plt
 
 
 def length_label(T: int) -> str:
-    """4096 -> "4K"."""
+    """4096 -> "4K", 1300 -> "1.3K"."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
-        if size <= T and T % size == 0:
-            return f"{T // size}{unit}"
+        if size <= T:
+            return f"{T / size:.3g}{unit}"
     return str(T)
 
 
@@ -66,142 +84,141 @@ def length_axis(ax, lengths: list[int]) -> None:
 
 
 def save(figure, path: Path) -> list[Path]:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
-    write_atomic(path, buffer.getvalue())
+    """path, a PNG, and the same as SVG beside it."""
+    out = []
+    for kind in ("png", "svg"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
+        out.append(path.with_suffix(f".{kind}"))
+        write_atomic(out[-1], buffer.getvalue())
     pyplot().close(figure)
-    return [path]
+    return out
 
 
-def _panel(ax, rows: list[record.Row]) -> None:
-    for name in (n for n in STYLES if any(r.provider == n for r in rows)):
+def _panel(ax, rows: list[Row], scale: float = 1.0) -> None:
+    known = [n for n in STYLES if any(r.provider == n for r in rows)]
+    for name in [*known, *sorted({r.provider for r in rows} - set(known))]:
         line = sorted((r for r in rows if r.provider == name), key=lambda r: r.x)
-        color, marker = STYLES[name]
+        color, marker = STYLES.get(name, OTHER)
         x = [r.x for r in line]
-        ax.plot(x, [r.p50 for r in line], color=color, marker=marker, markersize=4, label=NAMES.get(name, name))
-        ax.fill_between(x, [r.p20 for r in line], [r.p80 for r in line], color=color, alpha=0.15, linewidth=0)
+        y = [[v * scale for v in (r.p20, r.p50, r.p80)] for r in line]
+        ax.plot(x, [v[1] for v in y], color=color, marker=marker, markersize=4, label=NAMES.get(name, name))
+        ax.fill_between(x, [v[0] for v in y], [v[2] for v in y], color=color, alpha=0.15, linewidth=0)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    if any(r.p50 > 0 for r in rows):
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     length_axis(ax, sorted({r.x for r in rows}))
 
 
-def _versus_dense(rows: list[record.Row]) -> str:
-    """HSA against dense attention at the longest length that both have."""
-    dense = record.fastest_baseline(rows)
-    both = [r for r in rows if r.provider == "hsa-auto" and (r.mode, r.x) in dense]
-    if not both:
+def _beside_baseline(ax, rows: list[Row], mode: str) -> str:
+    """Marks the crossover; a line that compares at the longest length that both have."""
+    name, ratio = compare.ratios(rows, mode)
+    if not ratio:
         return ""
-    last = max(both, key=lambda r: r.x)
-    ratio = dense[last.mode, last.x] / last.p50
-    text = f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
-    return f"\nHSA {text} than dense at {length_label(last.x)}"
+    at = compare.crossover(ratio)
+    if at is not None:
+        ax.axvline(at, color="#c2185b", linewidth=1, linestyle=":")
+        ax.annotate(
+            f"crossover {length_label(round(at))}", (at, 0.02), xycoords=("data", "axes fraction"), rotation=90,
+            ha="right", va="bottom", fontsize=7, color="#c2185b",
+        )  # fmt: skip
+    last = max(ratio)
+    text = f"{1 / ratio[last]:.1f}x faster" if ratio[last] <= 1 else f"{ratio[last]:.1f}x slower"
+    return f"\n{NAMES.get(name, name)}: {text} at {length_label(last)}"
+
+
+def _figure(panels: list[tuple], group: compare.Group, path: Path) -> list[Path]:
+    """panels: (rows, title, ylabel, scale, decorate(ax) -> more title)."""
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(max(7.2, 3.6 * len(panels)), 3.9), squeeze=False, layout="constrained"
+    )
+    for ax, (rows, title, ylabel, scale, decorate) in zip(axes[0], panels, strict=True):
+        _panel(ax, rows, scale)
+        ax.set_title(title + decorate(ax))
+        ax.set_ylabel(ylabel)
+    handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    dims = group.config.split(": ", 1)[-1]
+    figure.suptitle(f"Hierarchical Sparse Attention, {dims}, {group.selection} selection\n{group.device}", fontsize=10)
+    return save(figure, path)
+
+
+def _roof(ax, roofs: list[Row], metric: str, scale: float) -> str:
+    """A line at the best measured rate of this device: a matrix product, a copy."""
+    best = max((r for r in roofs if r.metric == metric), key=lambda r: r.p50, default=None)
+    if best is not None:
+        ax.axhline(best.p50 * scale, color="#000000", linewidth=1, linestyle="--")
+        ax.annotate(
+            f"{best.provider}, measured", (0.02, best.p50 * scale), xycoords=("axes fraction", "data"),
+            va="bottom", fontsize=7,
+        )  # fmt: skip
+    return ""
+
+
+def roofs_of(rows: list[Row], device: str) -> list[Row]:
+    """Rows of the roofline suite: a matrix product's throughput, a copy's bandwidth."""
+    wanted = {("matmul", "throughput"), ("copy", "bandwidth")}
+    return [
+        r for r in rows
+        if r.kernel == "roofline" and r.device == device and (r.provider, r.metric) in wanted and r.p50
+    ]  # fmt: skip
+
+
+def plot_group(rows: list[Row], group: compare.Group, roofs: list[Row], out_dir: Path, stem: str) -> list[Path]:
+    """Files of one group: STEM (time by mode and memory) and STEM-rates (TFLOP/s and GB/s by mode), PNG and SVG."""
+    rows = [r for r in rows if r.p50 is not None]
+    modes = [m for m in TITLES if any(r.mode == m and r.metric == "time" for r in rows)]
+
+    def of(metric: str, mode: str) -> list[Row]:
+        return [r for r in rows if r.metric == metric and r.mode == mode]
+
+    def nothing(ax) -> str:
+        return ""
+
+    panels = [
+        (of("time", m), f"{TITLES[m]}: time", "ms (median; band p20 to p80)", 1.0,
+         lambda ax, m=m: _beside_baseline(ax, rows, m)) for m in modes
+    ]  # fmt: skip
+    last = next((m for m in reversed(modes) if of("peak_extra_memory", m)), None)
+    if last:
+        title = f"{TITLES[last]}: peak memory\nbeyond the inputs"
+        panels.append((of("peak_extra_memory", last), title, "MiB", 1.0, nothing))
+    paths = _figure(panels, group, out_dir / f"{stem}.png")
+    rates = [
+        (of(metric, m), TITLES[m], unit, 1e-3 if metric == "throughput" else 1.0,
+         lambda ax, metric=metric: _roof(ax, roofs, metric, 1e-3 if metric == "throughput" else 1.0))
+        for m in modes for metric, unit in (("throughput", "TFLOP/s"), ("bandwidth", "GB/s of least traffic"))
+        if of(metric, m)
+    ]  # fmt: skip
+    return paths + (_figure(rates, group, out_dir / f"{stem}-rates.png") if rates else [])
+
+
+def plot_rows(rows: list[Row], out_dir: Path, stem: str = "speed") -> dict[compare.Group, list[Path]]:
+    """The files of every group of the rows: STEM alone for one group, with case and selection in the name for more.
+
+    ValueError: nothing measured, or no matplotlib.
+    """
+    pyplot()
+    found = compare.groups(r for r in rows if r.kernel != "roofline")
+    found = {g: mine for g, mine in found.items() if compare.times(mine)}
+    if not found:
+        raise ValueError("rows must hold a measured time, got none")
+    out: dict[compare.Group, list[Path]] = {}
+    for group, mine in found.items():
+        case = group.config.split(": ", 1)[0]
+        what = compare.subject(mine)
+        name = stem if len(found) == 1 else f"{stem}-{what}-{case}-{group.selection.replace('=', '')}"
+        taken = {p.stem for paths in out.values() for p in paths}
+        name += f"-{len(taken)}" if name in taken else ""
+        out[group] = plot_group(mine, group, roofs_of(rows, group.device), out_dir, name)
+    return out
 
 
 def plot_speed(csv_path: Path, out_dir: Path, stem: str = "speed") -> list[Path]:
-    """One PNG for each case and selection in the CSV: a panel for each mode, and one of memory. Returns the files.
-
-    ValueError: nothing measured in the CSV, or no matplotlib.
-    """
-    rows = [r for r in record.read_rows(csv_path) if r.p50 is not None and r.metric in ("time", "peak_extra_memory")]
-    if not rows:
-        raise ValueError(f"csv_path must hold measured rows, got none in {csv_path}")
-    plt, paths = pyplot(), []
-    groups = sorted({(r.config, r.selection, r.device) for r in rows})
-    for config, selection, device in groups:
-        mine = [r for r in rows if (r.config, r.selection, r.device) == (config, selection, device)]
-        modes = [m for m in TITLES if any(r.mode == m for r in mine)]
-        memory = [r for r in mine if r.metric == "peak_extra_memory" and r.mode == modes[-1]]
-        figure, axes = plt.subplots(
-            1, len(modes) + bool(memory), figsize=(3.6 * (len(modes) + 1), 3.6), squeeze=False, layout="constrained"
-        )
-        for ax, mode in zip(axes[0], modes, strict=False):
-            times = [r for r in mine if r.metric == "time" and r.mode == mode]
-            _panel(ax, times)
-            ax.set_title(f"{TITLES[mode]}: time{_versus_dense(times)}")
-            ax.set_ylabel("ms (median; band p20 to p80)")
-        if memory:
-            _panel(axes[0][-1], memory)
-            axes[0][-1].set_title(f"{TITLES[modes[-1]]}: peak memory\nbeyond the inputs")
-            axes[0][-1].set_ylabel("MiB")
-        handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-        case, dims = config.split(": ", 1)
-        figure.suptitle(f"Hierarchical Sparse Attention, {dims}, {selection} selection\n{device}", fontsize=10)
-        name = (
-            f"{stem}.png"
-            if len(groups) == 1
-            else f"{stem}-{case}-{selection.replace('=', '')}-{groups.index((config, selection, device))}.png"
-        )
-        paths += save(figure, out_dir / name)
-    return paths
-
-
-def plot_unions(rows: list[dict], pays_below: float, text_name: str, path: Path) -> list[Path]:
-    """Union sizes of neighbouring tokens' selections as a share of tokens * K: text beside chance."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(9.5, 4), layout="constrained", width_ratios=(2, 1))
-    labels = [f"K = {r['K']}\n{r['selection']}" for r in rows]
-    tiles = list(rows[0]["union_share"])
-    for i, (n, color) in enumerate(zip(tiles, ("#0b6fb8", "#6aaed6", "#b9d6ec"), strict=False)):
-        x = [j + (i - 1) * 0.26 for j in range(len(rows))]
-        bars = axes[0].bar(x, [r["union_share"][n] for r in rows], 0.24, color=color, label=f"{n} tokens")
-        axes[0].bar_label(bars, [f"{r['union_chunks'][n]:.0f}" for r in rows], fontsize=8)
-    line = f"below {pays_below} one walk over the union is cheaper"
-    axes[0].axhline(pays_below, color="#c2185b", linewidth=1, linestyle="--", label=line)
-    axes[0].set_ylabel("distinct chunks / (tokens x K)")
-    axes[0].set_title("Union of neighbouring tokens' chunks (number: chunks)")
-    axes[0].legend(loc="upper left", ncols=2)
-    axes[0].set_ylim(0, 1.1)
-    bars = axes[1].bar(range(len(rows)), [r["overlap"] for r in rows], 0.6, color="#3aa6a0")
-    axes[1].bar_label(bars, [f"{r['overlap']:.2f}" for r in rows], fontsize=8)
-    axes[1].set_ylim(0, 1.1)
-    axes[1].set_ylabel("share of a token's chunks")
-    axes[1].set_title("Chosen by its predecessor too")
-    for ax in axes:
-        ax.set_xticks(range(len(rows)), labels)
-        ax.grid(axis="x", visible=False)
-    r = rows[0]
-    figure.suptitle(
-        f"Do neighbouring tokens retrieve the same chunks? {r['tokens']} bytes of {text_name}, {r['chunks']} chunks\n"
-        "(over the tokens that see more than K chunks)",
-        fontsize=10,
-    )
-    return save(figure, path)
-
-
-def plot_chosen(chosen, S: int, files: tuple[tuple[str, int], ...], text_name: str, path: Path) -> list[Path]:
-    """chosen [T, K]: a heat map, how many of a chunk's S tokens retrieve each earlier chunk."""
-    T, K = chosen.shape
-    N = T // S
-    counts = torch.zeros(N, N + 1)
-    row = (torch.arange(N * S) // S)[:, None].expand(-1, K)
-    column = chosen[: N * S].long()
-    counts.index_put_((row, torch.where(column < 0, N, column)), torch.ones(1), accumulate=True)
-    share = (counts[:, :N] / S).masked_fill(counts[:, :N] == 0, float("nan"))
-    figure, ax = pyplot().subplots(figsize=(7.4, 6.4), layout="constrained")
-    image = ax.imshow(share.numpy(), cmap="viridis_r", vmin=0, vmax=1, interpolation="nearest", origin="upper")
-    figure.colorbar(image, ax=ax, shrink=0.8, label=f"share of the {S} tokens of a chunk that retrieve it")
-    borders = [(name, start / S) for name, start in files if start < N * S]
-    for _, at in borders[1:]:
-        ax.axhline(at - 0.5, color="#c2185b", linewidth=0.6)
-        ax.axvline(at - 0.5, color="#c2185b", linewidth=0.6)
-    ends = [at for _, at in borders[1:]] + [N]
-    if len(borders) > 1:
-        wide = [
-            (name, (at + end) / 2)
-            for (name, at), end in zip(borders, ends, strict=True)
-            if end - at > N * len(name) / 95
-        ]
-        top = ax.secondary_xaxis("top")
-        top.set_xticks([m for _, m in wide], [name for name, _ in wide], fontsize=7)
-        top.tick_params(length=0)
-    legend = "\nred: borders of files" if len(borders) > 1 else ""
-    ax.grid(False)
-    ax.set_xlabel(f"retrieved chunk ({S} bytes each)")
-    ax.set_ylabel("chunk of the retrieving tokens")
-    ax.set_title(f"Which chunks do tokens retrieve? {T} bytes of {text_name}, K = {K}{legend}", pad=22)
-    return save(figure, path)
+    """plot_rows of a CSV file: the files."""
+    return [p for paths in plot_rows(record.read_rows(csv_path), out_dir, stem).values() for p in paths]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hsa_tl import api, ops
-from hsa_tl.bench import baselines
+from hsa_tl.bench import baselines, published
 from hsa_tl.bench.suite import one_of
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.oracle import attention_oracle
@@ -20,6 +20,7 @@ DENSE = ("q", "k", "v")
 HSA = (*DENSE, "weights", "indices")
 RETRIEVAL = ("q_slc", "landmarks", "own")
 LAYER = (*DENSE, *RETRIEVAL)
+D_R = 128  # dimension of the retrieval heads
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Provider:
     uses: tuple[str, ...] = HSA
     kernel: str = "hsa_attention"
     ours: bool = True
-    note: str = ""
+    backward: bool = True
+    note: str = ""  # in each of its rows
 
     @property
     def leaves(self) -> tuple[str, ...]:
         """What has a gradient."""
-        return tuple(n for n in self.uses if n not in ("indices", "own"))
+        return tuple(n for n in self.uses if n not in ("indices", "own")) if self.backward else ()
 
     def incoming(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The incoming gradient: do, or one of weights for what ends there."""
@@ -101,6 +103,14 @@ def _dense(name: str, attention: Callable, unavailable: Callable = lambda proble
     return Provider(name, attention, baselines.dense_oracle, unavailable, DENSE, "dense_attention", ours=False)
 
 
+def _published(name: str, attention: Callable, unavailable: Callable, **changes) -> Provider:
+    return Provider(name, attention, changes.pop("oracle", attention_oracle), unavailable, ours=False, **changes)
+
+
+_ramstorage = functools.partial(published.checkout_unavailable, published.RAMSTORAGE, "hsa_triton")
+_hils = functools.partial(published.checkout_unavailable, published.HILS, "hils_fwd_bwd_head")
+_nsa_note = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
+_d_r = f"D_r={D_R}"
 _auto = functools.partial(why_not, "auto")
 PROVIDERS = {
     p.name: p
@@ -116,8 +126,27 @@ PROVIDERS = {
         _strategy("token", ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk")),
         _strategy("union", ("hsa_fwd_union", "hsa_bwd_chunk")),
         _strategy("chunk", ("hsa_fwd_chunk", "hsa_bwd_chunk")),
-        Provider("retrieve", retrieve, retrieve_oracle, _auto, RETRIEVAL, "retrieval"),
-        Provider("hsa-with-retrieval", with_retrieval, with_retrieval_oracle, _auto, LAYER, "hsa_with_retrieval"),
+        _published("ramstorage-triton", published.ramstorage_triton, _ramstorage),
+        _published(
+            "ramstorage-tilelang",
+            published.ramstorage_tilelang,
+            published.ramstorage_tilelang_unavailable,
+            backward=False,
+        ),
+        _published("hils", published.hils, _hils),
+        _published(
+            "nsa-fla",
+            published.nsa,
+            published.nsa_unavailable,
+            oracle=published.nsa_oracle,
+            uses=(*DENSE, "indices"),
+            kernel="nsa_attention",
+            note=_nsa_note,
+        ),
+        Provider("retrieve", retrieve, retrieve_oracle, _auto, RETRIEVAL, "retrieval", note=_d_r),
+        Provider(
+            "hsa-with-retrieval", with_retrieval, with_retrieval_oracle, _auto, LAYER, "hsa_with_retrieval", note=_d_r
+        ),
     )
 }
 DEFAULT_PROVIDERS = {

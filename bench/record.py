@@ -72,16 +72,12 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
-BASELINES = ("dense_attention", "materialised_retrieval")  # kernels that HSA is held against
-
-
-def fastest_baseline(rows: list[Row]) -> dict[tuple[str, int], float]:
-    """(mode, length) -> milliseconds of the fastest provider of what HSA is held against, dense attention for one."""
-    out: dict[tuple[str, int], float] = {}
-    for r in rows:
-        if r.metric == "time" and r.kernel in BASELINES and r.p50 is not None:
-            out[r.mode, r.x] = min(r.p50, out.get((r.mode, r.x), r.p50))
-    return out
+def read_folder(folder: Path) -> list[Row]:
+    """Rows of all CSV files in the folder. ValueError: none there, or a file of another schema."""
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read_rows(path)]
+    if not rows:
+        raise ValueError(f"folder must hold rows of a benchmark, got none in {folder}")
+    return rows
 
 
 def package_versions() -> dict[str, str]:

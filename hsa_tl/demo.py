@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from hsa_tl import api, cases, text
-from hsa_tl.bench import gate, plot, record
+from hsa_tl.bench import compare, gate, plot, plot_text, record
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.providers import provider
 from hsa_tl.bench.sweep import run_sweep
@@ -120,7 +120,7 @@ def _show_selections(console: Console, rows: list[dict]) -> None:
 
 def _show_speed(console: Console, rows: list[record.Row]) -> None:
     at = {(r.mode, r.x, r.provider, r.metric): r.p50 for r in rows}
-    dense, lines = record.fastest_baseline(rows), []
+    dense, lines = compare.fastest_baseline(rows), []
     for mode, T in dict.fromkeys((r.mode, r.x) for r in rows):
         base = dense.get((mode, T))
         times = [at.get((mode, T, name, "time")) for name in SPEED]
@@ -228,6 +228,6 @@ def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict
     map_path = out / "chosen_chunks.png"
     return [
         *plot_or_say(console, plot.plot_speed, out / "speed.csv", out, "speed"),
-        *plot_or_say(console, plot.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
-        *plot_or_say(console, plot.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
+        *plot_or_say(console, plot_text.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
+        *plot_or_say(console, plot_text.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
     ]

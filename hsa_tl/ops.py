@@ -16,7 +16,22 @@ from hsa_tl import decode_retrieval, pairs, retrieval
 from hsa_tl.pairs import Pairs, check_pages, check_range
 from hsa_tl.problem import Problem
 
-custom_op = functools.partial(torch.library.custom_op, mutates_args=())
+
+def custom_op(name: str):
+    """Registers a function of tensors, the first of them given, as an operator that autocast does not reach into."""
+
+    def register(function):
+        @functools.wraps(function)
+        def run(*args):
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return function(*args)
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=())
+
+    return register
 
 
 def implementation(name: str):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hsa_tl.model import attention_cuda
+
 
 class KeyCache(Protocol):
     """Keys and values of the tokens before a segment, one for each attention."""
@@ -62,8 +64,14 @@ def windowed(
 
     Returns out [B, T, A, D] and, with_lse, the log-sum-exp [B, T, A] float32 of each query's scaled scores. window
     None: all keys. past_B: how many keys before the queries are real, the latest ones; None: all. Work and memory are
-    O(T * window): queries in blocks of `window`, each over its own block of keys and the one before.
+    O(T * window): queries in blocks of `window`, each over its own block of keys and the one before; on CUDA flash_attn
+    where it is installed and no log-sum-exp is asked for, else FlexAttention from 128 queries on.
     """
+    if q_BTAD.is_cuda and past_B is None:
+        if not with_lse and attention_cuda.has_flash_attn(q_BTAD.dtype):
+            return attention_cuda.flash(q_BTAD, k_BPHD, v_BPHD, window), None
+        if q_BTAD.shape[1] >= attention_cuda.BLOCK:
+            return attention_cuda.flex(q_BTAD, k_BPHD, v_BPHD, window, with_lse)
     B, T, A, _ = q_BTAD.shape
     H = k_BPHD.shape[2]
     q = q_BTAD.unflatten(2, (H, A // H))
@@ -121,11 +129,6 @@ class SelfAttention(nn.Module):
         if value_residual == "resformer":
             self.value_mix = nn.Parameter(torch.full((2,), 0.5))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
-
-    @property
-    def reach(self) -> int:
-        """How many tokens before its own a query looks back on."""
-        return 1 << 62 if self.window is None else self.window - 1
 
     def attend(
         self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None,

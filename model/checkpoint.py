@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or skipped: a folder for each step, named when all of it is on disk.
+"""Checkpoints of torch.distributed.checkpoint that are whole or skipped: a folder for each step, named when complete.
 
-run/step-00000100/model.safetensors   weights
-                  state.pt            optimizer, random number generators
-                  meta.json           step, recipe, size and checksum of the two
+run/step-00000100/*.distcp, .metadata   weights and optimizer, each rank's shards; any number of ranks reads them
+                  rng.pt                random number generators
+                  meta.json             step, recipe, size and checksum of every other file
 """
 
 import hashlib
@@ -14,19 +14,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
 from hsa_tl.files import write_atomic
 
-WEIGHTS, STATE, META = "model.safetensors", "state.pt", "meta.json"
+RNG, META = "rng.pt", "meta.json"
 
 
 class Checkpoint(NamedTuple):
     step: int  # steps done
     recipe: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    state: dict[str, Any]
+    rng: dict[str, torch.Tensor]
     path: Path
+
+
+def _first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -34,38 +45,49 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def save(run: Path, step: int, recipe: dict, weights: dict[str, torch.Tensor], state: dict, keep: int) -> Path:
-    """Writes run/step-<step> and removes all but the newest `keep`. A kill at any moment leaves whole folders only."""
-    path, temporary = run / f"step-{step:08d}", run / f".step-{step:08d}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        # Tied weights share storage, which safetensors refuses: one copy is stored under each name.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, temporary / WEIGHTS)
-        torch.save(state, temporary / STATE)
-        files = {name: _digest(temporary / name) for name in (WEIGHTS, STATE)}
-        for name in files:
-            with (temporary / name).open("rb") as file:
-                os.fsync(file.fileno())
+def _quietly(function, *args, **kwargs):
+    with warnings.catch_warnings():  # torch says that one process is not distributed, and deprecates its own calls
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
+
+
+def save(
+    run: Path, step: int, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+    rng: dict[str, torch.Tensor], keep: int,
+) -> Path:  # fmt: skip
+    """Writes run/step-<step> and removes all but the newest `keep`. A kill at any moment leaves whole folders only.
+
+    Every rank calls it; sharded parameters are written by the ranks that hold them.
+    """
+    path, temporary = run / f"step-{step:08d}", run / f".step-{step:08d}"
+    if _first_rank():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _wait()
+    weights, moments = _quietly(get_state_dict, model, optimizer)
+    _quietly(dcp.save, {"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+    if _first_rank():
+        torch.save(rng, temporary / RNG)
+        with (temporary / RNG).open("rb") as file:
+            os.fsync(file.fileno())
+        files = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
         write_atomic(temporary / META, json.dumps({"step": step, "recipe": recipe, "files": files}, indent=1) + "\n")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(run.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        for old in sorted(run.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    _wait()
     return path
 
 
-def load(path: Path) -> Checkpoint:
-    """One checkpoint, its checksums verified. ValueError: torn or not one. OSError: it cannot be read."""
+def find(path: Path) -> Checkpoint:
+    """A checkpoint, its checksums verified; no weights are read. ValueError: torn or not one. OSError: unreadable."""
     try:
         meta = json.loads((path / META).read_text())
         for name, want in meta["files"].items():
             if (got := _digest(path / name)) != want:
                 raise ValueError(f"{path / name} must have {want}, got {got}")
-        state = torch.load(path / STATE, weights_only=True)
-        return Checkpoint(meta["step"], meta["recipe"], load_file(path / WEIGHTS), state, path)
+        return Checkpoint(meta["step"], meta["recipe"], torch.load(path / RNG, weights_only=True), path)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a checkpoint, got {error!r} in {META}") from None
 
@@ -74,7 +96,40 @@ def latest(run: Path) -> Checkpoint | None:
     """The newest whole checkpoint of a run; a torn one is skipped with a warning. None: there is none."""
     for path in sorted(run.glob("step-*"), reverse=True):
         try:
-            return load(path)
+            return find(path)
         except (ValueError, OSError) as error:
             warnings.warn(f"skipped a torn checkpoint: {error}", stacklevel=2)
     return None
+
+
+def load_weights(found: Checkpoint, model: nn.Module) -> None:
+    """Fills the model's parameters and buffers, sharded or not. ValueError: weights of another model."""
+    weights = get_model_state_dict(model)
+    _check(found, weights)
+    _quietly(dcp.load, {"model": weights}, checkpoint_id=found.path)
+    model.load_state_dict(weights)
+
+
+def load(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fills model and optimizer, sharded over any number of ranks. ValueError: weights of another model."""
+    weights, moments = _quietly(get_state_dict, model, optimizer)
+    _check(found, weights)
+    state = {"model": weights, "optimizer": moments}
+    _quietly(dcp.load, state, checkpoint_id=found.path)
+    _quietly(
+        set_state_dict, model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )  # fmt: skip
+
+
+def _check(found: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
+    """Before anything is loaded: the same names and shapes."""
+    stored = dcp.FileSystemReader(found.path).read_metadata().state_dict_metadata
+    have = {k.removeprefix("model."): tuple(v.size) for k, v in stored.items() if k.startswith("model.")}
+    want = {k: tuple(v.shape) for k, v in weights.items()}
+    differ = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"{found.path} must hold the weights of this model, got {name} {have.get(name, 'missing')}, "
+            f"expected {want.get(name, 'none')}" + (f", and {len(differ) - 1} more" if differ[1:] else "")
+        )

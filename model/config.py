@@ -98,11 +98,21 @@ class ModelConfig:
 
 MAY_BE_ZERO = ("conv", "experts", "shared_experts", "dense_layers")
 
+LARGE = {"conv": 0, "embedding_std": 0.02}
+# dense-0.5b and moe-8b-a1b have the paper's sizes; the paper does not give their dims.
 PRESETS = {
     "tiny": ModelConfig(),
     "small": ModelConfig(
         vocab_size=32000, dim=512, layers=8, groups=2, heads=16, kv_heads=1, head_dim=64, mlp_dim=1536, window=512,
         chunk_size=64, topk=16, encoder_heads=8, encoder_mlp_dim=1536, tied=True, embedding_std=0.02,
+    ),
+    "dense-0.5b": ModelConfig(
+        vocab_size=128256, dim=1024, layers=22, groups=2, heads=16, kv_heads=1, head_dim=64, mlp_dim=3072, window=4096,
+        chunk_size=64, topk=64, encoder_heads=16, encoder_mlp_dim=3072, **LARGE,
+    ),
+    "moe-8b-a1b": ModelConfig(
+        vocab_size=128256, dim=2048, layers=36, groups=2, heads=16, kv_heads=1, head_dim=128, mlp_dim=5120, window=4096,
+        chunk_size=64, topk=64, encoder_heads=16, encoder_mlp_dim=5120, experts=64, **LARGE,
     ),
 }  # fmt: skip
 

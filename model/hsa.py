@@ -160,8 +160,8 @@ class HSALayer(nn.Module):
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.q_slc = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
         self.q_norm, self.q_slc_norm = nn.RMSNorm(head_dim), nn.RMSNorm(retrieval_dim)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(4.0)))
-        self.log_slc_scale = nn.Parameter(torch.tensor(math.log(8.0)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(4.0)]))
+        self.log_slc_scale = nn.Parameter(torch.tensor([math.log(8.0)]))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def queries(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> tuple[torch.Tensor, torch.Tensor]:

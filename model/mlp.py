@@ -1,9 +1,11 @@
-"""Feed-forward layers: SwiGLU.
+"""Feed-forward layers: SwiGLU, and a mixture of them.
 
-Shape suffixes: B batch, T tokens, C channels.
+Shape suffixes: B batch, T tokens, C channels, E experts, F hidden width, M (token, expert) pairs sorted by expert, K
+experts of a token.
 """
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
@@ -18,3 +20,72 @@ class SwiGLU(nn.Module):
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         gate, up = self.up(x_BTC).chunk(2, -1)
         return self.down(F.silu(gate) * up)
+
+
+def grouped_product(x_MC: torch.Tensor, weight_ECF: torch.Tensor, load_E: torch.Tensor) -> torch.Tensor:
+    """[M, F]: rows of x times their expert's matrix; the first load[0] rows are expert 0's, and so on.
+
+    In bfloat16 on CUDA one grouped product, without a host synchronisation; elsewhere a product an expert.
+    """
+    if x_MC.is_cuda and x_MC.dtype == torch.bfloat16:
+        return F.grouped_mm(x_MC, weight_ECF, offs=load_E.cumsum(0, dtype=torch.int32))
+    parts = x_MC.split(load_E.tolist())
+    return torch.cat([x @ w for x, w in zip(parts, weight_ECF, strict=True)])
+
+
+class MoE(nn.Module):
+    """Mixture of experts: sigmoid router, shared experts, balanced by a bias and without an auxiliary loss (Ling 2.0).
+
+    forward: [B, T, C] -> [B, T, C]. A token takes the experts of highest sigmoid(router) + bias; their gates are the
+    sigmoids, without the bias, over their sum. In training, forward counts each expert's tokens in `load`, and
+    `update_balance` moves the bias after the optimizer's step.
+    """
+
+    def __init__(self, dim: int, experts: int, experts_per_token: int, hidden: int, shared: int = 1):
+        super().__init__()
+        self.experts, self.experts_per_token = experts, experts_per_token
+        self.router = nn.Linear(dim, experts, bias=False)
+        self.up_ECF = nn.Parameter(torch.empty(experts, dim, 2 * hidden).uniform_(-1, 1) * dim**-0.5)
+        self.down_EFC = nn.Parameter(torch.empty(experts, hidden, dim).uniform_(-1, 1) * hidden**-0.5)
+        self.shared = SwiGLU(dim, shared * hidden) if shared else None
+        self.register_buffer("bias_E", torch.zeros(experts))
+        self.register_buffer("load_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
+
+    def route(self, x_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates [T, K] float32 and experts [T, K] int64 of tokens [T, C]; no autocast."""
+        score_TE = torch.sigmoid(F.linear(x_TC.float(), self.router.weight.float()))
+        expert_TK = (score_TE.detach() + self.bias_E).topk(self.experts_per_token, dim=-1).indices
+        gate_TK = score_TE.gather(-1, expert_TK)
+        return gate_TK / gate_TK.sum(-1, keepdim=True), expert_TK
+
+    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        x_TC = x_BTC.flatten(0, -2)
+        with torch.autocast(x_TC.device.type, enabled=False):
+            gate_TK, expert_TK = self.route(x_TC)
+        order_M = expert_TK.flatten().argsort(stable=True)
+        load_E = torch.zeros_like(self.load_E).scatter_add_(0, expert_TK.flatten(), torch.ones_like(order_M))
+        if self.training:
+            self.load_E += load_E
+        dtype = (
+            torch.get_autocast_dtype(x_TC.device.type) if torch.is_autocast_enabled(x_TC.device.type) else x_TC.dtype
+        )
+        x_MC = x_TC.to(dtype)[order_M // self.experts_per_token]
+        gate, up = grouped_product(x_MC, self.up_ECF.to(dtype), load_E).chunk(2, -1)
+        y_MC = grouped_product(F.silu(gate) * up, self.down_EFC.to(dtype), load_E)
+        y_TKC = y_MC[order_M.argsort()].unflatten(0, expert_TK.shape)
+        out_TC = (y_TKC * gate_TK[..., None].to(dtype)).sum(1)
+        if self.shared is not None:
+            out_TC = out_TC + self.shared(x_TC)
+        return out_TC.view(x_BTC.shape)
+
+    @torch.no_grad()
+    def update_balance(self, rate: float = 1e-3) -> None:
+        """Raises by `rate` the bias of experts with less than the mean load since the last call, lowers the others'.
+
+        Loads are summed over all processes where torch.distributed is initialised.
+        """
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load_E)
+        load_E = self.load_E.float()
+        self.bias_E += rate * torch.sign(load_E.mean() - load_E)
+        self.load_E.zero_()

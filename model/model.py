@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
-from hsa_tl.model.mlp import SwiGLU
+from hsa_tl.model.mlp import MoE, SwiGLU
+from hsa_tl.model.nsa import NSALayer
 
 HEAD_ROWS = 4096  # rows of logits that the loss holds at once
 
@@ -55,27 +56,37 @@ class Layer(nn.Module):
             value_residual=c.value_residual if index else "none",
         )  # fmt: skip
         self.joint = kind == "hsa" and c.fusion == "joint"
-        self.hsa = None
+        self.hsa = self.nsa = None
+        exclude = c.window if c.exclude_window else 0
+        if kind == "nsa":
+            self.nsa = NSALayer(
+                *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa")
+            )
         if kind == "hsa":
             self.hsa = HSALayer(
-                *heads, c.retrieval_dim, topk=c.topk, exclude_window=c.window if c.exclude_window else 0,
+                *heads, c.retrieval_dim, topk=c.topk, exclude_window=exclude,
                 fusion=c.fusion, retrieval_heads=c.retrieval_heads, rope_theta=rope.get("hsa"), impl=c.impl,
             )  # fmt: skip
         self.mlp_norm = nn.RMSNorm(c.dim)
-        self.mlp = SwiGLU(c.dim, c.mlp_dim)
+        if c.experts and index >= c.dense_layers:
+            self.mlp = MoE(c.dim, c.experts, c.experts_per_token, c.expert_dim, c.shared_experts)
+        else:
+            self.mlp = SwiGLU(c.dim, c.mlp_dim)
+        # How many tokens before its own a token looks back on, besides the chunk memory.
+        self.reach = c.window - 1 if kind in ("swa", "hsa") else 1 << 40
 
     def forward(
         self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
         start: int | torch.Tensor = 0, cache=None, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """x [B, T, C] and this layer's values [B, T, H, D]. cache: of this layer, see hsa_tl.model.attention.
-
-        keep: x of the last so many positions only.
+        """x [B, T, C] and this layer's values [B, T, H, D]. cache: a KeyCache; with NSA a pair of them, the window's
+        and the one that keeps all. keep: x of the last so many positions only.
         """
+        cache, far_cache = cache if self.nsa is not None and cache is not None else (cache, None)
         heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint, keep)
+        more = 0 if self.nsa is None else self.nsa(x_BTC, start, far_cache, keep)
         if keep is not None and keep < x_BTC.shape[1]:
             start, x_BTC = start + x_BTC.shape[1] - keep, x_BTC[:, -keep:]
-        more = 0
         if self.hsa is not None:
             more, window_BTA = self.hsa.mix(x_BTC, memory, start, lse_BTA)
             if window_BTA is not None:
@@ -89,7 +100,7 @@ class Model(nn.Module):
 
     The stages are methods, so that inference can run them on segments: `embed`, `lower`, `encode`, `upper`, `head`.
     start: the absolute position of the first token given, an int, or int32 [B] for sequences of different lengths.
-    caches: one KeyCache for each layer of the stage, or None.
+    caches: one for each layer of the stage (see Layer), or None.
     """
 
     def __init__(self, config: ModelConfig):
@@ -119,10 +130,24 @@ class Model(nn.Module):
         """
         nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
         for name, parameter in self.layers.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
+            if name.endswith(("out.weight", "down.weight", "down_EFC")):
                 parameter.mul_((2 / self.config.layers) ** 0.5)
             if name.endswith("q_slc.weight"):
                 parameter.copy_(self.encoder.landmark.weight)
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Of all parameters, or of those that a token uses: without the experts that it does not choose."""
+        total = sum(p.numel() for p in self.parameters())
+        for m in self.modules():
+            if active and isinstance(m, MoE):
+                total -= (m.up_ECF.numel() + m.down_EFC.numel()) * (m.experts - m.experts_per_token) // m.experts
+        return total
+
+    def update_balance(self, rate: float = 1e-3) -> None:
+        """Call after each optimizer step: moves every mixture's bias towards a uniform load (MoE.update_balance)."""
+        for m in self.modules():
+            if isinstance(m, MoE):
+                m.update_balance(rate)
 
     def embed(self, input_ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
         """input_ids [B, T] -> [B, T, C]. past [B, conv - 1, C]: embeddings (not convolved) of the tokens before."""
@@ -135,8 +160,8 @@ class Model(nn.Module):
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
                 run = _checkpointed(layer)
             if keep is not None:  # what the layers above look back on stays
-                tail = keep + sum(x.attention.reach for x in layers[i + 1 :])
-                drop = max(0, x_BTC.shape[1] - tail - layer.attention.reach)
+                tail = keep + sum(x.reach for x in layers[i + 1 :])
+                drop = max(0, x_BTC.shape[1] - tail - layer.reach)
                 x_BTC, start = x_BTC[:, drop:], start + drop
                 first_v_BTHD = None if first_v_BTHD is None else first_v_BTHD[:, -x_BTC.shape[1] :]
                 tail = min(tail, x_BTC.shape[1])
@@ -178,7 +203,7 @@ class Model(nn.Module):
         if cache is not None:
             raise NotImplementedError("cache must be None: this model does not decode yet")
         h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
-        keep = logits_to_keep
+        keep = 1 if logits_to_keep == 0 else logits_to_keep
         if labels is not None:
             # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
             keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
@@ -195,13 +220,16 @@ class Model(nn.Module):
     def _loss(self, h_BTC, targets_BT, logits):
         if logits is not None:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
+        return self.loss_sum(h_BTC, targets_BT) / (targets_BT != -100).sum()
+
+    def loss_sum(self, h_BTC: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """The sum of cross-entropies (float32 scalar) of hidden states at targets that are not -100."""
         h, targets = h_BTC.flatten(0, 1), targets_BT.flatten()
         if not torch.compiler.is_compiling():  # the number of labels is no static shape
             labelled = (targets != -100).nonzero()[:, 0]
             h, targets = h[labelled], targets[labelled]
         blocks = zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        total = sum(checkpoint(self._block_loss, x, y, use_reentrant=False) for x, y in blocks)
-        return total / (targets != -100).sum()
+        return sum(checkpoint(self._block_loss, x, y, use_reentrant=False) for x, y in blocks)
 
     def _block_loss(self, h_TC, targets_T):
         return F.cross_entropy(self.head(h_TC).float(), targets_T, reduction="sum")

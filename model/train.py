@@ -1,4 +1,4 @@
-"""The training loop: a recipe's stages on one device, resumable to the bit.
+"""The training loop: a recipe's stages, resumable to the bit, on one device or on the ranks that torchrun started.
 
     model = train(load_recipe("needle-tiny"), Path("out/needle-tiny"))
 
@@ -6,6 +6,7 @@ A step reads the samples that its number names, so that a resumed run is the run
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint
 from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.distributed import Ranks
 from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source
@@ -38,17 +41,18 @@ class Step:
     seconds: float
 
 
-def with_config(model: Model, config: ModelConfig) -> Model:
-    """The same parameters, not copies, in a model of another configuration. ValueError: other shapes."""
-    if config == model.config:
-        return model
+def reconfigure(model: Model, config: ModelConfig) -> None:
+    """Changes the model's configuration in place; parameters stay as they are. ValueError: they would not fit."""
     with torch.device("meta"):
         other = Model(config)
-    try:
-        other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"config must leave the parameters' shapes alone, got {error}") from None
-    return other.train(model.training)
+    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("config must leave the parameters' shapes alone, got another model's")
+    for name, module in other.named_modules():
+        kept = model.get_submodule(name)
+        for field, value in vars(module).items():
+            if not field.startswith("_") and field != "training" and not isinstance(value, torch.Tensor):
+                setattr(kept, field, value)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -58,19 +62,23 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(decay, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
 
 
-def train_step(model: Model, optimizer, recipe: Recipe, batches: list[Batch], lr: float) -> tuple[float, float]:
-    """Gradients of the batches taken together, one update; loss and gradient norm."""
-    device = next(model.parameters()).device
+def train_step(
+    module: nn.Module, optimizer, recipe: Recipe, batches: list[Batch], lr: float, ranks: Ranks
+) -> tuple[float, float]:
+    """Gradients of the batches taken together, over all ranks, one update; loss and gradient norm."""
     labels = [int((b.labels[:, 1:] != IGNORE).sum()) for b in batches]
-    total = max(1, sum(labels))
+    total = max(1.0, *ranks.sum(sum(labels)))
     half = recipe.dtype == "bfloat16"
     loss_sum = 0.0
     for b, n in zip(batches, labels, strict=True):
-        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-            loss = model(b.input_ids.to(device), labels=b.labels.to(device), logits_to_keep=0).loss
-        (loss * (n / total)).backward()
+        with torch.autocast(ranks.device, torch.bfloat16) if half else nullcontext():
+            loss = module(b.input_ids.to(ranks.device), labels=b.labels.to(ranks.device), logits_to_keep=0).loss
+        # Gradients are averaged over the ranks.
+        (loss * (n * ranks.data / total)).backward()
         loss_sum += loss.item() * n / total
-    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    (loss_sum,) = ranks.sum(loss_sum)
+    norm = nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient must be finite, got norm {norm.item()} and loss {loss_sum}")
     for group in optimizer.param_groups:
@@ -87,15 +95,8 @@ def _start(recipe: Recipe, device: str) -> Model:
         found = checkpoint.latest(Path(recipe.start))
         if found is None:
             raise ValueError(f"start must be a folder with a checkpoint, got {recipe.start}")
-        _load(model, found)
+        checkpoint.load_weights(found, model)
     return model
-
-
-def _load(model: Model, found: checkpoint.Checkpoint) -> None:
-    try:
-        model.load_state_dict(found.weights)
-    except RuntimeError as error:
-        raise ValueError(f"{found.path} must hold the weights of this model, got {error}") from None
 
 
 def _rng(device: str) -> dict[str, torch.Tensor]:
@@ -126,43 +127,50 @@ def _writer(run: Path):
 
 
 def train(
-    recipe: Recipe, run: Path, *, device: str = "cpu", on_step: Callable[[Step], None] = lambda step: None
-) -> Model:
+    recipe: Recipe, run: Path, *, device: str = "cpu", context_parallel: int = 1,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Model:  # fmt: skip
     """Trains to the recipe's end in the folder run, from its newest checkpoint if there is one.
+
+    Under torchrun every rank calls it: `context_parallel` of them share each sequence's tokens, the others each
+    batch's sequences, and all of them the parameters (FSDP2). Another number of ranks may resume the run.
 
     Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step.
     ValueError: run holds checkpoints of another recipe; data or start that are not there. FloatingPointError: a
     gradient that is not finite.
     """
+    ranks = Ranks(device, context_parallel)
     model = _start(recipe, device)
+    module = ranks.shard(model)
     optimizer = make_optimizer(model, recipe)
     values, first = json.loads(json.dumps(recipe.to_dict())), 0
     if (found := checkpoint.latest(run)) is not None:
         if found.recipe != values:
             differ = sorted(k for k in values if found.recipe.get(k) != values[k])
             raise ValueError(f"run must hold checkpoints of this recipe, got others in {run}: {', '.join(differ)}")
-        _load(model, found)
-        optimizer.load_state_dict(found.state["optimizer"])
-        _set_rng(found.state["rng"])
+        checkpoint.load(found, model, optimizer)
+        _set_rng(found.rng)
         first = found.step
     run.mkdir(parents=True, exist_ok=True)
-    _keep_log(run / LOG, first)
-    writer = _writer(run)
+    writes = ranks.rank == 0
+    if writes:
+        _keep_log(run / LOG, first)
+    writer = _writer(run) if writes else None
     source: Source | None = None
     stage_number = None
     model.train()
-    with (run / LOG).open("a", buffering=1) as log:
+    with (run / LOG if writes else Path(os.devnull)).open("a", buffering=1) as log:
         for step in range(first, recipe.steps):
             begin = time.perf_counter()
             number, within = recipe.stage_at(step)
             stage = recipe.stages[number]
             if number != stage_number:
                 stage_number, source = number, _source(recipe, stage, number)
-                model = with_config(model, recipe.config(stage))
-            at = within * stage.batch * stage.accumulate
-            batches = [source.batch(at + i * stage.batch, stage.batch) for i in range(stage.accumulate)]
+                reconfigure(model, recipe.config(stage))
+            at, (mine, size) = within * stage.batch * stage.accumulate, ranks.own(stage.batch)
+            batches = [source.batch(at + i * stage.batch + mine, size) for i in range(stage.accumulate)]
             lr = recipe.lr_at(step)
-            loss, norm = train_step(model, optimizer, recipe, batches, lr)
+            loss, norm = train_step(module, optimizer, recipe, batches, lr, ranks)
             tokens = stage.length * stage.batch * stage.accumulate
             done = Step(step, number, loss, lr, norm, tokens, time.perf_counter() - begin)
             if step % recipe.log_every == 0 or step + 1 == recipe.steps:
@@ -170,12 +178,15 @@ def train(
                 for name in ("loss", "lr", "grad_norm") if writer else ():
                     writer.add_scalar(name, getattr(done, name), step)
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-                state = {"optimizer": optimizer.state_dict(), "rng": _rng(device)}
-                checkpoint.save(run, step + 1, values, model.state_dict(), state, recipe.keep)
+                checkpoint.save(run, step + 1, values, model, optimizer, _rng(device), recipe.keep)
             on_step(done)
     if writer:
         writer.close()
-    return with_config(model, recipe.config()).eval()
+    ranks.close()
+    if ranks.world > 1:  # the parameters here are shards
+        return load_model(run, device)
+    reconfigure(model, recipe.config())
+    return model.eval()
 
 
 def _source(recipe: Recipe, stage: Stage, number: int) -> Source:
@@ -195,5 +206,5 @@ def load_model(run: Path, device: str = "cpu") -> Model:
     if found is None:
         raise ValueError(f"run must be a folder with a checkpoint, got {run}")
     model = Model(recipe_of(found.recipe).config())
-    _load(model, found)
+    checkpoint.load_weights(found, model)
     return model.to(device).eval()

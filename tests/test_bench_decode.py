@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hsa_tl import cases
-from hsa_tl.bench import decode, record
+from hsa_tl.bench import compare, decode, record
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.cli import app
 
@@ -28,7 +28,7 @@ def test_rows(tmp_path):
     modes = decode.Decode.modes
     hsa = {(n, mode, T) for n in ("hsa-auto", "hsa-auto-two-level") for mode in modes for T in (64, 128)}
     assert times == hsa | {(n, "decode", T) for n in ("dense", "dense-grouped") for T in (64, 128)}
-    assert set(record.fastest_baseline(rows)) == {("decode", 64), ("decode", 128)}
+    assert set(compare.fastest_baseline(rows)) == {("decode", 64), ("decode", 128)}
 
 
 @pytest.mark.parametrize("name", ("dense", "hsa-auto"))

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from hsa_tl import cases
-from hsa_tl.bench import record, retrieve
+from hsa_tl.bench import compare, record, retrieve
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.cli import app
 
@@ -31,7 +31,7 @@ def test_rows(monkeypatch, tmp_path):
     assert "queries 96 to 128 of 128 only" in timed["hsa-auto", "segment", 128].note
     assert "queries" not in timed["hsa-auto", "prefill", 128].note
     assert bench(tmp_path) == rows, "measured again"
-    assert set(record.fastest_baseline(rows)) == {(mode, T) for mode in modes for T in (64, 128)}
+    assert set(compare.fastest_baseline(rows)) == {(mode, T) for mode in modes for T in (64, 128)}
 
 
 def worse(scores, indices):

@@ -50,7 +50,12 @@ def test_loss_is_the_shifted_cross_entropy_of_labelled_positions():
     alone = model(x, labels=labels, logits_to_keep=0)
     assert alone.logits is None
     torch.testing.assert_close(alone.loss, expected)
-    torch.testing.assert_close(model(x, logits_to_keep=3).logits, out.logits[:, -3:])
+    last = model(x, labels=labels, logits_to_keep=3)
+    torch.testing.assert_close(last.logits, out.logits[:, -3:])
+    torch.testing.assert_close(last.loss, expected)
+    labels[:, :50] = -100
+    expected = F.cross_entropy(out.logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100)
+    torch.testing.assert_close(model(x, labels=labels, logits_to_keep=0).loss, expected)
 
 
 def test_stages_make_up_the_forward():

@@ -1,0 +1,97 @@
+"""The NSA-style baseline (paper, table 1): chunks chosen by mean-pooled keys, one softmax over all their keys.
+
+Shape suffixes: B batch, T tokens, C channels, P past and new keys, N chunks, S chunk size, A query heads, H key/value
+heads, G = A / H, D head dim, K selected chunks.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hsa_tl import retrieve_chunks
+from hsa_tl.model.attention import KeyCache, positions, rotate
+
+BLOCK_KEYS = 1 << 22  # elements of gathered keys at once
+
+
+def _attend_block(q_BTHGD, k_MSD, v_MSD, indices_BTHK, N):
+    """Softmax attention over the keys of the chosen chunks; k and v are those of (b, chunk, head), flattened."""
+    B, _, H, _ = indices_BTHK.shape
+    b, h = torch.arange(B, device=q_BTHGD.device), torch.arange(H, device=q_BTHGD.device)
+    row = (b[:, None, None, None] * N + indices_BTHK.clamp(min=0)) * H + h[:, None]
+    k, v = (x[row].flatten(3, 4) for x in (k_MSD, v_MSD))  # [B, T, H, K * S, D]
+    empty = (indices_BTHK < 0).repeat_interleave(k_MSD.shape[1], -1)[:, :, :, None]
+    score = (q_BTHGD @ k.mT).float() / math.sqrt(q_BTHGD.shape[-1])
+    # A finite fill: a row with nothing visible stays free of NaN, and is 0 by the second mask.
+    p = score.masked_fill(empty, torch.finfo(score.dtype).min).softmax(-1).masked_fill(empty, 0)
+    return p.to(v.dtype) @ v
+
+
+def attend_selected(
+    q_BTAD: torch.Tensor, k_BPHD: torch.Tensor, v_BPHD: torch.Tensor, indices_BTHK: torch.Tensor, chunk_size: int
+) -> torch.Tensor:
+    """out [B, T, A, D]: one softmax over the keys of all chunks that a token chose; 0 if it chose none.
+
+    k, v [B, N * chunk_size, H, D]; indices [B, T, H, K] int32, -1 for an empty slot, without duplicates. Works in
+    blocks of tokens, recomputed in the backward pass: memory O(T), not O(T * K * chunk_size).
+    """
+    B, T, A, D = q_BTAD.shape
+    H, N = k_BPHD.shape[2], k_BPHD.shape[1] // chunk_size
+    q = q_BTAD.unflatten(2, (H, A // H))
+    k, v = (x.unflatten(1, (N, chunk_size)).transpose(2, 3).flatten(0, 2) for x in (k_BPHD, v_BPHD))
+    block = max(1, BLOCK_KEYS // (B * indices_BTHK.shape[2] * indices_BTHK.shape[3] * chunk_size * D))
+    parts = [
+        checkpoint(_attend_block, q[:, i : i + block], k, v, indices_BTHK[:, i : i + block], N, use_reentrant=False)
+        for i in range(0, T, block)
+    ]
+    return torch.cat(parts, 1).flatten(2, 3)
+
+
+class NSALayer(nn.Module):
+    """Selection with keys and values of its own: a chunk's landmark is the mean of its keys, and scores only select.
+
+    forward: x [B, T, C] -> [B, T, C], to be added to the residual stream. The query heads of a key/value head choose
+    together, by their mean. topk "all": every chunk. rope_theta: None for NoPE. start: position of x's first token.
+    cache: keeps every key and value. keep: outputs of the last so many tokens only.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, chunk_size: int = 64, topk: int | str = 64,
+        exclude_window: int = 0, rope_theta: float | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.chunk_size, self.topk, self.exclude_window = chunk_size, topk, exclude_window
+        self.rope_theta = rope_theta
+        self.norm, self.q_norm, self.k_norm = nn.RMSNorm(dim), nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k, self.v = (nn.Linear(dim, kv_heads * head_dim, bias=False) for _ in range(2))
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(
+        self, x_BTC: torch.Tensor, start: int = 0, cache: KeyCache | None = None, keep: int | None = None
+    ) -> torch.Tensor:
+        x = self.norm(x_BTC)
+        skip = 0 if keep is None else x.shape[1] - keep
+        q = self.q_norm(self.q(x[:, skip:]).unflatten(-1, (self.heads, self.head_dim)))
+        k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
+        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.rope_theta is not None:
+            position = positions(start, x)
+            q, k = rotate(q, position[skip:], self.rope_theta), rotate(k, position, self.rope_theta)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            k, v, _ = cache.extend(k, v)
+        k, v = (F.pad(y, (0, 0, 0, 0, 0, -y.shape[1] % self.chunk_size)) for y in (k, v))
+        landmarks = k.unflatten(1, (-1, self.chunk_size)).mean(2)
+        q_slc = q.unflatten(2, (self.kv_heads, -1)).mean(3)
+        topk = landmarks.shape[1] if self.topk == "all" else self.topk
+        with torch.no_grad():
+            _, indices_BTHK = retrieve_chunks(
+                q_slc, landmarks, topk, chunk_size=self.chunk_size, q_start=start + skip,
+                exclude_window=self.exclude_window,
+            )  # fmt: skip
+        return self.out(attend_selected(q, k, v, indices_BTHK, self.chunk_size).flatten(2))

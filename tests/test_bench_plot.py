@@ -1,0 +1,127 @@
+"""Plots, verdicts and the page: images are images, and every sentence follows from the rows."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hsa_tl.bench import compare, page, plot, record
+from hsa_tl.bench.record import Row
+from hsa_tl.cli import app
+
+
+def row(provider, mode, T, ms, metric="time", kernel=None, **changes):
+    kernel = kernel or ("dense_attention" if provider.startswith("dense") else "hsa_attention")
+    unit = {"time": "ms", "throughput": "GFLOP/s", "bandwidth": "GB/s", "peak_extra_memory": "MiB"}[metric]
+    values = (None,) * 3 if ms is None else (0.9 * ms, ms, 1.1 * ms)
+    fields = {"config": "k16-d64: HQ=16 D=64", "selection": "random", "device": "a CPU", "versions": "torch 2"}
+    fields |= {"commit": "abc", "note": ""} | changes
+    return Row(kernel, provider, mode, metric, unit, "T", T, *values, **fields)
+
+
+def rows(dense=(1.0, 4.0, 16.0), hsa=(2.0, 4.0, 8.0), mode="train"):
+    out = []
+    for i, T in enumerate((1024, 2048, 4096)):
+        out += [row("dense", mode, T, dense[i]), row("hsa-auto", mode, T, hsa[i])]
+        for metric in ("throughput", "bandwidth", "peak_extra_memory"):
+            out += [row(n, mode, T, 10.0 + i, metric) for n in ("dense", "hsa-auto")]
+    return out
+
+
+def test_ratios_and_the_crossover():
+    name, ratio = compare.ratios(rows(), "train")
+    assert name == "hsa-auto" and ratio == {1024: 2.0, 2048: 1.0, 4096: 0.5}
+    assert compare.crossover(ratio) == pytest.approx(2048)
+    assert compare.crossover({1024: 4.0, 4096: 0.25}) == pytest.approx(2048)
+    assert compare.crossover({1024: 0.5, 2048: 0.4}) is None and compare.crossover({1024: 2.0}) is None
+    # The whole of what is paid comes before a part of it.
+    both = [*rows(), row("hsa-with-retrieval", "train", 1024, 3.0, kernel="hsa_with_retrieval")]
+    assert compare.ratios(both, "train") == ("hsa-with-retrieval", {1024: 3.0})
+
+
+@pytest.mark.parametrize(
+    "hsa, words",
+    [
+        (
+            (2.0, 2.0, 2.0),
+            "**`hsa-auto` loses to the fastest baseline at 1K**: 2.00 times the time at 1K, 8.0 times",
+        ),
+        ((0.5, 2.0, 2.0), "`hsa-auto` beats the fastest baseline at every length measured: 2.0 times as fast at 1K"),
+        ((2.0, 8.0, 32.0), "**`hsa-auto` loses to the fastest baseline at every length measured**: 2.00 times the"),
+    ],
+)
+def test_the_verdict_says_where_we_lose(hsa, words):
+    assert compare.verdict(rows(hsa=hsa), "train", plot.length_label).startswith(words)
+    assert compare.verdict(rows(), "forward", plot.length_label) == ""
+
+
+def test_the_fastest_baseline_counts():
+    faster = [*rows(), row("dense-flash", "train", 1024, 0.1)]
+    assert compare.ratios(faster, "train")[1][1024] == pytest.approx(20.0)
+
+
+def is_image(path):
+    data = path.read_bytes()
+    return len(data) > 5000 and (data.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in data[:2000])
+
+
+def test_plots_are_images(tmp_path):
+    record.write_rows(rows(), tmp_path)
+    paths = plot.plot_speed(tmp_path / "bench.csv", tmp_path)
+    assert {p.name for p in paths} == {"speed.png", "speed.svg", "speed-rates.png", "speed-rates.svg"}
+    assert all(map(is_image, paths))
+    svg = (tmp_path / "speed.svg").read_text()
+    assert "crossover 2K" in svg and "2.0x faster at 4K" in svg and "GiB" not in svg
+    roof = row("matmul", "rate", 2048, 99.0, "throughput", "roofline")
+    plot.plot_rows([*rows(), roof], tmp_path, "roof")
+    assert "matmul, measured" in (tmp_path / "roof-rates.svg").read_text()
+    with pytest.raises(ValueError, match="rows must hold a measured time, got none"):
+        plot.plot_rows([row("dense", "train", 64, None, note="unavailable: x")], tmp_path)
+
+
+def test_every_group_has_its_plot(tmp_path):
+    other = [dataclasses.replace(r, selection="overlap=0.8") for r in rows()]
+    other += [dataclasses.replace(r, device="another CPU") for r in rows()]
+    files = plot.plot_rows(rows() + other, tmp_path)
+    names = [p.name for paths in files.values() for p in paths if p.suffix == ".png"]
+    assert len(files) == 3 and len(set(names)) == 6
+
+
+def test_the_page(tmp_path):
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "h200.csv").write_text("case,program\n")
+    missing = row("dense-fa3", "train", 1024, None, note="unavailable: needs CUDA tensors")
+    partly = row("hsa-triton", "train", 1024, 9.0, note="3 repeats; queries 0 to 9 only")
+    record.write_rows([*rows(), missing, partly, row("copy", "rate", 64, 7.0, "bandwidth", "roofline")], folder)
+    paths = page.write_page(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert paths[0] == tmp_path / "README.md" and all(p.exists() for p in paths)
+    assert "a CPU; commit abc; torch 2" in text and "measured copy: 7 GB/s" in text
+    assert "| 1K | 1 (1.00), 10 MiB | 2 (2.00), 10 MiB | 9 (9.00) |" in text
+    assert "`dense-fa3`, train 1K: unavailable: needs CUDA tensors" in text
+    assert "queries 0 to 9 only (`hsa-triton`)" in text
+    lost = text.split("## Where we lose")[1].split("## cpu")[0]
+    assert "loses to the fastest baseline at 1K" in lost
+    assert "![k16-d64](cpu/speed.png)" in text and "several commits" not in text
+    page.write_page(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_committed_rows_are_readable():
+    found = record.read_folder(Path(page.__file__).parent / "results" / "cpu")
+    assert found and all(math.isfinite(r.p50) for r in compare.times(found))
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "results" / "cpu").mkdir(parents=True)
+    record.write_rows(rows(), tmp_path / "results" / "cpu")
+    run = CliRunner().invoke(app, ["plot", str(tmp_path / "results" / "cpu"), "--out", str(tmp_path / "plots")])
+    assert run.exit_code == 0 and (tmp_path / "plots" / "speed.svg").exists(), run.output
+    run = CliRunner().invoke(app, ["plot", "--page", str(tmp_path / "results")])
+    assert run.exit_code == 0 and (tmp_path / "results" / "README.md").exists(), run.output
+    run = CliRunner().invoke(app, ["plot", str(tmp_path)])
+    assert run.exit_code == 2 and "folder must hold rows of a benchmark, got none" in run.output

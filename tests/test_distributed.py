@@ -1,0 +1,95 @@
+"""Two and four gloo processes compute what one does: context parallelism, FSDP2, checkpoints that change ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+from hsa_tl.model.train import load_model, train
+from hsa_tl.testing import assert_as_accurate_as
+
+
+def launch(count: int, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    script = Path(ranks.__file__)
+    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def in_double(function):
+    """function() with float64 as the default type."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return function()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def alone(name: str) -> dict[str, torch.Tensor]:
+    model, input_ids, labels = ranks.make(name)
+    out = model(input_ids, labels=labels)
+    out.loss.backward()
+    return ranks.results(model, out.logits, out.loss)
+
+
+def doubled(name: str) -> dict[str, torch.Tensor]:
+    model, input_ids, labels = ranks.make(name)
+    out = model.double()(input_ids, labels=labels)
+    out.loss.backward()
+    return ranks.results(model, out.logits, out.loss)
+
+
+@pytest.mark.parametrize("count", (2, 4))
+def test_context_parallel_equals_one_process(count, tmp_path):
+    run = launch(count, "context", tmp_path / "found.pt")
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    for name in ranks.CONFIGS:
+        low, high = alone(name), doubled(name)
+        for key in ("logits", "gradients"):
+            assert_as_accurate_as(f"{name}: {key}", found[name][key], low[key], high[key])
+        torch.testing.assert_close(found[name]["loss"], low["loss"])
+
+
+def test_tokens_must_share_out_evenly():
+    from hsa_tl.model import Model, preset
+    from hsa_tl.model.context_parallel import ContextParallel
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        with pytest.raises(ValueError, match="multiple of 1 ranks \\* 16 tokens, got 40"):
+            ContextParallel(Model(preset("tiny")))(torch.zeros(1, 40, dtype=torch.int64))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def curve(run: Path) -> torch.Tensor:
+    return torch.tensor([json.loads(x)["loss"] for x in (run / "log.jsonl").read_text().splitlines()])
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_training_equals_one_process_and_survives_a_dead_rank(tmp_path):
+    """Two data-parallel ranks until one is killed; four, in pairs along the context, go on; one reads the result."""
+    run = tmp_path / "parallel"
+    died = launch(2, "training", run, 1, 4)
+    assert died.returncode != 0 and "SIGKILL" in died.stderr
+    assert sorted(p.name for p in run.glob("step-*")) == ["step-00000002", "step-00000004"]
+    resumed = launch(4, "training", run, 2)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    got = load_model(run)
+    low = train(ranks.recipe(), tmp_path / "alone")
+    high = in_double(lambda: train(ranks.recipe(), tmp_path / "double"))
+    assert_as_accurate_as("weights", weights(got), weights(low), weights(high))
+    assert len(curve(run)) == 6
+    assert_as_accurate_as("loss", curve(run), curve(tmp_path / "alone"), curve(tmp_path / "double").double())
+
+
+def test_an_uneven_batch_is_refused(tmp_path):
+    run = launch(3, "training", tmp_path, 1)
+    assert run.returncode != 0 and "batch must be a multiple of the 3 data-parallel ranks, got 4" in run.stderr

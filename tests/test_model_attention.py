@@ -1,0 +1,144 @@
+"""Sliding-window attention against a dense mask in float64: blocks, past keys, log-sum-exp, memory, RoPE."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsa_tl.model import attention_cuda
+from hsa_tl.model.attention import SelfAttention, positions, rotate, windowed
+from hsa_tl.testing import assert_as_accurate_as
+
+
+def dense(q, k, v, window, past=None, fused=False):
+    """out and log-sum-exp with the whole [T, P] mask; fused: by torch's kernel, which gives no log-sum-exp."""
+    T, P, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(G, 2) for x in (k, v))
+    t, p = torch.arange(T)[:, None] + P - T, torch.arange(P)
+    seen = (p <= t) & (p > t - (P if window is None else window))
+    if past is not None:
+        seen = seen & (p >= P - T - past[:, None])[:, None, None]
+    if fused:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2), None
+    score = torch.einsum("btad,bpad->batp", q, k) / math.sqrt(q.shape[-1])
+    score = score.masked_fill(~seen, -torch.inf)
+    return torch.einsum("batp,bpad->btad", score.softmax(-1), v), score.logsumexp(-1).transpose(1, 2)
+
+
+def inputs(T, P, A=4, H=2, D=8, B=2):
+    q, k, v = (torch.randn(B, n, h, D, requires_grad=True) for n, h in ((T, A), (P, H), (P, H)))
+    return q, k, v, torch.randn(B, T, A, D), torch.randn(B, T, A)
+
+
+def check(run, T, P, window, past=None, with_lse=True, heads=(4, 2), gradients=True):
+    torch.manual_seed(T + P)
+    q, k, v, do, dlse = inputs(T, P, *heads)
+    results = []
+    for attend, dtype in ((run, torch.float32), (dense, torch.float32), (dense, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
+        fused = dtype == torch.float32 and not with_lse
+        out, lse = attend(*leaves, window, past, fused) if attend is dense else attend(*leaves)
+        if not gradients:
+            results.append((out, lse))
+            continue
+        loss = (out * do.to(dtype)).sum() + ((lse * dlse.to(dtype)).sum() if with_lse else 0)
+        results.append((out, *((lse,) if with_lse else ()), *torch.autograd.grad(loss, leaves)))
+    names = ("out", *(("lse",) if with_lse else ()), "dq", "dk", "dv")
+    for name, *values in zip(names[: len(results[0])], *results, strict=True):
+        assert_as_accurate_as(name, *values)
+
+
+@given(
+    st.integers(2, 70), st.integers(0, 40), st.sampled_from((2, 3, 7, 16, 32, 100, None)), st.booleans(),
+    st.sampled_from(((1, 1), (4, 4), (4, 2), (6, 1))),
+)  # fmt: skip
+def test_it_equals_dense_attention_with_a_band_mask(T, before, window, with_lse, heads):
+    run = lambda q, k, v: windowed(q, k, v, window, None, with_lse)  # noqa: E731
+    check(run, T, T + before, window, None, with_lse, heads)
+
+
+def test_a_window_of_one_sees_the_token_itself():
+    q, k, v, *_ = inputs(20, 23)
+    expected = v[:, 3:].repeat_interleave(2, 2)
+    torch.testing.assert_close(windowed(q, k, v, 1)[0], expected)
+
+
+@pytest.mark.parametrize("T, before, window", ((1, 5, 8), (10, 7, 4), (20, 7, 8), (3, 12, None)))
+@pytest.mark.parametrize("with_lse", (False, True))
+def test_sequences_with_less_past_see_only_what_is_real(T, before, window, with_lse):
+    past = torch.tensor([0, min(before, 3)], dtype=torch.int32)
+    check(lambda q, k, v: windowed(q, k, v, window, past, with_lse), T, T + before, window, past, with_lse)
+
+
+def test_memory_is_linear_in_tokens():
+    """The largest tensor of forward and backward: 8 times the tokens, about 8 times the size."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    def largest(T):
+        q, k, v, *_ = inputs(T, T)
+        with Largest() as mode:
+            out, lse = windowed(q, k, v, 16, None, True)
+            (out.sum() + lse.sum()).backward()
+        return mode.size
+
+    assert largest(8 * 256) <= 9 * largest(256)
+
+
+def test_rope_depends_on_distance_only_and_turns_by_position():
+    q, k = torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
+    score = [torch.einsum("btad,bpad->batp", *(rotate(x, positions(s, x), 100.0) for x in (q, k))) for s in (0, 1000)]
+    torch.testing.assert_close(score[0], score[1], atol=2e-3, rtol=0)
+    x = torch.zeros(1, 3, 1, 4)
+    x[..., 0] = 1
+    turned = rotate(x, positions(2, x), 100.0)[0, :, 0]
+    angle = torch.tensor([2.0, 3.0, 4.0])
+    torch.testing.assert_close(turned, torch.stack([angle.cos(), angle * 0, angle.sin(), angle * 0], -1))
+    both = rotate(x.expand(2, -1, -1, -1), positions(torch.tensor([2, 5], dtype=torch.int32), x), 100.0)
+    torch.testing.assert_close(both[0, :, 0], turned)
+
+
+def test_qk_norm_makes_scores_blind_to_the_scale_of_projections():
+    layer = SelfAttention(16, 4, 2, 8, window=5)
+    x = torch.randn(1, 12, 16)
+    before = layer(x)
+    with torch.no_grad():
+        layer.q.weight *= 7
+        layer.k.weight *= 0.3
+    torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.parametrize("T, P, window", ((200, 200, 37), (300, 450, 128), (130, 300, None)))
+def test_flex_attention_sees_the_window(T, P, window):
+    """What CUDA runs compiled, here eager: mask, log-sum-exp; and the blocks that it would visit."""
+    check(lambda q, k, v: attention_cuda.flex(q, k, v, window, True), T, P, window, gradients=False)
+    blocks = attention_cuda.block_mask(T, P, P if window is None else window, torch.device("cpu")).to_dense()[0, 0]
+    t, p = torch.arange(T)[:, None] + P - T, torch.arange(P)
+    seen = (p <= t) & (p > t - (P if window is None else window))
+    seen = torch.nn.functional.pad(seen, (0, -P % 128, 0, -T % 128))
+    assert torch.equal(blocks.bool(), seen.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(3).any(1))
+
+
+@pytest.mark.parametrize("window", (5, None))
+def test_flash_attn_is_asked_for_the_window(monkeypatch, window):
+    def flash_attn_func(q, k, v, causal, window_size):
+        assert causal and window_size[1] == 0
+        return dense(q, k, v, window_size[0] + 1 if window_size[0] >= 0 else None)[0]
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    q, k, v, *_ = inputs(6, 9)
+    torch.testing.assert_close(attention_cuda.flash(q, k, v, window), dense(q, k, v, window)[0])

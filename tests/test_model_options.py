@@ -1,0 +1,241 @@
+"""Every option of the configuration does what it says."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hsa_tl import fusion_weights
+from hsa_tl.model import Model, ModelConfig, baseline, preset
+from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
+from hsa_tl.model.nsa import NSALayer, attend_selected
+
+SMALL = ModelConfig(
+    vocab_size=50, dim=32, layers=4, groups=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, window=20, topk=2,
+    retrieval_dim=16, encoder_mlp_dim=32,
+)  # fmt: skip
+T = 150
+OPTIONS = (
+    *({"fusion": x} for x in ("softmax", "softmax1", "stick_breaking", "joint")),
+    *({"chunk_size": x} for x in (16, 32, 64)),
+    *({"topk": x} for x in (3, 40, "all")),
+    *({"window": x} for x in (1, 16, 33, 500)),
+    {"exclude_window": True},
+    *({"retrieval_heads": x} for x in (1, 2)),
+    *({"value_residual": x} for x in ("none", "resformer", "svformer")),
+    *({"rope": x} for x in ((), ("swa",), ("swa", "hsa"))),
+    *({"attention": "nsa", "rope": x} for x in ((), ("swa", "nsa"))),
+    *({"conv": x} for x in (0, 1, 3)),
+    {"tied": True},
+    *({"heads": x, "kv_heads": 1, "retrieval_heads": 1} for x in (1, 2, 4, 8, 16, 32)),
+    {"heads": 4, "kv_heads": 4, "retrieval_heads": 2},
+    {"groups": 1}, {"layers": 5, "groups": 3}, {"encoder_layers": 2},
+    {"fusion": "joint", "retrieval_heads": 1, "exclude_window": True, "topk": "all"},
+    {"experts": 4, "experts_per_token": 2, "expert_dim": 8},
+)  # fmt: skip
+
+
+def model_and_tokens(**options):
+    config = dataclasses.replace(SMALL, **options)
+    return Model(config), torch.randint(config.vocab_size, (2, T))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_option_trains_and_stays_causal(options):
+    model, x = model_and_tokens(**options)
+    out = model(x, labels=x)
+    out.loss.backward()
+    for name, p in model.named_parameters():
+        one_key = options.get("window") == 1 and (".q" in name or ".k" in name)  # its weight is 1
+        assert p.grad is not None and torch.isfinite(p.grad).all() and (p.grad.any() or one_key), name
+    changed = x.clone()
+    changed[:, 70:] = (changed[:, 70:] + 1) % 50
+    model.eval()
+    torch.testing.assert_close(model(changed).logits[:, :70], model(x).logits[:, :70])
+    torch.testing.assert_close(model(x, logits_to_keep=9).logits, model(x).logits[:, -9:])
+
+
+@pytest.mark.parametrize("attention", ("hsa", "nsa", "swa", "full"))
+def test_sequences_of_a_batch_do_not_see_each_other(attention):
+    model, x = model_and_tokens(attention=attention)
+    both = model(x).logits
+    torch.testing.assert_close(torch.cat([model(y[None]).logits for y in x]), both)
+    torch.testing.assert_close(model(x.flip(0)).logits, both.flip(0))
+
+
+def test_options_that_shape_no_parameter():
+    """A checkpoint goes from stage to stage."""
+    state = Model(SMALL).state_dict()
+    for change in (
+        {"window": 64}, {"topk": "all"}, {"exclude_window": True}, {"fusion": "joint"}, {"rope": ()},
+        {"activation_checkpointing": True}, {"impl": "reference"}, {"rope_theta": 500.0},
+    ):  # fmt: skip
+        Model(dataclasses.replace(SMALL, **change)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"window": 21}, {"topk": 1}, {"exclude_window": True}, {"fusion": "softmax1"}, {"fusion": "stick_breaking"},
+        {"fusion": "joint"}, {"rope": ()}, {"rope": ("swa", "hsa")}, {"rope_theta": 100.0}, {"attention": "swa"},
+    ),
+    ids=str,
+)  # fmt: skip
+def test_option_changes_the_output(change):
+    model, x = model_and_tokens()
+    other = Model(dataclasses.replace(SMALL, **change))
+    other.load_state_dict(model.state_dict(), strict="attention" not in change)
+    difference = (other(x).logits - model(x).logits).abs().amax((0, 2))
+    assert difference.max() > 1e-4
+    if "rope" not in change and "window" not in change and "rope_theta" not in change:
+        torch.testing.assert_close(difference[:16], torch.zeros(16), atol=1e-5, rtol=0)  # before any whole chunk
+
+
+def test_kinds_of_layers():
+    assert SMALL.kinds == ("swa", "swa", "hsa", "hsa")
+    assert dataclasses.replace(SMALL, layers=9, groups=2).kinds == ("swa",) * 4 + ("hsa", "swa", "hsa", "swa", "swa")
+    assert baseline(SMALL, "full").kinds == ("full",) * 4 and baseline(SMALL, "nsa").kinds[2] == "nsa"
+
+
+def test_a_full_window_of_swa_is_full_attention():
+    """BaseLM and a window over everything are the same function."""
+    full, x = model_and_tokens(attention="full")
+    wide = Model(dataclasses.replace(SMALL, attention="swa", window=T))
+    wide.load_state_dict(full.state_dict())
+    torch.testing.assert_close(wide(x).logits, full(x).logits)
+
+
+def test_without_positions_a_window_is_blind_to_order():
+    """HyPE's setting, rope=("swa",), gives positions to windows only; rope=() to nothing."""
+    for rope, same in (((), True), (("swa",), False)):
+        model, x = model_and_tokens(attention="swa", rope=rope, conv=0, layers=2, groups=1, window=T)
+        shuffled = torch.cat([x[:, torch.randperm(T - 1)], x[:, -1:]], 1)
+        # A second layer would see causal states of the first, which depend on order.
+        first, second = (model.lower(model.embed(y))[0][:, -1] for y in (x, shuffled))
+        assert torch.allclose(first, second, atol=1e-5) is same
+
+
+def test_svformer_has_the_values_of_the_first_layer_only():
+    model, x = model_and_tokens(value_residual="svformer")
+    assert [hasattr(layer.attention, "v") for layer in model.layers] == [True, False, False, False]
+    mixed, _ = model_and_tokens(value_residual="resformer")
+    assert [hasattr(layer.attention, "value_mix") for layer in mixed.layers] == [False, True, True, True]
+    plain, _ = model_and_tokens()
+    with torch.no_grad():  # resformer without the first layer's share is the plain model
+        for layer in mixed.layers[1:]:
+            layer.attention.value_mix.copy_(torch.tensor([0.0, 1.0]))
+    plain.load_state_dict({k: v for k, v in mixed.state_dict().items() if "value_mix" not in k})
+    torch.testing.assert_close(mixed(x).logits, plain(x).logits)
+
+
+def test_exclude_window_retrieves_only_what_the_window_does_not_cover():
+    """A change of a chunk that every later window covers reaches nothing through HSA."""
+    layer = HSALayer(32, 4, 2, 16, 16, topk="all", exclude_window=64)
+    encoder = ChunkEncoder(32, 2, 16, 16, 16)
+    x = torch.randn(1, T, 32)
+    before = layer(x, encoder(x))
+    assert (before[:, :64] == 0).all() and (before[:, 64:] != 0).any(-1).all()
+    memory = x.clone()
+    memory[:, 16:] = torch.randn(1, T - 16, 32)  # at positions below 80 only chunk 0 is outside the window
+    torch.testing.assert_close(layer(x, encoder(memory))[:, :80], before[:, :80])
+
+
+def test_retrieval_starts_where_the_query_resembles_the_chunk():
+    model, _ = model_and_tokens()
+    for layer in model.layers[2:]:
+        assert torch.equal(layer.hsa.q_slc.weight, model.encoder.landmark.weight)
+
+
+def test_joint_weights_of_window_and_chunks_sum_to_one():
+    layer, encoder = HSALayer(32, 4, 2, 16, 16, topk=3, fusion="joint"), ChunkEncoder(32, 2, 16, 16, 16)
+    x, lse = torch.randn(1, T, 32), torch.randn(1, T, 4)
+    memory = encoder(x)
+    _, window = layer.mix(x, memory, 0, lse)
+    scores, _ = memory.retrieve(layer.queries(x)[1], 0, 3)
+    weights, expected = fusion_weights(scores, "joint", lse)
+    torch.testing.assert_close(weights.sum(-1) + window, torch.ones(1, T, 4))
+    torch.testing.assert_close(window, expected)
+    assert (window[:, :16] == 1).all()
+
+
+class Exact(ChunkMemory):
+    """Its retrieval scores are the chunks' true log-sum-exps, of the queries in `q`."""
+
+    def retrieve(self, q_slc, start, topk, *, exclude_window=0):
+        N, S = self.landmarks.shape[1], self.chunk_size
+        score = torch.einsum("btad,bpad->btap", self.q, self.k) / self.q.shape[-1] ** 0.5
+        lse = score.unflatten(-1, (N, S)).logsumexp(-1)
+        chunk = torch.arange(N, dtype=torch.int32)
+        hidden = chunk >= torch.arange(self.q.shape[1])[:, None] // S
+        indices = chunk.expand(lse.shape).masked_fill(hidden[:, None], -1)
+        return lse.masked_fill(hidden[:, None], -torch.inf), indices
+
+
+def test_all_chunks_with_exact_weights_are_full_attention_over_chunks():
+    """OPERATOR, identity 1, through the layer and its encoder."""
+    layer, encoder = HSALayer(32, 2, 2, 16, 16, topk="all"), ChunkEncoder(32, 2, 16, 16, 16)
+    x = torch.randn(1, 96, 32)
+    q = layer.queries(x)[0]
+    memory = Exact(*encoder(x))
+    memory.q = q
+    seen = torch.arange(96) // 16 < torch.arange(96)[:, None] // 16
+    k, v = memory.k.transpose(1, 2), memory.v.transpose(1, 2)
+    full = F.scaled_dot_product_attention(q.transpose(1, 2)[:, :, 16:], k, v, attn_mask=seen[16:])
+    torch.testing.assert_close(layer(x, memory)[:, 16:], layer.out(full.transpose(1, 2).flatten(2)))
+
+
+def test_nsa_is_one_softmax_over_the_chosen_chunks():
+    q, k, v = torch.randn(2, 50, 4, 8), torch.randn(2, 64, 2, 8), torch.randn(2, 64, 2, 8)
+    indices = torch.randint(-1, 4, (2, 50, 2, 1), dtype=torch.int32)
+    indices = torch.cat([indices, torch.where(indices >= 0, (indices + 1) % 4, -1)], -1)
+    seen = (
+        (indices[..., None] == torch.arange(64) // 16).any(-2).repeat_interleave(2, 2).transpose(1, 2)
+    )  # [B, A, T, P]
+    k_heads, v_heads = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    full = F.scaled_dot_product_attention(q.transpose(1, 2), k_heads, v_heads, attn_mask=seen).nan_to_num(0)
+    out = attend_selected(q, k, v, indices, 16)
+    torch.testing.assert_close(out, full.transpose(1, 2))
+    assert (indices < 0).any() and (out.transpose(1, 2)[~seen.any(-1)] == 0).all()
+
+
+def test_nsa_selects_by_the_mean_of_keys():
+    layer = NSALayer(32, 4, 2, 16, chunk_size=16, topk=1)
+    every = NSALayer(32, 4, 2, 16, chunk_size=16, topk="all")
+    every.load_state_dict(layer.state_dict())
+    x = torch.randn(1, T, 32)
+    one, all_of_them = layer(x), every(x)
+    torch.testing.assert_close(one[:, :32], all_of_them[:, :32])  # at most one chunk to choose from
+    assert not torch.isclose(one[:, 32:], all_of_them[:, 32:]).all()
+    assert (one[:, :16] == 0).all()
+
+
+def test_a_block_of_tokens_at_a_time_changes_nothing(monkeypatch):
+    layer, x = NSALayer(32, 4, 2, 16, chunk_size=16, topk=2), torch.randn(1, T, 32)
+    whole = layer(x)
+    monkeypatch.setattr("hsa_tl.model.nsa.BLOCK_KEYS", 1 << 12)
+    torch.testing.assert_close(layer(x), whole)
+
+
+@pytest.mark.parametrize("name, attention, millions", (("dense-0.5b", "hsa", 537.7), ("dense-0.5b", "full", 519.6)))
+def test_dense_sizes_are_the_papers(name, attention, millions):
+    with torch.device("meta"):
+        total = Model(baseline(preset(name), attention)).num_parameters()
+    assert abs(total / millions / 1e6 - 1) < 0.01
+
+
+def test_moe_sizes_are_the_papers():
+    """8B parameters, of which a token uses 1B besides the tables of the vocabulary."""
+    with torch.device("meta"):
+        model = Model(preset("moe-8b-a1b"))
+    c = model.config
+    assert (c.experts, c.experts_per_token, c.shared_experts, c.expert_dim, c.dense_layers) == (64, 4, 1, 512, 1)
+    tables = 2 * c.vocab_size * c.dim
+    assert abs(model.num_parameters() / 8e9 - 1) < 0.03
+    assert abs((model.num_parameters(active=True) - tables) / 1e9 - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", ("tiny", "small", "dense-0.5b", "moe-8b-a1b"))
+def test_head_ratio_of_presets(name):
+    c = preset(name)
+    assert c.heads == (4 if name == "tiny" else 16) * c.kv_heads
