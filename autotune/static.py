@@ -276,18 +276,24 @@ def identity(program: str, problem: Problem, config) -> dict:
     return {"program": program, "config": describe(config), **static_key(problem)}
 
 
-def made_with(program: str) -> str:
-    """The versions and the source that analyse() of the program depends on."""
-    return f"tilelang {metadata.version('tilelang')}, nvcc {nvcc_release()}, source {source_digest(program)}"
+def made_with(program: str) -> dict[str, str]:
+    """The versions and the source that analyse() of the program depends on; nvcc's where it is here."""
+    known = {"tilelang": metadata.version("tilelang"), "source": source_digest(program)}
+    return known if missing_tools() else known | {"nvcc": nvcc_release()}
 
 
 @functools.cache
 def source_digest(program: str) -> str:
-    """Of the source of the program, of what it is built from, and of what reads it back."""
+    """Of the source of the program, of what it imports, of the compiler's door and of what reads it back."""
     (folder,) = importlib.util.find_spec("hsa_tl.kernels_tilelang").submodule_search_locations
-    names = (f"{program}.py", f"sm90a/{program}.py", "macros*.py", "config_base.py", "config_[fba]*.py", "compile.py")
-    sources = [path.read_text() for name in names for path in sorted(Path(folder).glob(name))]
-    sources += [inspect.getsource(f) for f in (_nvcc, _lower, _read, *cost.READERS)]
+    files, found = [Path(folder) / f"{program}.py", Path(folder) / "sm90a" / f"{program}.py"], {}
+    while files:
+        if (file := files.pop()).is_file() and file not in found:
+            found[file] = file.read_text()
+            imported = re.findall(r"^from hsa_tl\.kernels_tilelang\.(\w+) import", found[file], re.MULTILINE)
+            files += [Path(folder) / f"{name}.py" for name in imported]
+    sources = [found[file] for file in sorted(found)] + [(Path(folder) / "compile.py").read_text()]
+    sources += [inspect.getsource(f) for f in (static_key, _nvcc, _lower, _read, *cost.READERS)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
@@ -342,8 +348,7 @@ def analyse_all(
     todo = {}
     for name, x in zip(names, work, strict=True):
         known = journal.get(name)
-        # Without nvcc a record's version cannot be told: what was carried here counts.
-        if known is None or not (lacking or known["made_with"] == made_with(x[0])):
+        if known is None or not made_with(x[0]).items() <= known["made_with"].items():
             todo[key_of(name)] = (name, x)
     if todo and lacking:
         raise MissingTool(lacking)

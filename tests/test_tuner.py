@@ -115,6 +115,17 @@ def test_another_version_is_ranked_anew(tmp_path, monkeypatch):
     assert {r["registers"] for _, r in journal.all(kind="static") if r["error"] is None} == {7}
 
 
+def test_without_nvcc_a_journal_that_was_carried_along_ranks(monkeypatch):
+    """As on a lease: of the same source. Another source must be assembled, which says what it lacks."""
+    journal = Journal(None)
+    first = ranked(journal=journal)
+    monkeypatch.setattr(static, "missing_tools", lambda: "needs nvcc")
+    assert tuner.rank(CASE, "h200", programs=UNION, journal=journal) == first
+    monkeypatch.setattr(static, "source_digest", lambda program: "other")
+    with pytest.raises(static.MissingTool, match="needs nvcc"):
+        tuner.rank(CASE, "h200", programs=UNION, journal=journal)
+
+
 def test_best_first_until_the_time_is_up():
     rows, gpu = ranked(), FakeGpu()
     seen = run(gpu, rows, seconds=40)
