@@ -24,6 +24,10 @@ from hsa_tl.files import write_atomic
 RNG, META = "rng.pt", "meta.json"
 
 
+class TornCheckpoint(UserWarning):
+    """A checkpoint that is not whole was skipped."""
+
+
 class Checkpoint(NamedTuple):
     step: int  # steps done
     recipe: dict[str, Any]
@@ -41,8 +45,11 @@ def _wait() -> None:
 
 
 def _digest(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _quietly(function, *args, **kwargs):
@@ -74,7 +81,7 @@ def save(
         write_atomic(temporary / META, json.dumps({"step": step, "recipe": recipe, "files": files}, indent=1) + "\n")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-        for old in sorted(run.glob("step-*"))[:-keep]:
+        for old in [*sorted(run.glob("step-*"))[:-keep], *run.glob(".step-*")]:
             shutil.rmtree(old)
     _wait()
     return path
@@ -98,7 +105,7 @@ def latest(run: Path) -> Checkpoint | None:
         try:
             return find(path)
         except (ValueError, OSError) as error:
-            warnings.warn(f"skipped a torn checkpoint: {error}", stacklevel=2)
+            warnings.warn(f"skipped a torn checkpoint: {error}", TornCheckpoint, stacklevel=2)
     return None
 
 

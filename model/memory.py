@@ -14,12 +14,15 @@ slab of landmarks. A memory of the right capacity has one slab, and then neither
 """
 
 import json
+import math
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from hsa_tl import hsa_decode, landmark_bounds, retrieve_decode
+from hsa_tl import hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode
 from hsa_tl.model import memory_file
 from hsa_tl.model.page_cache import PageCache
 
@@ -68,6 +71,8 @@ class PagedMemory:
     are and queries come from. offload: keys and values stay in host memory, pinned where there is a GPU; `attend`
     fetches the chosen pages into a cache of cache_pages pages on the device, least recently used out first. two_level:
     keep bounds of landmarks and let `retrieve` skip blocks, see hsa_tl.retrieve_decode.
+    directory: keys and values lie in memory-mapped files there, which go with the memory: off the heap, and the system
+    may write them back; on a GPU with offload only.
     Without offload and two_level, `retrieve` and `attend` do not wait for the device; a captured graph of them holds
     until `append` adds a slab.
     """
@@ -75,12 +80,16 @@ class PagedMemory:
     def __init__(
         self, spec: MemorySpec, *, device: torch.device | str = "cpu", capacity: int = 256,
         pages: int | None = None, offload: bool = False, cache_pages: int = 1024, two_level: bool = False,
+        directory: Path | str | None = None,
     ):  # fmt: skip
         pages = spec.batch * capacity if pages is None else pages
         for name, value in (("capacity", capacity), ("pages", pages), ("cache_pages", cache_pages)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         self.spec, self.device, self.two_level = spec, torch.device(device), two_level
+        if directory is not None and self.device.type != "cpu" and not offload:
+            raise ValueError(f"directory must come with offload=True on {self.device}, got {directory}")
+        self.directory = directory
         self.first_pages, self.first_chunks = pages, -(-capacity // BLOCK) * BLOCK
         self.cache = PageCache(spec.page, cache_pages, spec.dtype, self.device) if offload else None
         self.k_slabs: list[torch.Tensor] = []  # [pages, S, H, D]
@@ -107,10 +116,14 @@ class PagedMemory:
 
     def _add_pages(self) -> None:
         n = max(self.first_pages, sum(map(len, self.k_slabs)))
+        shape, dtype = (n, *self.spec.page), self.spec.dtype
         where = {"device": self.device}
         if self.cache is not None:
             where = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        k, v = (torch.empty(n, *self.spec.page, dtype=self.spec.dtype, **where) for _ in range(2))
+        if self.directory is not None:
+            k, v = (_mapped(self.directory, shape, dtype) for _ in range(2))
+        else:
+            k, v = (torch.empty(shape, dtype=dtype, **where) for _ in range(2))
         self.k_slabs.append(k)
         self.v_slabs.append(v)
 
@@ -124,7 +137,7 @@ class PagedMemory:
             self.bound_slabs.append(bounds)
         missing = sum(x.shape[1] for x in self.landmark_slabs) - self.host_table.shape[1]
         if missing > 0:
-            self.host_table = torch.nn.functional.pad(self.host_table, (0, missing), value=-1)
+            self.host_table = F.pad(self.host_table, (0, missing), value=-1)
             self.page_table = self.host_table.to(self.device, copy=True)
 
     def append(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
@@ -188,14 +201,31 @@ class PagedMemory:
             )  # fmt: skip
             parts.append((scores, torch.where(indices >= 0, indices + start, -1)))
             start += landmarks.shape[1]
-        if len(parts) == 1:
-            return parts[0]
-        scores, indices = (torch.cat(x, -1) for x in zip(*parts, strict=True))
-        # Slots ascend by chunk, so that a stable sort lets the lower of two equal chunks win.
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-        scores, indices = scores.gather(-1, best), indices.gather(-1, best)
-        order = torch.where(indices >= 0, indices, torch.iinfo(torch.int32).max).argsort(-1)
-        return scores.gather(-1, order), indices.gather(-1, order)
+        return _merge(parts, topk)
+
+    def retrieve_segment(
+        self, sequence: int, q_slc: torch.Tensor, start: int, topk: int, *, exclude_window: int = 0,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """scores, indices [T, R, topk] for many tokens q_slc [T, R, E] of one sequence from position start on.
+
+        The selection of hsa_tl.retrieve_chunks over the sequence's landmarks, in its bounded memory.
+        """
+        S, held, first, parts = self.spec.chunk_size, self.held[sequence], 0, []
+        for landmarks in self.landmark_slabs:
+            marks = landmarks[sequence, : max(0, held - first)]
+            skip = min(len(q_slc), max(0, first * S - start))  # tokens before the slab see none of it
+            found = retrieve_chunks(
+                q_slc[None, skip:], marks[None], topk, chunk_size=S, q_start=max(0, start + skip - first * S),
+                exclude_window=exclude_window, scale=scale,
+            )  # fmt: skip
+            scores, indices = (F.pad(x[0], (0, 0, 0, 0, skip, 0), value=-1) for x in found)
+            scores[:skip] = -torch.inf
+            parts.append((scores, torch.where(indices >= 0, indices + first, -1)))
+            first += landmarks.shape[1]
+            if first >= held:
+                break
+        return _merge(parts, topk)
 
     def attend(
         self, q: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None,
@@ -207,7 +237,7 @@ class PagedMemory:
         if len(self.k_slabs) == 1:
             k, v = self.k_slabs[0], self.v_slabs[0]
             return hsa_decode(q, k, v, weights, indices, self.page_table, scale=scale, impl=impl)
-        page, out, first = self._pages_of(indices), 0, 0
+        page, out, first = self.pages_of(indices), 0, 0
         for k, v in zip(self.k_slabs, self.v_slabs, strict=True):
             elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
             part = torch.where(elsewhere, -1, indices)
@@ -215,11 +245,23 @@ class PagedMemory:
             first += len(k)
         return out
 
-    def _pages_of(self, indices: torch.Tensor) -> torch.Tensor:
+    def pages_of(self, indices: torch.Tensor) -> torch.Tensor:
         """[B, T, H, K]: the page of each slot, -1 for an empty one."""
         at = indices.flatten(1).clamp(0, self.page_table.shape[1] - 1).long()
         page = self.page_table.gather(1, at).view(indices.shape)
         return torch.where((indices >= 0) & (indices < self.page_table.shape[1]), page, -1)
+
+    def gather(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [M, S, H, D] of pages [M], on the device."""
+        out = []
+        for slabs in (self.k_slabs, self.v_slabs):
+            at, first, x = pages.to(slabs[0].device), 0, slabs[0].new_empty(len(pages), *self.spec.page)
+            for slab in slabs:
+                here = ((at >= first) & (at < first + len(slab))).nonzero()[:, 0]
+                x[here] = slab[at[here] - first]
+                first += len(slab)
+            out.append(x.to(self.device))
+        return tuple(out)
 
     def prefetch(self, indices: torch.Tensor) -> None:
         """Starts to fetch the chosen pages of an offloaded memory, as many as the cache holds.
@@ -227,11 +269,11 @@ class PagedMemory:
         Waits for the selection, not for the pages: what is launched until `attend` runs beside the copies.
         """
         if self.cache is not None:
-            pages = self._pages_of(indices).unique().tolist()
+            pages = self.pages_of(indices).unique().tolist()
             self.cache.fetch([p for p in pages if p >= 0][: self.cache.size], self.k_slabs, self.v_slabs)
 
     def _attend_offloaded(self, q, weights, indices, scale, impl):
-        page = self._pages_of(indices)
+        page = self.pages_of(indices)
         if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
             raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
         named, inverse = page.unique(return_inverse=True)
@@ -297,6 +339,24 @@ class PagedMemory:
             if n:
                 memory._widen(sequence, 0, memory.landmark_slabs[0][sequence, :n])
         return memory
+
+
+def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The topk of what each slab gave, scores and indices [.., topk]; slots ascend by chunk."""
+    if len(parts) == 1:
+        return parts[0]
+    scores, indices = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+    # Slots ascend by chunk, so that a stable sort lets the lower of two equal chunks win.
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    scores, indices = scores.gather(-1, best), indices.gather(-1, best)
+    order = torch.where(indices >= 0, indices, torch.iinfo(torch.int32).max).argsort(-1)
+    return scores.gather(-1, order), indices.gather(-1, order)
+
+
+def _mapped(directory: Path | str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a file that has no name any more: it goes with the tensor."""
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def _write(slabs: list[torch.Tensor], start: int, x: torch.Tensor) -> None:

@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hsa_tl.model.attention import SelfAttention
+from hsa_tl.model.cache import Cache
 from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.generate import generate, stream
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, SwiGLU
 from hsa_tl.model.nsa import NSALayer
@@ -50,14 +52,16 @@ class Layer(nn.Module):
         c, kind = config, config.kinds[index]
         rope = dict.fromkeys(c.rope, c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        local = "full" if kind == "full" else "swa"
+        window, theta = (None, rope.get("full")) if kind == "full" else (c.window, rope.get("swa"))
+        if kind in ("hsa", "nsa"):
+            window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
         self.attention = SelfAttention(
-            *heads, window=None if kind == "full" else c.window, rope_theta=rope.get(local),
+            *heads, window=window, rope_theta=theta,
             value_residual=c.value_residual if index else "none",
         )  # fmt: skip
         self.joint = kind == "hsa" and c.fusion == "joint"
         self.hsa = self.nsa = None
-        exclude = c.window if c.exclude_window else 0
+        exclude = window if c.exclude_window else 0
         if kind == "nsa":
             self.nsa = NSALayer(
                 *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa")
@@ -73,14 +77,14 @@ class Layer(nn.Module):
         else:
             self.mlp = SwiGLU(c.dim, c.mlp_dim)
         # How many tokens before its own a token looks back on, besides the chunk memory.
-        self.reach = c.window - 1 if kind in ("swa", "hsa") else 1 << 40
+        self.reach = window - 1 if kind in ("swa", "hsa") else 1 << 40
 
     def forward(
         self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
         start: int | torch.Tensor = 0, cache=None, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """x [B, T, C] and this layer's values [B, T, H, D]. cache: a KeyCache; with NSA a pair of them, the window's
-        and the one that keeps all. keep: x of the last so many positions only.
+        """x [B, T, C] and this layer's values [B, T, H, D]. cache: a KeyCache; with NSA a pair of it, for the
+        window, and NSA's. keep: x of the last so many positions only.
         """
         cache, far_cache = cache if self.nsa is not None and cache is not None else (cache, None)
         heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint, keep)
@@ -191,23 +195,50 @@ class Model(nn.Module):
         """Logits [B, T, V] of hidden states [B, T, C]."""
         return self.output(self.norm(h_BTC))
 
+    def new_cache(self, batch_size: int, **options) -> Cache:
+        """An empty cache of batch_size sequences, on the model's device and of its type (or autocast's); see Cache."""
+        weight = self.embedding.weight
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return Cache(self.config, batch_size, **{"device": device, "dtype": dtype, **options})
+
+    def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
+        """See hsa_tl.model.generate.generate."""
+        return generate(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
+
+    def stream(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
+        """See hsa_tl.model.generate.stream."""
+        return stream(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
+
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache=None, logits_to_keep: int | None = None
-    ) -> ModelOutput:
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: Cache | None = None,
+        logits_to_keep: int | None = None, lengths: torch.Tensor | list[int] | None = None,
+    ) -> ModelOutput:  # fmt: skip
         """Logits [B, T, V] of input_ids [B, T] int64, and the mean cross-entropy of labels [B, T] (-100: ignored).
 
         labels are shifted here: labels[:, t] is predicted at t - 1, as input_ids themselves would be. logits_to_keep:
         only the last so many positions have logits; 0: none (out.logits is None), and the head runs at labelled
         positions only, a block of rows at a time.
+
+        cache: input_ids are the next tokens of its sequences, without gradient. lengths [B] (with a cache only): how
+        many tokens each row holds, padded on the right; None: all T. Then logits_to_keep counts each row's own tokens,
+        and logits that belong to no token are unspecified.
         """
-        if cache is not None:
-            raise NotImplementedError("cache must be None: this model does not decode yet")
-        h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
-        keep = 1 if logits_to_keep == 0 else logits_to_keep
+        if cache is None and lengths is not None:
+            raise ValueError(f"lengths must come with a cache, got {lengths}")
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(input_ids, labels, cache, logits_to_keep, lengths)
+        keep = 1 if logits_to_keep == 0 and cache is None else logits_to_keep
         if labels is not None:
             # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
             keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
-        h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
+        if cache is not None:
+            h_BTC = cache.advance(self, input_ids, lengths, None if labels is not None else keep)
+        else:
+            h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
+            h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
         if labels is not None:
             labels = labels[:, -h_BTC.shape[1] :]
         logits = loss = None

@@ -55,7 +55,8 @@ class NSALayer(nn.Module):
 
     forward: x [B, T, C] -> [B, T, C], to be added to the residual stream. The query heads of a key/value head choose
     together, by their mean. topk "all": every chunk. rope_theta: None for NoPE. start: position of x's first token.
-    cache: keeps every key and value. keep: outputs of the last so many tokens only.
+    cache: for each sequence one that keeps every key and value; start may then be an int32 [B].
+    keep: outputs of the last so many tokens only.
     """
 
     def __init__(
@@ -72,8 +73,13 @@ class NSALayer(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def forward(
-        self, x_BTC: torch.Tensor, start: int = 0, cache: KeyCache | None = None, keep: int | None = None
-    ) -> torch.Tensor:
+        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: list[KeyCache] | None = None,
+        keep: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        if cache is not None and len(cache) > 1:  # chunks of each sequence begin at its own start
+            starts = [start] * len(cache) if isinstance(start, int) else start.tolist()
+            rows = zip(x_BTC.split(1), starts, cache, strict=True)
+            return torch.cat([self(x, first, [c], keep) for x, first, c in rows])
         x = self.norm(x_BTC)
         skip = 0 if keep is None else x.shape[1] - keep
         q = self.q_norm(self.q(x[:, skip:]).unflatten(-1, (self.heads, self.head_dim)))
@@ -84,7 +90,7 @@ class NSALayer(nn.Module):
             q, k = rotate(q, position[skip:], self.rope_theta), rotate(k, position, self.rope_theta)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
-            k, v, _ = cache.extend(k, v)
+            k, v, _ = cache[0].extend(k, v)
         k, v = (F.pad(y, (0, 0, 0, 0, 0, -y.shape[1] % self.chunk_size)) for y in (k, v))
         landmarks = k.unflatten(1, (-1, self.chunk_size)).mean(2)
         q_slc = q.unflatten(2, (self.kv_heads, -1)).mean(3)

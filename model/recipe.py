@@ -127,6 +127,9 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
     try:
         values["stages"] = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values.get("stages", ()))
         values["betas"] = tuple(values.get("betas", Recipe.betas))
+        for name in ("lr", "decay", "final", "weight_decay", "clip"):
+            if isinstance(values.get(name), str):  # YAML 1.1 takes 1e-3 for a word
+                values[name] = float(values[name])
         return Recipe(**values)
     except TypeError as error:
         raise ValueError(f"a recipe must have the fields of Recipe and Stage, got {error}") from None

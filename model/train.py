@@ -171,6 +171,7 @@ def train(
             batches = [source.batch(at + i * stage.batch + mine, size) for i in range(stage.accumulate)]
             lr = recipe.lr_at(step)
             loss, norm = train_step(module, optimizer, recipe, batches, lr, ranks)
+            model.update_balance()
             tokens = stage.length * stage.batch * stage.accumulate
             done = Step(step, number, loss, lr, norm, tokens, time.perf_counter() - begin)
             if step % recipe.log_every == 0 or step + 1 == recipe.steps:

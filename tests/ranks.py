@@ -21,6 +21,7 @@ CONFIGS = {
     "joint": {"fusion": "joint", "window": 50, "heads": 8, "kv_heads": 2, "retrieval_heads": 2},
     "swa": {"attention": "swa", "window": 70, "conv": 0},
     "full": {"attention": "full"},
+    "experts": {"experts": 4, "experts_per_token": 2, "expert_dim": 64},
 }
 
 
@@ -44,6 +45,7 @@ def recipe() -> Recipe:
     needles = {"kind": "needles", "tasks": [{"needles": 6, "queries": 6}]}
     return recipe_of({
         "name": "test", "preset": "tiny", "lr": 1e-3, "warmup": 2, "checkpoint_every": 2, "log_every": 1,
+        "model": {"experts": 4, "experts_per_token": 2, "expert_dim": 64},
         "stages": [
             {"steps": 3, "length": 64, "batch": 4, "accumulate": 2, "data": needles, "model": {"topk": "all"}},
             {"steps": 3, "length": 128, "batch": 4, "data": needles, "model": {"topk": 4, "window": 16}},

@@ -1,0 +1,148 @@
+"""The state of sequences that are read segment by segment: `cache = model.new_cache(2)`, `model(ids, cache=cache)`.
+
+A cache holds, of each sequence: the keys and values that the layers' windows reach back to (all of them where a layer
+attends to everything), the tokens that the convolution looks back on, the hidden states of the unfinished chunk, the
+chunk memory, and the hidden states that the upper decoder has not read yet.
+
+The last is an exact shortcut. Above the chunk memory there are only sliding windows, of `window` tokens, so that a
+token's output depends on the hidden states of at most (upper layers) * (window - 1) tokens before it, and on the
+memory. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
+retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
+
+Shape suffixes: B sequences, T tokens, C channels, H key/value heads, D head dim, M chunks, S chunk size.
+"""
+
+import torch
+
+from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.memory import MemorySpec, PagedMemory
+from hsa_tl.model.segment import SegmentMemory
+from hsa_tl.model.tail import Tail, take_rows
+
+
+class Cache:
+    """What `Model.new_cache` returns. lengths: tokens that each sequence holds. memory: its chunks, None without HSA.
+
+    capacity: tokens of each sequence that the chunk memory reserves at first; more are allowed. memory_options: see
+    PagedMemory (offload, cache_pages, two_level, directory).
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, *, device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, **memory_options,
+    ):  # fmt: skip
+        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        c, self.config = config, config
+        self.lengths = [0] * batch_size
+        self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
+        self.memory, self.chunk = None, None
+        if c.attention == "hsa":
+            spec = MemorySpec(
+                batch_size, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, c.chunk_size, dtype
+            )
+            chunks = -(-capacity // c.chunk_size)
+            self.memory = PagedMemory(spec, device=device, capacity=chunks, **memory_options)
+            self.chunk = Tail(self.counts, c.chunk_size - 1)
+        elif memory_options:
+            name = next(iter(memory_options))
+            raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
+        self.row_counts = [[0] for _ in range(batch_size)]
+        self.layers = [self._layer_cache(kind) for kind in c.kinds]
+        self.past_ids = torch.full((batch_size, max(0, c.conv - 1)), -1, dtype=torch.int64, device=device)
+        upper = c.layers - c.lower_layers
+        self.waiting = Tail(self.counts, upper * (c.window - 1)) if c.attention in ("hsa", "swa") else None
+
+    def _layer_cache(self, kind: str):
+        """What a layer's forward takes as its cache."""
+        near = Tail(self.counts, None if kind == "full" else self.config.window - 1)
+        return (near, [Tail(counts) for counts in self.row_counts]) if kind == "nsa" else near
+
+    def _count(self, counts: list[int]) -> None:
+        """The layers run on a segment of so many tokens."""
+        self.counts[:] = counts
+        for row, n in zip(self.row_counts, counts, strict=True):
+            row[0] = n
+
+    def advance(
+        self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None, keep: int | None = None
+    ) -> torch.Tensor:
+        """Hidden states [B, T, C] before the head, of the model's next tokens input_ids [B, T].
+
+        lengths [B]: how many tokens each row holds, padded on the right; None: T. keep: only the last so many of each
+        row's tokens [B, keep, C], and nothing else that no later token needs is computed. What belongs to no token is
+        unspecified, and finite.
+        """
+        B, T = input_ids.shape
+        if len(self.lengths) != B:
+            raise ValueError(f"input_ids must have the cache's batch size {len(self.lengths)}, got shape {[B, T]}")
+        counts = [T] * B if lengths is None else [int(n) for n in lengths]
+        if len(counts) != B or not all(0 <= n <= T for n in counts):
+            raise ValueError(f"lengths must be {B} ints from 0 to {T}, got {counts}")
+        if not T:
+            return model.embedding(input_ids)
+        self._count(counts)
+        x_BTC = model.embed(input_ids, self._past_embeddings(model, input_ids))
+        h_BTC, first_v_BTHD = model.lower(x_BTC, self._start(self.lengths), self.layers[: self.config.lower_layers])
+        if self.memory is not None:
+            self._remember(model, h_BTC)
+        h_BTC = self._upper(model, h_BTC, first_v_BTHD, keep)
+        self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
+        return h_BTC
+
+    def _start(self, starts: list[int]) -> int | torch.Tensor:
+        same = len(set(starts)) == 1
+        return starts[0] if same else torch.tensor(starts, dtype=torch.int32, device=self.past_ids.device)
+
+    def _past_embeddings(self, model, input_ids):
+        n = self.past_ids.shape[1]
+        if not n:
+            return None
+        past = self.past_ids
+        self.past_ids = take_rows(torch.cat([past, input_ids], 1), self.counts, n)
+        return model.embedding(past.clamp(min=0)).masked_fill((past < 0)[..., None], 0)
+
+    def _remember(self, model, h_BTC) -> None:
+        """Encodes the chunks that the segment completes, those of all sequences at once."""
+        S, T, device = self.config.chunk_size, h_BTC.shape[1], h_BTC.device
+        x_BPC = self.chunk.extend(h_BTC)[0]
+        rest = [n % S for n in self.lengths]
+        new = [(r + n) // S for r, n in zip(rest, self.counts, strict=True)]
+        if not any(new):
+            return
+        row = torch.tensor([b for b, n in enumerate(new) for _ in range(n)], device=device)
+        within = torch.cat([torch.arange(n, device=device) for n in new])
+        begin = (torch.tensor(self.lengths, device=device) // S)[row] * S + within * S
+        column = (x_BPC.shape[1] - T - torch.tensor(rest, device=device))[row] + within * S
+        x_MSC = x_BPC[row[:, None], column[:, None] + torch.arange(S, device=device)]
+        k, v, landmarks = model.encode(x_MSC, begin)
+        entries = k.unflatten(0, (-1,)), v, landmarks[:, 0]
+        for b, part in enumerate(zip(*(x.to(self.memory.spec.dtype).split(new) for x in entries), strict=True)):
+            if new[b]:
+                self.memory.append(b, *part)
+
+    def _upper(self, model, h_BTC, first_v_BTHD, keep: int | None) -> torch.Tensor:
+        """Hidden states of the upper decoder: of the segment, or of the last `keep` tokens of each row."""
+        T, starts, counts = h_BTC.shape[1], self.lengths, list(self.counts)
+        n = T if keep is None else min(keep, T)
+        if self.waiting is not None and (n < T or any(self.waiting.held)):
+            waited = list(self.waiting.held)
+            h, v, _ = self.waiting.extend(h_BTC, first_v_BTHD)
+            if not n:
+                return h_BTC[:, :0]
+            # What stands further back than n outputs reach is left out for good.
+            self._count([min(a + b, n + self.waiting.keep) for a, b in zip(waited, counts, strict=True)])
+            first = [h.shape[1] - T + b - m for b, m in zip(counts, self.counts, strict=True)]
+            h_BTC, first_v_BTHD = (take_rows(x, first, max(1, *self.counts)) for x in (h, v))
+            starts = [a + b - m for a, b, m in zip(starts, counts, self.counts, strict=True)]
+            self.waiting.clear()
+        memory = None if self.memory is None else SegmentMemory(self.memory, self.counts)
+        caches = self.layers[self.config.lower_layers :]
+        start = self._start(starts)
+        if keep is not None and min(self.counts) == h_BTC.shape[1]:
+            out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, max(1, n))
+            return out[:, out.shape[1] - n :]
+        out = model.upper(h_BTC, memory, first_v_BTHD, start, caches)
+        behind = counts if keep is None else [n] * len(counts)
+        return take_rows(out, [m - b for m, b in zip(self.counts, behind, strict=True)], n)

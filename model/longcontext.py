@@ -1,0 +1,134 @@
+"""Reading millions of tokens to answer at their end: memory linear in them, the upper decoder for the end only.
+
+    reader = LongReader(model)
+    logits = reader.read(tokens, keep=3)     # [3, V]: what the model says at the last three positions
+
+Below the chunk memory a token sees its window only, so the context is read in segments that overlap by that reach. For
+the same reason a second context of equal length is read by its differences: only the chunks that a changed token
+reaches are encoded again. Both give what the whole model gives.
+
+Shape suffixes: as in hsa_tl.model.hsa.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hsa_tl import hsa_decode, retrieve_decode
+from hsa_tl.model.model import Model
+
+SEGMENT = 1 << 14  # tokens at once
+ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is quadratic
+
+
+class FlatMemory:
+    """The chunks of one sequence in place: keys and values [N, S, H, D], landmarks [1, N, R, E]; what HSALayer reads.
+
+    folder: keeps them in files mapped there, not on the heap.
+    """
+
+    def __init__(self, model: Model, chunks: int, folder: Path | None = None):
+        c = model.config
+        p = next(model.parameters())
+        self.chunk_size = c.chunk_size
+
+        def make(name: str, *shape: int) -> torch.Tensor:
+            if folder is None:
+                return torch.empty(shape, dtype=p.dtype, device=p.device)
+            folder.mkdir(parents=True, exist_ok=True)
+            size = int(np.prod(shape))
+            return torch.from_file(str(folder / name), shared=True, size=max(1, size), dtype=p.dtype)[:size].view(shape)
+
+        self.k, self.v = (make(x, chunks, c.chunk_size, c.kv_heads, c.head_dim) for x in ("keys", "values"))
+        self.landmarks = make("landmarks", 1, chunks, c.retrieval_heads, c.retrieval_dim)
+        self.table = torch.arange(chunks, dtype=torch.int32, device=p.device)[None]
+
+    @property
+    def longest(self) -> int:
+        return self.landmarks.shape[1]
+
+    def write(self, first: int, chunks: int, part) -> None:
+        """Chunks [first, first + chunks) of a ChunkMemory part that begins with them."""
+        S = self.chunk_size
+        for to, x in ((self.k, part.k), (self.v, part.v)):
+            to[first : first + chunks] = x[0, : chunks * S].unflatten(0, (chunks, S))
+        self.landmarks[:, first : first + chunks] = part.landmarks[:, :chunks]
+
+    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0):
+        lengths = torch.tensor([start], dtype=torch.int32, device=q_slc.device)
+        return retrieve_decode(
+            q_slc, self.landmarks, lengths, topk, chunk_size=self.chunk_size, exclude_window=exclude_window
+        )
+
+    def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
+        return hsa_decode(q, self.k, self.v, weights, indices, self.table, impl=impl)
+
+
+class LongReader:
+    """Reads contexts. An "hsa" model reads the differences to the one before; "nsa", whose upper layers keep keys of
+    their own, reads each anew; "full" reads each whole, at most ONE_SHOT tokens.
+
+    segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
+    heap.
+    """
+
+    def __init__(self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None):
+        if segment % model.config.chunk_size:
+            raise ValueError(f"segment must be a multiple of chunk_size = {model.config.chunk_size}, got {segment}")
+        self.model, self.segment, self.folder = model, segment, folder
+        c = model.config
+        lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]
+        self.whole = any(x.attention.window is None for x in lower)
+        self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
+        self.upper_reach = sum(x.reach for x in upper)
+        self.tokens = np.empty(0, np.uint16)
+        self.memory: FlatMemory | None = None
+
+    @torch.no_grad()
+    def read(self, tokens: np.ndarray, keep: int) -> torch.Tensor:
+        """Logits [keep, V] of the last `keep` positions of tokens [T]."""
+        T = len(tokens)
+        if not 1 <= keep <= T:
+            raise ValueError(f"keep must lie in [1, {T}], got {keep}")
+        if self.whole:
+            if T > ONE_SHOT:
+                raise NotImplementedError(f"full attention reads at most {ONE_SHOT} tokens here, got {T}")
+            return self.model(self._ids(tokens), logits_to_keep=keep).logits[0]
+        if self.model.encoder is not None:
+            self._remember(tokens)
+        start = max(0, T - keep - self.upper_reach)
+        parts = [self._lower(tokens, a, min(T, a + self.segment)) for a in range(start, T, self.segment)]
+        h_BTC, v_BTHD = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+        return self.model.head(self.model.upper(h_BTC, self.memory, v_BTHD, start, keep=keep))[0]
+
+    def _ids(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(tokens.astype(np.int64))[None].to(next(self.model.parameters()).device)
+
+    def _lower(self, tokens: np.ndarray, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the lower decoder gives at [a, b): it reads from its reach before a on."""
+        first = max(0, a - self.lower_reach)
+        h, v = self.model.lower(self.model.embed(self._ids(tokens[first:b])), first)
+        return h[:, a - first :], v[:, a - first :]
+
+    def _remember(self, tokens: np.ndarray) -> None:
+        """Brings the memory to these tokens: all chunks the first time, then those that a changed token reaches."""
+        S, N = self.model.config.chunk_size, len(tokens) // self.model.config.chunk_size
+        if len(tokens) != len(self.tokens):
+            self.memory, stale = FlatMemory(self.model, N, self.folder), np.ones(N, bool)
+        else:
+            changed = np.flatnonzero(tokens != self.tokens)
+            # +1 where a changed token's reach begins, -1 behind it; counted in chunks.
+            edges = np.zeros(N + 2, np.int64)
+            np.add.at(edges, np.minimum(changed // S, N), 1)
+            np.add.at(edges, np.minimum((changed + self.lower_reach) // S + 1, N + 1), -1)
+            stale = np.cumsum(edges)[:N] > 0
+        self.tokens = np.empty(0, np.uint16)  # nothing, should encoding fail
+        bounds = np.flatnonzero(np.diff(np.concatenate([[0], stale, [0]])))
+        step = self.segment // S
+        for first, last in bounds.reshape(-1, 2).tolist():
+            for a in range(first, last, step):
+                b = min(last, a + step)
+                h_BTC, _ = self._lower(tokens, a * S, b * S)
+                self.memory.write(a, b - a, self.model.encode(h_BTC, a * S))
+        self.tokens = np.array(tokens)

@@ -1,0 +1,254 @@
+"""Reading segment by segment gives the logits of the one-shot forward: any segments, ragged batches, every memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsa_tl import hsa_attention, retrieve_chunks
+from hsa_tl.model import Model, preset, segment
+from hsa_tl.model.memory import MemorySpec, PagedMemory
+from hsa_tl.model.segment import SegmentMemory
+from hsa_tl.model.tail import Tail
+from hsa_tl.testing import assert_as_accurate_as
+
+SMALL = replace(
+    preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, layers=4, groups=2,
+    vocab_size=50, encoder_mlp_dim=32, window=12, topk=3, retrieval_heads=2,
+)  # fmt: skip
+CONFIGS = {
+    "hsa": {},
+    "softmax1": {"fusion": "softmax1", "retrieval_heads": 1, "conv": 0},
+    "stick_breaking": {"fusion": "stick_breaking", "exclude_window": True, "window": 40},
+    "joint": {"fusion": "joint", "layers": 5, "groups": 3, "value_residual": "resformer"},
+    "all": {"topk": "all", "rope": ("swa", "hsa"), "layers": 3, "groups": 1, "value_residual": "svformer"},
+    "swa": {"attention": "swa"},
+    "full": {"attention": "full", "value_residual": "resformer"},
+    "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
+    "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
+    "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
+    "window of one": {"window": 1, "layers": 2, "groups": 1},
+}
+each_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+MEMORIES = {
+    "growing": {"capacity": 16},
+    "mapped": {"directory": "."},
+    "offloaded": {"offload": True, "cache_pages": 3},
+    "two-level": {"two_level": True},
+}
+T = 150
+SPLITS = {
+    "one": (1,) * T,
+    "short": (3, 2, 4, 1) * 15,
+    "mixed": (5, 1, 1, 40, 16, 3, 9, 32, 11, 1, 17, 1, 13),  # a prompt below a chunk, several chunks at once
+    "long": (130, 20),
+}
+
+
+def models(changes):
+    """A model and the same in float64."""
+    model = Model(replace(SMALL, **changes)).eval()
+    exact = Model(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    return model, exact
+
+
+def one_shot(model, exact, ids):
+    with torch.no_grad():
+        return model(ids).logits, exact(ids).logits
+
+
+def read(model, cache, ids, split):
+    return torch.cat([model(part, cache=cache).logits for part in ids.split(list(split), 1)], 1)
+
+
+@each_config
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_segments_equal_one_shot(changes, split):
+    model, exact = models(changes)
+    ids = torch.randint(50, (2, T))
+    low, high = one_shot(model, exact, ids)
+    cache = model.new_cache(2)
+    got = read(model, cache, ids, split)
+    assert not got.requires_grad and cache.lengths == [T, T]
+    assert_as_accurate_as("logits", got, low, high)
+
+
+@pytest.mark.parametrize("options", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("split", (SPLITS["mixed"], SPLITS["short"]), ids=("mixed", "short"))
+def test_every_memory(options, split, tmp_path):
+    model, exact = models({})
+    ids = torch.randint(50, (2, T))
+    low, high = one_shot(model, exact, ids)
+    if "directory" in options:
+        options = {"directory": tmp_path}
+    cache = model.new_cache(2, **options)
+    assert_as_accurate_as("logits", read(model, cache, ids, split), low, high)
+    assert not any(tmp_path.iterdir())  # the files have no names
+
+
+@st.composite
+def ragged(draw):
+    """Segments as (width, tokens of each of three rows, logits to keep)."""
+    segments = []
+    for _ in range(draw(st.integers(1, 5))):
+        width = draw(st.sampled_from((1, 2, 7, 9, 30, 64)))
+        counts = [draw(st.integers(0, width)) for _ in range(3)]
+        segments.append((width, counts, draw(st.sampled_from((None, None, 0, 1, 3)))))
+    return segments
+
+
+@settings(max_examples=12)
+@given(segments=ragged(), seed=st.integers(0, 99), name=st.sampled_from(sorted(CONFIGS)))
+def test_ragged_batches_equal_each_row_alone(segments, seed, name):
+    torch.manual_seed(seed)
+    model, exact = models(CONFIGS[name])
+    total = [sum(counts[b] for _, counts, _ in segments) for b in range(3)]
+    rows = [torch.randint(50, (1, n)) for n in total]
+    wanted = [one_shot(model, exact, row) for row in rows if row.numel()]
+    wanted = [wanted.pop(0) if n else None for n in total]
+    cache = model.new_cache(3)
+    at = [0, 0, 0]
+    for width, counts, keep in segments:
+        ids = torch.randint(50, (3, width))
+        for b, n in enumerate(counts):
+            ids[b, :n] = rows[b][0, at[b] : at[b] + n]
+        logits = model(ids, cache=cache, lengths=counts, logits_to_keep=keep).logits
+        for b, n in enumerate(counts):
+            at[b] += n
+            m = n if keep is None else min(n, keep)
+            if m:
+                got = logits[b, :n] if keep is None else logits[b, -m:]
+                low, high = (x[0, at[b] - m : at[b]] for x in wanted[b])
+                assert_as_accurate_as(f"row {b}", got, low, high)
+    assert cache.lengths == total
+
+
+@each_config
+def test_a_prefill_without_logits_runs_the_upper_decoder_once(changes):
+    model, exact = models(changes)
+    config = model.config
+    ids = torch.randint(50, (2, T))
+    low, high = one_shot(model, exact, ids)
+    seen = []
+    model.layers[config.lower_layers].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    cache = model.new_cache(2)
+    for part in ids[:, :120].split(20, 1):
+        assert model(part, cache=cache, logits_to_keep=0).logits is None
+    got = model(ids[:, 120:130], cache=cache, logits_to_keep=1).logits
+    if config.attention in ("full", "nsa"):
+        assert seen == [20] * 6 + [10]
+    else:
+        upper = config.layers - config.lower_layers
+        assert seen == [1 + upper * (config.window - 1)]
+    rest = read(model, cache, ids[:, 130:], (1, 1, 5, 13))
+    assert_as_accurate_as("logits", torch.cat([got, rest], 1), low[:, 129:], high[:, 129:])
+
+
+def test_rows_do_not_depend_on_each_other():
+    model, _ = models({})
+    ids = torch.randint(50, (3, 40))
+    whole = read(model, model.new_cache(3), ids, (30, 10))
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(read(model, model.new_cache(3), ids[order], (30, 10)), whole[order])
+    torch.testing.assert_close(read(model, model.new_cache(1), ids[1:2], (30, 10)), whole[1:2])
+
+
+def test_labels_and_autocast_with_a_cache():
+    model, _ = models({})
+    ids = torch.randint(50, (2, 90))
+    want = model(ids, labels=ids)
+    cache = model.new_cache(2)
+    model(ids[:, :50], cache=cache, logits_to_keep=0)
+    labels = ids[:, 50:].clone()
+    part = model(ids[:, 50:], labels=labels, cache=cache)
+    expected = torch.nn.functional.cross_entropy(want.logits[:, 50:-1].flatten(0, 1), ids[:, 51:].flatten())
+    torch.testing.assert_close(part.loss, expected)
+    assert part.cache is cache
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.new_cache(2)
+        got = read(model, cache, ids, (50, 1, 39))
+    assert cache.memory.spec.dtype == torch.bfloat16
+    assert (got - want.logits).abs().mean() < 0.05 * want.logits.abs().mean()
+
+
+@settings(max_examples=30)
+@given(
+    keep=st.sampled_from((None, 0, 1, 5, 31)),
+    segments=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12), st.integers(0, 12)), max_size=12),
+)
+def test_tail_holds_the_last_tokens(keep, segments):
+    counts = [0, 0]
+    tail, held = Tail(counts, keep), [[], []]
+    value = 1
+    for width, *lengths in segments:
+        counts[:] = [min(width, n) for n in lengths]
+        new = torch.arange(value, value + 2 * width).view(2, width, 1).float()
+        value += 2 * width
+        a, b, past = tail.extend(new, -new)
+        assert torch.equal(a, -b) and torch.equal(a[:, -width:], new)
+        for row in range(2):
+            real = a.shape[1] - width if past is None else min(int(past[row]), a.shape[1] - width)
+            wanted = held[row] if keep is None else held[row][len(held[row]) - min(keep, len(held[row])) :]
+            assert a[row, a.shape[1] - width - real : a.shape[1] - width, 0].tolist() == wanted
+            held[row] += new[row, : counts[row], 0].tolist()
+
+
+def test_a_tail_grows_without_quadratic_copies():
+    counts = [1]
+    tail, moved, last = Tail(counts), 0, None
+    for _ in range(3000):
+        tail.extend(torch.zeros(1, 1, 4))
+        if tail.buffers[0].data_ptr() != last:
+            moved, last = moved + tail.end, tail.buffers[0].data_ptr()
+    assert moved < 2 * 3000
+
+
+@pytest.mark.parametrize("capacity", (200, 1), ids=("one slab", "slabs"))
+@pytest.mark.parametrize("exclude", (0, 40))
+def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypatch):
+    """Selection bit for bit, whatever the slabs, and whether the pages are gathered at once or in parts."""
+    S, H, D, E, K = 16, 2, 16, 8, 5
+    memory = PagedMemory(MemorySpec(2, H, D, H, E, S), capacity=capacity, pages=capacity)
+    lengths, content = (170 * S + 3, 64 * S), []
+    for b, n in enumerate(lengths):
+        k, v = (torch.randn(n // S, S, H, D) for _ in range(2))
+        content.append((k, v, torch.randn(n // S, H, E).sign()))
+        memory.append(b, *content[b])
+    counts = [100, 31]
+    starts = [n - m for n, m in zip(lengths, counts, strict=True)]
+    q, q_slc = torch.randn(2, 100, 4, D), torch.randn(2, 100, H, E).sign()
+    view = SegmentMemory(memory, counts)
+    scores, indices = view.retrieve(q_slc, torch.tensor(starts, dtype=torch.int32), K, exclude_window=exclude)
+    weights = torch.rand(scores.shape)
+    out = view.attend(q, weights, indices)
+    monkeypatch.setattr(segment, "GATHERED", 7 * S * H * D)
+    torch.testing.assert_close(view.attend(q, weights, indices), out)
+    for b, n in enumerate(counts):
+        k, v, landmarks = content[b]
+        want = retrieve_chunks(
+            q_slc[b : b + 1, :n], landmarks[None], K, chunk_size=S, q_start=starts[b], exclude_window=exclude
+        )
+        assert torch.equal(indices[b, :n], want[1][0]) and torch.equal(scores[b, :n], want[0][0])
+        call = q[b : b + 1, :n], k.flatten(0, 1)[None], v.flatten(0, 1)[None], weights[b : b + 1, :n], want[1]
+        torch.testing.assert_close(out[b, :n], hsa_attention(*call, chunk_size=S)[0])
+        assert (indices[b, n:] == -1).all() and (out[b, n:] == 0).all()
+
+
+def test_errors_name_the_argument():
+    model, _ = models({})
+    cache, ids = model.new_cache(2), torch.zeros(2, 5, dtype=torch.int64)
+    for call, message in (
+        (lambda: model(ids[:1], cache=cache), r"input_ids must have the cache's batch size 2, got shape \[1, 5\]"),
+        (lambda: model(ids, cache=cache, lengths=[5, 6]), r"lengths must be 2 ints from 0 to 5, got \[5, 6\]"),
+        (lambda: model(ids, lengths=[5, 5]), "lengths must come with a cache"),
+        (lambda: model.new_cache(0), "batch_size must be a positive int, got 0"),
+        (lambda: model.new_cache(1, capacity=0), "capacity must be a positive int, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="offload must go to a model with a chunk memory, got attention 'swa'"):
+        Model(replace(SMALL, attention="swa")).new_cache(1, offload=True)
+    assert cache.lengths == [0, 0]

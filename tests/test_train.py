@@ -1,0 +1,236 @@
+"""Recipes run end to end at toy size; a killed run resumes to the bit; a torn checkpoint is skipped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsa_tl.cli import app
+from hsa_tl.model import Model, checkpoint, preset
+from hsa_tl.model import train as training
+from hsa_tl.model.data import ByteTokenizer, write_tokens
+from hsa_tl.model.distributed import Ranks
+from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe_of
+from hsa_tl.model.sources import make_source
+
+STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
+
+
+def toy(steps: int = 6, **changes) -> Recipe:
+    data = {"kind": "needles", "tasks": [{"needles": 1, "queries": 1}]}
+    stages = (
+        Stage(steps // 2, 32, 8, data, model={"topk": "all", "impl": "dense"}),
+        Stage(steps - steps // 2, 64, 4, data, accumulate=2, model={"window": 16}),
+    )
+    values = {"name": "toy", "preset": "tiny", "stages": stages, "lr": 1e-3, "log_every": 1, "checkpoint_every": 2}
+    return Recipe(**(values | changes))
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log(run) -> list[dict]:
+    return [json.loads(x) for x in (run / training.LOG).read_text().splitlines()]
+
+
+def test_training_learns_to_retrieve(tmp_path):
+    """One needle among others' noise: chance is 1 in 96."""
+    data = {"kind": "needles", "tasks": [{"needles": 1, "queries": 1}]}
+    stage = Stage(120, 40, 32, data, model={"topk": "all", "impl": "dense"})
+    recipe = Recipe("learn", "tiny", (stage,), 3e-3, warmup=10, checkpoint_every=1000)
+    model = training.train(recipe, tmp_path)
+    losses = [x["loss"] for x in log(tmp_path)]
+    assert losses[0] > 5 and losses[-1] < 0.7 * losses[0]
+    batch = make_source(data, 40, 999).batch(0, 100)
+    predicted = model(batch.input_ids).logits[:, :-1].argmax(-1)
+    counted = batch.labels[:, 1:] != -100
+    assert (predicted == batch.labels[:, 1:])[counted].float().mean() > 0.3
+
+
+def test_a_killed_run_resumes_to_the_bit(tmp_path):
+    recipe = toy(steps=40)
+    whole = weights(training.train(recipe, tmp_path / "whole"))
+    code = (
+        "import sys, torch, json, pathlib; torch.set_num_threads(int(sys.argv[3]))\n"
+        "from hsa_tl.model import train; from hsa_tl.model.recipe import recipe_of\n"
+        "train.train(recipe_of(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))"
+    )
+    run = tmp_path / "killed"
+    threads = str(torch.get_num_threads())
+    child = subprocess.Popen([sys.executable, "-c", code, json.dumps(recipe.to_dict()), str(run), threads])
+    deadline = time.monotonic() + 60
+    while not list(run.glob("step-*")) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    done = checkpoint.latest(run).step
+    assert 0 < done < recipe.steps
+    assert_same(weights(training.train(recipe, run)), whole)
+    first, second = log(tmp_path / "whole"), log(run)
+    assert [x["step"] for x in second] == list(range(recipe.steps))
+    assert [x["loss"] for x in first] == [x["loss"] for x in second]
+
+
+@pytest.mark.parametrize("damage", ("cut", "flip", "no meta", "bad meta"))
+def test_a_torn_checkpoint_is_skipped(tmp_path, damage):
+    recipe = toy()
+    want = weights(training.train(recipe, tmp_path))
+    newest = sorted(tmp_path.glob("step-*"))[-1]
+    file = newest / ("meta.json" if "meta" in damage else "__0_0.distcp")
+    raw = file.read_bytes()
+    if damage == "no meta":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": raw[:-9], "flip": raw[:-9] + b"\x7f" + raw[-8:], "bad meta": b"{}"}[damage])
+    with pytest.warns(checkpoint.TornCheckpoint, match=newest.name):
+        assert checkpoint.latest(tmp_path).step == recipe.steps - 2
+    with pytest.warns(checkpoint.TornCheckpoint):
+        assert_same(weights(training.train(recipe, tmp_path)), want)
+
+
+def test_a_run_of_another_recipe_is_refused(tmp_path):
+    training.train(toy(), tmp_path)
+    with pytest.raises(ValueError, match=r"run must hold checkpoints of this recipe, got others in .*: lr, seed"):
+        training.train(toy(lr=2e-3, seed=1), tmp_path)
+    assert checkpoint.latest(tmp_path / "none") is None
+    with pytest.raises(ValueError, match="run must be a folder with a checkpoint"):
+        training.load_model(tmp_path / "none")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    (tmp_path / ".step-00000001").mkdir()  # of a killed process
+    training.train(toy(keep=2), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [training.LOG, "step-00000004", "step-00000006"]
+    model = training.load_model(tmp_path)
+    assert model.config == preset("tiny") and not model.training
+
+
+def test_accumulated_batches_are_one_batch():
+    data = {"kind": "needles", "tasks": [{"needles": 2, "queries": 2}, {"needles": 2, "queries": 1}]}
+    batch = make_source(data, 64, 0).batch(0, 6)
+    parts = [type(batch)(*(x[a:b] for x in batch)) for a, b in ((0, 1), (1, 4), (4, 6))]
+    found = []
+    for batches in ([batch], parts):
+        torch.manual_seed(0)
+        model = Model(preset("tiny"))
+        recipe = toy()
+        optimizer = training.make_optimizer(model, recipe)
+        found.append(training.train_step(model, optimizer, recipe, batches, 1e-3, Ranks("cpu")))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_learning_rate():
+    data = {"kind": "needles", "tasks": [{}]}
+    recipe = Recipe("x", "tiny", (Stage(100, 32, 1, data),), 1.0, warmup=10, decay=0.5, final=0.1)
+    rates = [recipe.lr_at(i) for i in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3]) and rates[10:51] == [1.0] * 41
+    assert rates[75] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=2e-3)
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert replace(recipe, decay=0).lr_at(99) == 1.0
+
+
+def test_vectors_do_not_decay():
+    model = Model(preset("tiny"))
+    optimizer = training.make_optimizer(model, toy(weight_decay=0.5))
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    assert all(decays[id(p)] == (0.5 if p.ndim > 1 else 0.0) for p in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    model = Model(preset("tiny"))
+    torch.nn.init.constant_(model.output.weight, float("nan"))
+    batch = make_source({"kind": "needles", "tasks": [{}]}, 32, 0).batch(0, 2)
+    with pytest.raises(FloatingPointError, match="gradient must be finite"):
+        training.train_step(model, training.make_optimizer(model, toy()), toy(), [batch], 1e-3, Ranks("cpu"))
+
+
+def shrunk(recipe: Recipe, tmp_path) -> Recipe:
+    """The recipe at toy size, on toy data."""
+    values = recipe.to_dict() | {"preset": "tiny", "checkpoint_every": 1, "log_every": 1}
+    if recipe.start:
+        values["start"] = str(tmp_path / recipe.start.split("/")[-1])
+    stages = []
+    for stage in values["stages"]:
+        data = dict(stage["data"])
+        if "path" in data:
+            data["path"] = str(tmp_path / "train.bin")
+        model = dict(stage["model"])
+        if "window" in model:
+            model["window"] //= 64
+        stages.append(stage | {"steps": 1, "length": 320, "batch": 1, "accumulate": 2, "data": data, "model": model})
+    return recipe_of(values | {"stages": stages})
+
+
+def test_every_recipe_at_toy_size(tmp_path):
+    """Each in turn, from the checkpoint of the one before; bfloat16 too."""
+    write_tokens(tmp_path / "train.bin", [b"words and more words, " * 999], ByteTokenizer())
+    assert set(recipe_names()) == {*STAGES, "needle-tiny"}
+    for name in (*STAGES, "needle-tiny"):
+        recipe = shrunk(load_recipe(name), tmp_path)
+        training.train(recipe, tmp_path / name)
+        rows = log(tmp_path / name)
+        assert len(rows) == recipe.steps and all(0 < x["loss"] < 7 for x in rows)
+    first = training.load_model(tmp_path / "warmup-short-window")
+    assert_same(weights(training._start(shrunk(load_recipe("pretrain"), tmp_path), "cpu")), weights(first))
+
+
+def test_the_papers_stages():
+    found = {name: load_recipe(name) for name in STAGES}
+    at = {n: (r.stages[0].length, *(r.config(r.stages[0]).__getattribute__(x) for x in ("window", "topk")))
+          for n, r in found.items()}  # fmt: skip
+    assert at["warmup-short-window"] == at["warmup-self-copy"] == (16384, 512, "all")
+    assert at["pretrain"] == (16384, 4096, 64) and at["mid-train"] == (32768, 4096, "all")
+    assert at["anneal"][0] == 32768 and at["sft"][0] == 8192
+    for r in found.values():
+        assert (r.weight_decay, r.betas, r.clip) == (0.01, (0.9, 0.95), 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    (
+        ({"stages": ()}, "stages must name at least one stage"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
+        ({"warmup": 0.5}, "warmup must be an int"),
+        ({"nonsense": 1}, "a recipe must have the fields"),
+        ({"model": {"widow": 1}}, "model must change fields of ModelConfig, got widow"),
+        ({"preset": "huge"}, "preset must be one of"),
+    ),
+)
+def test_a_wrong_recipe_is_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        recipe_of(toy().to_dict() | changes)
+
+
+def test_a_stage_may_not_change_shapes(tmp_path):
+    stages = (*toy().stages[:1], replace(toy().stages[1], model={"dim": 64}))
+    with pytest.raises(ValueError, match="config must leave the parameters' shapes alone"):
+        training.train(toy(stages=stages), tmp_path)
+
+
+def test_train_command(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "preset: tiny\nlr: 1e-3\nlog_every: 1\nstages:\n"
+        "  - {steps: 2, length: 64, batch: 2, data: {kind: needles, tasks: [{needles: 2, queries: 2}]}}\n"
+    )
+    args = ["train", str(file), "--out", str(tmp_path / "run"), "--seed", "3"]
+    for _ in range(2):
+        result = CliRunner().invoke(app, args)
+        assert result.exit_code == 0 and "mine, 2 steps" in result.output, result.output
+    assert checkpoint.latest(tmp_path / "run").recipe["seed"] == 3
+    for bad, words in ((["train", "nonsense"], "recipe must be a .yaml file or one of"), ([*args[:-1], "4"], "seed")):
+        result = CliRunner().invoke(app, bad)
+        assert result.exit_code == 2 and words in result.output and len(result.output.strip().splitlines()) == 1
