@@ -6,10 +6,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from hsa_tl import cases
 from hsa_tl.bench import compare, page, plot, record
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.decode import Decode
+from hsa_tl.bench.model import ModelBench
 from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Roofline
 from hsa_tl.bench.suite import Suite, one_of
@@ -25,8 +25,12 @@ from hsa_tl.terminal import (
 )
 
 SUITES: dict[str, Callable[[], Suite]] = {
-    "attention": Attention, "retrieve": Retrieve, "decode": Decode, "roofline": Roofline,
-}  # fmt: skip
+    "attention": Attention,
+    "retrieve": Retrieve,
+    "decode": Decode,
+    "model": ModelBench,
+    "roofline": Roofline,
+}
 WHATS = (*SUITES, *DIRECTIONS)  # a direction is the attention suite in that mode
 console = make_console()
 
@@ -52,7 +56,9 @@ def show_speed(rows: list[record.Row], title: str) -> None:
 def bench(
     what: Annotated[str, typer.Argument(help=f"{', '.join(WHATS)}; attention is forward and train")] = "attention",
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
-    case_name: Annotated[Optional[str], typer.Option("--case", help="a named problem, see hsa_tl/cases.py")] = None,
+    case_name: Annotated[
+        Optional[str], typer.Option("--case", help="a problem of hsa_tl/cases.py; of model: a preset")
+    ] = None,
     lengths: Annotated[Optional[str], typer.Option(help="1k,2k,4k or 1k..16k, which doubles")] = None,
     mode: Annotated[Optional[list[str]], typer.Option(help="of what is measured; repeatable, by default all")] = None,
     provider_names: Annotated[
@@ -70,14 +76,15 @@ def bench(
     """HSA against dense attention by length. Resumes: what OUT already holds of this commit is not measured again.
 
     retrieve: streaming retrieval of a prefill against materialised scores and torch.topk. decode: one new token over a
-    cache, retrieval and attention. Exit code 1 if a provider is refused by the correctness gate or fails.
+    cache, retrieval and attention. model: a training step, a prefill and a token, beside full attention. roofline: a
+    matrix product and a copy. Exit code 1 if a provider is refused by the correctness gate or fails.
     """
     with one_line_errors():
         one_of("what to bench", what, WHATS)
         suite = SUITES.get(what, Attention)()
         modes = [what] if what in DIRECTIONS else mode
         device = pick_device(device)
-        case = cases.case(case_name or suite.default_case)
+        case = suite.find_case(case_name or suite.default_case)
         points = parse_lengths(lengths or (suite.cpu_lengths if device == "cpu" else suite.cuda_lengths))
         with progress_bar(console) as bar:
             step = bar.add_task("starting", total=None)

@@ -1,12 +1,13 @@
-"""What one lease of a Hopper machine does: gpu tests, a short tuning, a sweep; within minutes, resumable, recorded."""
+"""What one lease of a Hopper machine does: gpu tests, sweeps, a short tuning; within minutes, resumable, recorded."""
 
+import functools
 import json
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,74 +17,22 @@ import typer
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, measure, static, table, tuner
 from hsa_tl.autotune.journal import Journal
-from hsa_tl.bench import record
+from hsa_tl.bench import page, record
+from hsa_tl.bench.agenda import Step, read_state, run_agenda
 from hsa_tl.bench.attention import Attention
+from hsa_tl.bench.decode import Decode
+from hsa_tl.bench.model import ModelBench
+from hsa_tl.bench.retrieve import Retrieve
+from hsa_tl.bench.roofline import Roofline
+from hsa_tl.bench.suite import Suite
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.terminal import parse_lengths
 
 PREPARED = Path(".bundle/ranked.jsonl")
 PREPARED_CONFIGS = 2  # of a group and case: a lease has no time for more
-LENGTHS = (4096, 16384, 65536)
-SELECTIONS = ("random", "overlap")
-SWEPT = ("paper-d128", "k16-d128", "paper-d64")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A part of the agenda. run(seconds left) returns a detail for the record and raises when the step fails."""
-
-    name: str
-    run: Callable[[float], dict]
-    share: float  # of the whole budget, at most
-    required: bool = False  # its failure ends the agenda
-
-
-@dataclass
-class State:
-    """What is done, for one device, commit and set of versions; another of these starts anew."""
-
-    device: str
-    commit: str
-    versions: str
-    steps: dict[str, dict] = field(default_factory=dict)
-
-
-def read_state(path: Path, device: str, commit: str, versions: str) -> State:
-    """The state in path if it is of the same device, commit and versions, else an empty one."""
-    new = State(device, commit, versions)
-    if not path.is_file():
-        return new
-    old = State(**json.loads(path.read_text()))
-    return old if (old.device, old.commit, old.versions) == (device, commit, versions) else new
-
-
-def run_agenda(steps: list[Step], state: State, path: Path, seconds: float, clock=time.monotonic) -> bool:
-    """Runs the steps that are not done yet, in order, and records each at once. False if a step failed.
-
-    A failed step is tried again by the next run; a failed required step ends this one.
-    """
-    end, ok = clock() + seconds, True
-    for step in steps:
-        if state.steps.get(step.name, {}).get("status") == "done":
-            continue
-        left = min(end - clock(), step.share * seconds)
-        if left <= 0:
-            state.steps[step.name] = {"status": "no time left"}
-            continue
-        begin = clock()
-        try:
-            detail = step.run(left)
-            status = "done" if detail.pop("finished", True) else "unfinished"
-        except Exception as error:
-            status, detail, ok = "failed", {"error": f"{type(error).__name__}: {error}"[-2000:]}, False
-        state.steps[step.name] = {"status": status, "seconds": round(clock() - begin, 1), **detail}
-        write_atomic(path, json.dumps(asdict(state), indent=1) + "\n")
-        if status == "failed" and step.required:
-            break
-    write_atomic(path, json.dumps(asdict(state), indent=1) + "\n")
-    return ok
 
 
 def run_tests(seconds: float) -> dict:
@@ -148,18 +97,55 @@ def tune(out: Path, seconds: float) -> dict:
     return detail
 
 
-def sweep(out: Path, seconds: float) -> dict:
-    """Every provider over lengths and selections; bench.csv and bench.json grow point by point."""
-    end, rows = time.monotonic() + seconds, []
-    for selection in SELECTIONS:
-        for name in SWEPT:
-            left = max(0.0, end - time.monotonic())
-            rows += run_sweep(
-                Attention(), [cases.case(name)], LENGTHS, ("forward", "backward"), None, selection, "cuda", out, left,
-                min_repeats=10, seconds=0.3,
-            )  # fmt: skip
-    late = sum("time is up" in r.note for r in rows)
-    return {"rows": len(rows), "not_measured": late, "finished": late == 0}
+@dataclass(frozen=True)
+class Sweep:
+    """A step that measures one suite: cases and lengths as `hsa-tl bench` names them; modes None: the suite's."""
+
+    name: str
+    suite: Callable[[], Suite]
+    cases: tuple[str, ...]
+    lengths: str
+    share: float  # of the whole budget, at most
+    modes: tuple[str, ...] | None = None
+    selections: tuple[str, ...] = ("random",)
+
+    def run(self, out: Path, device: str, seconds: float) -> dict:
+        """Every provider; bench.csv and bench.json of out grow point by point."""
+        end, rows, suite = time.monotonic() + seconds, [], self.suite()
+        for selection in self.selections:
+            for name in self.cases:
+                rows += run_sweep(
+                    suite, [suite.find_case(name)], parse_lengths(self.lengths), self.modes, None, selection, device,
+                    out, max(0.0, end - time.monotonic()), min_repeats=10, seconds=0.3,
+                )  # fmt: skip
+        late = sum("time is up" in r.note for r in rows)
+        return {"rows": len(rows), "not_measured": late, "finished": late == 0}
+
+
+BOTH = ("forward", "backward")
+# In the order of bench/AGENDA.md: the roofline, the headline, then what explains it.
+SWEEPS = (
+    Sweep("roofline", Roofline, ("paper-d128",), "8k", 0.05),
+    Sweep("headline", Attention, ("paper-d128",), "4k,16k,64k,128k", 0.5, BOTH),
+    Sweep("decode", Decode, ("paper-d128",), "4k,128k,1m,16m", 0.15),
+    Sweep("retrieve", Retrieve, ("paper-d128",), "4k,128k,1m,16m", 0.15),
+    Sweep("selections", Attention, ("paper-d128",), "4k,16k,64k", 0.4, BOTH, ("overlap=0.8", "full", "text")),
+    Sweep(
+        "cases", Attention, ("k16-d128", "paper-d64", "g4", "g1"), "4k,16k,64k", 0.5, BOTH, ("random", "overlap=0.8")
+    ),
+    Sweep("model", ModelBench, ("small",), "4k,16k,64k", 0.3),
+)
+TUNE_AFTER = "headline"
+
+
+def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Sweep, ...] = SWEEPS) -> list[Step]:
+    """What one lease does, in order; results go to folder."""
+    steps = [Step("tests", run_tests, 0.5, required=True)]
+    for plan in sweeps:
+        steps.append(Step(plan.name, functools.partial(plan.run, folder, device), plan.share))
+        if plan.name == TUNE_AFTER:
+            steps.append(Step("tune", functools.partial(tune, folder), 0.3))
+    return steps
 
 
 def main(
@@ -181,14 +167,13 @@ def main(
     folder = out / (table.device_name() or name.lower().replace(" ", "-"))
     path = folder / "agenda.json"
     state = read_state(path, name, record.commit(), record.versions())
-    steps = [
-        Step("tests", run_tests, 0.5, required=True),
-        Step("tune", lambda seconds: tune(folder, seconds), 0.3),
-        Step("sweep", lambda seconds: sweep(folder, seconds), 1.0),
-    ]
-    ok = run_agenda(steps, state, path, minutes * 60)
+    ok = run_agenda(agenda(folder), state, path, minutes * 60)
     for step, result in state.steps.items():
-        typer.echo(f"{step:8} {json.dumps(result)[:600]}")
+        typer.echo(f"{step:10} {json.dumps(result)[:600]}")
+    try:
+        page.write_page(out)
+    except ValueError as error:  # the figures are in the files; a page can be written anywhere
+        typer.echo(f"no page: {error}")
     raise typer.Exit(0 if ok else 1)
 
 

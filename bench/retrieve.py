@@ -120,9 +120,9 @@ class Retrieve(Suite):
             q = whole.queries(q_start)[:, part]
             _, got = self.run(name, q, whole.landmarks, problem, q_start)
             marks = whole.landmarks.double().cpu()
-            high, want = retrieve_oracle(q.double().cpu(), marks, problem.K, **options)
+            high, want = retrieve_oracle(q.double().cpu(), marks, problem.K, scale=1.0, **options)
             got = got.cpu()
-            chosen = torch.einsum("btrd,bnrd->btrn", q.double().cpu(), marks) * problem.D**-0.5
+            chosen = torch.einsum("btrd,bnrd->btrn", q.double().cpu(), marks)
             chosen = chosen.gather(3, got.clamp(min=0).long()).masked_fill(got < 0, -torch.inf)
             if not torch.equal(chosen.sort(-1).values, high.sort(-1).values):
                 return f"the chosen chunks are not the {problem.K} best from token {q_start} on"

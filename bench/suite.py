@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hsa_tl import cases
+from hsa_tl.cases import Case
 from hsa_tl.problem import Problem
 
 
@@ -68,6 +69,10 @@ class Suite(ABC):
     def does(self, name: str, mode: str) -> bool:
         """Whether the mode means anything for the provider; if not, it has no row."""
         return True
+
+    def find_case(self, name: str) -> Case:
+        """The case of that name. ValueError lists the names."""
+        return cases.case(name)
 
     def input_bytes(self, problem: Problem) -> int:
         """What `inputs` takes, where it may be more than the machine has."""

@@ -200,7 +200,7 @@ def run_demo(
                 case = dataclasses.replace(cases.case("k16-d64"), name="demo", problem=base)
                 speed = run_sweep(
                     Attention(corpus), [case], lengths, ("forward", "train"), (*dense, *SPEED), "text", device,
-                    deadline_s=speed_s, threads=None, seconds=1.0,
+                    deadline_s=speed_s, threads=None, seconds=0.5,
                 )  # fmt: skip
             _show_speed(console, speed)
             with part("static table"):

@@ -8,7 +8,8 @@ import torch
 from tuning import FakeGpu, fake_compiler
 
 from hsa_tl import cases
-from hsa_tl.bench import gpu
+from hsa_tl.bench import agenda, gpu, page, record, roofline
+from hsa_tl.bench.roofline import Roofline
 
 CASE = dataclasses.replace(cases.case("k16-d64"), problem=cases.at_length(cases.case("k16-d64").problem, 2048))
 
@@ -32,34 +33,97 @@ def steps(clock, log, broken=()):
         return run
 
     return [
-        gpu.Step("tests", step("tests", 40), 0.5, required=True),
-        gpu.Step("tune", step("tune", 30), 0.3),
-        gpu.Step("sweep", step("sweep", 30), 1.0),
+        agenda.Step("tests", step("tests", 40), 0.5, required=True),
+        agenda.Step("tune", step("tune", 30), 0.3),
+        agenda.Step("sweep", step("sweep", 30), 1.0),
     ]
 
 
 def test_the_gpu_run_resumes_and_keeps_to_its_time(tmp_path):
     path, clock, log = tmp_path / "agenda.json", Clock(), []
     source = ("H100", "abc", "torch 2")
-    assert gpu.run_agenda(steps(clock, log), gpu.read_state(path, *source), path, 70, clock)
+    assert agenda.run_agenda(steps(clock, log), agenda.read_state(path, *source), path, 70, clock)
     assert log == [("tests", 35), ("tune", 21)]
-    state = gpu.read_state(path, *source)
+    state = agenda.read_state(path, *source)
     assert {k: v["status"] for k, v in state.steps.items()} == {
         "tests": "done", "tune": "done", "sweep": "no time left",
     }  # fmt: skip
-    assert gpu.run_agenda(steps(clock, log), state, path, 70, clock) and log[2:] == [("sweep", 70)]
-    assert gpu.read_state(path, "H200", "abc", "torch 2").steps == {}, "another device starts anew"
+    assert agenda.run_agenda(steps(clock, log), state, path, 70, clock) and log[2:] == [("sweep", 70)]
+    assert agenda.read_state(path, "H200", "abc", "torch 2").steps == {}, "another device starts anew"
 
 
 def test_red_tests_end_the_gpu_run_and_are_tried_again(tmp_path):
     path, clock, log = tmp_path / "agenda.json", Clock(), []
     source = ("H100", "abc", "torch 2")
-    assert not gpu.run_agenda(steps(clock, log, {"tests"}), gpu.read_state(path, *source), path, 100, clock)
+    assert not agenda.run_agenda(steps(clock, log, {"tests"}), agenda.read_state(path, *source), path, 100, clock)
     assert [name for name, _ in log] == ["tests"]
-    state = gpu.read_state(path, *source)
+    state = agenda.read_state(path, *source)
     assert state.steps["tests"]["status"] == "failed" and "red" in state.steps["tests"]["error"]
-    assert gpu.run_agenda(steps(clock, log), state, path, 200, clock)
+    assert agenda.run_agenda(steps(clock, log), state, path, 200, clock)
     assert [name for name, _ in log] == ["tests", "tests", "tune", "sweep"]
+
+
+PLAN = (
+    gpu.Sweep("roofline", Roofline, ("k16-d64",), "64", 0.5),
+    gpu.Sweep("headline", gpu.Attention, ("k16-d64",), "64,128", 0.5, ("forward",)),
+    gpu.Sweep("retrieve", gpu.Retrieve, ("k16-d64",), "64", 0.5, ("prefill",)),
+)
+
+
+def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_path):
+    """A fake device and clock: the second machine has the first one's folder and does what is left, then nothing."""
+    monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H200 (a fake)")
+    monkeypatch.setattr(roofline, "COPIED_BYTES", 1 << 20)
+    quick = {"min_repeats": 1, "seconds": 0.0}
+    monkeypatch.setattr(gpu, "run_sweep", lambda *x, run=gpu.run_sweep, **options: run(*x, **options | quick))
+    clock, done = Clock(), []
+
+    def takes(cost, function):
+        def run(*args):
+            clock.now += cost
+            done.append(function)
+            return {"result": function}
+
+        return run
+
+    monkeypatch.setattr(gpu, "run_tests", takes(2000, "tests"))
+    monkeypatch.setattr(gpu, "tune", takes(2000, "tune"))
+    monkeypatch.setattr(
+        gpu.Sweep, "run", lambda self, *x, run=gpu.Sweep.run: takes(2000, self.name)() and run(self, *x)
+    )
+    folder = tmp_path / "h200"
+
+    def lease(seconds):
+        path, source = folder / "agenda.json", (record.device_name("cuda"), "abc", "torch 2")
+        state = agenda.read_state(path, *source)
+        assert agenda.run_agenda(gpu.agenda(folder, "cpu", PLAN), state, path, seconds, clock)
+        return [name for name, step in state.steps.items() if step["status"] == "done"]
+
+    assert lease(5000) == ["tests", "roofline", "headline"]
+    first = record.read_folder(folder)
+    assert {r.device for r in first} == {"NVIDIA H200 (a fake)"} and not [r for r in first if "is up" in r.note]
+    assert lease(5000) == ["tests", "roofline", "headline", "tune", "retrieve"]
+    second = record.read_folder(folder)
+    assert set(first) < set(second) and {r.kernel for r in second} >= {"roofline", "retrieval", "hsa_attention"}
+    before = len(done)
+    lease(5000)
+    assert len(done) == before and record.read_folder(folder) == second
+    page.write_page(tmp_path)
+    assert "NVIDIA H200 (a fake)" in (tmp_path / "README.md").read_text()
+
+
+def test_the_agenda_names_what_there_is():
+    names = [s.name for s in gpu.agenda(gpu.Path("x"))]
+    assert names[:4] == ["tests", "roofline", "headline", "tune"] and len(set(names)) == len(names)
+    for plan in gpu.SWEEPS:
+        suite = plan.suite()
+        assert all(suite.find_case(name) for name in plan.cases) and gpu.parse_lengths(plan.lengths)
+        assert set(plan.modes or ()) <= set(suite.modes)
+
+
+def test_a_sweep_without_time_is_unfinished(tmp_path):
+    detail = PLAN[1].run(tmp_path, "cpu", 0.0)
+    assert not detail["finished"] and detail["not_measured"] > 0
 
 
 def test_what_is_prepared_without_a_gpu_is_what_the_lease_measures(monkeypatch, tmp_path):

@@ -59,6 +59,13 @@ def test_a_wrong_provider_is_refused(name, wrong, words, monkeypatch):
         assert row.p50 is None and row.note.startswith("refused by the gate") and words in row.note
 
 
+@pytest.mark.parametrize("D", [32, 64])  # 1 / sqrt(32) is no power of two
+def test_the_gate_is_exact_whatever_the_scale(D):
+    suite = retrieve.Retrieve()
+    problem = suite.gate_problem(cases.on_cpu(dataclasses.replace(CASE.problem, D=D)))
+    assert suite.gate("materialise", problem) is None and suite.gate("hsa-reference", problem) is None
+
+
 def test_scores_that_do_not_fit_are_a_row_with_their_bytes(monkeypatch):
     monkeypatch.setattr(record, "free_bytes", lambda device: 1000)
     rows = {r.provider: r for r in bench(lengths=(64,), modes=("prefill",)) if r.metric == "time"}
