@@ -48,6 +48,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="one of hsa-tl's recipes, or a YAML file")],
     out: Annotated[Optional[Path], typer.Option(help="folder of the run; by default out/train/RECIPE")] = None,
     seed: Annotated[Optional[int], typer.Option(help="instead of the recipe's")] = None,
+    attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa or nsa")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
@@ -55,6 +56,9 @@ def train(
     with one_line_errors():
         chosen = load_recipe(recipe)
         chosen = chosen if seed is None else dataclasses.replace(chosen, seed=seed)
+        if attention is not None:
+            model = chosen.model | {"attention": attention}
+            chosen = dataclasses.replace(chosen, name=f"{chosen.name}-{attention}", model=model)
         run = Path("out/train") / chosen.name if out is None else out
         torch.set_num_threads(threads)
         with progress_bar(console) as bar:
