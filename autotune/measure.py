@@ -121,7 +121,7 @@ def name_of(row: dict, problem: Problem, device: str) -> dict:
     """A measurement's identity in the journal."""
     size = {k: getattr(problem, k) for k in ("B", "T", "H")} | configs.static_key(problem)
     made = {"kind": "measured", "device": device, "program": row["program"], "config": row["config"]}
-    return made | size | {"programs": static.programs_digest()}
+    return made | size | {"source": static.source_digest(row["program"])}
 
 
 def unfinished(starts: int) -> dict:

@@ -9,10 +9,12 @@ from typing import Annotated, Optional
 import torch
 import typer
 
+from hsa_tl.bench.lengths import MODELS
+from hsa_tl.bench.needle_demo import run_needles
 from hsa_tl.model import checkpoint, data
 from hsa_tl.model import train as training
 from hsa_tl.model.recipe import load_recipe
-from hsa_tl.terminal import make_console, one_line_errors, progress_bar, show_table
+from hsa_tl.terminal import make_console, one_line_errors, parse_lengths, progress_bar, show_table
 
 console = make_console()
 
@@ -76,7 +78,29 @@ def train(
     console.print(f"wrote {run}")
 
 
+def lengths(
+    models: Annotated[str, typer.Option(help="any of hsa, full-rope, swa, nsa, nsa-rope")] = ",".join(MODELS),
+    seeds: Annotated[int, typer.Option(help="seeds 0, 1, ... of each model")] = 5,
+    lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
+    tasks: Annotated[str, typer.Option(help="s-niah, mq-niah, mk-niah-3")] = "s-niah,mq-niah,mk-niah-3",
+    samples: Annotated[int, typer.Option(help="contexts of each length and task")] = 100,
+    budget: Annotated[float, typer.Option(help="seconds after which a length and task gets no further context")] = 60.0,
+    recipe: Annotated[str, typer.Option(help="what each model is trained on")] = "needle-tiny",
+    out: Annotated[Path, typer.Option(help="folder of lengths.json and lengths.png")] = Path("bench/results/cpu"),
+    runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+) -> None:
+    """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there."""
+    with one_line_errors():
+        torch.set_num_threads(threads)
+        run_needles(
+            console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
+            samples=samples, budget_s=budget, recipe=recipe,
+        )  # fmt: skip
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
     app.command()(prepare)
     app.command()(train)
+    app.command()(lengths)
