@@ -201,7 +201,7 @@ class Model(nn.Module):
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        return Cache(self.config, batch_size, **{"device": device, "dtype": dtype, **options})
+        return Cache(self, batch_size, **{"device": device, "dtype": dtype, **options})
 
     def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
         """See hsa_tl.model.generate.generate."""
