@@ -169,9 +169,9 @@ class Model(nn.Module):
                 x_BTC, start = x_BTC[:, drop:], start + drop
                 first_v_BTHD = None if first_v_BTHD is None else first_v_BTHD[:, -x_BTC.shape[1] :]
                 tail = min(tail, x_BTC.shape[1])
-                start_after = start + x_BTC.shape[1] - tail
+            T = x_BTC.shape[1]
             x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, tail)
-            start = start if tail is None else start_after
+            start = start + T - x_BTC.shape[1]
             first_v_BTHD = v if first_v_BTHD is None else first_v_BTHD
         return x_BTC, first_v_BTHD
 
