@@ -10,9 +10,11 @@ import torch
 import typer
 
 from hsa_tl.bench import ruler as bench_ruler
+from hsa_tl.bench import selections
 from hsa_tl.bench.lengths import MODELS
 from hsa_tl.bench.needle_demo import run_needles
 from hsa_tl.bench.plot import length_label
+from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, data
 from hsa_tl.model import train as training
 from hsa_tl.model.longcontext import LongReader
@@ -107,7 +109,7 @@ def lengths(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(help="ruler, or perplexity")],
+    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what the first HSA layer reads")],
     run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
@@ -117,7 +119,7 @@ def evaluate(
     vocabulary: Annotated[
         Optional[str], typer.Option(help="words or needles; by default what the run was trained on")
     ] = None,
-    data_file: Annotated[Path, typer.Option("--data", help="token file, for perplexity")] = Path(
+    data_file: Annotated[Path, typer.Option("--data", help="token file, for perplexity and selections")] = Path(
         "out/data/held_out.bin"
     ),
     memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
@@ -128,13 +130,16 @@ def evaluate(
 ) -> None:
     """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot."""
     with one_line_errors():
-        if what not in ("ruler", "perplexity"):
-            raise ValueError(f"what to evaluate must be ruler or perplexity, got {what!r}")
+        if what not in ("ruler", "perplexity", "selections"):
+            raise ValueError(f"what to evaluate must be ruler, perplexity or selections, got {what!r}")
         torch.set_num_threads(threads)
         points = parse_lengths(lengths)
         model = training.load_model(run, device)
         if topk is not None:
             training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+        if what == "selections":
+            save_selections(model, data.TokenFile(data_file), points[-1], out)
+            return
         reader = LongReader(model, folder=memory)
         with progress_bar(console) as bar:
             step = bar.add_task("read", total=None)
@@ -160,6 +165,21 @@ def evaluate(
     cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
     show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
     console.print("wrote " + ", ".join(map(str, written)))
+
+
+def save_selections(model, file: data.TokenFile, length: int, out: Path) -> None:
+    """selections.safetensors for `hsa-tl bench --selection trained=FILE`, and their overlap as JSON."""
+    if length > len(file):
+        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
+    indices = selections.trained_selection(model, file.tokens[:length])
+    found = selections.statistics(indices, model.config.chunk_size)
+    selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size)
+    write_atomic(out / "selections.json", json.dumps(found, indent=1) + "\n")
+    rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
+    chunks = length // found["chunk_size"]
+    title = f"{length} tokens, top {found['topk']} of {chunks} chunks, overlap of neighbours {found['overlap']:.2f}"
+    show_table(console, title, ("neighbours", "distinct chunks", "share"), rows, right=(0, 1, 2))
+    console.print(f"wrote {out / 'selections.safetensors'}, {out / 'selections.json'}")
 
 
 def parse_depths(text: str, steps: int) -> list[float]:
