@@ -11,7 +11,7 @@ import typer
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate as calibration
-from hsa_tl.autotune import cost, explain, measure, table, tuner
+from hsa_tl.autotune import cost, explain, measure, static_page, table, tuner
 from hsa_tl.autotune import static as static_check
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.cases import Case
@@ -91,10 +91,11 @@ def static(
         chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
         with progress_bar(console) as bar:
             progress = progress_of(bar, "lower, assemble, read")
-            rows = static_check.table_rows(chosen, device=device, jobs=jobs, progress=progress)
+            journal = tuner.default_journal()
+            rows = static_check.table_rows(chosen, device=device, jobs=jobs, journal=journal, progress=progress)
         if out:
-            static_check.write_csv(rows, out)
-            static_check.write_page(rows, out)
+            static_page.write_csv(rows, out)
+            static_page.write_page(rows, out)
     ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
     if out:
         console.print(f"wrote {out}", soft_wrap=True)

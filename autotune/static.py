@@ -1,18 +1,18 @@
 """The static check: lower for sm_90a, assemble, read ptxas and SASS, predict. Needs nvcc and cuobjdump, no GPU."""
 
-import csv
 import functools
 import hashlib
 import importlib.util
 import inspect
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from multiprocessing import get_context
@@ -34,6 +34,7 @@ COLUMNS = (
 READ = (
     "registers", "spill_bytes", "smem_bytes", "ctas_per_sm", "hgmma", "hmma", "copies", "work", "error",
 )  # fmt: skip
+BATCH = 3  # candidates of one run of nvcc, which spends most of its time on the headers
 ASYNCHRONOUS = ("UTMALDG", "UBLKCP", "LDGSTS")  # TMA of a tile, of a run of bytes, and cp.async
 # As compile.PASS_CONFIGS has TileLang call it.
 NVCC_FLAGS = (
@@ -96,17 +97,39 @@ def _cache_file(source: str) -> Path:
 
 
 def assemble(source: str) -> Assembled:
-    """Compiles CUDA source for sm_90a; cached by source and nvcc version in the user's cache folder."""
+    """Compiles CUDA source of one kernel for sm_90a; cached by source and nvcc version in the user's cache folder."""
+    (made,) = assemble_all([source])
+    if isinstance(made, Exception):
+        raise made
+    return made
+
+
+def assemble_all(sources: list[str]) -> list[Assembled | Exception]:
+    """As assemble() each, what is not cached in one run of nvcc, which then reads the headers once."""
     if reason := missing_tools():
         raise MissingTool(reason)
-    cached = _cache_file(source)
-    if cached.is_file():
-        return Assembled(**json.loads(cached.read_text()))
+    todo = [x for x in dict.fromkeys(sources) if not _cache_file(x).is_file()]
+    try:
+        made = _nvcc(todo) if todo else []
+    except RuntimeError as error:
+        if len(todo) == 1:
+            return [error if x == todo[0] else assemble(x) for x in sources]
+        return [x for source in sources for x in assemble_all([source])]  # says which
+    for source, result in zip(todo, made, strict=True):
+        write_atomic(_cache_file(source), json.dumps(asdict(result)))
+    return [Assembled(**json.loads(_cache_file(source).read_text())) for source in sources]
+
+
+def _nvcc(sources: list[str]) -> list[Assembled]:
+    """RuntimeError if nvcc refuses one of them."""
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
+    names = [re.search(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", x).group(1) for x in sources]
+    own = [f"{name}_{i}" for i, name in enumerate(names)]
+    text = "\n".join(re.sub(rf"\b{name}\b", new, x) for x, name, new in zip(sources, names, own, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         cu, cubin = Path(folder) / "program.cu", Path(folder) / "program.cubin"
-        cu.write_text(source)
+        cu.write_text(text)
         includes = [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
         run = subprocess.run(
             [find_tool("nvcc"), *NVCC_FLAGS, *includes, "-o", cubin, cu], capture_output=True, text=True
@@ -117,14 +140,25 @@ def assemble(source: str) -> Assembled:
             [find_tool("cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True
         )
 
-    def number(pattern: str) -> int:
-        match = re.search(pattern, run.stderr)
+    def parts(text: str, head: str) -> dict[str, str]:
+        """Kernel name -> what stands between its head line and the next one's."""
+        _, *found = re.split(head, text)
+        return dict(zip(found[::2], found[1::2], strict=True))
+
+    reports = parts(run.stderr, r"Compiling entry function '(\w+)'")
+    programs = parts(sass.stdout, r"Function : (\w+)")
+
+    def number(pattern: str, report: str) -> int:
+        match = re.search(pattern, report)
         return int(match.group(1)) if match else 0
 
-    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    result = Assembled(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes smem"), sass.stdout)
-    write_atomic(cached, json.dumps(asdict(result)))
-    return result
+    made = []
+    for name in own:
+        report = reports[name]
+        spills = number(r"(\d+) bytes spill stores", report) + number(r"(\d+) bytes spill loads", report)
+        registers, smem = number(r"Used (\d+) registers", report), number(r"(\d+) bytes smem", report)
+        made.append(Assembled(registers, spills, smem, programs[name]))
+    return made
 
 
 def barrier_in_elected_branch(source: str) -> bool:
@@ -153,27 +187,47 @@ def analyse(program: str, problem: Problem, config) -> dict:
 
     A program that does not lower or assemble has its error, and None for the rest.
     """
+    return analyse_together(program, problem, [config])[0]
+
+
+def analyse_together(program: str, problem: Problem, options: list) -> list[dict]:
+    """analyse() of several configs of a program, assembled in one run of nvcc."""
+    lowered = [_lower(program, problem, config) for config in options]
+    made = iter(assemble_all([source for source, _ in lowered if isinstance(source, str)]))
+    return [
+        _read(problem, config, next(made) if isinstance(source, str) else source, dynamic)
+        for config, (source, dynamic) in zip(options, lowered, strict=True)
+    ]
+
+
+def _lower(program: str, problem: Problem, config) -> tuple[str | Exception, int]:
+    """The CUDA source, or why there is none, and the bytes of dynamic shared memory."""
     from hsa_tl.kernels_tilelang.compile import lower
 
-    found = dict.fromkeys(READ)
     try:
         artifact = lower(program, problem, config)
         (function,) = artifact.device_mod.functions.values()
         dynamic = int(function.attrs["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in function.attrs else 0
         if barrier_in_elected_branch(artifact.kernel_source):
             raise RuntimeError("a barrier stands inside a branch that one elected thread takes")
-        made = assemble(artifact.kernel_source)
-        sass = cost.parse_sass(made.sass)
-        smem = dynamic + made.smem_bytes
-        ctas = ctas_per_sm(made.registers, smem, config.total_threads(), cost.DEVICES["h100"])  # all are alike in this
-        found |= {"registers": made.registers, "spill_bytes": made.spill_bytes, "smem_bytes": smem, "ctas_per_sm": ctas}
-        found |= {"hgmma": cost.count(sass, "HGMMA"), "hmma": cost.count(sass, "HMMA")}
-        found |= {"copies": sum(cost.count(sass, op) for op in ASYNCHRONOUS)}
-        found |= {"work": cost.pass_work(config, problem, sass)}
-    except MissingTool:
-        raise
     except Exception as error:
-        found["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+        return error, 0
+    return artifact.kernel_source, dynamic
+
+
+def _read(problem: Problem, config, made: Assembled | Exception, dynamic: int) -> dict:
+    found = dict.fromkeys(READ)
+    if isinstance(made, Exception):
+        return found | {"error": f"{type(made).__name__}: {str(made).strip().splitlines()[-1][:200]}"}
+    sass, smem = cost.parse_sass(made.sass), dynamic + made.smem_bytes
+    ctas = ctas_per_sm(made.registers, smem, config.total_threads(), cost.DEVICES["h100"])  # all are alike in this
+    found |= {"registers": made.registers, "spill_bytes": made.spill_bytes, "smem_bytes": smem, "ctas_per_sm": ctas}
+    found |= {"hgmma": cost.count(sass, "HGMMA"), "hmma": cost.count(sass, "HMMA")}
+    found["copies"] = sum(cost.count(sass, op) for op in ASYNCHRONOUS)
+    try:
+        found["work"] = cost.pass_work(config, problem, sass)
+    except ValueError as error:
+        found["error"] = f"ValueError: {error}"
     return found
 
 
@@ -222,53 +276,92 @@ def identity(program: str, problem: Problem, config) -> dict:
     return {"program": program, "config": describe(config), **static_key(problem)}
 
 
-def made_with() -> str:
-    """The versions and the source that analyse() depends on."""
-    return f"tilelang {metadata.version('tilelang')}, nvcc {nvcc_release()}, programs {programs_digest()}"
+def made_with(program: str) -> dict[str, str]:
+    """The versions and the source that analyse() of the program depends on; nvcc's where it is here."""
+    known = {"tilelang": metadata.version("tilelang"), "source": source_digest(program)}
+    return known if missing_tools() else known | {"nvcc": nvcc_release()}
 
 
 @functools.cache
-def programs_digest() -> str:
-    """Of the source of the programs and of what reads them back."""
+def source_digest(program: str) -> str:
+    """Of the source of the program, of what it imports, of the compiler's door and of what reads it back."""
     (folder,) = importlib.util.find_spec("hsa_tl.kernels_tilelang").submodule_search_locations
-    sources = [path.read_text() for path in sorted(Path(folder).rglob("*.py"))]
-    sources += [inspect.getsource(f) for f in (assemble, analyse, *cost.READERS)]
+    files, found = [Path(folder) / f"{program}.py", Path(folder) / "sm90a" / f"{program}.py"], {}
+    while files:
+        if (file := files.pop()).is_file() and file not in found:
+            found[file] = file.read_text()
+            imported = re.findall(r"^from hsa_tl\.kernels_tilelang\.(\w+) import", found[file], re.MULTILINE)
+            files += [Path(folder) / f"{name}.py" for name in imported]
+    sources = [found[file] for file in sorted(found)] + [(Path(folder) / "compile.py").read_text()]
+    sources += [inspect.getsource(f) for f in (static_key, _nvcc, _lower, _read, *cost.READERS)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
-def _pool(jobs: int) -> Executor:
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+def _together(program: str, problem: Problem, options: list, compiler) -> list[dict]:
+    return analyse_together(program, problem, options) if compiler is None else [
+        compiler(program, problem, c) for c in options
+    ]  # fmt: skip
+
+
+def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict]]:
+    """(place in todo, what analyse() finds) as they are ready. A process that dies costs only what killed it."""
+    batches: dict[tuple, list[int]] = {}
+    for i, (program, problem, _) in enumerate(todo):
+        batches.setdefault((program, *static_key(problem).values()), []).append(i)
+    batches = [x[i : i + BATCH] for x in batches.values() for i in range(0, len(x), BATCH)]
+    alone = []
+
+    def submit(pool: Executor, batch: list[int]):
+        program, problem, _ = todo[batch[0]]
+        return pool.submit(_together, program, problem, [todo[i][2] for i in batch], compiler)
+
+    def pool(jobs: int) -> Executor:
+        return ThreadPoolExecutor(1) if compiler else ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+
+    with pool(jobs) as workers:
+        futures = {submit(workers, batch): batch for batch in batches}
+        for future in as_completed(futures):
+            try:
+                yield from zip(futures[future], future.result(), strict=True)
+            except BrokenProcessPool:
+                alone += futures[future]
+    for i in alone:
+        with pool(1) as worker:
+            try:
+                yield i, submit(worker, [i]).result()[0]
+            except BrokenProcessPool:
+                yield i, dict.fromkeys(READ) | {"error": "BrokenProcessPool: the compiler's process died"}
 
 
 def analyse_all(
-    work: list[tuple], *, jobs: int | None = None, journal: Journal | None = None, progress=None, compiler=analyse
+    work: list[tuple], *, jobs: int | None = None, journal: Journal | None = None, progress=None, compiler=None
 ) -> list[dict]:
-    """analyse() of each (program, problem, config), each distinct one once, in parallel processes.
+    """analyse() of each (program, problem, config), each distinct one once, in parallel processes, BATCH at a time.
 
     What the journal holds of these versions is not made again, and what is made goes there at once. progress(done,
     total) after each. Raises MissingTool when something must be assembled and nvcc or cuobjdump is not there.
     compiler: in place of analyse, in this process.
     """
     journal = Journal(None) if journal is None else journal
-    source = {"kind": "static", "made_with": made_with()} if missing_tools() is None else None
+    lacking = missing_tools()
     names = [{"kind": "static", **identity(*x)} for x in work]
     todo = {}
     for name, x in zip(names, work, strict=True):
         known = journal.get(name)
-        if known is None or (source and known["made_with"] != source["made_with"]):
+        if known is None or not made_with(x[0]).items() <= known["made_with"].items():
             todo[key_of(name)] = (name, x)
-    if todo and source is None:
-        raise MissingTool(missing_tools())
+    if todo and lacking:
+        raise MissingTool(lacking)
     total = len({key_of(name) for name in names})
+    done = total - len(todo)
     if progress:
-        progress(total - len(todo), total)
-    if todo:
-        with _pool(jobs or min(4, os.cpu_count() or 1)) if compiler is analyse else ThreadPoolExecutor(1) as pool:
-            futures = {pool.submit(compiler, *x): name for name, x in todo.values()}
-            for i, future in enumerate(as_completed(futures), 1):
-                journal.add(futures[future], future.result() | source)
-                if progress:
-                    progress(total - len(todo) + i, total)
+        progress(done, total)
+    missing = list(todo.values())
+    for i, found in _compile([x for _, x in missing], jobs or min(4, os.cpu_count() or 1), compiler) if missing else ():
+        name, done = missing[i][0], done + 1
+        journal.add(name, found | {"made_with": made_with(name["program"])})
+        if progress:
+            progress(done, total)
     return [{k: journal.get(name)[k] for k in READ} for name in names]
 
 
@@ -288,40 +381,3 @@ def table_rows(cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, fir
     found = analyse_all([x[1:] for x in work.values()], **options)
     source = {"versions": f"{record.versions()}, nvcc {nvcc_release()}", "commit": record.commit()}
     return [row(*x, f, device) | source for x, f in zip(work.values(), found, strict=True)]
-
-
-PAGE = """# Static check of the TileLang programs
-
-Every config of every program for the problems tagged ci, lowered for sm_90a, assembled by nvcc and read back: registers
-a thread at launch, spills, shared memory, CTAs for each SM, tensor-core instructions. ns/pair is a prediction for an
-{device} (`autotune/cost.py`; a pair is one token, key/value head and chunk; for the union tile all its tokens agree),
-beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --out` at commit {commit} with
-{versions}; all columns: [{name}]({name}).
-
-| case | program | config | registers | spills | smem | CTAs/SM | MMA | ns/pair | limiter | roofline |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-"""
-
-
-def write_page(rows: list[dict], path: Path) -> None:
-    """The rows of write_csv's file `path` as a Markdown table in README.md beside it."""
-    lines = [
-        f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['registers']} | {r['spill_bytes']} "
-        f"| {r['smem_bytes']} | {r['ctas_per_sm']} | {r['hgmma'] or r['hmma'] or ''} | {r['ns_per_pair']:.3g} "
-        f"| {r['limiter']} | {r['roofline_ns']:.3g} |"
-        if r["error"] is None
-        else f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['error']} |"
-        for r in rows
-    ]
-    first = rows[0]
-    head = PAGE.format(device=first["device"].upper(), name=path.name, **{k: first[k] for k in ("versions", "commit")})
-    write_atomic(path.with_name("README.md"), head + "\n".join(lines) + "\n")
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    """The rows as CSV, COLUMNS first line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())

@@ -107,8 +107,9 @@ def _share(problem: Problem, indices: torch.Tensor, config: dict | None) -> dict
 def programs(direction: str, problem: Problem, indices: torch.Tensor, config: dict | None, deterministic=False) -> list:
     """[(program, config)] to run: what config= names, else on the CPU the first strategy, else the rule's choice.
 
-    The tuned table's config, where it has one for the program, comes before the rule's. ValueError: config names an
-    unknown program or field, two strategies of a direction, or fields that do not suit.
+    The rule chooses the program, and those of its fields that hang on the selection (RULED: the union tile's rows and
+    twin); the others come from the tuned table where it has a row that agrees, see table.resolve. ValueError: config
+    names an unknown program or field, two strategies of a direction, or fields that do not suit.
     """
     for name, fields in (config or {}).items():
         if name != "union_share":

@@ -60,7 +60,7 @@ def ruled(program: str, values: dict) -> tuple:
 
 def identity(row: dict) -> tuple:
     """A table has one row for each of these."""
-    return (*(row[k] for k in ("program", "T", *KEY)), *ruled(row["program"], row["config"]))
+    return (*(row[k] for k in ("program", *KEY, "T")), *ruled(row["program"], row["config"]))
 
 
 def read(path: Path) -> list[dict]:
@@ -78,17 +78,20 @@ def read(path: Path) -> list[dict]:
 
 def write(path: Path, device: str, rows: list[dict]) -> None:
     """Writes a table, one row a line, sorted; the file is replaced at once."""
-    lines = ",\n".join(sorted(json.dumps(row) for row in rows))
+    lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=identity))
     write_atomic(path, f'{{"device": "{device}", "rows": [\n{lines}\n]}}\n')
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time between reading and replacing a file."""
+    """One process at a time between reading and replacing a file; the lock is on its folder, which stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(folder)
 
 
 def _read_or_set_aside(path: Path) -> list[dict]:
@@ -111,6 +114,11 @@ def merge(path: Path, device: str, rows: list[dict]) -> None:
 
 def user_path(device: str) -> Path:
     """The user's own table of a device."""
+    return _user_path(device, os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+
+
+@functools.lru_cache(maxsize=16)
+def _user_path(device: str, *environment: str | None) -> Path:
     return cache_folder() / "tables" / f"{device}.json"
 
 
@@ -171,6 +179,7 @@ def lookup(program: str, problem: Problem, device: str, preferred=None) -> dict 
     return _find(program, problem, wanted, device, path, _stamp(path))
 
 
+@functools.lru_cache(maxsize=1024)
 def heuristic(program: str, problem: Problem):
     """The config without a table: the first of the space, whose order is a preference; on the CPU a small tile."""
     if problem.device_type == "cpu":

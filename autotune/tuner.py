@@ -53,6 +53,7 @@ def rank(
     return in_turns([static.row(case.name, *x, f, device) for x, f in zip(work, found, strict=True)])
 
 
+TIE = 1.01  # predictions nearer than this say nothing: the order of preference decides
 MEASURED = ("p20_us", "p80_us", "over_runner_up", "over_static", "selections")  # of a row, where it was measured
 
 
@@ -65,7 +66,12 @@ def best(case: Case, rows: list[dict]) -> list[dict]:
     chosen = []
     for (program, *_), mine in sorted(groups.items()):
         timed = [r for r in mine if r.get("median_us")]
-        row = min(timed or mine, key=lambda r: r["median_us"] if timed else r["ns_per_pair"])
+        if timed:
+            row = min(timed, key=lambda r: r["median_us"])
+        else:
+            limit = TIE * min(r["ns_per_pair"] for r in mine)
+            order = [configs.describe(c) for c in configs.candidates(program, case.problem)]
+            row = min((r for r in mine if r["ns_per_pair"] <= limit), key=lambda r: order.index(r["config"]))
         chosen.append(
             {"program": program, **configs.static_key(case.problem), "T": case.problem.T}
             | {"config": asdict(configs.parse(program, row["config"])), "source": "measured" if timed else "static"}

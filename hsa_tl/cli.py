@@ -10,7 +10,7 @@ from hsa_tl.api import IMPLS
 from hsa_tl.autotune import cli as autotune_cli
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import cli as bench_cli
-from hsa_tl.bench import gate, record
+from hsa_tl.bench import gate, needle_demo, record
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.demo import run_demo
@@ -108,6 +108,7 @@ def demo(
     lengths: Annotated[Optional[str], typer.Option(help="lengths of the speed comparison")] = None,
     device: Device = None,
     minutes: Annotated[float, typer.Option(help="time for the speed comparison")] = 2.0,
+    needles: Annotated[bool, typer.Option(help="train a tiny model and ask it at a million tokens: minutes")] = True,
 ) -> None:
     """The main job on real text: retrieve, attend, backward on every implementation; accuracy, overlap, speed.
 
@@ -117,6 +118,8 @@ def demo(
         device = pick_device(device)
         points = parse_lengths(lengths or ("1k..8k" if device == "cpu" else "4k..64k"))
         ok = run_demo(text, out, parse_length(tokens), points, device, minutes * 60, console)
+        if needles:
+            needle_demo.run_demo(console, out)
     if not ok:
         raise typer.Exit(1)
 

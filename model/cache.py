@@ -4,9 +4,9 @@ A cache holds, of each sequence: the keys and values that the layers' windows re
 attends to everything), the tokens that the convolution looks back on, the hidden states of the unfinished chunk, the
 chunk memory, and the hidden states that the upper decoder has not read yet.
 
-The last is an exact shortcut. Above the chunk memory there are only sliding windows, of `window` tokens, so that a
-token's output depends on the hidden states of at most (upper layers) * (window - 1) tokens before it, and on the
-memory. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
+The last is an exact shortcut. Above the chunk memory there are only sliding windows, so that a token's output depends
+on the memory and on the hidden states of at most as many tokens before it as the windows of the upper layers reach back
+together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
 retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
 
 Shape suffixes: B sequences, T tokens, C channels, H key/value heads, D head dim, M chunks, S chunk size.
@@ -14,7 +14,6 @@ Shape suffixes: B sequences, T tokens, C channels, H key/value heads, D head dim
 
 import torch
 
-from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.segment import SegmentMemory
 from hsa_tl.model.tail import Tail, take_rows
@@ -28,13 +27,13 @@ class Cache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, *, device: torch.device | str = "cpu",
+        self, model, batch_size: int, *, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, **memory_options,
     ):  # fmt: skip
         for name, value in (("batch_size", batch_size), ("capacity", capacity)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        c, self.config = config, config
+        c = self.config = model.config
         self.lengths = [0] * batch_size
         self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
         self.memory, self.chunk = None, None
@@ -49,15 +48,16 @@ class Cache:
             name = next(iter(memory_options))
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.row_counts = [[0] for _ in range(batch_size)]
-        self.layers = [self._layer_cache(kind) for kind in c.kinds]
+        self.layers = [self._layer_cache(layer) for layer in model.layers]
         self.past_ids = torch.full((batch_size, max(0, c.conv - 1)), -1, dtype=torch.int64, device=device)
-        upper = c.layers - c.lower_layers
-        self.waiting = Tail(self.counts, upper * (c.window - 1)) if c.attention in ("hsa", "swa") else None
+        upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
+        self.waiting = Tail(self.counts, upper_reach) if c.attention in ("hsa", "swa") else None
 
-    def _layer_cache(self, kind: str):
+    def _layer_cache(self, layer):
         """What a layer's forward takes as its cache."""
-        near = Tail(self.counts, None if kind == "full" else self.config.window - 1)
-        return (near, [Tail(counts) for counts in self.row_counts]) if kind == "nsa" else near
+        window = layer.attention.window
+        near = Tail(self.counts, None if window is None else window - 1)
+        return near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts])
 
     def _count(self, counts: list[int]) -> None:
         """The layers run on a segment of so many tokens."""

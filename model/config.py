@@ -29,6 +29,8 @@ class ModelConfig:
     mlp_dim: int = 256
     attention: str = "hsa"
     window: int = 32  # tokens that a sliding window spans, its own included
+    hsa_window: int = 0  # of the window beside HSA or NSA, at most `window`; 0: the same
+    hsa_window_rope: bool = True  # whether that window has positions where "swa" has
     rope: tuple[str, ...] = ("swa", "full")  # kinds of attention with RoPE; the others have no positions (NoPE)
     rope_theta: float = 10000.0
     value_residual: str = "none"  # "resformer": values mixed with the first layer's; "svformer": the first layer's
@@ -64,6 +66,7 @@ class ModelConfig:
             ("layers", self.layers >= 2, "be at least 2"),
             ("groups", self.groups <= self.layers - self.layers // 2, "be at most the number of upper layers"),
             ("attention", self.attention in ATTENTIONS, f"be one of {', '.join(ATTENTIONS)}"),
+            ("hsa_window", self.hsa_window <= self.window, f"be at most window = {self.window}"),
             ("rope", isinstance(self.rope, tuple) and set(self.rope) <= set(ATTENTIONS), "be a tuple of attentions"),
             ("value_residual", self.value_residual in VALUE_RESIDUALS, f"be one of {', '.join(VALUE_RESIDUALS)}"),
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
@@ -96,7 +99,7 @@ class ModelConfig:
         return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
 
 
-MAY_BE_ZERO = ("conv", "experts", "shared_experts", "dense_layers")
+MAY_BE_ZERO = ("hsa_window", "conv", "experts", "shared_experts", "dense_layers")
 
 LARGE = {"conv": 0, "embedding_std": 0.02}
 # dense-0.5b and moe-8b-a1b have the paper's sizes; the paper does not give their dims.

@@ -142,7 +142,8 @@ class HSALayer(nn.Module):
     forward: x [B, T, C] and a memory -> [B, T, C], to be added to the residual stream. start: absolute position of x's
     first token; an int32 [B] for a PagedMemory. Each of retrieval_heads (default kv_heads) retrieves for its share of
     the key/value heads. topk "all": every chunk there is. A token with no visible chunk gets 0.
-    impl: of the operators; "dense", for topk "all": no selection but masked products over every chunk of a ChunkMemory.
+    impl: of the operators; "dense", for topk "all": no selection but masked products over every chunk of a ChunkMemory;
+    another memory is read by the operators.
     Norms bound both logits, so a learned scale multiplies each: attention's by 4 at first, retrieval's by 8.
     """
 
@@ -184,7 +185,7 @@ class HSALayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp swa_lse."""
         q_BTAD, q_BTRE = self.queries(x_BTC, start)
-        if self.impl == "dense":
+        if self.impl == "dense" and isinstance(memory, ChunkMemory):
             scores_BTRK, indices_BTRK = memory.scores(q_BTRE, start, exclude_window=self.exclude_window), None
         else:
             topk = max(1, memory.longest) if self.topk == "all" else self.topk
@@ -200,7 +201,8 @@ class HSALayer(nn.Module):
         if share > 1:
             indices_BTRK = indices_BTRK.repeat_interleave(share, 2)
             weights = weights if self.fusion == "joint" else weights.repeat_interleave(share, 2)
-        out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=self.impl)
+        impl = "auto" if self.impl == "dense" else self.impl
+        out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=impl)
         return self.out(out_BTAD.flatten(2)), window_BTA
 
     def forward(self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0) -> torch.Tensor:

@@ -19,7 +19,7 @@ from hsa_tl import hsa_decode, retrieve_decode
 from hsa_tl.model.model import Model
 
 SEGMENT = 1 << 14  # tokens at once
-ONE_SHOT = 1 << 18  # longest context that full attention reads: its time is quadratic
+ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is quadratic
 
 
 class FlatMemory:
@@ -66,7 +66,8 @@ class FlatMemory:
 
 
 class LongReader:
-    """Reads contexts with an "hsa" or "swa" model; with "full" one at a time and whole, at most ONE_SHOT tokens.
+    """Reads contexts. An "hsa" model reads the differences to the one before; "nsa", whose upper layers keep keys of
+    their own, reads each anew; "full" reads each whole, at most ONE_SHOT tokens.
 
     segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
     heap.
@@ -78,9 +79,9 @@ class LongReader:
         self.model, self.segment, self.folder = model, segment, folder
         c = model.config
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]
-        self.local = all(x.attention.window is not None for x in model.layers)
-        self.lower_reach = sum(x.attention.reach for x in lower) + max(0, c.conv - 1)
-        self.upper_reach = sum(x.attention.reach for x in upper)
+        self.whole = any(x.attention.window is None for x in lower)
+        self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
+        self.upper_reach = sum(x.reach for x in upper)
         self.tokens = np.empty(0, np.uint16)
         self.memory: FlatMemory | None = None
 
@@ -90,14 +91,15 @@ class LongReader:
         T = len(tokens)
         if not 1 <= keep <= T:
             raise ValueError(f"keep must lie in [1, {T}], got {keep}")
-        if not self.local:
+        if self.whole:
             if T > ONE_SHOT:
                 raise NotImplementedError(f"full attention reads at most {ONE_SHOT} tokens here, got {T}")
             return self.model(self._ids(tokens), logits_to_keep=keep).logits[0]
         if self.model.encoder is not None:
             self._remember(tokens)
         start = max(0, T - keep - self.upper_reach)
-        h_BTC, v_BTHD = self._lower(tokens, start, T)
+        parts = [self._lower(tokens, a, min(T, a + self.segment)) for a in range(start, T, self.segment)]
+        h_BTC, v_BTHD = (torch.cat(x, 1) for x in zip(*parts, strict=True))
         return self.model.head(self.model.upper(h_BTC, self.memory, v_BTHD, start, keep=keep))[0]
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:

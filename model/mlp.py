@@ -28,7 +28,7 @@ def grouped_product(x_MC: torch.Tensor, weight_ECF: torch.Tensor, load_E: torch.
     In bfloat16 on CUDA one grouped product, without a host synchronisation; elsewhere a product an expert.
     """
     if x_MC.is_cuda and x_MC.dtype == torch.bfloat16:
-        return F.grouped_mm(x_MC, weight_ECF, offs=load_E.cumsum(0, dtype=torch.int32))
+        return torch._grouped_mm(x_MC, weight_ECF, offs=load_E.cumsum(0, dtype=torch.int32))
     parts = x_MC.split(load_E.tolist())
     return torch.cat([x @ w for x, w in zip(parts, weight_ECF, strict=True)])
 
@@ -38,7 +38,8 @@ class MoE(nn.Module):
 
     forward: [B, T, C] -> [B, T, C]. A token takes the experts of highest sigmoid(router) + bias; their gates are the
     sigmoids, without the bias, over their sum. In training, forward counts each expert's tokens in `load`, and
-    `update_balance` moves the bias after the optimizer's step.
+    `update_balance` moves the bias after the optimizer's step. (A forward that activation checkpointing recomputes
+    counts twice, for every expert alike.)
     """
 
     def __init__(self, dim: int, experts: int, experts_per_token: int, hidden: int, shared: int = 1):

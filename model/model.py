@@ -52,14 +52,16 @@ class Layer(nn.Module):
         c, kind = config, config.kinds[index]
         rope = dict.fromkeys(c.rope, c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        local = "full" if kind == "full" else "swa"
+        window, theta = (None, rope.get("full")) if kind == "full" else (c.window, rope.get("swa"))
+        if kind in ("hsa", "nsa"):
+            window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
         self.attention = SelfAttention(
-            *heads, window=None if kind == "full" else c.window, rope_theta=rope.get(local),
+            *heads, window=window, rope_theta=theta,
             value_residual=c.value_residual if index else "none",
         )  # fmt: skip
         self.joint = kind == "hsa" and c.fusion == "joint"
         self.hsa = self.nsa = None
-        exclude = c.window if c.exclude_window else 0
+        exclude = window if c.exclude_window else 0
         if kind == "nsa":
             self.nsa = NSALayer(
                 *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa")
@@ -75,7 +77,7 @@ class Layer(nn.Module):
         else:
             self.mlp = SwiGLU(c.dim, c.mlp_dim)
         # How many tokens before its own a token looks back on, besides the chunk memory.
-        self.reach = c.window - 1 if kind in ("swa", "hsa") else 1 << 40
+        self.reach = window - 1 if kind in ("swa", "hsa") else 1 << 40
 
     def forward(
         self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
@@ -167,9 +169,9 @@ class Model(nn.Module):
                 x_BTC, start = x_BTC[:, drop:], start + drop
                 first_v_BTHD = None if first_v_BTHD is None else first_v_BTHD[:, -x_BTC.shape[1] :]
                 tail = min(tail, x_BTC.shape[1])
-                start_after = start + x_BTC.shape[1] - tail
+            T = x_BTC.shape[1]
             x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, tail)
-            start = start if tail is None else start_after
+            start = start + T - x_BTC.shape[1]
             first_v_BTHD = v if first_v_BTHD is None else first_v_BTHD
         return x_BTC, first_v_BTHD
 
@@ -199,7 +201,7 @@ class Model(nn.Module):
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        return Cache(self.config, batch_size, **{"device": device, "dtype": dtype, **options})
+        return Cache(self, batch_size, **{"device": device, "dtype": dtype, **options})
 
     def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
         """See hsa_tl.model.generate.generate."""

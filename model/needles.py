@@ -54,14 +54,18 @@ class NeedleTask:
     def count(self) -> int:
         return self.needles or min(self.body // self.width, KEY_COUNT**self.key_tokens)
 
-    def sample(self, seed: int, index: int, depth: float | None = None) -> Sample:
+    def sample(self, seed: int, index: int, depth: float | None = None, noise: int | None = None) -> Sample:
         """The sample of (seed, index): tokens [length] uint16, answers [queries, 2].
 
         depth: where the first query's needle lies, 0 the start of the body and 1 its end; by default anywhere.
+        noise: the index whose haystack is taken, by default this one's: samples of one noise differ in their needles
+        and queries only, and in the queries only where the body is made of needles.
         """
         rng = np.random.default_rng([seed, index])
+        hay = rng if noise is None else np.random.default_rng([seed, noise, 1])
+        body = rng if self.needles else hay
         n, w = self.count, self.width
-        starts = np.sort(rng.integers(0, self.body - n * w + 1, n)) + w * np.arange(n)
+        starts = np.sort(body.integers(0, self.body - n * w + 1, n)) + w * np.arange(n)
         asked = rng.permutation(n)[: self.queries] if n < 4096 else distinct(rng, n, self.queries)
         if depth is not None:
             if not 0 <= depth <= 1:
@@ -72,13 +76,13 @@ class NeedleTask:
             asked[0] = place
             if n == 1:
                 starts[0] = round(depth * (self.body - w))
-        keys = distinct(rng, KEY_COUNT**self.key_tokens, n)
+        keys = distinct(body, KEY_COUNT**self.key_tokens, n)
         digits = keys[:, None] // KEY_COUNT ** np.arange(self.key_tokens - 1, -1, -1) % KEY_COUNT
         needles = np.empty((n, w), np.uint16)
         needles[:, 0] = MARK
         needles[:, 1:-1] = KEYS[0] + digits
-        needles[:, -1] = rng.integers(*VALUES, n)
-        tokens = rng.integers(*NOISE, self.length, dtype=np.uint16)
+        needles[:, -1] = body.integers(*VALUES, n)
+        tokens = hay.integers(*NOISE, self.length, dtype=np.uint16)
         tokens[starts[:, None] + np.arange(w)] = needles
         queries = tokens[self.body :].reshape(self.queries, w)
         queries[:] = needles[asked]

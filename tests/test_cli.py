@@ -122,7 +122,18 @@ def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(f"line {i}: the key of {i % 97} is {i * i % 1009}\n".encode() for i in range(400)))
     output = run(
-        "demo", "--text", text, "--tokens", 2048, "--lengths", "512", "--out", tmp_path / "out", "--device", "cpu"
+        "demo",
+        "--text",
+        text,
+        "--tokens",
+        2048,
+        "--lengths",
+        "512",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--no-needles",
     )
     assert "No static table" in output and "nvcc" in output
     result = json.loads((tmp_path / "out" / "demo.json").read_text())

@@ -122,6 +122,7 @@ def test_qk_norm_makes_scores_blind_to_the_scale_of_projections():
     torch.testing.assert_close(layer(x), before)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("T, P, window", ((200, 200, 37), (300, 450, 128), (130, 300, None)))
 def test_flex_attention_sees_the_window(T, P, window):
     """What CUDA runs compiled, here eager: mask, log-sum-exp; and the blocks that it would visit."""

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.model import Model, preset, segment
+from hsa_tl.model.attention import rotate
+from hsa_tl.model.generate import prefill
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.segment import SegmentMemory
 from hsa_tl.model.tail import Tail
@@ -23,6 +25,7 @@ CONFIGS = {
     "softmax1": {"fusion": "softmax1", "retrieval_heads": 1, "conv": 0},
     "stick_breaking": {"fusion": "stick_breaking", "exclude_window": True, "window": 40},
     "joint": {"fusion": "joint", "layers": 5, "groups": 3, "value_residual": "resformer"},
+    "dense": {"topk": "all", "impl": "dense", "hsa_window": 5},
     "all": {"topk": "all", "rope": ("swa", "hsa"), "layers": 3, "groups": 1, "value_residual": "svformer"},
     "swa": {"attention": "swa"},
     "full": {"attention": "full", "value_residual": "resformer"},
@@ -142,9 +145,32 @@ def test_a_prefill_without_logits_runs_the_upper_decoder_once(changes):
         assert seen == [20] * 6 + [10]
     else:
         upper = config.layers - config.lower_layers
-        assert seen == [1 + upper * (config.window - 1)]
+        windows = [config.window] * upper if config.attention == "swa" or not config.hsa_window else [5, 5]
+        assert seen == [1 + sum(windows) - upper]
     rest = read(model, cache, ids[:, 130:], (1, 1, 5, 13))
     assert_as_accurate_as("logits", torch.cat([got, rest], 1), low[:, 129:], high[:, 129:])
+
+
+def test_a_window_looks_the_same_at_sixteen_million():
+    """RoPE is relative: keys of a window meet a query at the same angles anywhere."""
+    q, k = torch.randn(1, 1, 1, 32), torch.randn(1, 40, 1, 32)
+
+    def scores(start):
+        turned = rotate(k, start + torch.arange(40), 10000.0)
+        return (rotate(q, torch.tensor([start + 39]), 10000.0) * turned).sum(-1)
+
+    torch.testing.assert_close(scores((1 << 24) - 7), scores(0), atol=2e-5, rtol=0)
+
+
+def test_a_prefill_holds_no_more_than_its_chunks_and_windows():
+    model = Model(preset("tiny")).eval()
+    c, T = model.config, 1 << 15
+    _, cache = prefill(model, torch.randint(c.vocab_size, (1, T)), segment=512)
+    memory = cache.memory
+    assert memory.pages == T // c.chunk_size and len(memory.k_slabs) == len(memory.landmark_slabs) == 1
+    assert memory.nbytes == 4 * (2 * T * c.head_dim + T // c.chunk_size * c.retrieval_dim)
+    tails = [*cache.layers, cache.chunk, cache.waiting]
+    assert max(x.shape[1] for tail in tails for x in tail.buffers) < 2 * (512 + c.window)
 
 
 def test_rows_do_not_depend_on_each_other():

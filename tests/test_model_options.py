@@ -22,6 +22,7 @@ OPTIONS = (
     *({"topk": x} for x in (3, 40, "all")),
     *({"window": x} for x in (1, 16, 33, 500)),
     {"exclude_window": True},
+    {"hsa_window": 5, "hsa_window_rope": False},
     *({"retrieval_heads": x} for x in (1, 2)),
     *({"value_residual": x} for x in ("none", "resformer", "svformer")),
     *({"rope": x} for x in ((), ("swa",), ("swa", "hsa"))),
@@ -77,7 +78,8 @@ def test_options_that_shape_no_parameter():
 @pytest.mark.parametrize(
     "change",
     (
-        {"window": 21}, {"topk": 1}, {"exclude_window": True}, {"fusion": "softmax1"}, {"fusion": "stick_breaking"},
+        {"window": 21}, {"hsa_window": 19}, {"hsa_window_rope": False}, {"topk": 1},
+        {"exclude_window": True}, {"fusion": "softmax1"}, {"fusion": "stick_breaking"},
         {"fusion": "joint"}, {"rope": ()}, {"rope": ("swa", "hsa")}, {"rope_theta": 100.0}, {"attention": "swa"},
     ),
     ids=str,
@@ -88,7 +90,7 @@ def test_option_changes_the_output(change):
     other.load_state_dict(model.state_dict(), strict="attention" not in change)
     difference = (other(x).logits - model(x).logits).abs().amax((0, 2))
     assert difference.max() > 1e-4
-    if "rope" not in change and "window" not in change and "rope_theta" not in change:
+    if not any("rope" in name or (name.endswith("window") and name != "exclude_window") for name in change):
         torch.testing.assert_close(difference[:16], torch.zeros(16), atol=1e-5, rtol=0)  # before any whole chunk
 
 

@@ -1,13 +1,78 @@
-"""Every program x every config of its space, for the problems tagged ci: lowers, assembles, fits, uses tensor cores."""
+"""What a heuristic or a table can produce: lowers, assembles, fits, uses tensor cores.
+
+That is every config of every program's space for the problems tagged ci, and every row of the shipped tables, each
+distinct (program, static key, config) once. What only the tuner tries is checked by the arithmetic of legality, and
+assembled before it can become a row. What was assembled of the same source and versions is not assembled again.
+"""
+
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hsa_tl import cases
-from hsa_tl.autotune import cost, static
+from hsa_tl.autotune import cost, static, table
+from hsa_tl.autotune.journal import Journal
+from hsa_tl.files import cache_folder
 from hsa_tl.kernels_tilelang import compile, config
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
+from hsa_tl.problem import Problem
 
 CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.PROGRAMS]
+
+
+def shipped() -> dict[tuple, list]:
+    """(program, static key) -> the configs that the tables of any device have for it."""
+    found: dict[tuple, list] = {}
+    for row in (r for device in table.DEVICES for r in table.shipped(device)):
+        configs = found.setdefault((row["program"], *(row[k] for k in table.KEY)), [])
+        if (c := config.from_dict(row["program"], row["config"])) not in configs:
+            configs.append(c)
+    return found
+
+
+def usual() -> dict[tuple, list]:
+    """The same of the spaces of the cases tagged ci."""
+    found: dict[tuple, list] = {}
+    for case, program in (param.values for param in CI):
+        found.setdefault((program, *config.static_key(case.problem).values()), []).extend(
+            config.space(program, case.problem)
+        )
+    return found
+
+
+USUAL = usual()
+SHIPPED = {key: [c for c in configs if c not in USUAL.get(key, ())] for key, configs in shipped().items()}
+SHIPPED = {key: configs for key, configs in SHIPPED.items() if configs}
+
+
+def assembled(program, problem, configs) -> list[dict]:
+    """static.analyse of each, as the journal of earlier test runs has it or made now in one run of nvcc."""
+    journal, made_with = Journal(cache_folder() / "tests.jsonl"), static.made_with(program)
+    names = [static.identity(program, problem, c) for c in configs]
+    known = [journal.get(name) for name in names]
+    todo = [i for i, record in enumerate(known) if record is None or record["made_with"] != made_with]
+    for i, found in zip(todo, static.analyse_together(program, problem, [configs[i] for i in todo]), strict=True):
+        if not found["error"]:  # which may be the machine's
+            journal.add(names[i], found | {"made_with": made_with})
+        known[i] = found
+    return known
+
+
+def assert_sound(name, program, problem, configs):
+    """Each lowers, and where nvcc is here it assembles without a fault, as its own arithmetic says."""
+    if reason := static.missing_tools():
+        for c in configs:
+            source = compile.lower(program, problem, c).kernel_source
+            assert program in source and not static.barrier_in_elected_branch(source)
+        pytest.skip(f"lowered, not assembled: {reason}")
+    for c, found in zip(configs, assembled(program, problem, configs), strict=True):
+        row = static.row(name, program, problem, c, found)
+        assert static.faults(row) == [], row
+        # The config's own arithmetic must agree with what ptxas and the driver would allow.
+        assert row["ctas_per_sm"] >= blocks_per_sm(c, problem), row
+        assert row["smem_bytes"] <= c.smem_bytes(problem), row
+        assert row["roofline_ns"] <= row["ns_per_pair"] < 100 * row["roofline_ns"], row
 
 
 @pytest.mark.static
@@ -15,18 +80,35 @@ CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in 
 def test_every_config_assembles_without_spills_and_with_tensor_cores(case, program):
     configs = config.space(program, case.problem)
     assert configs
+    assert_sound(case.name, program, case.problem, configs)
+
+
+@pytest.mark.static
+@pytest.mark.parametrize("key", SHIPPED, ids=lambda key: "-".join(map(str, key)))
+def test_every_shipped_row_assembles(key):
+    program, G, D, S, K, heads_w, masked, dtype = key
+    problem = Problem(
+        B=1, T=16384, N=16384 // S, HQ=G, H=1, D=D, S=S, K=K, dtype=getattr(torch, dtype), masked=masked,
+        per_head=heads_w > 1,
+    )  # fmt: skip
+    assert_sound("shipped", program, problem, SHIPPED[key])
+
+
+@pytest.mark.static
+def test_processes_assemble_into_a_journal(tmp_path, monkeypatch):
+    """The path that hsa-tl autotune takes, with nothing cached; a second run makes nothing."""
     if reason := static.missing_tools():
-        for c in configs:
-            source = compile.lower(program, case.problem, c).kernel_source
-            assert program in source and not static.barrier_in_elected_branch(source)
-        pytest.skip(f"lowered, not assembled: {reason}")
-    for c in configs:
-        row = static.row(case.name, program, case.problem, c, static.analyse(program, case.problem, c))
-        assert static.faults(row) == [], row
-        # The config's own arithmetic must agree with what ptxas and the driver would allow.
-        assert row["ctas_per_sm"] >= blocks_per_sm(c, case.problem), row
-        assert row["smem_bytes"] <= c.smem_bytes(case.problem), row
-        assert row["roofline_ns"] <= row["ns_per_pair"] < 100 * row["roofline_ns"], row
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = cases.case("paper-d64").problem
+    work = [("hsa_fwd_token", problem, c) for c in config.candidates("hsa_fwd_token", problem)[:2]]
+    found = static.analyse_all(work, jobs=1, journal=Journal(tmp_path / "j.jsonl"))
+    assert all(f["error"] is None and f["hmma"] and f["copies"] and f["work"]["pairs"] for f in found)
+
+    def compiler(*x):
+        raise AssertionError("again")
+
+    assert static.analyse_all(work, journal=Journal(tmp_path / "j.jsonl"), compiler=compiler) == found
 
 
 def test_faults_are_named():
@@ -37,6 +119,58 @@ def test_faults_are_named():
     assert static.faults(row) == ["8 bytes of spills", "no CTA fits an SM", "no HGMMA instruction"]
     assert static.faults(row | {"spill_bytes": 0, "ctas_per_sm": 1, "hgmma": 1}) == []
     assert static.faults(row | {"error": "RuntimeError: x"}) == ["RuntimeError: x"]
+
+
+def test_cliffs_are_named():
+    row = dict.fromkeys(static.COLUMNS) | {
+        "program": "hsa_fwd_token", "config": "threads=128,num_stages=2",
+        "spill_bytes": 0, "ctas_per_sm": 1, "hgmma": 0, "hmma": 9, "copies": 0,
+    }  # fmt: skip
+    assert static.cliffs(row) == ["no asynchronous copy (TMA or cp.async)", "one CTA on an SM"]
+    assert static.cliffs(row | {"hmma": 0, "copies": 1, "ctas_per_sm": 2}) == ["no HMMA instruction"]
+
+
+def test_a_wheels_cuobjdump_is_found(monkeypatch, tmp_path):
+    """Where the toolkit has none: NVIDIA's package on PyPI, then triton's."""
+    tool = tmp_path / "nvidia" / "cu13" / "bin" / "cuobjdump"
+    tool.parent.mkdir(parents=True)
+    tool.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    nvidia = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(static.importlib.util, "find_spec", lambda name: nvidia if name == "nvidia" else None)
+    assert static.find_tool("cuobjdump") == str(tool) and static.find_tool("nvcc") is None
+    assert static.missing_tools().endswith("or by pip install nvidia-cuda-nvcc")
+    tool.unlink()
+    assert "pip install nvidia-cuda-nvcc nvidia-cuda-cuobjdump" in static.missing_tools()
+
+
+def test_one_program_that_nvcc_refuses_leaves_the_others(monkeypatch, tmp_path):
+    """They are assembled in one run, and alone when that fails."""
+    runs = []
+
+    def nvcc(sources):
+        runs.append(sources)
+        if "bad" in sources:
+            raise RuntimeError("nvcc refused the program")
+        return [static.Assembled(1, 0, 0, x) for x in sources]
+
+    monkeypatch.setattr(static, "missing_tools", lambda: None)
+    monkeypatch.setattr(static, "_nvcc", nvcc)
+    monkeypatch.setattr(static, "_cache_file", lambda source: tmp_path / source)
+    first, bad, last = static.assemble_all(["a", "bad", "b"])
+    assert (first.sass, last.sass) == ("a", "b") and isinstance(bad, RuntimeError)
+    assert runs == [["a", "bad", "b"], ["a"], ["bad"], ["b"]]
+    assert static.assemble_all(["b", "a"]) == [last, first] and len(runs) == 4, "cached"
+
+
+def test_the_digest_follows_what_a_program_is_made_of(monkeypatch):
+    """Its own files and what they import, and no other program's."""
+    read, names = static.Path.read_text, []
+    monkeypatch.setattr(static.Path, "read_text", lambda path: names.append(path.name) or read(path))
+    assert static.source_digest.__wrapped__("hsa_fwd_union") == static.source_digest.__wrapped__("hsa_fwd_union")
+    wanted = {"hsa_fwd_union.py", "macros.py", "config_base.py", "config_forward.py", "compile.py"}
+    assert set(names) == wanted and names.count("hsa_fwd_union.py") == 4
 
 
 def test_a_barrier_in_an_elected_branch_is_found():

@@ -8,7 +8,7 @@ import pytest
 
 from hsa_tl import cases
 from hsa_tl.autotune import measure, strategy, table
-from hsa_tl.kernels_tilelang.config import space, static_key
+from hsa_tl.kernels_tilelang.config import TUNED, from_dict, space, static_key, why_illegal
 from hsa_tl.kernels_tilelang.config_forward import FwdTokenConfig, FwdUnionConfig
 
 PAPER = cases.case("paper-d128").problem
@@ -101,7 +101,7 @@ def test_tune_measures_a_miss_once_and_keeps_it(h200, monkeypatch):
     for T in (1 << 14, 1 << 14, 1 << 15, 1 << 17):
         assert resolve(T) == FwdTokenConfig(64, 2)
     assert calls == [("hsa_fwd_token", 1 << 14, "h200"), ("hsa_fwd_token", 1 << 17, "h200")]
-    assert [r["T"] for r in table.read(table.user_path("h200"))] == [1 << 17, 1 << 14]
+    assert [r["T"] for r in table.read(table.user_path("h200"))] == [1 << 14, 1 << 17]
     monkeypatch.setattr(measure, "tune", lambda *args: None)
     with pytest.raises(RuntimeError, match="no candidate of hsa_fwd_union"):
         resolve(name="hsa_fwd_union")
@@ -165,7 +165,23 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
 
 
 def test_a_table_is_sorted_and_reads_back(tmp_path):
-    rows = [make_row(2), make_row(1)]
+    rows = [make_row(10), make_row(9)]
     table.write(tmp_path / "x.json", "h200", rows)
-    assert table.read(tmp_path / "x.json") == sorted(rows, key=json.dumps)
+    assert table.read(tmp_path / "x.json") == rows[::-1]
     assert table.read(tmp_path / "absent.json") == []
+
+
+@pytest.mark.parametrize("device", table.DEVICES)
+def test_shipped_rows_are_legal_and_cover_the_papers_configuration(device):
+    rows = table.read(table.Path(table.__file__).parent / "tables" / f"{device}.json")
+    for row in rows:
+        names = {"D": row["D"], "S": row["S"], "K": row["K"], "masked": row["masked"]}
+        problem = replace(cases.at_length(PAPER, row["T"]), HQ=row["G"], H=1, per_head=row["heads_w"] > 1, **names)
+        assert static_key(problem) == {k: row[k] for k in static_key(problem)}
+        assert why_illegal(row["program"], problem, from_dict(row["program"], row["config"])) is None
+        assert row["source"] in ("static", "measured") and row["versions"] and row["candidates"]
+    found = {
+        (r["program"], r["D"], r["K"], r["T"]) for r in rows if (r["G"], r["S"], r["dtype"]) == (16, 64, "bfloat16")
+    }
+    lengths = (1 << n for n in range(12, 21, 2))
+    assert found == {(p, D, K, T) for T in lengths for p in TUNED for D in (64, 128) for K in (8, 16, 32, 64)}

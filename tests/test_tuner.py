@@ -1,11 +1,13 @@
 """The tuner with a fake compiler, clock and GPU: order, budget, check before time, interleaving, margins, resume."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -58,6 +60,23 @@ def test_a_failing_candidate_is_a_recorded_result(tmp_path):
     assert len(Journal(tmp_path / "j.jsonl").records) == len(rows) == len(configs.candidates(*UNION, CASE.problem))
 
 
+def test_a_compiler_that_dies_is_a_recorded_result():
+    """Those of its batch are tried alone."""
+    deadly = configs.candidates("hsa_fwd_union", CASE.problem)[4]
+
+    def compiler(program, problem, config):
+        if config == deadly:
+            raise BrokenProcessPool
+        return fake_compiler(program, problem, config)
+
+    rows = tuner.rank(CASE, "h200", programs=UNION, compiler=compiler)
+    assert [r["error"] for r in rows if config_of(r) == deadly] == ["BrokenProcessPool: the compiler's process died"]
+    others = [r for r in ranked() if config_of(r) != deadly]
+    assert sorted(r["config"] for r in rows if r["error"]) == sorted(
+        [r["config"] for r in others if r["error"]] + [configs.describe(deadly)]
+    )
+
+
 def test_ranks_take_turns_among_groups():
     """A short tuning sees the best of every program and tile before any second best."""
     rows = [r for r in ranked(configs.TUNED) if not static.faults(r)]
@@ -92,9 +111,20 @@ def test_ranking_goes_on_from_the_journal(tmp_path):
 def test_another_version_is_ranked_anew(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "j.jsonl")
     ranked(journal=journal)
-    monkeypatch.setattr(static, "programs_digest", lambda: "other")
+    monkeypatch.setattr(static, "source_digest", lambda program: "other")
     tuner.rank(CASE, "h200", programs=UNION, journal=journal, compiler=lambda *x: fake_compiler(*x) | {"registers": 7})
     assert {r["registers"] for _, r in journal.all(kind="static") if r["error"] is None} == {7}
+
+
+def test_without_nvcc_a_journal_that_was_carried_along_ranks(monkeypatch):
+    """As on a lease: of the same source. Another source must be assembled, which says what it lacks."""
+    journal = Journal(None)
+    first = ranked(journal=journal)
+    monkeypatch.setattr(static, "missing_tools", lambda: "needs nvcc")
+    assert tuner.rank(CASE, "h200", programs=UNION, journal=journal) == first
+    monkeypatch.setattr(static, "source_digest", lambda program: "other")
+    with pytest.raises(static.MissingTool, match="needs nvcc"):
+        tuner.rank(CASE, "h200", programs=UNION, journal=journal)
 
 
 def test_best_first_until_the_time_is_up():
@@ -103,6 +133,25 @@ def test_best_first_until_the_time_is_up():
     good = [r for r in rows if not static.faults(r)]
     assert 3 < len(seen) < len(good) and gpu.checked() == [config_of(r) for r in good[: len(seen)]]
     assert all(r["median_us"] for r in seen) and gpu.now < 60
+
+
+def test_kernels_are_compiled_ahead_of_their_looks(tmp_path):
+    """What is not measured yet, in the order of the looks; a look waits for its own."""
+    rows, gpu, given = ranked(), FakeGpu(), []
+
+    @contextlib.contextmanager
+    def ahead(work):
+        given.append([config for _, _, config in work])
+        yield lambda i: gpu.log.append(("ready", given[-1][i]))
+
+    journal = Journal(tmp_path / "j.jsonl")
+    seen = run(gpu, rows, seconds=40, journal=journal)
+    gpu.log.clear()
+    rig = replace(gpu.rig(), ahead=ahead)
+    measure.measure(CASE, rows, device="h200", seconds=1e6, rig=rig, journal=journal)
+    good = [config_of(r) for r in rows if not static.faults(r)]
+    assert given == [good[len(seen) :]]
+    assert [x[:2] for x in gpu.log if x[0] != "time"] == [(what, c) for c in given[0] for what in ("ready", "check")]
 
 
 def test_nothing_is_timed_unless_it_is_right():
@@ -284,3 +333,20 @@ def test_explain_says_why(monkeypatch, tmp_path):
     e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
     assert "measured row of the table (the same T), best of" in e.origin and "x to the runner-up" in e.origin
     assert e.chosen.median_us and any(n.median_us for n in e.neighbours)
+
+
+def static_row(config, ns, us=None, spills=0):
+    made = {"program": "hsa_fwd_token", "config": config, "ns_per_pair": ns, "median_us": us, "error": None}
+    made |= dict.fromkeys(("p20_us", "p80_us", "over_runner_up", "over_static", "selections"), us)
+    return made | {"limiter": "l2", "spill_bytes": spills, "ctas_per_sm": 1, "hmma": 1, "hgmma": 0}
+
+
+def test_the_best_row_prefers_measurement_over_prediction_and_what_is_usual_over_a_tie():
+    usual, other = "threads=128,num_stages=2", "threads=64,num_stages=4"
+    (chosen,) = tuner.best(CASE, [static_row(usual, 2.0), static_row(other, 1.0, spills=4)])
+    assert chosen["config"] == {"threads": 128, "num_stages": 2} and chosen["source"] == "static"
+    for ns, threads in ((1.995, 128), (1.9, 64)):
+        (chosen,) = tuner.best(CASE, [static_row(other, ns), static_row(usual, 2.0)])
+        assert chosen["config"]["threads"] == threads and chosen["candidates"] == 2
+    (chosen,) = tuner.best(CASE, [static_row(usual, 1.0, us=9.0), static_row(other, 2.0, us=8.0)])
+    assert chosen["config"] == {"threads": 64, "num_stages": 4} and chosen["source"] == "measured"

@@ -1,0 +1,44 @@
+"""The static table as files: CSV, and a Markdown page beside it."""
+
+import csv
+import io
+from pathlib import Path
+
+from hsa_tl.autotune.static import COLUMNS
+from hsa_tl.files import write_atomic
+
+PAGE = """# Static check of the TileLang programs
+
+Every config of every program for the problems tagged ci, lowered for sm_90a, assembled by nvcc and read back: registers
+a thread at launch, spills, shared memory, CTAs for each SM, tensor-core instructions. ns/pair is a prediction for an
+{device} (`autotune/cost.py`; a pair is one token, key/value head and chunk; for the union tile all its tokens agree),
+beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --out` at commit {commit} with
+{versions}; all columns: [{name}]({name}).
+
+| case | program | config | registers | spills | smem | CTAs/SM | MMA | ns/pair | limiter | roofline |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def write_page(rows: list[dict], path: Path) -> None:
+    """The rows of write_csv's file `path` as a Markdown table in README.md beside it."""
+    lines = [
+        f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['registers']} | {r['spill_bytes']} "
+        f"| {r['smem_bytes']} | {r['ctas_per_sm']} | {r['hgmma'] or r['hmma'] or ''} | {r['ns_per_pair']:.3g} "
+        f"| {r['limiter']} | {r['roofline_ns']:.3g} |"
+        if r["error"] is None
+        else f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['error']} |"
+        for r in rows
+    ]
+    first = rows[0]
+    head = PAGE.format(device=first["device"].upper(), name=path.name, **{k: first[k] for k in ("versions", "commit")})
+    write_atomic(path.with_name("README.md"), head + "\n".join(lines) + "\n")
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """The rows as CSV, COLUMNS first line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())

@@ -1,0 +1,83 @@
+"""Accuracy of retrieval by length: teacher-forced, exact match of whole answers.
+
+accuracy(LongReader(model), needle_samples("mq-niah", 1 << 20, count=50)).share
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hsa_tl.model import needles, ruler
+from hsa_tl.model.data import Sample, Tokenizer
+from hsa_tl.model.longcontext import LongReader
+
+GOLDEN = (5**0.5 - 1) / 2
+LEAST = 4  # samples, however long they take
+HELD_OUT = 1 << 20  # training seeds are below
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """answers of which `right` were right in every token, over `samples` contexts; seconds for all of them."""
+
+    right: int
+    answers: int
+    samples: int
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        return self.right / self.answers
+
+
+def answers_right(reader: LongReader, sample: Sample) -> np.ndarray:
+    """[A] bool: each answer predicted whole, every token from the true ones before it."""
+    targets = sample.targets()
+    keep = len(sample.tokens) - int(targets[0]) + 1
+    predicted = reader.read(sample.tokens, keep).argmax(-1).cpu().numpy()
+    hit = predicted[targets - 1 - (len(sample.tokens) - keep)] == sample.tokens[targets]
+    sizes = sample.answers[:, 1] - sample.answers[:, 0]
+    return np.logical_and.reduceat(hit, np.cumsum(sizes) - sizes)
+
+
+def accuracy(reader: LongReader, samples: Iterator[Sample], budget_s: float = float("inf")) -> Accuracy:
+    """Over all samples, or over those that budget_s seconds allow, LEAST at the least."""
+    start, right, answers, count = time.perf_counter(), 0, 0, 0
+    for sample in samples:
+        hits = answers_right(reader, sample)
+        right, answers, count = right + int(hits.sum()), answers + len(hits), count + 1
+        if count >= LEAST and time.perf_counter() - start > budget_s:
+            break
+    return Accuracy(right, answers, count, time.perf_counter() - start)
+
+
+def needle_samples(name: str, length: int, count: int, seed: int = 0, depths: tuple[float, ...] = ()):
+    """`count` samples of a token-level task in one haystack, see hsa_tl.model.needles.
+
+    depths: in turn; by default they spread evenly, however many samples are taken.
+    """
+    task = needles.task(name, length)
+    for i in range(count):
+        depth = depths[i % len(depths)] if depths else i * GOLDEN % 1
+        yield task.sample(HELD_OUT + seed, i, depth, noise=0)
+
+
+def ruler_samples(
+    name: str, length: int, count: int, seed: int = 0, depths: tuple[float, ...] = (),
+    tokenizer: Tokenizer | None = None, haystack: np.ndarray | None = None,
+):  # fmt: skip
+    """`count` samples of a task in words, see hsa_tl.model.ruler."""
+    for i in range(count):
+        depth = depths[i % len(depths)] if depths and name in ruler.NIAH else None
+        yield ruler.ruler_sample(name, length, HELD_OUT + seed, i, depth=depth, tokenizer=tokenizer, haystack=haystack)
+
+
+@torch.no_grad()
+def bits_per_token(reader: LongReader, tokens: np.ndarray, last: int) -> float:
+    """Mean cross-entropy in bits of the last `last` tokens, given all before them."""
+    logits = reader.read(tokens, last + 1)[:-1].float()
+    want = torch.from_numpy(tokens[-last:].astype(np.int64)).to(logits.device)
+    return float(torch.nn.functional.cross_entropy(logits, want)) / float(np.log(2))

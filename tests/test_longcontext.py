@@ -1,0 +1,127 @@
+"""Long contexts read by segments and by differences give what the whole model gives; answers are graded whole."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsa_tl.model import Model, evaluate, needles, preset
+from hsa_tl.model.data import Sample
+from hsa_tl.model.longcontext import ONE_SHOT, LongReader
+from hsa_tl.testing import assert_as_accurate_as
+
+CONFIGS = (
+    {},
+    {"layers": 5, "groups": 2, "kv_heads": 2, "window": 21, "value_residual": "resformer"},
+    {"fusion": "joint", "exclude_window": True, "conv": 0},
+    {"attention": "swa", "layers": 4},
+    {"attention": "nsa"},
+    {"attention": "full"},
+)
+
+
+def models(changes):
+    model = Model(replace(preset("tiny"), **changes)).eval()
+    exact = Model(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    return model, exact
+
+
+def check(reader, model, exact, tokens, keep):
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    with torch.no_grad():
+        low, want = (m(ids).logits[0, -keep:] for m in (model, exact))
+    assert_as_accurate_as("logits", reader.read(tokens, keep), low, want)
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+def test_reading_is_the_forward(changes, tmp_path):
+    model, exact = models(changes)
+    rng = np.random.default_rng(0)
+    readers = [LongReader(model, segment=s) for s in (16, 64, 1024)] + [LongReader(model, segment=64, folder=tmp_path)]
+    tokens = rng.integers(0, 320, 391).astype(np.uint16)
+    for _ in range(3):
+        for reader in readers:
+            check(reader, model, exact, tokens, 5)
+        tokens = tokens.copy()
+        tokens[rng.integers(0, 391, 3)] = rng.integers(0, 320, 3)
+    check(readers[0], model, exact, tokens[:100], 100)
+
+
+CAUSE = models({})
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 299), max_size=6), st.integers(1, 40), st.integers(280, 300))
+def test_any_change_is_read(changed, keep, length):
+    """One reader for all examples: what it holds never shows."""
+    model, exact = CAUSE
+    reader = test_any_change_is_read.__dict__.setdefault("reader", LongReader(model, segment=48))
+    tokens = np.random.default_rng(1).integers(0, 320, length).astype(np.uint16)
+    tokens[[c for c in changed if c < length]] = 9
+    check(reader, model, exact, tokens, keep)
+
+
+def test_little_is_encoded_again():
+    model = Model(preset("tiny")).eval()
+    chunks = []
+    model.encoder.register_forward_hook(lambda module, args, out: chunks.append(out.landmarks.shape[1]))
+    reader = LongReader(model)
+    samples = [needles.task("s-niah", 8192).sample(0, i, noise=0) for i in range(3)]
+    for sample in samples:
+        reader.read(sample.tokens, 2)
+    assert chunks[0] == 512 and sum(chunks[1:]) <= 2 * 2 * 6
+
+
+def test_what_cannot_be_read_is_named():
+    reader = LongReader(Model(replace(preset("tiny"), attention="full")))
+    with pytest.raises(
+        NotImplementedError, match=f"full attention reads at most {ONE_SHOT} tokens here, got {ONE_SHOT + 1}"
+    ):
+        reader.read(np.zeros(ONE_SHOT + 1, np.uint16), 1)
+    with pytest.raises(ValueError, match=r"keep must lie in \[1, 4\], got 5"):
+        reader.read(np.zeros(4, np.uint16), 5)
+    with pytest.raises(ValueError, match="segment must be a multiple of chunk_size = 16, got 24"):
+        LongReader(reader.model, segment=24)
+
+
+class Oracle:
+    """Predicts the next token of a known text, but for the positions it is told to miss."""
+
+    def __init__(self, miss=()):
+        self.miss = miss
+
+    def read(self, tokens, keep):
+        nxt = np.append(tokens[1:], 0).astype(np.int64)
+        nxt[[m - 1 for m in self.miss]] += 1
+        return torch.nn.functional.one_hot(torch.from_numpy(nxt[-keep:]), 400).float()
+
+
+def test_an_answer_is_right_when_all_its_tokens_are():
+    sample = Sample(np.arange(50, dtype=np.uint16), np.array([[10, 13], [20, 21], [40, 45]]))
+    assert evaluate.answers_right(Oracle(), sample).tolist() == [True, True, True]
+    assert evaluate.answers_right(Oracle([12, 30]), sample).tolist() == [False, True, True]
+    found = evaluate.accuracy(Oracle([20, 44]), iter([sample, sample]))
+    assert (found.right, found.answers, found.samples) == (2, 6, 2) and found.share == pytest.approx(1 / 3)
+    assert evaluate.accuracy(Oracle(), (sample for _ in range(99)), budget_s=0).samples == evaluate.LEAST
+
+
+def test_samples_for_evaluation():
+    tasks = {n: list(evaluate.needle_samples(n, 1024, 4, seed=3)) for n in needles.TASKS}
+    for name, samples in tasks.items():
+        same = [float((a.tokens == samples[0].tokens).mean()) for a in samples[1:]]
+        assert all(0.9 < x < 1 for x in same), name
+    at = [s.tokens[:-3].tolist().index(needles.MARK) for s in evaluate.needle_samples("s-niah", 1024, 3, depths=(0, 1))]
+    assert at == [0, 1018, 0]
+    words = list(evaluate.ruler_samples("s-niah", 2000, 2, depths=(0.0, 1.0)))
+    assert len({bytes(w.tokens) for w in words}) == 2
+
+
+def test_bits_of_a_uniform_model():
+    model = Model(preset("tiny")).eval()
+    torch.nn.init.zeros_(model.output.weight)
+    tokens = np.random.default_rng(0).integers(0, 320, 200).astype(np.uint16)
+    assert evaluate.bits_per_token(LongReader(model), tokens, 50) == pytest.approx(np.log2(320))
