@@ -175,9 +175,9 @@ class _Sweep:
         return function
 
     def run(self, points: list, names: list[str], out_dir: Path | None, resume: bool, progress) -> list[record.Row]:
-        wanted, gated = [], set()
+        wanted, gated, kind = [], set(), parse_selection(self.selection)[0]
         for i, (case, problem, mode) in enumerate(points):
-            mine = [n for n in names if self.suite.does(n, mode)]
+            mine = [n for n in names if self.suite.does(n, mode, kind)]
             todo = [n for n in mine if not (resume and self.is_measured(case, problem, n, mode))]
             wanted += [(case, problem, n, mode) for n in mine]
             for n in todo:
@@ -186,7 +186,7 @@ class _Sweep:
                     continue
                 gated.add(key)
                 progress(i, len(points), f"{case.name}: correctness gate of {n}")
-                self.admit(case, problem, n, dict.fromkeys(m for *_, m in points if self.suite.does(n, m)))
+                self.admit(case, problem, n, dict.fromkeys(m for *_, m in points if self.suite.does(n, m, kind)))
             if todo:
                 progress(i, len(points), f"{case.name} T={problem.T} {mode}")
                 self.point(case, problem, mode, todo)
@@ -227,7 +227,9 @@ def run_sweep(
     kind = torch.device(device).type
     names = [one_of("provider", n, suite.known()) for n in (providers or suite.default(kind))]
     modes = [one_of("mode", m, suite.modes) for m in (modes or suite.default_modes)]
-    one_of(f"selection of {suite.name}", parse_selection(selection)[0], suite.selections)
+    chosen = one_of(f"selection of {suite.name}", parse_selection(selection)[0], suite.selections)
+    if not any(suite.does(n, m, chosen) for n in names for m in modes):
+        raise ValueError(f"providers must have {' or '.join(modes)} of {chosen}, got {', '.join(names)}")
     lengths, cases = list(lengths), list(cases)
     if short := [T for T in lengths if T < 1]:
         raise ValueError(f"lengths must be at least 1, got {short[0]}")

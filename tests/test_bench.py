@@ -112,6 +112,12 @@ def test_a_point_too_slow_is_known_beforehand(lengths, monkeypatch, tmp_path):
         assert row.x == 1 << 16 and row.note.endswith("s, the limit is 0 s") and max(ran) <= 1 << 13
 
 
+def test_what_selects_for_itself_has_no_row_of_anothers_selection(tmp_path):
+    names = ("hsa-reference", "hsa-with-retrieval")
+    assert set(times(attention(tmp_path, names, selection="full"))) == {"hsa-reference"}
+    assert set(times(attention(tmp_path, names))) == set(names)
+
+
 def test_rounds_go_both_ways():
     order = []
     timing.measure({n: functools.partial(order.append, n) for n in "abc"}, warmup=0, min_repeats=4, seconds=0)
@@ -125,6 +131,7 @@ def test_rounds_go_both_ways():
         ({"modes": ("x",)}, r"mode must be one of forward, backward, train, got 'x'"),
         ({"selection": "overlap=2"}, r"selection must be one of .*got 'overlap=2'"),
         ({"selection": "random=0.5"}, r"selection must be one of .*got 'random=0.5'"),
+        ({"names": ("retrieve",), "selection": "full"}, "providers must have train of full, got retrieve"),
         ({"lengths": (0,)}, "lengths must be at least 1, got 0"),
     ],
 )
