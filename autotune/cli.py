@@ -91,7 +91,8 @@ def static(
         chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
         with progress_bar(console) as bar:
             progress = progress_of(bar, "lower, assemble, read")
-            rows = static_check.table_rows(chosen, device=device, jobs=jobs, progress=progress)
+            journal = tuner.default_journal()
+            rows = static_check.table_rows(chosen, device=device, jobs=jobs, journal=journal, progress=progress)
         if out:
             static_page.write_csv(rows, out)
             static_page.write_page(rows, out)

@@ -5,12 +5,17 @@ the contenders of each group, those within NEAR of its fastest and the static pi
 A round is the median of TileLang's profiler, which flushes the L2 cache before each run. All is journaled at once.
 """
 
+import contextlib
 import functools
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 
@@ -44,6 +49,31 @@ QUANTITIES = {  # by direction
 }
 
 
+@contextlib.contextmanager
+def _nothing_ahead(work: list[tuple]) -> Iterator[Callable[[int], None]]:
+    yield lambda i: None
+
+
+def _compile(program: str, problem: Problem, config) -> None:
+    from hsa_tl.kernels_tilelang import compile
+
+    compile.kernel(program, problem, config)
+
+
+@contextlib.contextmanager
+def compile_ahead(work: list[tuple], jobs: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Compiles (program, problem, config)s in other processes, in this order, into TileLang's cache.
+
+    Gives what waits for one of them. One that fails says so where it is next compiled, in this process.
+    """
+    pool = ProcessPoolExecutor(jobs or min(8, os.cpu_count() or 1), mp_context=get_context("spawn"))
+    futures = [pool.submit(_compile, *x) for x in work]
+    try:
+        yield lambda i: wait([futures[i]])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 @dataclass(frozen=True)
 class Rig:
     """What measuring needs of the machine; a test brings its own."""
@@ -53,6 +83,7 @@ class Rig:
     time_us: Callable[[Callable[[], object]], float]  # one round
     clock: Callable[[], float] = time.monotonic
     alive: Callable[[], bool] = lambda: True  # whether the device still answers after a failure
+    ahead: Callable[[list[tuple]], AbstractContextManager[Callable[[int], None]]] = _nothing_ahead
 
 
 def _run(program: str, config, inputs: Inputs, chunk_size: int) -> dict:
@@ -106,7 +137,7 @@ def gpu_rig() -> Rig:
     """The Hopper GPU here."""
     from tilelang.profiler import do_bench
 
-    return Rig(check, launch, lambda run: 1e3 * do_bench(run, return_mode="median"), alive=_alive)
+    return Rig(check, launch, lambda run: 1e3 * do_bench(run, return_mode="median"), alive=_alive, ahead=compile_ahead)
 
 
 @functools.lru_cache(maxsize=64)
@@ -178,23 +209,27 @@ def _looks(
     case: Case, ranked: list[dict], device: str, rig: Rig, journal: Journal, end: float, progress: Callable | None
 ) -> list[Entry]:
     """A look at each candidate, best first, until the time is up; what the journal holds needs none."""
-    seen = []
-    for i, row in enumerate(ranked):
-        name = name_of(row, case.problem, device)
-        record = journal.get(name)
-        if record is None or not (record["error"] or record["rounds"]):
-            if static.faults(row) or rig.clock() >= end:
-                continue
+    entries = [(row, name, journal.get(name)) for row in ranked for name in [name_of(row, case.problem, device)]]
+    new = [i for i, (*_, record) in enumerate(entries) if record is None or not (record["error"] or record["rounds"])]
+    new = [i for i in new if not static.faults(entries[i][0])]
+    work = [
+        (r["program"], case.problem, configs.parse(r["program"], r["config"])) for r, *_ in (entries[i] for i in new)
+    ]
+    with rig.ahead(work) if new else contextlib.nullcontext() as ready:
+        for place, i in enumerate(new):
+            row, name, record = entries[i]
+            if rig.clock() >= end:
+                break
             journal.add(name, unfinished(record["starts"] + 1 if record else 1))
-            record = _look(row, case.problem, rig)
-            journal.add(name, record)
-            if record["error"] and not rig.alive():
+            ready(place)
+            entries[i] = row, name, _look(row, case.problem, rig)
+            journal.add(*entries[i][1:])
+            if progress:
+                progress(place + 1, len(new))
+            if entries[i][2]["error"] and not rig.alive():
                 what = f"{row['program']} {row['config']}"
                 raise RuntimeError(f"{what} lost the device to this process; run again to go on with the next")
-        seen.append((row, name, record))
-        if progress:
-            progress(i + 1, len(ranked))
-    return seen
+    return [(row, name, r) for row, name, r in entries if r and (r["error"] or r["rounds"])]
 
 
 def _contenders(mine: list[Entry]) -> list[Entry]:

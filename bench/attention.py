@@ -1,10 +1,13 @@
 """`hsa-tl bench forward | backward | train`: HSA's attention, its retrieval and both, beside dense attention."""
 
+from pathlib import Path
+
 import torch
 
 from hsa_tl import api, cases
 from hsa_tl.bench import gate
 from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider
+from hsa_tl.bench.selections import load_selection
 from hsa_tl.bench.suite import Suite, Work, parse_selection
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, make_inputs
@@ -16,10 +19,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 def selection_inputs(problem: Problem, selection: str, corpus: Corpus | None = None) -> Inputs:
-    """Inputs on the problem's device with a "random", "overlap=0.8", "full" or "text" selection (of corpus)."""
+    """Inputs on the problem's device with a selection that `parse_selection` knows; "text" is of corpus."""
     kind, overlap = parse_selection(selection)
     if kind == "text":
         return text_inputs(problem, corpus).to(problem.device_type)
+    if kind == "trained":
+        chosen = load_selection(Path(selection.partition("=")[2]), problem)
+        return make_inputs(problem, indices=chosen).to(problem.device_type)
     return make_inputs(problem, kind=kind, overlap=overlap).to(problem.device_type)
 
 
@@ -48,7 +54,7 @@ class Attention(Suite):
     name = "attention"
     modes = tuple(DIRECTIONS)
     default_modes = ("forward", "train")
-    selections = ("random", "overlap", "full", "text")
+    selections = ("random", "overlap", "full", "text", "trained")
     cpu_lengths, cuda_lengths = "1k..16k", "4k..128k"
 
     def __init__(self, corpus: Corpus | None = None):

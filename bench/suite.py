@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsa_tl import cases
@@ -87,20 +88,27 @@ class Suite(ABC):
 
 
 def parse_selection(text: str) -> tuple[str, float]:
-    """ "random", "full", "text", "overlap" or "overlap=0.8" to its kind and share of overlap. ValueError otherwise."""
+    """ "random", "full", "text", "trained=FILE", "overlap" or "overlap=0.8" to its kind and share of overlap.
+
+    ValueError otherwise.
+    """
     kind, equals, share = text.partition("=")
+    if kind == "trained" and share:
+        return kind, 0.0
     try:
         overlap = float(share) if equals else 0.8
     except ValueError:
         overlap = -1.0
     if kind not in ("random", "overlap", "full", "text") or not 0 <= overlap <= 1 or (equals and kind != "overlap"):
-        raise ValueError(f"selection must be one of random, overlap=0..1, full, text, got {text!r}")
+        raise ValueError(f"selection must be one of random, overlap=0..1, full, text, trained=FILE, got {text!r}")
     return kind, overlap
 
 
 def selection_label(text: str) -> str:
-    """ "overlap=0.8" for "overlap", else the kind."""
+    """ "overlap=0.8" for "overlap", "trained=NAME" for a file, else the kind."""
     kind, overlap = parse_selection(text)
+    if kind == "trained":
+        return f"trained={Path(text.partition('=')[2]).stem}"
     return f"overlap={overlap:g}" if kind == "overlap" else kind
 
 

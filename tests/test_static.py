@@ -94,6 +94,23 @@ def test_every_shipped_row_assembles(key):
     assert_sound("shipped", program, problem, SHIPPED[key])
 
 
+@pytest.mark.static
+def test_processes_assemble_into_a_journal(tmp_path, monkeypatch):
+    """The path that hsa-tl autotune takes, with nothing cached; a second run makes nothing."""
+    if reason := static.missing_tools():
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = cases.case("paper-d64").problem
+    work = [("hsa_fwd_token", problem, c) for c in config.candidates("hsa_fwd_token", problem)[:2]]
+    found = static.analyse_all(work, jobs=1, journal=Journal(tmp_path / "j.jsonl"))
+    assert all(f["error"] is None and f["hmma"] and f["copies"] and f["work"]["pairs"] for f in found)
+
+    def compiler(*x):
+        raise AssertionError("again")
+
+    assert static.analyse_all(work, journal=Journal(tmp_path / "j.jsonl"), compiler=compiler) == found
+
+
 def test_faults_are_named():
     row = dict.fromkeys(static.COLUMNS) | {
         "program": "hsa_bwd_dkdv_chunk", "config": "block_M=64,threads=128",

@@ -176,8 +176,8 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
 def test_every_recipe_at_toy_size(tmp_path):
     """Each in turn, from the checkpoint of the one before; bfloat16 too."""
     write_tokens(tmp_path / "train.bin", [b"words and more words, " * 999], ByteTokenizer())
-    assert set(recipe_names()) == {*STAGES, "needle-tiny"}
-    for name in (*STAGES, "needle-tiny"):
+    assert set(recipe_names()) == {*STAGES, "needle-tiny", "text-tiny"}
+    for name in (*STAGES, "needle-tiny", "text-tiny"):
         recipe = shrunk(load_recipe(name), tmp_path)
         training.train(recipe, tmp_path / name)
         rows = log(tmp_path / name)
@@ -231,6 +231,9 @@ def test_train_command(tmp_path):
         result = CliRunner().invoke(app, args)
         assert result.exit_code == 0 and "mine, 2 steps" in result.output, result.output
     assert checkpoint.latest(tmp_path / "run").recipe["seed"] == 3
+    other = ["train", str(file), "--out", str(tmp_path / "other"), "--attention", "full"]
+    assert CliRunner().invoke(app, other).exit_code == 0
+    assert training.load_model(tmp_path / "other").config.attention == "full"
     for bad, words in ((["train", "nonsense"], "recipe must be a .yaml file or one of"), ([*args[:-1], "4"], "seed")):
         result = CliRunner().invoke(app, bad)
         assert result.exit_code == 2 and words in result.output and len(result.output.strip().splitlines()) == 1

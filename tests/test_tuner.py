@@ -1,5 +1,6 @@
 """The tuner with a fake compiler, clock and GPU: order, budget, check before time, interleaving, margins, resume."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -132,6 +133,25 @@ def test_best_first_until_the_time_is_up():
     good = [r for r in rows if not static.faults(r)]
     assert 3 < len(seen) < len(good) and gpu.checked() == [config_of(r) for r in good[: len(seen)]]
     assert all(r["median_us"] for r in seen) and gpu.now < 60
+
+
+def test_kernels_are_compiled_ahead_of_their_looks(tmp_path):
+    """What is not measured yet, in the order of the looks; a look waits for its own."""
+    rows, gpu, given = ranked(), FakeGpu(), []
+
+    @contextlib.contextmanager
+    def ahead(work):
+        given.append([config for _, _, config in work])
+        yield lambda i: gpu.log.append(("ready", given[-1][i]))
+
+    journal = Journal(tmp_path / "j.jsonl")
+    seen = run(gpu, rows, seconds=40, journal=journal)
+    gpu.log.clear()
+    rig = replace(gpu.rig(), ahead=ahead)
+    measure.measure(CASE, rows, device="h200", seconds=1e6, rig=rig, journal=journal)
+    good = [config_of(r) for r in rows if not static.faults(r)]
+    assert given == [good[len(seen) :]]
+    assert [x[:2] for x in gpu.log if x[0] != "time"] == [(what, c) for c in given[0] for what in ("ready", "check")]
 
 
 def test_nothing_is_timed_unless_it_is_right():

@@ -1,0 +1,126 @@
+"""`hsa-tl eval` on toy runs: every length, task and depth has its row, the plots are images, errors are one line."""
+
+import json
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsa_tl.bench import ruler as bench_ruler
+from hsa_tl.bench.attention import selection_inputs
+from hsa_tl.bench.suite import selection_label
+from hsa_tl.cli import app
+from hsa_tl.model import cli
+from hsa_tl.model import train as training
+from hsa_tl.model.data import ByteTokenizer, TokenFile, write_tokens
+from hsa_tl.model.hsa import ChunkMemory
+from hsa_tl.model.recipe import Recipe, Stage
+from hsa_tl.problem import Problem
+
+retrieve = ChunkMemory.retrieve
+NEEDLES = {"kind": "needles", "tasks": [{}]}
+
+
+def trained(folder, data):
+    training.train(Recipe("toy", "tiny", (Stage(1, 256, 1, data),), 1e-3), folder)
+    return folder
+
+
+def invoke(*args, code=0) -> str:
+    result = CliRunner().invoke(app, ["eval", *map(str, args)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_ruler_of_needles(tmp_path):
+    run = trained(tmp_path / "run", NEEDLES)
+    common = ("--run", run, "--lengths", "512,1k", "--depth-steps", 3, "--samples", 2, "--out", tmp_path)
+    output = invoke("ruler", *common, "--tasks", "s-niah,mq-niah", "--memory", tmp_path / "memory")
+    rows = json.loads((tmp_path / "ruler.json").read_text())
+    assert {(r["task"], r["length"], r["depth"]) for r in rows} == {
+        (t, T, d) for t in ("s-niah", "mq-niah") for T in (512, 1024) for d in (0, 0.5, 1)
+    }
+    assert all(r["answers"] == r["samples"] * (2 if r["task"] == "mq-niah" else 1) for r in rows)
+    assert (tmp_path / "ruler.png").stat().st_size > 5000 and "mq-niah" in output
+    assert "task must be one of s-niah" in invoke("ruler", *common, "--tasks", "vt", code=2)
+
+
+def test_ruler_in_words_and_perplexity(tmp_path):
+    write_tokens(tmp_path / "text.bin", [np.random.default_rng(0).bytes(3000)], ByteTokenizer())
+    run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
+    invoke("ruler", "--run", run, "--lengths", "1k", "--depths", "0.5", "--samples", 1, "--tasks", "s-niah,vt",
+           "--out", tmp_path, "--topk", 4)  # fmt: skip
+    rows = json.loads((tmp_path / "ruler.json").read_text())
+    assert [(r["task"], r["depth"]) for r in rows] == [("s-niah", 0.5), ("vt", None)]
+    common = ("--run", run, "--data", tmp_path / "text.bin", "--out", tmp_path)
+    invoke("perplexity", *common, "--lengths", "256..1k")
+    rows = json.loads((tmp_path / "perplexity.json").read_text())
+    assert [r["length"] for r in rows] == [256, 512, 1024] and all(4 < r["bits_per_token"] < 12 for r in rows)
+    assert (tmp_path / "perplexity.png").stat().st_size > 3000
+    assert "lengths must be at most the 3001 tokens" in invoke("perplexity", *common, "--lengths", "4k", code=2)
+
+
+def test_selections_become_inputs_of_the_benchmark(tmp_path):
+    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400], ByteTokenizer())
+    run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
+    common = ("--run", run, "--data", tmp_path / "text.bin", "--out", tmp_path)
+    output = invoke("selections", *common, "--lengths", "1k", "--topk", 8)
+    found = json.loads((tmp_path / "selections.json").read_text())
+    assert found["tokens"] == 1024 and 0 < found["overlap"] <= 1 and "distinct chunks" in output
+    file = tmp_path / "selections.safetensors"
+    problem = Problem(2, 900, 57, 4, 2, 32, 16, 8, dtype=torch.float32, device_type="cpu")
+    inputs = selection_inputs(problem, f"trained={file}")
+    assert inputs.indices.shape == (2, 900, 2, 8) and selection_label(f"trained={file}") == "trained=selections"
+    visible = torch.arange(900)[None, :, None, None] // 16
+    assert (inputs.indices < visible).logical_or(inputs.indices == -1).all() and (inputs.indices[0, -1, 0] >= 0).all()
+    model = training.load_model(run)
+    ids = torch.from_numpy(TokenFile(tmp_path / "text.bin").tokens[:1024].astype(np.int64))[None]
+    seen = []
+    with mock.patch.object(ChunkMemory, "retrieve", lambda m, *a, **k: seen.append(retrieve(m, *a, **k)) or seen[0]):
+        model(ids)
+    assert torch.equal(seen[0][1][:, :900, [0, 0]].expand(2, -1, -1, -1), inputs.indices)
+    for changes, words in (
+        ({"K": 4}, "must have K 4, got 8"),
+        ({"T": 2000}, "must hold at least 2000 tokens, got 1024"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            selection_inputs(replace(problem, **changes), f"trained={file}")
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match="must be a file that hsa-tl eval selections wrote"):
+        selection_inputs(problem, f"trained={file}")
+
+
+class Sees:
+    """Right at even lengths only: rows must not be mixed up."""
+
+    def read(self, tokens, keep):
+        right = len(tokens) % 2 == 0
+        nxt = np.append(tokens[1:], 0).astype(np.int64) if right else np.zeros(len(tokens), np.int64)
+        return torch.nn.functional.one_hot(torch.from_numpy(nxt[-keep:]), 320)
+
+
+def test_rows_are_of_their_length():
+    rows = bench_ruler.run_ruler(Sees(), "needles", ["s-niah"], [200, 301], [0.0, 1.0], samples=3)
+    assert [(r.length, r.accuracy) for r in rows] == [(200, 1.0), (200, 1.0), (301, 0.0), (301, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "text, steps, want", (("0..1", 3, [0, 0.5, 1]), ("0.3", 5, [0.3]), ("0.2..0.4", 2, [0.2, 0.4]))
+)
+def test_depths(text, steps, want):
+    assert cli.parse_depths(text, steps) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("text, steps", (("1..0", 3), ("x", 3), ("0..2", 3), ("0..1", 0)))
+def test_bad_depths(text, steps):
+    with pytest.raises(ValueError, match="depths must"):
+        cli.parse_depths(text, steps)
+
+
+def test_no_run_is_one_line(tmp_path):
+    output = invoke("ruler", "--run", tmp_path / "none", code=2)
+    assert "run must be a folder with a checkpoint" in output and len(output.strip().splitlines()) == 1
+    assert "must be ruler, perplexity or selections" in invoke("x", code=2)
