@@ -76,6 +76,10 @@ class Attention(Suite):
         reason = p.unavailable(problem)
         return "it has no backward" if reason is None and mode != "forward" and not p.backward else reason
 
+    def does(self, name, mode, selection):
+        """What retrieves for itself has its own selection: of random vectors, or of text."""
+        return "own" not in provider(name).uses or selection in ("random", "text")
+
     def gate_problem(self, problem):
         return cases.at_length(problem, GATE_LENGTH - (problem.S // 2 if problem.masked else 0))
 

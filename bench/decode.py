@@ -111,7 +111,7 @@ class Decode(Suite):
     def kernel(self, name):
         return "dense_attention" if name in DENSE else "hsa_decode"
 
-    def does(self, name, mode):
+    def does(self, name, mode, selection):
         return mode == "decode" or name not in DENSE
 
     def unavailable(self, name, problem, mode):

@@ -11,11 +11,13 @@ import math
 
 import torch
 
-from hsa_tl.bench.attention import flops_of
+from hsa_tl import cases
+from hsa_tl.bench.attention import scored_chunks
 from hsa_tl.bench.suite import Suite, Work
 from hsa_tl.cases import Case
 from hsa_tl.model import Model, ModelConfig, baseline, preset
 from hsa_tl.model.config import PRESETS
+from hsa_tl.model.generate import prefill
 from hsa_tl.problem import Problem
 from hsa_tl.testing import assert_as_accurate_as
 
@@ -69,32 +71,42 @@ class Pair:
     def read(self, name: str):
         model = self.model(name).eval()
 
-        @torch.no_grad()
         def run():
             with self.cast():
-                return model(self.ids, logits_to_keep=1).logits
+                return prefill(model, self.ids)
 
         return run
 
     def generate(self, name: str):
         model = self.model(name).eval()
 
-        @torch.no_grad()
-        def run(ids=self.ids[:, -1:]):
-            with self.cast():
-                run.cache = model(ids, cache=run.cache, logits_to_keep=1).cache
+        with self.cast():
+            _, cache = prefill(model, self.ids[:, :-1])
 
-        run.cache = model.new_cache(1)
-        run(self.ids)  # the prompt; every call after it appends one token
+        def run():  # every call appends one token
+            with self.cast():
+                return model(self.ids[:, -1:], cache=cache, logits_to_keep=1).logits
+
         return run
 
 
 @functools.cache
-def parameters(config: ModelConfig) -> int:
-    """Parameters but the embeddings, which no product reads."""
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of "output", "encoder" and each layer by its index; not the embeddings, which no product reads."""
     with torch.device("meta"):
         model = Model(config)
-    return sum(math.prod(x.shape) for n, x in model.named_parameters() if not n.startswith("embedding"))
+    out: dict[str, int] = {}
+    for name, x in model.named_parameters():
+        part = name.split(".")[1 if name.startswith("layers.") else 0]
+        out[part] = out.get(part, 0) + math.prod(x.shape)
+    out.pop("embedding")
+    return out | {"output": config.dim * config.vocab_size}  # which may be the embeddings
+
+
+def _window_pairs(T: int, window: int) -> int:
+    """(token, key) pairs of T tokens that see `window` keys up to their own."""
+    w = min(T, window)
+    return T * w - w * (w - 1) // 2
 
 
 class ModelBench(Suite):
@@ -123,15 +135,16 @@ class ModelBench(Suite):
         return next(c for c in PRESETS.values() if (c.heads, c.kv_heads, c.head_dim, c.chunk_size, c.topk) == dims)
 
     def unavailable(self, name, problem, mode):
-        if mode == "generate" and not hasattr(Model, "new_cache"):
-            return "hsa_tl.model.Model has no new_cache: it does not decode"
         return None
 
     def gate_problem(self, problem):
         return self.problem(problem, 16 * problem.S)
 
     def gate(self, name, problem):
-        """Loss and every gradient against the same model in float64, by the reference operators."""
+        """Loss, every gradient and the logits of a cached decode against one forward of the same model in float64.
+
+        The yardstick is that model in the inputs' type, by the reference operators.
+        """
         p = problem
         pair = Pair(p, self.config(p))
         own = pair.model(name).eval()
@@ -141,12 +154,13 @@ class ModelBench(Suite):
         for model, cast in ((own, pair.cast()), (low, pair.cast()), (copy.deepcopy(low).double(), pair.cast())):
             precise = next(model.parameters()).dtype == torch.float64
             with torch.autocast(p.device_type, enabled=False) if precise else cast:
-                loss = model(pair.ids, labels=pair.ids).loss
+                logits, loss, _ = model(pair.ids, labels=pair.ids)
             gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-            values = [loss.detach(), *(x.flatten() for x in gradients if x is not None)]
-            results.append((values[0], torch.cat(values[1:])))
+            gradient = torch.cat([x.flatten() for x in gradients if x is not None])
+            results.append([loss.detach(), gradient, logits[:, -1:].detach()])
+        results[0][2] = pair.generate(name)()
         try:
-            for what, actual, cheap, high in zip(("loss", "gradient"), *results, strict=True):
+            for what, actual, cheap, high in zip(("loss", "gradient", "logits"), *results, strict=True):
                 assert_as_accurate_as(what, actual, cheap.to(actual.dtype), high)
         except AssertionError as error:
             return str(error)
@@ -159,26 +173,31 @@ class ModelBench(Suite):
         return getattr(inputs, mode)(name)
 
     def work(self, name, problem, mode):
-        """Matrix products with parameters, and attention by kind of layer."""
-        c = baseline(self.config(problem), ATTENTIONS[name])
-        count = parameters(c)
-        tokens = 1 if mode == "generate" else problem.T
-        directions = ("forward", "backward") if mode == "step" else ("forward",)
-        flops = 2 * count * tokens * (3 if mode == "step" else 1)
-        cache = 0
-        for kind in c.kinds:
-            window = problem.T if kind == "full" else min(c.window, problem.T)
-            pairs = window if mode == "generate" else problem.T * window - window * (window - 1) // 2
-            flops += sum({"forward": 4, "backward": 10}[d] * problem.HQ * problem.D * pairs for d in directions)
-            cache += 2 * problem.H * problem.D * window * problem.itemsize
-            if kind == "hsa" and mode == "generate":
-                flops += 2 * problem.N * c.retrieval_heads * c.retrieval_dim
-                flops += 4 * problem.HQ * problem.D * problem.S * min(problem.K, problem.N)
-                cache += problem.N * c.retrieval_heads * c.retrieval_dim * problem.itemsize
-            elif kind == "hsa":
-                flops += sum(flops_of("hsa_with_retrieval", problem, d) for d in directions)
-        moved = count * 4 * (7 if mode == "step" else 1)  # AdamW reads and writes two moments and the parameter
-        return Work(flops, moved + (cache if mode == "generate" else 0))
+        """Matrix products with parameters, and attention by kind of layer, of the tokens that each layer runs on."""
+        p, c = problem, baseline(self.config(problem), ATTENTIONS[name])
+        upper, ends_in_windows = c.layers - c.lower_layers, c.attention in ("hsa", "swa")
+        # A prefill's upper decoder runs on what its last token can look back to; see hsa_tl.model.cache.
+        tail = min(p.T, upper * (c.window - 1) + 1) if mode == "read" and ends_in_windows else p.T
+        flops = moved = 0
+        for part, count in parameters(c).items():
+            tokens = tail if part.isdecimal() and int(part) >= c.lower_layers else p.T
+            tokens = 1 if mode == "generate" or (part == "output" and mode == "read") else tokens
+            flops += (6 if mode == "step" else 2) * count * tokens
+            moved += 4 * count
+        per_pair = (14 if mode == "step" else 4) * p.HQ * p.D  # two products forward, five backward
+        for i, kind in enumerate(c.kinds):
+            tokens = 1 if mode == "generate" else tail if i >= c.lower_layers else p.T
+            before, window = p.T - tokens, p.T if kind == "full" else c.window
+            flops += per_pair * (_window_pairs(p.T, window) - _window_pairs(before, window))
+            held = 2 * p.H * p.D * min(window, p.T)
+            if kind == "hsa":
+                first, all_ = (cases.at_length(p, n) for n in (before, p.T))
+                flops += per_pair * p.S * (all_.pairs - first.pairs) // p.H
+                scores = scored_chunks(all_) - scored_chunks(first)
+                flops += 2 * c.retrieval_heads * c.retrieval_dim * scores
+                held += p.N * c.retrieval_heads * c.retrieval_dim + 2 * p.H * p.D * p.S * min(p.K, p.N)
+            moved += held * p.itemsize if mode == "generate" else 0
+        return Work(flops, moved * (7 if mode == "step" else 1))  # AdamW: two moments and the parameter, both ways
 
     def label(self, p):
         c = self.config(p)

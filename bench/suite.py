@@ -67,8 +67,8 @@ class Suite(ABC):
     def work(self, name: str, problem: Problem, mode: str) -> Work:
         """FLOPs and bytes of a call."""
 
-    def does(self, name: str, mode: str) -> bool:
-        """Whether the mode means anything for the provider; if not, it has no row."""
+    def does(self, name: str, mode: str, selection: str) -> bool:
+        """Whether mode and kind of selection mean anything for the provider; if not, it has no row."""
         return True
 
     def find_case(self, name: str) -> Case:

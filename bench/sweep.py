@@ -1,5 +1,6 @@
 """The sweep: cases x lengths x modes x providers of a suite, behind its gate, resumable, into one JSON and one CSV."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from hsa_tl.cases import Case
 from hsa_tl.problem import Problem
 
 SLOW_S = 1.0  # a provider that needs longer in the gate has its time at others estimated from it
+PROBE = 8
 MAX_CALL_S = 60.0  # a point whose one call is expected to take longer is skipped, and its row says so
 METRICS = {"time": "ms", "throughput": "GFLOP/s", "bandwidth": "GB/s", "peak_extra_memory": "MiB"}
 
@@ -60,7 +62,35 @@ class _Sweep:
     def is_measured(self, case: Case, problem: Problem, name: str, mode: str) -> bool:
         """A time of this device, versions and commit is there already."""
         old = self.rows.get(self.row(case, problem, name, mode, "time").key)
-        return old is not None and old.p50 is not None and (old.device, old.versions, old.commit) == self.source
+        if old is None or old.p50 is None or (old.device, old.versions, old.commit) != self.source:
+            return False
+        self.learn(case, problem, name, mode, old.p20)
+        return True
+
+    def learn(self, case: Case, problem: Problem, name: str, mode: str, ms: float) -> None:
+        """Remembers what a call took, to say beforehand how long the next length takes."""
+        flops = max(1, self.suite.work(name, problem, mode).flops)
+        self.ns_per_flop[(case.name, problem.masked, name, mode)] = ms * 1e6 / flops
+
+    def once(self, problem: Problem, name: str, mode: str) -> float:
+        """Milliseconds of one call, after one that warms up."""
+        function = self.suite.call(name, problem, self.inputs(problem), mode)
+        return timing.measure({"": function}, device=self.device, min_repeats=1, max_repeats=1)[""].p50
+
+    def probe(self, case: Case, problem: Problem, mode: str, names: list[str]) -> None:
+        """Where nothing tells how long a call takes, one at shorter lengths does, each PROBE times the one before."""
+        key = (case.name, problem.masked)
+        unknown = [n for n in names if (*key, n, mode) not in self.ns_per_flop]
+        lengths, least, S = [], self.suite.gate_problem(problem).T, problem.S
+        while unknown and (T := (lengths or [problem.T])[-1] // PROBE // S * S + problem.T % S) > least:
+            lengths.append(T)
+        for T in reversed(lengths):
+            small = self.suite.problem(problem, T)
+            for name in unknown:
+                if self.why_not(case, small, name, mode) is None:
+                    # What fails here fails at the point itself too, where it is a row.
+                    with contextlib.suppress(Exception):
+                        self.learn(case, small, name, mode, self.once(small, name, mode))
 
     def admit(self, case: Case, problem: Problem, name: str, modes: Iterable[str]) -> None:
         """The gate, at a small length; a provider that is slow there is timed as well."""
@@ -73,11 +103,8 @@ class _Sweep:
             # The overhead of a fast call at the gate's length would say nothing about long ones.
             slow = time.perf_counter() - start > SLOW_S
             for mode in (m for m in modes if slow and not self.suite.unavailable(name, small, m)):
-                function = self.suite.call(name, small, self.inputs(small), mode)
-                took = timing.measure({"": function}, device=self.device, min_repeats=1, max_repeats=1)[""].p50 / 1e3
-                if took > SLOW_S:
-                    flops = max(1, self.suite.work(name, small, mode).flops)
-                    self.ns_per_flop[(*key, mode)] = took * 1e9 / flops
+                if (ms := self.once(small, name, mode)) > SLOW_S * 1e3:
+                    self.learn(case, small, name, mode, ms)
         except Exception as error:
             self.refused[key] = f"failed in the gate: {error_line(error)}"
 
@@ -102,6 +129,7 @@ class _Sweep:
 
     def point(self, case: Case, problem: Problem, mode: str, names: list[str]) -> None:
         """Measures the providers, interleaved, at one length and mode."""
+        self.probe(case, problem, mode, names)
         runnable: dict[str, Callable] = {}
         if self.made and self.made[0] != problem:
             self.made = None  # before memory is asked for
@@ -130,7 +158,7 @@ class _Sweep:
             self.add(case, problem, name, mode, "time", t[:3], "; ".join(filter(None, notes)))
             for metric, amount in (("throughput", work.flops), ("bandwidth", work.moved_bytes)):
                 self.add(case, problem, name, mode, metric, tuple(amount / (x * 1e6) for x in (t.p80, t.p50, t.p20)))
-            self.ns_per_flop[(case.name, problem.masked, name, mode)] = t.p20 * 1e6 / max(1, work.flops)
+            self.learn(case, problem, name, mode, t.p20)
 
     def prepare(self, case: Case, problem: Problem, name: str, mode: str) -> Callable[[], object]:
         """The call to time, warmed up; its peak of memory is a row."""
@@ -147,9 +175,9 @@ class _Sweep:
         return function
 
     def run(self, points: list, names: list[str], out_dir: Path | None, resume: bool, progress) -> list[record.Row]:
-        wanted, gated = [], set()
+        wanted, gated, kind = [], set(), parse_selection(self.selection)[0]
         for i, (case, problem, mode) in enumerate(points):
-            mine = [n for n in names if self.suite.does(n, mode)]
+            mine = [n for n in names if self.suite.does(n, mode, kind)]
             todo = [n for n in mine if not (resume and self.is_measured(case, problem, n, mode))]
             wanted += [(case, problem, n, mode) for n in mine]
             for n in todo:
@@ -158,7 +186,7 @@ class _Sweep:
                     continue
                 gated.add(key)
                 progress(i, len(points), f"{case.name}: correctness gate of {n}")
-                self.admit(case, problem, n, dict.fromkeys(m for *_, m in points if self.suite.does(n, m)))
+                self.admit(case, problem, n, dict.fromkeys(m for *_, m in points if self.suite.does(n, m, kind)))
             if todo:
                 progress(i, len(points), f"{case.name} T={problem.T} {mode}")
                 self.point(case, problem, mode, todo)
@@ -199,7 +227,9 @@ def run_sweep(
     kind = torch.device(device).type
     names = [one_of("provider", n, suite.known()) for n in (providers or suite.default(kind))]
     modes = [one_of("mode", m, suite.modes) for m in (modes or suite.default_modes)]
-    one_of(f"selection of {suite.name}", parse_selection(selection)[0], suite.selections)
+    chosen = one_of(f"selection of {suite.name}", parse_selection(selection)[0], suite.selections)
+    if not any(suite.does(n, m, chosen) for n in names for m in modes):
+        raise ValueError(f"providers must have {' or '.join(modes)} of {chosen}, got {', '.join(names)}")
     lengths, cases = list(lengths), list(cases)
     if short := [T for T in lengths if T < 1]:
         raise ValueError(f"lengths must be at least 1, got {short[0]}")

@@ -1,13 +1,16 @@
 """The model's commands of hsa-tl."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
 import torch
 import typer
+from rich.console import Console
 
 from hsa_tl.bench import ruler as bench_ruler
 from hsa_tl.bench import selections
@@ -19,7 +22,15 @@ from hsa_tl.model import checkpoint, data
 from hsa_tl.model import train as training
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import load_recipe
-from hsa_tl.terminal import make_console, one_line_errors, parse_lengths, plot_or_say, progress_bar, show_table
+from hsa_tl.terminal import (
+    make_console,
+    one_line_errors,
+    parse_lengths,
+    pick_device,
+    plot_or_say,
+    progress_bar,
+    show_table,
+)
 
 console = make_console()
 
@@ -46,16 +57,36 @@ def prepare(
     show_table(console, title, ("split", "documents", "tokens", "type"), rows, right=(1, 2))
 
 
+@contextlib.contextmanager
+def _lost_ranks():
+    """Of several ranks: a collective that failed since another rank is gone, in one line, and exit code 1."""
+    try:
+        yield
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or isinstance(error, NotImplementedError):
+            raise
+        message = str(error).splitlines()[0][:200]
+        typer.echo(f"error: rank {os.environ['RANK']} stops, another one failed or is gone: {message}", err=True)
+        raise typer.Exit(1) from None
+
+
 def train(
     recipe: Annotated[str, typer.Argument(help="one of hsa-tl's recipes, or a YAML file")],
     out: Annotated[Optional[Path], typer.Option(help="folder of the run; by default out/train/RECIPE")] = None,
     seed: Annotated[Optional[int], typer.Option(help="instead of the recipe's")] = None,
     attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa or nsa")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
+    context_parallel: Annotated[int, typer.Option(help="ranks that share each sequence's tokens")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
-    """Trains a recipe. Resumes from the newest whole checkpoint in the folder, to the bit."""
-    with one_line_errors():
+    """Trains a recipe. Resumes from the newest whole checkpoint in the folder, to the bit.
+
+    On many ranks: torchrun --nproc-per-node 4 -m hsa_tl.cli train RECIPE. Parameters are sharded over all ranks. A
+    rank that dies ends the run; any number of ranks goes on with it.
+    """
+    console = make_console() if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+    with one_line_errors(), _lost_ranks():
+        device = pick_device(device)
         chosen = load_recipe(recipe)
         chosen = chosen if seed is None else dataclasses.replace(chosen, seed=seed)
         if attention is not None:
@@ -72,7 +103,7 @@ def train(
 
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", checkpoint.TornCheckpoint)
-                training.train(chosen, run, device=device, on_step=on_step)
+                training.train(chosen, run, device=device, context_parallel=context_parallel, on_step=on_step)
     for warning in caught:
         console.print(str(warning.message), markup=False, highlight=False)
     lines = [json.loads(x) for x in (run / training.LOG).read_text().splitlines()]

@@ -216,7 +216,7 @@ class PagedMemory:
             marks = landmarks[sequence, : max(0, held - first)]
             skip = min(len(q_slc), max(0, first * S - start))  # tokens before the slab see none of it
             found = retrieve_chunks(
-                q_slc[None, skip:], marks[None], topk, chunk_size=S, q_start=max(0, start + skip - first * S),
+                q_slc[None, skip:], marks[None], topk, chunk_size=S, q_start=max(0, start - first * S),
                 exclude_window=exclude_window, scale=scale,
             )  # fmt: skip
             scores, indices = (F.pad(x[0], (0, 0, 0, 0, skip, 0), value=-1) for x in found)

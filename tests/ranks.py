@@ -84,6 +84,13 @@ def training(run: str, context_parallel: str, dies_at: str = "-1") -> None:
     train(recipe(), Path(run), context_parallel=int(context_parallel), on_step=on_step)
 
 
+def command(*arguments: str) -> None:
+    """The command line."""
+    from hsa_tl.cli import app
+
+    app([*arguments, "--threads", "1"])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"context": context, "training": training}[sys.argv[1]](*sys.argv[2:])
+    {"context": context, "training": training, "command": command}[sys.argv[1]](*sys.argv[2:])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 
 import pytest
 
@@ -85,9 +86,36 @@ def test_a_sweep_out_of_time_says_so(tmp_path):
     assert all("time is up" in r.note for r in attention(tmp_path, deadline_s=-1.0))
 
 
-def test_a_point_too_slow_or_too_large_says_so(monkeypatch, tmp_path):
-    (row,) = times(attention(tmp_path, ("dense-math",), (64, 1 << 20), max_call_s=1e-4)).values()
-    assert row.x == 1 << 20 and row.p50 is None
+def test_a_point_too_large_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "free_bytes", lambda device: 1000)
+    (row,) = attention(tmp_path, ("dense-math",))
+    assert row.note == "not measured: needs 9.83e+04 bytes, 1e+03 are free"
+
+
+@pytest.mark.parametrize("lengths", [(4096, 1 << 16), (1 << 16,)])
+def test_a_point_too_slow_is_known_beforehand(lengths, monkeypatch, tmp_path):
+    """Also where it is the first one, or where what would tell was measured before and is kept."""
+    ran = []
+    right = providers.PROVIDERS["hsa-reference"]
+
+    def slow(q, **tensors):
+        ran.append(q.shape[1])
+        time.sleep(0.02 * q.shape[1] / 4096)
+        return q
+
+    passes = dataclasses.replace(right, attention=slow)
+    monkeypatch.setitem(providers.PROVIDERS, "hsa-reference", passes)
+    monkeypatch.setattr(Attention, "gate", lambda *args: None)
+    options = {"names": ("hsa-reference",), "modes": ("forward",), "max_call_s": 0.2}
+    for _ in range(2):
+        row = attention(tmp_path, lengths=lengths, **options)[-1]
+        assert row.x == 1 << 16 and row.note.endswith("s, the limit is 0 s") and max(ran) <= 1 << 13
+
+
+def test_what_selects_for_itself_has_no_row_of_anothers_selection(tmp_path):
+    names = ("hsa-reference", "hsa-with-retrieval")
+    assert set(times(attention(tmp_path, names, selection="full"))) == {"hsa-reference"}
+    assert set(times(attention(tmp_path, names))) == set(names)
 
 
 def test_rounds_go_both_ways():
@@ -103,6 +131,7 @@ def test_rounds_go_both_ways():
         ({"modes": ("x",)}, r"mode must be one of forward, backward, train, got 'x'"),
         ({"selection": "overlap=2"}, r"selection must be one of .*got 'overlap=2'"),
         ({"selection": "random=0.5"}, r"selection must be one of .*got 'random=0.5'"),
+        ({"names": ("retrieve",), "selection": "full"}, "providers must have train of full, got retrieve"),
         ({"lengths": (0,)}, "lengths must be at least 1, got 0"),
     ],
 )

@@ -13,7 +13,7 @@ from hsa_tl.model import Model, ModelConfig, baseline, preset
 CASE = model.model_case("tiny")
 
 
-def bench(folder=None, names=None, lengths=(64,), modes=("step", "read")):
+def bench(folder=None, names=None, lengths=(64,), modes=None):
     return run_sweep(
         model.ModelBench(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, min_repeats=1, seconds=0.0
     )
@@ -23,8 +23,8 @@ def test_rows(tmp_path):
     rows = bench(tmp_path)
     assert sorted(rows, key=lambda r: r.key) == record.read_rows(tmp_path / "bench.csv")
     timed = {(r.provider, r.mode) for r in compare.times(rows) if r.p50 > 0}
-    assert timed == {(n, m) for n in ("hsa", "full-attention", "swa") for m in ("step", "read")}
-    assert set(compare.fastest_baseline(rows)) == {("step", 64), ("read", 64)}
+    assert timed == {(n, m) for n in ("hsa", "full-attention", "swa") for m in ("step", "read", "generate")}
+    assert set(compare.fastest_baseline(rows)) == {("step", 64), ("read", 64), ("generate", 64)}
     assert compare.ours(rows, "step")[0] == "hsa" and "dim=128 layers=2" in rows[0].config
 
 
@@ -42,12 +42,11 @@ def test_a_wrong_model_is_refused(name, monkeypatch):
     assert row.note.startswith("refused by the gate: loss")
 
 
-def test_generation_is_measured_or_said_to_be_missing():
-    rows = bench(names=("hsa", "full-attention"), modes=("generate",))
-    if hasattr(Model, "new_cache"):
-        assert all(r.p50 > 0 for r in rows if r.metric == "time")
-    else:
-        assert all(r.note.endswith("has no new_cache: it does not decode") for r in rows)
+def test_a_wrong_cache_is_refused(monkeypatch):
+    right = model.Pair.generate
+    monkeypatch.setattr(model.Pair, "generate", lambda *x: lambda: right(*x)() * 1.01)
+    (row,) = bench(names=("hsa",), modes=("generate",))
+    assert row.note.startswith("refused by the gate: logits")
 
 
 def test_a_step_trains():
@@ -62,17 +61,21 @@ def test_a_step_trains():
 
 
 def test_products_are_counted():
-    c = ModelConfig(layers=2, conv=0)
-    full = baseline(c, "full")
-    attention = 2 * c.dim * c.head_dim * (c.heads + c.kv_heads)
-    mlp = 3 * c.dim * c.mlp_dim
-    norms = model.parameters(full) - c.layers * (attention + mlp) - c.dim * c.vocab_size
-    assert 0 < norms < 10 * c.dim
-    suite, problem = model.ModelBench(), CASE.problem
-    more = cases.at_length(problem, 2 * problem.T)
-    for mode in ("step", "read"):
-        assert suite.work("full-attention", more, mode).flops > 2 * suite.work("full-attention", problem, mode).flops
-    assert suite.config(problem) == preset("tiny")
+    c = baseline(ModelConfig(layers=2, conv=0, tied=True), "full")
+    count = model.parameters(c)
+    layer = 2 * c.dim * c.head_dim * (c.heads + c.kv_heads) + 3 * c.dim * c.mlp_dim
+    assert 0 <= count["0"] - layer < 10 * c.dim and count["0"] == count["1"]
+    assert count["output"] == c.dim * c.vocab_size and "embedding" not in count
+    suite, p = model.ModelBench(), cases.at_length(CASE.problem, 128)
+    assert suite.config(p) == preset("tiny")
+    count = model.parameters(baseline(preset("tiny"), "full"))
+    products = 2 * (128 * sum(n for part, n in count.items() if part != "output") + count["output"])
+    attention = 2 * 4 * p.HQ * p.D * 128 * 129 // 2
+    assert suite.work("full-attention", p, "read").flops == products + attention
+    longer = cases.at_length(p, 256)
+    for mode in suite.modes:
+        assert suite.work("hsa", longer, mode).flops > suite.work("hsa", p, mode).flops
+    assert suite.work("swa", longer, "generate") == suite.work("swa", p, "generate")
 
 
 def test_the_command(tmp_path):

@@ -90,6 +90,15 @@ def test_training_equals_one_process_and_survives_a_dead_rank(tmp_path):
     assert_as_accurate_as("loss", curve(run), curve(tmp_path / "alone"), curve(tmp_path / "double").double())
 
 
+def test_the_command_runs_on_two_ranks(tmp_path):
+    """One process prints; the recipe's file is the same on all."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({k: v for k, v in ranks.recipe().to_dict().items() if k != "name"}))
+    run = launch(2, "command", "train", recipe, "--out", tmp_path / "run", "--device", "cpu", "--context-parallel", 2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("wrote ") == 1 and len(curve(tmp_path / "run")) == 6
+
+
 def test_an_uneven_batch_is_refused(tmp_path):
     run = launch(3, "training", tmp_path, 1)
     assert run.returncode != 0 and "batch must be a multiple of the 3 data-parallel ranks, got 4" in run.stderr

@@ -52,7 +52,7 @@ def test_sampling_runs_and_a_cache_can_be_continued(model):
     cache = first.past_key_values
     assert isinstance(cache, HSACache) and cache.state.lengths == [43]
     more = model.generate(first.sequences, max_new_tokens=5, do_sample=False, pad_token_id=7, past_key_values=cache)
-    assert torch.equal(more, want)
+    assert torch.equal(more, want) and cache.state.lengths == [48]  # nothing is read twice
     with pytest.raises(NotImplementedError, match="only grow"):
         model.generate(ids, max_new_tokens=3, num_beams=2, pad_token_id=7)
 

@@ -103,7 +103,7 @@ def ragged(draw):
     return segments
 
 
-@settings(max_examples=12)
+@settings(max_examples=30)
 @given(segments=ragged(), seed=st.integers(0, 99), name=st.sampled_from(sorted(CONFIGS)))
 def test_ragged_batches_equal_each_row_alone(segments, seed, name):
     torch.manual_seed(seed)
@@ -238,7 +238,7 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
     """Selection bit for bit, whatever the slabs, and whether the pages are gathered at once or in parts."""
     S, H, D, E, K = 16, 2, 16, 8, 5
     memory = PagedMemory(MemorySpec(2, H, D, H, E, S), capacity=capacity, pages=capacity)
-    lengths, content = (170 * S + 3, 64 * S), []
+    lengths, content = (130 * S + 3, 64 * S), []  # the first segment crosses into the third slab
     for b, n in enumerate(lengths):
         k, v = (torch.randn(n // S, S, H, D) for _ in range(2))
         content.append((k, v, torch.randn(n // S, H, E).sign()))
