@@ -56,6 +56,7 @@ class Row:
     train_seconds: float
     device: str
     commit: str
+    recipe: str = "needle-tiny"
 
 
 def recipe_of(model: str, seed: int, name: str = "needle-tiny") -> Recipe:
@@ -77,7 +78,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    rows = sorted(rows, key=lambda r: (list(MODELS).index(r.model), r.seed, list(TASKS).index(r.task), r.length))
+    models, tasks = list(MODELS), list(TASKS)
+    rows = sorted(rows, key=lambda r: (r.recipe, models.index(r.model), r.seed, tasks.index(r.task), r.length))
     write_atomic(path, "[\n" + ",\n".join(json.dumps(asdict(r)) for r in rows) + "\n]\n")
 
 
@@ -88,8 +90,8 @@ def run_lengths(
 ) -> list[Row]:  # fmt: skip
     """Trains each model for each seed in a folder of runs and evaluates it; writes out/lengths.json after every row.
 
-    samples: contexts of each length and task, fewer where budget_s seconds are over. A context that full attention
-    cannot read has no row.
+    samples: contexts of each length and task; behind budget_s seconds only those that cost little, see
+    evaluate.accuracy. A context that full attention cannot read has no row.
     """
     for task in tasks:
         if task not in TASKS:
@@ -97,7 +99,8 @@ def run_lengths(
     chosen = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models}
     path = out / "lengths.json"
     rows = read_rows(path)
-    done = {(r.model, r.seed, r.task, r.length) for r in rows}
+    trained_on = load_recipe(recipe).name
+    done = {(r.model, r.seed, r.task, r.length) for r in rows if r.recipe == trained_on}
     for (name, seed), plan in chosen.items():
         todo = [(t, T) for t in tasks for T in lengths if (name, seed, t, T) not in done]
         todo = [(t, T) for t, T in todo if name != "full-rope" or T <= ONE_SHOT]
@@ -110,7 +113,7 @@ def run_lengths(
             found = evaluate.accuracy(LongReader(model), evaluate.needle_samples(task, T, samples, seed), budget_s)
             row = Row(
                 name, seed, plan.stages[-1].length, T, task, found.share, round(found.seconds, 3), found.answers,
-                found.samples, read_tokens, round(seconds, 1), record.device_name("cpu"), record.commit(),
+                found.samples, read_tokens, round(seconds, 1), record.device_name("cpu"), record.commit(), trained_on,
             )  # fmt: skip
             rows.append(row)
             write_rows(path, rows)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from hsa_tl.bench.lengths import Row, plot_lengths, run_lengths
 from hsa_tl.bench.plot import length_label
+from hsa_tl.model.recipe import load_recipe
 from hsa_tl.model.train import Step
 from hsa_tl.terminal import plot_or_say, progress_bar, show_table
 
@@ -44,9 +45,12 @@ def run_needles(
             bar.update(step, description=f"{row.model} {row.seed}: {row.task} {length_label(row.length)}")
 
         rows = run_lengths(out, runs, models, seeds, lengths, tasks, on_step=on_step, on_row=on_row, **options)
+    name = load_recipe(options.get("recipe", "needle-tiny")).name
+    rows = [r for r in rows if r.recipe == name]
     mine = [r for r in rows if r.model in models and r.seed in seeds and r.task in tasks]
     show_rows(console, mine, f"Answers right in %, by length; trained at {mine[0].train_length} tokens at most")
-    written = [out / "lengths.json", *plot_or_say(console, plot_lengths, rows, out / "lengths.png")]
+    picture = out / ("lengths.png" if name == "needle-tiny" else f"lengths-{name}.png")
+    written = [out / "lengths.json", *plot_or_say(console, plot_lengths, rows, picture)]
     console.print("wrote " + ", ".join(map(str, written)))
     return mine
 

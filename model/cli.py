@@ -124,7 +124,7 @@ def lengths(
     lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
     tasks: Annotated[str, typer.Option(help="s-niah, mq-niah, mk-niah-3")] = "s-niah,mq-niah,mk-niah-3",
     samples: Annotated[int, typer.Option(help="contexts of each length and task")] = 100,
-    budget: Annotated[float, typer.Option(help="seconds after which a length and task gets no further context")] = 60.0,
+    budget: Annotated[float, typer.Option(help="seconds for each length and task, unless contexts cost little")] = 60.0,
     recipe: Annotated[str, typer.Option(help="what each model is trained on")] = "needle-tiny",
     out: Annotated[Path, typer.Option(help="folder of lengths.json and lengths.png")] = Path("bench/results/cpu"),
     runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),

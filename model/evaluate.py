@@ -44,12 +44,17 @@ def answers_right(reader: LongReader, sample: Sample) -> np.ndarray:
 
 
 def accuracy(reader: LongReader, samples: Iterator[Sample], budget_s: float = float("inf")) -> Accuracy:
-    """Over all samples, or over those that budget_s seconds allow, LEAST at the least."""
+    """Over all samples; behind budget_s seconds only over those that cost little, and over LEAST at the least.
+
+    Little is a hundredth of the budget: a context that is read by its differences.
+    """
     start, right, answers, count = time.perf_counter(), 0, 0, 0
     for sample in samples:
+        begin = time.perf_counter()
         hits = answers_right(reader, sample)
         right, answers, count = right + int(hits.sum()), answers + len(hits), count + 1
-        if count >= LEAST and time.perf_counter() - start > budget_s:
+        end = time.perf_counter()
+        if count >= LEAST and end - start > budget_s and end - begin > budget_s / 100:
             break
     return Accuracy(right, answers, count, time.perf_counter() - start)
 

@@ -28,13 +28,13 @@ def test_lengths_command(recipe, tmp_path):
     args = ["lengths", "--recipe", recipe, "--out", tmp_path / "out", "--runs", tmp_path / "runs", "--samples", 2]
     args = [*map(str, args), "--lengths", "128,1k", "--seeds", "1"]
     result = CliRunner().invoke(app, args)
-    assert result.exit_code == 0 and "lengths.png" in result.output, result.output
+    assert result.exit_code == 0 and "lengths-toy.png" in result.output, result.output
     rows = json.loads((tmp_path / "out/lengths.json").read_text())
     assert len(rows) == len(lengths.MODELS) * len(lengths.TASKS) * 2
     assert {"model", "seed", "train_length", "length", "task", "accuracy", "seconds"} <= set(rows[0])
     assert all(0 <= r["accuracy"] <= 1 and r["train_length"] == 64 and r["samples"] == 2 for r in rows)
     assert {r["read_tokens"] for r in rows} == {0, 128}
-    assert (tmp_path / "out/lengths.png").stat().st_size > 5000
+    assert (tmp_path / "out/lengths-toy.png").stat().st_size > 5000
     # A second call measures nothing again; a row that is missing is measured with the model that is there.
     (tmp_path / "out/lengths.json").write_text(json.dumps(rows[1:]))
     trained = sorted((tmp_path / "runs").rglob("step-*/meta.json"))

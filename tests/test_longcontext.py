@@ -107,6 +107,7 @@ def test_an_answer_is_right_when_all_its_tokens_are():
     found = evaluate.accuracy(Oracle([20, 44]), iter([sample, sample]))
     assert (found.right, found.answers, found.samples) == (2, 6, 2) and found.share == pytest.approx(1 / 3)
     assert evaluate.accuracy(Oracle(), (sample for _ in range(99)), budget_s=0).samples == evaluate.LEAST
+    assert evaluate.accuracy(Oracle(), (sample for _ in range(99)), budget_s=60).samples == 99
 
 
 def test_samples_for_evaluation():

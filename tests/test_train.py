@@ -20,6 +20,7 @@ from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe
 from hsa_tl.model.sources import make_source
 
 STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
+TOYS = ("needle-tiny", "needle-hard", "text-tiny")
 
 
 def toy(steps: int = 6, **changes) -> Recipe:
@@ -176,8 +177,8 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
 def test_every_recipe_at_toy_size(tmp_path):
     """Each in turn, from the checkpoint of the one before; bfloat16 too."""
     write_tokens(tmp_path / "train.bin", [b"words and more words, " * 999], ByteTokenizer())
-    assert set(recipe_names()) == {*STAGES, "needle-tiny", "text-tiny"}
-    for name in (*STAGES, "needle-tiny", "text-tiny"):
+    assert set(recipe_names()) == {*STAGES, *TOYS}
+    for name in (*STAGES, *TOYS):
         recipe = shrunk(load_recipe(name), tmp_path)
         training.train(recipe, tmp_path / name)
         rows = log(tmp_path / name)
