@@ -10,7 +10,7 @@ from hsa_tl.api import IMPLS
 from hsa_tl.autotune import cli as autotune_cli
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import cli as bench_cli
-from hsa_tl.bench import gate, needle_demo, record
+from hsa_tl.bench import eval_cli, gate, needle_demo, record
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.demo import run_demo
@@ -127,6 +127,7 @@ def demo(
 autotune_cli.register(app)
 bench_cli.register(app)
 model_cli.register(app)
+eval_cli.register(app)
 
 if __name__ == "__main__":
     app()

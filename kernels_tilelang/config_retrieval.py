@@ -16,13 +16,23 @@ RANGES = (1024, 256, 128)  # landmarks of a CTA
 FILL = 120  # CTAs that keep the most of 132 SMs busy
 
 
-def places(K: int) -> int:
-    """Of a row's K best: a power of two."""
-    return max(MIN_PLACES, next_power_of_two(K))
+class SelectConfig(AuxiliaryConfig):
+    """Of a program that sorts keys in shared memory, and so places its own barriers."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
+    own_barriers: ClassVar[bool] = True
+
+    @staticmethod
+    def places(K: int) -> int:
+        """Of a row's K best: a power of two."""
+        return max(MIN_PLACES, next_power_of_two(K))
+
+    def refusal(self, p):
+        return f"topk must be at most {MAX_TOPK}, got {p.K}" if p.K > MAX_TOPK else None
 
 
 @dataclass(frozen=True)
-class RetrieveTopkConfig(AuxiliaryConfig):
+class RetrieveTopkConfig(SelectConfig):
     """A CTA owns block_M tokens of a retrieval head; num_stages tiles of block_N landmarks are in flight."""
 
     block_M: int = 128
@@ -30,13 +40,7 @@ class RetrieveTopkConfig(AuxiliaryConfig):
     threads: int = 256
     num_stages: int = 2
     DIRECTION: ClassVar[str] = "retrieve"
-    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
-    own_barriers: ClassVar[bool] = True
     working_registers: ClassVar[int] = 72  # the sort's keys; with 52 ptxas spilled
-
-    def places(self, K: int) -> int:
-        """Of a row's best, and of its buffer of candidates."""
-        return places(K)
 
     def total_threads(self):
         return self.threads + WARPGROUP  # automatic warp specialisation adds a producer
@@ -63,8 +67,8 @@ class RetrieveTopkConfig(AuxiliaryConfig):
     def refusal(self, p):
         if self.block_M % 64 or self.block_M // 64 * WARPGROUP != self.threads:
             return f"block_M must be 64 for each of the warpgroups, got {self.block_M} and {self.threads} threads"
-        if p.K > MAX_TOPK:
-            return f"topk must be at most {MAX_TOPK}, got {p.K}"
+        if reason := super().refusal(p):
+            return reason
         if self.block_N % 8:
             return f"block_N must be a multiple of 8, got {self.block_N}"
         return None if self.num_stages >= 1 else f"num_stages must be at least 1, got {self.num_stages}"
@@ -83,20 +87,14 @@ class RetrieveTopkConfig(AuxiliaryConfig):
 
 
 @dataclass(frozen=True)
-class RetrieveSplitConfig(AuxiliaryConfig):
+class RetrieveSplitConfig(SelectConfig):
     """A CTA owns block_N landmarks and TOKENS tokens of a retrieval head; num_stages tiles are in flight."""
 
     block_N: int = 1024
     threads: int = 128
     num_stages: int = 3
     DIRECTION: ClassVar[str] = "scan"  # of landmarks: bytes are what it costs
-    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
-    own_barriers: ClassVar[bool] = True
     working_registers: ClassVar[int] = 80  # the sort's keys; with 72 ptxas spilled
-
-    def places(self, K: int) -> int:
-        """Of the best that a CTA passes on."""
-        return places(K)
 
     def total_threads(self):
         return self.threads + WARPGROUP  # automatic warp specialisation adds a producer
@@ -116,10 +114,10 @@ class RetrieveSplitConfig(AuxiliaryConfig):
         return TILE * TOKENS
 
     def refusal(self, p):
-        if p.K > MAX_TOPK:
-            return f"topk must be at most {MAX_TOPK}, got {p.K}"
-        if self.block_N & (self.block_N - 1) or self.block_N < max(TILE, places(p.K)):
-            return f"block_N must be a power of two of at least {max(TILE, places(p.K))}, got {self.block_N}"
+        if reason := super().refusal(p):
+            return reason
+        if self.block_N & (self.block_N - 1) or self.block_N < max(TILE, self.places(p.K)):
+            return f"block_N must be a power of two of at least {max(TILE, self.places(p.K))}, got {self.block_N}"
         return None if self.num_stages >= 1 else f"num_stages must be at least 1, got {self.num_stages}"
 
     @classmethod
@@ -133,38 +131,34 @@ class RetrieveSplitConfig(AuxiliaryConfig):
 
     @classmethod
     def on_cpu(cls, p):
-        return cls(block_N=max(32, places(p.K)), num_stages=1)
+        return cls(block_N=max(32, cls.places(p.K)), num_stages=1)
 
 
 @dataclass(frozen=True)
-class RetrieveCombineConfig(AuxiliaryConfig):
+class RetrieveCombineConfig(SelectConfig):
     """A CTA owns a token and a retrieval head; its threads hold RADIX keys each."""
 
     threads: int = 256
     DIRECTION: ClassVar[str] = "combine"
     KEY: ClassVar[tuple[str, ...]] = ("K",)
-    own_barriers: ClassVar[bool] = True
-
-    def places(self, K: int) -> int:
-        return places(K)
 
     def rows_of(self, K: int) -> int:
         """Ranges' rows that the CTA holds at a time."""
-        return max(1, self.threads * RADIX // places(K))
+        return max(1, self.threads * RADIX // self.places(K))
 
     def pair_bytes(self, p):
-        moved = KEY_BYTES * places(p.K) / p.K
+        moved = KEY_BYTES * self.places(p.K) / p.K
         return {"l2": moved, "hbm": moved}
 
     def smem_bytes(self, p):
-        return KEY_BYTES * places(p.K) * (self.rows_of(p.K) + 1) + SMEM_ALIGNMENT
+        return KEY_BYTES * self.places(p.K) * (self.rows_of(p.K) + 1) + SMEM_ALIGNMENT
 
     def accumulators(self, p):
         return 0
 
     def refusal(self, p):
-        if p.K > MAX_TOPK:
-            return f"topk must be at most {MAX_TOPK}, got {p.K}"
+        if reason := super().refusal(p):
+            return reason
         threads = self.threads
         return f"threads must be a power of two, got {threads}" if threads & (threads - 1) else None
 

@@ -12,22 +12,13 @@ import torch
 import typer
 from rich.console import Console
 
-from hsa_tl.bench import ruler as bench_ruler
-from hsa_tl.bench import selections
-from hsa_tl.bench.lengths import MODELS
-from hsa_tl.bench.needle_demo import run_needles
-from hsa_tl.bench.plot import length_label
-from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, data
 from hsa_tl.model import train as training
-from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import load_recipe
 from hsa_tl.terminal import (
     make_console,
     one_line_errors,
-    parse_lengths,
     pick_device,
-    plot_or_say,
     progress_bar,
     show_table,
 )
@@ -118,116 +109,7 @@ def train(
     console.print(f"wrote {run}")
 
 
-def lengths(
-    models: Annotated[str, typer.Option(help="any of hsa, full-rope, swa, nsa, nsa-rope")] = ",".join(MODELS),
-    seeds: Annotated[int, typer.Option(help="seeds 0, 1, ... of each model")] = 5,
-    lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
-    tasks: Annotated[str, typer.Option(help="s-niah, mq-niah, mk-niah-3")] = "s-niah,mq-niah,mk-niah-3",
-    samples: Annotated[int, typer.Option(help="contexts of each length and task")] = 100,
-    budget: Annotated[float, typer.Option(help="seconds for each length and task, unless contexts cost little")] = 60.0,
-    recipe: Annotated[str, typer.Option(help="what each model is trained on")] = "needle-tiny",
-    out: Annotated[Path, typer.Option(help="folder of lengths.json and lengths.png")] = Path("bench/results/cpu"),
-    runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-) -> None:
-    """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there."""
-    with one_line_errors():
-        torch.set_num_threads(threads)
-        run_needles(
-            console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
-            samples=samples, budget_s=budget, recipe=recipe,
-        )  # fmt: skip
-
-
-def evaluate(
-    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what the first HSA layer reads")],
-    run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
-    lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
-    depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
-    depth_steps: Annotated[int, typer.Option(help="depths from first to last")] = 5,
-    tasks: Annotated[str, typer.Option(help="s-niah, mk-niah-1 to 3, mq-niah, vt, fwe")] = "s-niah,mq-niah",
-    samples: Annotated[int, typer.Option(help="contexts of each length, task and depth")] = 4,
-    vocabulary: Annotated[
-        Optional[str], typer.Option(help="words or needles; by default what the run was trained on")
-    ] = None,
-    data_file: Annotated[Path, typer.Option("--data", help="token file, for perplexity and selections")] = Path(
-        "out/data/held_out.bin"
-    ),
-    memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
-    topk: Annotated[Optional[int], typer.Option(help="chunks to retrieve, by default the run's")] = None,
-    out: Annotated[Path, typer.Option(help="folder of the JSON and the plot")] = Path("out/eval"),
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-) -> None:
-    """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot."""
-    with one_line_errors():
-        if what not in ("ruler", "perplexity", "selections"):
-            raise ValueError(f"what to evaluate must be ruler, perplexity or selections, got {what!r}")
-        torch.set_num_threads(threads)
-        points = parse_lengths(lengths)
-        model = training.load_model(run, device)
-        if topk is not None:
-            training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
-        if what == "selections":
-            save_selections(model, data.TokenFile(data_file), points[-1], out)
-            return
-        reader = LongReader(model, folder=memory)
-        with progress_bar(console) as bar:
-            step = bar.add_task("read", total=None)
-
-            def on_row(row) -> None:
-                bar.update(step, advance=1, description=f"{length_label(row.length)} done")
-
-            if what == "perplexity":
-                rows = bench_ruler.run_perplexity(reader, data.TokenFile(data_file), points, on_row=on_row)
-            else:
-                kinds = {s["data"]["kind"] for s in checkpoint.latest(run).recipe["stages"]}
-                chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
-                if chosen not in bench_ruler.VOCABULARIES:
-                    raise ValueError(f"vocabulary must be words or needles, got {chosen!r}")
-                places = parse_depths(depths, depth_steps)
-                rows = bench_ruler.run_ruler(
-                    reader, chosen, tasks.split(","), points, places, samples=samples, on_row=on_row
-                )
-        written = [bench_ruler.write_rows(rows, out / f"{what}.json")]
-        draw = bench_ruler.plot_ruler if what == "ruler" else bench_ruler.plot_perplexity
-        written += plot_or_say(console, draw, rows, out / f"{what}.png")
-    names = list(vars(rows[0]))
-    cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
-    show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
-    console.print("wrote " + ", ".join(map(str, written)))
-
-
-def save_selections(model, file: data.TokenFile, length: int, out: Path) -> None:
-    """selections.safetensors for `hsa-tl bench --selection trained=FILE`, and their overlap as JSON."""
-    if length > len(file):
-        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
-    indices = selections.trained_selection(model, file.tokens[:length])
-    found = selections.statistics(indices, model.config.chunk_size)
-    selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size)
-    write_atomic(out / "selections.json", json.dumps(found, indent=1) + "\n")
-    rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
-    chunks = length // found["chunk_size"]
-    title = f"{length} tokens, top {found['topk']} of {chunks} chunks, overlap of neighbours {found['overlap']:.2f}"
-    show_table(console, title, ("neighbours", "distinct chunks", "share"), rows, right=(0, 1, 2))
-    console.print(f"wrote {out / 'selections.safetensors'}, {out / 'selections.json'}")
-
-
-def parse_depths(text: str, steps: int) -> list[float]:
-    """ "0..1" to `steps` depths evenly from the first to the last, "0.5" to one."""
-    first, dots, last = text.partition("..")
-    try:
-        low, high = float(first), float(last if dots else first)
-    except ValueError:
-        raise ValueError(f"depths must be a number or first..last, got {text!r}") from None
-    if not 0 <= low <= high <= 1 or steps < 1:
-        raise ValueError(f"depths must rise within [0, 1] in at least one step, got {text!r} in {steps}")
-    return [low] if low == high or steps == 1 else [low + (high - low) * i / (steps - 1) for i in range(steps)]
-
-
 def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
     app.command()(prepare)
     app.command()(train)
-    app.command()(lengths)
-    app.command("eval")(evaluate)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hsa_tl.bench import eval_cli as cli
 from hsa_tl.bench import ruler as bench_ruler
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.suite import selection_label
 from hsa_tl.cli import app
-from hsa_tl.model import cli
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer, TokenFile, write_tokens
 from hsa_tl.model.hsa import ChunkMemory

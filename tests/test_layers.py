@@ -72,10 +72,17 @@ ONLY = {
         "hsa_tl.kernels_tilelang.*",
         "hsa_tl.problem",
     ),
+    "hsa_tl.impl.tilelang_retrieval": (
+        "hsa_tl.impl.tilelang",
+        "hsa_tl.autotune.*",
+        "hsa_tl.kernels_tilelang.*",
+        "hsa_tl.problem",
+        "hsa_tl.pairs",
+    ),
     "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_*", "hsa_tl.kernels_tilelang.macros*")),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
-    "hsa_tl.model.cli": ("hsa_tl*",),
+    "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal"),
     "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.files", "hsa_tl.model*"),
     "hsa_tl.ops": (
         "hsa_tl.problem",

@@ -1,11 +1,9 @@
 """Launchers of the TileLang retrieval programs: on Hopper, and on the CPU through TileLang's C target (float32)."""
 
-import importlib.util
-
 import torch
 
 from hsa_tl.autotune import table
-from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.impl import tilelang as launchers
 from hsa_tl.kernels_tilelang.config_retrieval import MAX_TOPK
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
@@ -13,19 +11,9 @@ from hsa_tl.problem import Problem
 
 def unavailable(problem: Problem, program: str = "retrieve_topk") -> str | None:
     """Why the program cannot run this retrieval here, or None. A retrieval's H is R and its D is D_r."""
-    if importlib.util.find_spec("tilelang") is None:
-        return "the package tilelang is not installed"
     if problem.K > MAX_TOPK:
         return f"topk must be at most {MAX_TOPK}, got {problem.K}"
-    if problem.device_type == "cpu":
-        return None if problem.dtype == torch.float32 else "the CPU target runs float32 only"
-    if problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return "on CUDA it runs bfloat16 and float16"
-    if not configs.space(program, problem):
-        return f"no config of {program} suits it: {configs.why_illegal(program, problem, configs.CONFIGS[program]())}"
-    return None
+    return launchers.unavailable(problem, (program,))
 
 
 def decode_unavailable(problem: Problem) -> str | None:
@@ -35,8 +23,6 @@ def decode_unavailable(problem: Problem) -> str | None:
 
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
     """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
-    from hsa_tl.kernels_tilelang import compile
-
     B, T, R, D_r = q_slc.shape
     N = landmarks.shape[1]
     scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
@@ -47,15 +33,13 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
         # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
         past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
         bounds = *past, outside[0] + 1, outside[1]
-        kernel = compile.kernel("retrieve_topk", problem, table.resolve("retrieve_topk", problem))
+        kernel = launchers.compiled("retrieve_topk", problem)
         kernel(q_slc.contiguous(), landmarks.contiguous(), scale, chunk_size, *bounds, scores, indices)
     return scores, indices
 
 
 def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale):
     """scores, indices [B, T, R, topk] of a few tokens of each sequence; see hsa_tl.api.retrieve_decode."""
-    from hsa_tl.kernels_tilelang import compile
-
     B, T, R, D_r = q_slc.shape
     N, device_type = landmarks.shape[1], q_slc.device.type
     scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
@@ -66,24 +50,21 @@ def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude
         splits = -(-N // config.block_N)
         best = torch.empty(B, T, R, splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
         chunks = torch.full_like(lengths, N) if chunks is None else chunks
-        compile.kernel("retrieve_split", problem, config)(
+        launchers.compiled("retrieve_split", problem, config)(
             q_slc.contiguous(), landmarks.contiguous(), lengths.contiguous(), chunks.contiguous(), scale, chunk_size,
             exclude_window, best,
         )  # fmt: skip
-        combine = compile.kernel("retrieve_combine", problem, table.resolve("retrieve_combine", problem))
-        combine(best, scores, indices)
+        launchers.compiled("retrieve_combine", problem)(best, scores, indices)
     return scores, indices
 
 
 def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
     """The gradient of landmarks [B, num_chunks, R, D_r], in q_slc's dtype."""
-    from hsa_tl.kernels_tilelang import compile
-
     B, T, R, D_r = q_slc.shape
     out = q_slc.new_zeros(B, num_chunks, R, D_r)
     if dscores.numel() and num_chunks:
         K, device_type = dscores.shape[3], q_slc.device.type
         problem = Problem(B, T, num_chunks, R, R, D_r, 64, K, dtype=q_slc.dtype, device_type=device_type)
-        kernel = compile.kernel("retrieve_dlandmarks", problem, table.resolve("retrieve_dlandmarks", problem))
+        kernel = launchers.compiled("retrieve_dlandmarks", problem)
         kernel(dscores.contiguous(), q_slc.contiguous(), *pairs, scale, out)
     return out
