@@ -55,6 +55,7 @@ class Row:
     read_tokens: int  # topk * chunk_size
     train_seconds: float
     device: str
+    versions: str
     commit: str
     recipe: str = "needle-tiny"
 
@@ -113,7 +114,8 @@ def run_lengths(
             found = evaluate.accuracy(LongReader(model), evaluate.needle_samples(task, T, samples, seed), budget_s)
             row = Row(
                 name, seed, plan.stages[-1].length, T, task, found.share, round(found.seconds, 3), found.answers,
-                found.samples, read_tokens, round(seconds, 1), record.device_name("cpu"), record.commit(), trained_on,
+                found.samples, read_tokens, round(seconds, 1), record.device_name("cpu"), record.versions(),
+                record.commit(), trained_on,
             )  # fmt: skip
             rows.append(row)
             write_rows(path, rows)
