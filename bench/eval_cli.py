@@ -58,11 +58,16 @@ def evaluate(
     ),
     memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
     topk: Annotated[Optional[int], typer.Option(help="chunks to retrieve, by default the run's")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
+    windows: Annotated[int, typer.Option(help="places of the file, for perplexity")] = 8,
     out: Annotated[Path, typer.Option(help="folder of the JSON and the plot")] = Path("out/eval"),
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
-    """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot."""
+    """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
+
+    The JSON keeps the rows of other runs; the plot of perplexity shows them too.
+    """
     with one_line_errors():
         if what not in ("ruler", "perplexity", "selections"):
             raise ValueError(f"what to evaluate must be ruler, perplexity or selections, got {what!r}")
@@ -82,17 +87,20 @@ def evaluate(
                 bar.update(step, advance=1, description=f"{length_label(row.length)} done")
 
             if what == "perplexity":
-                rows = ruler.run_perplexity(reader, data.TokenFile(data_file), points, on_row=on_row)
+                rows = ruler.run_perplexity(reader, data.TokenFile(data_file), points, windows=windows, on_row=on_row)
             else:
                 kinds = {s["data"]["kind"] for s in checkpoint.latest(run).recipe["stages"]}
                 chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
                 if chosen not in ruler.VOCABULARIES:
                     raise ValueError(f"vocabulary must be words or needles, got {chosen!r}")
                 places = parse_depths(depths, depth_steps)
-                rows = ruler.run_ruler(reader, chosen, tasks.split(","), points, places, samples=samples, on_row=on_row)
-        written = [ruler.write_rows(rows, out / f"{what}.json")]
-        draw = ruler.plot_ruler if what == "ruler" else ruler.plot_perplexity
-        written += plot_or_say(console, draw, rows, out / f"{what}.png")
+                rows = ruler.run_ruler(
+                    reader, chosen, tasks.split(","), points, places, samples=samples, generate=generate, on_row=on_row
+                )
+        written = [out / f"{what}.json"]
+        kept = ruler.write_rows(rows, ruler.Run.of(run, model), device, written[0])
+        draw, drawn = (ruler.plot_ruler, rows) if what == "ruler" else (ruler.plot_perplexity, kept)
+        written += plot_or_say(console, draw, drawn, out / f"{what}.png")
     names = list(vars(rows[0]))
     cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
     show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))

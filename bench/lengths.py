@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,7 +112,8 @@ def run_lengths(
         config = model.config
         read_tokens = config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0
         for task, T in todo:
-            found = evaluate.accuracy(LongReader(model), evaluate.needle_samples(task, T, samples, seed), budget_s)
+            answer = partial(evaluate.answers_right, LongReader(model))
+            found = evaluate.accuracy(answer, evaluate.needle_samples(task, T, samples, seed), budget_s)
             row = Row(
                 name, seed, plan.stages[-1].length, T, task, found.share, round(found.seconds, 3), found.answers,
                 found.samples, read_tokens, round(seconds, 1), record.device_name("cpu"), record.versions(),

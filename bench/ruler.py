@@ -1,27 +1,51 @@
 """`hsa-tl eval`: RULER by length and depth, and perplexity by context, of a trained run. Rows as JSON, plots as PNG.
 
-Exact match is teacher-forced: an answer counts when every token of it is the most likely one after the true ones before
-it. Greedy generation is right in exactly the same cases.
+Exact match, teacher-forced: an answer counts when every token of it is the likeliest one after the true ones before it.
+Generated: the answers to a sample's questions are generated greedily, each after the model's own answers before it.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from hsa_tl.bench import record
 from hsa_tl.bench.plot import length_axis, length_label, pyplot, save
 from hsa_tl.files import write_atomic
-from hsa_tl.model import evaluate, needles, ruler
+from hsa_tl.model import checkpoint, evaluate, needles, ruler
 from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
+from hsa_tl.model.model import Model
+from hsa_tl.model.recipe import recipe_of
 
 VOCABULARIES = ("words", "needles")
 
 
 @dataclass(frozen=True)
+class Run:
+    """What was evaluated: a recipe's name and seed, and how far it was trained."""
+
+    model: str
+    seed: int
+    parameters: int
+    trained_tokens: int
+    trained_length: int  # the longest of all stages
+
+    @classmethod
+    def of(cls, folder: Path, model: Model) -> "Run":
+        found = checkpoint.latest(folder)
+        recipe = recipe_of(found.recipe)
+        stages = [recipe.stages[recipe.stage_at(step)[0]] for step in range(found.step)]
+        tokens = sum(s.length * s.batch * s.accumulate for s in stages)
+        return cls(recipe.name, recipe.seed, model.num_parameters(), tokens, max(s.length for s in stages))
+
+
+@dataclass(frozen=True)
 class RulerRow:
+    method: str  # teacher-forced or generated
     task: str
     length: int
     depth: float | None  # of the needle first asked for; None: anywhere
@@ -47,22 +71,30 @@ def has_depth(task: str, vocabulary: str) -> bool:
 
 def run_ruler(
     reader: LongReader, vocabulary: str, tasks: list[str], lengths: list[int], depths: list[float], *, samples: int,
-    seed: int = 0, on_row: Callable[[RulerRow], None] = lambda row: None,
+    seed: int = 0, generate: bool = False, on_row: Callable[[RulerRow], None] = lambda row: None,
 ) -> list[RulerRow]:  # fmt: skip
     """Accuracy of each task at each length and depth. vocabulary: "words", one token a byte, or "needles", the 320
-    tokens of hsa_tl.model.needles. ValueError: a task that the vocabulary does not have."""
+    tokens of hsa_tl.model.needles. generate: see evaluate.answers_generated; each context is then read anew.
+    ValueError: a task that the vocabulary does not have."""
     known = needles.TASKS if vocabulary == "needles" else ruler.TASKS
     make = evaluate.needle_samples if vocabulary == "needles" else evaluate.ruler_samples
     for task in tasks:
         if task not in known:
             raise ValueError(f"task must be one of {', '.join(known)}, got {task!r}")
+    method = "generated" if generate else "teacher-forced"
+    if generate:
+        answer = partial(evaluate.answers_generated, reader.model, folder=reader.folder)
+    else:
+        answer = partial(evaluate.answers_right, reader)
     rows = []
     for length in lengths:
         for task in tasks:
             for depth in depths if has_depth(task, vocabulary) else [None]:
                 fixed = () if depth is None else (depth,)
-                found = evaluate.accuracy(reader, make(task, length, samples, seed, fixed))
-                row = RulerRow(task, length, depth, found.share, found.answers, found.samples, round(found.seconds, 3))
+                found = evaluate.accuracy(answer, make(task, length, samples, seed, fixed))
+                row = RulerRow(
+                    method, task, length, depth, found.share, found.answers, found.samples, round(found.seconds, 3)
+                )
                 rows.append(row)
                 on_row(row)
     return rows
@@ -88,9 +120,17 @@ def run_perplexity(
     return rows
 
 
-def write_rows(rows: list, path: Path) -> Path:
-    write_atomic(path, "[\n" + ",\n".join(json.dumps(asdict(r)) for r in rows) + "\n]\n")
-    return path
+def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
+    """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
+    origin = {"device": record.device_name(device), "versions": record.versions(), "commit": record.commit()}
+    try:
+        found = json.loads(path.read_text()) if path.exists() else []
+        kept = [r for r in found if (r["model"], r["seed"]) != (run.model, run.seed)]
+    except (TypeError, KeyError, json.JSONDecodeError):
+        raise ValueError(f"{path} must hold the rows of hsa-tl eval") from None
+    kept += [asdict(run) | asdict(row) | origin for row in rows]
+    write_atomic(path, "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
+    return kept
 
 
 def plot_ruler(rows: list[RulerRow], path: Path) -> list[Path]:
@@ -125,9 +165,15 @@ def plot_ruler(rows: list[RulerRow], path: Path) -> list[Path]:
     return save(figure, path)
 
 
-def plot_perplexity(rows: list[PerplexityRow], path: Path) -> list[Path]:
-    figure, ax = pyplot().subplots(figsize=(5, 3.6), layout="constrained")
-    ax.plot([r.length for r in rows], [r.bits_per_token for r in rows], marker="o", color="#0b6fb8")
-    length_axis(ax, [r.length for r in rows])
-    ax.set_ylabel(f"bits per token, last {rows[0].tokens}")
+def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
+    """Bits per token against context length, a line for each run of write_rows' rows."""
+    figure, ax = pyplot().subplots(figsize=(6, 3.8), layout="constrained")
+    for name, seed in dict.fromkeys((r["model"], r["seed"]) for r in rows):
+        mine = sorted((r for r in rows if (r["model"], r["seed"]) == (name, seed)), key=lambda r: r["length"])
+        label = f"{name}, {mine[0]['parameters'] / 1e6:.2f}M"
+        ax.plot([r["length"] for r in mine], [r["bits_per_token"] for r in mine], marker="o", markersize=4, label=label)
+    ax.axvline(rows[0]["trained_length"], color="#888888", linewidth=0.8, linestyle=":")
+    length_axis(ax, sorted({r["length"] for r in rows}))
+    ax.set_ylabel(f"bits per token, last {rows[0]['tokens']}")
+    ax.legend()
     return save(figure, path)

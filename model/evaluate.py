@@ -1,11 +1,13 @@
-"""Accuracy of retrieval by length: teacher-forced, exact match of whole answers.
+"""Accuracy of retrieval by length: exact match of whole answers, teacher-forced or generated.
 
-accuracy(LongReader(model), needle_samples("mq-niah", 1 << 20, count=50)).share
+reader = LongReader(model)
+accuracy(partial(answers_right, reader), needle_samples("mq-niah", 1 << 20, count=50)).share
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ import torch
 from hsa_tl.model import needles, ruler
 from hsa_tl.model.data import Sample, Tokenizer
 from hsa_tl.model.longcontext import LongReader
+from hsa_tl.model.model import Model
 
 GOLDEN = (5**0.5 - 1) / 2
 LEAST = 4  # samples, however long they take
@@ -43,15 +46,34 @@ def answers_right(reader: LongReader, sample: Sample) -> np.ndarray:
     return np.logical_and.reduceat(hit, np.cumsum(sizes) - sizes)
 
 
-def accuracy(reader: LongReader, samples: Iterator[Sample], budget_s: float = float("inf")) -> Accuracy:
+def answers_generated(model: Model, sample: Sample, folder: Path | None = None) -> np.ndarray:
+    """[A] bool: each answer generated whole, greedily, after the sample's questions and the model's own answers.
+
+    folder: keeps the chunk memory in files there. The context is read anew, a segment at a time.
+    """
+    tokens, hits = torch.from_numpy(sample.tokens.astype(np.int64)), []
+    cache = model.new_cache(1, capacity=len(tokens), **({} if folder is None else {"directory": folder}))
+    before, prompt = 0, tokens[:0]
+    for a, b in sample.answers.tolist():
+        prompt = torch.cat([prompt, tokens[before:a]])
+        new = model.generate([prompt], b - a, cache=cache)[0][len(prompt) :].cpu()
+        hits.append(torch.equal(new, tokens[a:b]))
+        before, prompt = b, new[-1:]  # all but the last are in the cache
+    return np.array(hits)
+
+
+def accuracy(
+    answer: Callable[[Sample], np.ndarray], samples: Iterator[Sample], budget_s: float = float("inf")
+) -> Accuracy:
     """Over all samples; behind budget_s seconds only over those that cost little, and over LEAST at the least.
 
-    Little is a hundredth of the budget: a context that is read by its differences.
+    answer: which of a sample's answers are right, [A] bool, by answers_right or answers_generated. Little is a
+    hundredth of the budget: a context that is read by its differences.
     """
     start, right, answers, count = time.perf_counter(), 0, 0, 0
     for sample in samples:
         begin = time.perf_counter()
-        hits = answers_right(reader, sample)
+        hits = answer(sample)
         right, answers, count = right + int(hits.sum()), answers + len(hits), count + 1
         end = time.perf_counter()
         if count >= LEAST and end - start > budget_s and end - begin > budget_s / 100:

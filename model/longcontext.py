@@ -76,6 +76,8 @@ class LongReader:
     def __init__(self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None):
         if segment % model.config.chunk_size:
             raise ValueError(f"segment must be a multiple of chunk_size = {model.config.chunk_size}, got {segment}")
+        if folder is not None and next(model.parameters()).device.type != "cpu":
+            raise ValueError(f"folder must be left out on a GPU, got {folder}")
         self.model, self.segment, self.folder = model, segment, folder
         c = model.config
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]

@@ -138,8 +138,14 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
 def load_recipe(name: str | Path) -> Recipe:
     """A recipe of model/recipes by its name, or a YAML file by its path.
 
+    A file with `like: NAME` has that recipe's values where it gives none; the changes of `model` add up.
     ImportError: no PyYAML. ValueError: neither, or not a recipe. OSError: the file cannot be read.
     """
+    return recipe_of(_read(name))
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    """The values of a recipe's file, over those of the recipe that it is like."""
     try:
         import yaml
     except ImportError:
@@ -153,4 +159,8 @@ def load_recipe(name: str | Path) -> Recipe:
         raise ValueError(f"{path} must be YAML, got {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold the fields of a recipe, got {values!r}")
-    return recipe_of({"name": path.stem} | values)
+    values = {"name": path.stem} | values
+    if (like := values.pop("like", None)) is not None:
+        base = _read(like)
+        values = base | values | {"model": base.get("model", {}) | values.get("model", {})}
+    return values

@@ -22,7 +22,7 @@ from hsa_tl.model import checkpoint
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.distributed import Ranks
 from hsa_tl.model.model import Model
-from hsa_tl.model.recipe import Recipe, Stage
+from hsa_tl.model.recipe import Recipe, Stage, recipe_of
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source
 
 LOG = "log.jsonl"
@@ -201,8 +201,6 @@ def _source(recipe: Recipe, stage: Stage, number: int) -> Source:
 
 def load_model(run: Path, device: str = "cpu") -> Model:
     """The model of a run's newest checkpoint, configured as after training. ValueError: there is none."""
-    from hsa_tl.model.recipe import recipe_of
-
     found = checkpoint.latest(run)
     if found is None:
         raise ValueError(f"run must be a folder with a checkpoint, got {run}")

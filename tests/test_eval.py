@@ -24,8 +24,8 @@ retrieve = ChunkMemory.retrieve
 NEEDLES = {"kind": "needles", "tasks": [{}]}
 
 
-def trained(folder, data):
-    training.train(Recipe("toy", "tiny", (Stage(1, 256, 1, data),), 1e-3), folder)
+def trained(folder, data, name="toy"):
+    training.train(Recipe(name, "tiny", (Stage(1, 256, 1, data),), 1e-3), folder)
     return folder
 
 
@@ -46,6 +46,11 @@ def test_ruler_of_needles(tmp_path):
     assert all(r["answers"] == r["samples"] * (2 if r["task"] == "mq-niah" else 1) for r in rows)
     assert (tmp_path / "ruler.png").stat().st_size > 5000 and "mq-niah" in output
     assert "task must be one of s-niah" in invoke("ruler", *common, "--tasks", "vt", code=2)
+    invoke("ruler", *common, "--generate", "--tasks", "mq-niah", "--memory", tmp_path / "memory")
+    generated = json.loads((tmp_path / "ruler.json").read_text())
+    assert {r["method"] for r in rows} == {"teacher-forced"} and {r["method"] for r in generated} == {"generated"}
+    forced = {(r["length"], r["depth"]): r for r in rows if r["task"] == "mq-niah"}
+    assert [r["answers"] for r in generated] == [forced[r["length"], r["depth"]]["answers"] for r in generated]
 
 
 def test_ruler_in_words_and_perplexity(tmp_path):
@@ -60,7 +65,17 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     rows = json.loads((tmp_path / "perplexity.json").read_text())
     assert [r["length"] for r in rows] == [256, 512, 1024] and all(4 < r["bits_per_token"] < 12 for r in rows)
     assert (tmp_path / "perplexity.png").stat().st_size > 3000
+    assert rows[0]["trained_tokens"] == rows[0]["trained_length"] == 256 and rows[0]["parameters"] == 602434
+    assert "torch" in rows[0]["versions"] and rows[0]["commit"] and "threads" in rows[0]["device"]
     assert "lengths must be at most the 3001 tokens" in invoke("perplexity", *common, "--lengths", "4k", code=2)
+    other = trained(tmp_path / "other", {"kind": "text", "path": str(tmp_path / "text.bin")}, "other")
+    invoke("perplexity", "--run", other, *common[2:], "--lengths", "512", "--windows", 2)
+    again = json.loads((tmp_path / "perplexity.json").read_text())
+    assert again[:3] == rows and (again[3]["model"], again[3]["windows"]) == ("other", 2) and len(again) == 4
+    (tmp_path / "perplexity.json").write_text("[1]")
+    assert "perplexity.json must hold the rows of hsa-tl eval" in invoke(
+        "perplexity", *common, "--lengths", "512", code=2
+    )
 
 
 def test_selections_become_inputs_of_the_benchmark(tmp_path):

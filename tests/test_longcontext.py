@@ -1,6 +1,8 @@
 """Long contexts read by segments and by differences give what the whole model gives; answers are graded whole."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +88,8 @@ def test_what_cannot_be_read_is_named():
         reader.read(np.zeros(4, np.uint16), 5)
     with pytest.raises(ValueError, match="segment must be a multiple of chunk_size = 16, got 24"):
         LongReader(reader.model, segment=24)
+    with pytest.raises(ValueError, match="folder must be left out on a GPU, got x"):
+        LongReader(reader.model.to("meta"), folder=Path("x"))
 
 
 class Oracle:
@@ -104,10 +108,26 @@ def test_an_answer_is_right_when_all_its_tokens_are():
     sample = Sample(np.arange(50, dtype=np.uint16), np.array([[10, 13], [20, 21], [40, 45]]))
     assert evaluate.answers_right(Oracle(), sample).tolist() == [True, True, True]
     assert evaluate.answers_right(Oracle([12, 30]), sample).tolist() == [False, True, True]
-    found = evaluate.accuracy(Oracle([20, 44]), iter([sample, sample]))
+    found = evaluate.accuracy(partial(evaluate.answers_right, Oracle([20, 44])), iter([sample, sample]))
     assert (found.right, found.answers, found.samples) == (2, 6, 2) and found.share == pytest.approx(1 / 3)
-    assert evaluate.accuracy(Oracle(), (sample for _ in range(99)), budget_s=0).samples == evaluate.LEAST
-    assert evaluate.accuracy(Oracle(), (sample for _ in range(99)), budget_s=60).samples == 99
+    right = partial(evaluate.answers_right, Oracle())
+    assert evaluate.accuracy(right, (sample for _ in range(99)), budget_s=0).samples == evaluate.LEAST
+    assert evaluate.accuracy(right, (sample for _ in range(99)), budget_s=60).samples == 99
+
+
+@pytest.mark.parametrize("attention", ("hsa", "swa", "full"))
+def test_generated_answers_follow_the_models_own(attention, tmp_path):
+    """What a model says is right where it is what the model says, and wrong elsewhere, whatever it said before."""
+    model = Model(replace(preset("tiny"), attention=attention)).eval()
+    tokens = np.random.default_rng(0).integers(0, 320, 120).astype(np.uint16)
+    answers = np.array([[50, 53], [90, 91], [110, 114]])
+    for a, b in answers:
+        for t in range(a, b):
+            tokens[t] = int(model(torch.from_numpy(tokens[None, :t].astype(np.int64))).logits[0, -1].argmax())
+    folder = tmp_path if attention == "hsa" else None
+    assert evaluate.answers_generated(model, Sample(tokens, answers), folder).tolist() == [True] * 3
+    tokens[51] += 1
+    assert evaluate.answers_generated(model, Sample(tokens, answers), folder).tolist() == [False, True, True]
 
 
 def test_samples_for_evaluation():

@@ -20,7 +20,7 @@ from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe
 from hsa_tl.model.sources import make_source
 
 STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
-TOYS = ("needle-tiny", "needle-hard", "text-tiny")
+TOYS = ("needle-tiny", "needle-hard", "text-tiny", "text-tiny-baselm")
 
 
 def toy(steps: int = 6, **changes) -> Recipe:
@@ -185,6 +185,14 @@ def test_every_recipe_at_toy_size(tmp_path):
         assert len(rows) == recipe.steps and all(0 < x["loss"] < 7 for x in rows)
     first = training.load_model(tmp_path / "warmup-short-window")
     assert_same(weights(training._start(shrunk(load_recipe("pretrain"), tmp_path), "cpu")), weights(first))
+
+
+def test_a_recipe_like_another():
+    text, base = load_recipe("text-tiny"), load_recipe("text-tiny-baselm")
+    assert (base.config().attention, base.config().layers, base.config().window) == ("full", 4, text.config().window)
+    assert (base.stages, base.lr, base.decay) == (text.stages, text.lr, text.decay)
+    sizes = [Model(r.config()).num_parameters() for r in (text, base)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.06
 
 
 def test_the_papers_stages():
