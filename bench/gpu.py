@@ -17,11 +17,12 @@ import typer
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, measure, static, table, tuner
 from hsa_tl.autotune.journal import Journal
-from hsa_tl.bench import page, record
+from hsa_tl.bench import page, record, ruler
 from hsa_tl.bench.agenda import Step, read_state, run_agenda
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.decode import Decode
 from hsa_tl.bench.model import ModelBench
+from hsa_tl.bench.plot import length_label
 from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Roofline
 from hsa_tl.bench.suite import Suite
@@ -29,6 +30,10 @@ from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.model.generate import prefill
+from hsa_tl.model.longcontext import LongReader
+from hsa_tl.model.recipe import load_recipe
+from hsa_tl.model.train import train
 from hsa_tl.terminal import parse_lengths
 
 PREPARED = Path(".bundle/ranked.jsonl")
@@ -97,6 +102,39 @@ def tune(out: Path, seconds: float) -> dict:
     return detail
 
 
+def needles(
+    out: Path, device: str, seconds: float, *, recipe: str = "needle-small", lengths: str = "16k,64k,1m,16m",
+    runs: Path = Path("out/train"),
+) -> dict:  # fmt: skip
+    """Trains the recipe for three quarters of the seconds and evaluates it: out/ruler.json, ruler.png.
+
+    The detail has the seconds and the peak memory of a prefill of each length. An unfinished training goes on in the
+    next run from the folder of runs, and what there is is evaluated.
+    """
+    plan = load_recipe(recipe)
+    run = runs / plan.name
+    model = train(plan, run, device=device, seconds=0.75 * seconds)
+    done = ruler.Run.of(run, model)
+    model = model.to(torch.bfloat16 if device == "cuda" else torch.float32)
+    detail: dict = {"trained_tokens": done.trained_tokens, "prefill": {}}
+    rows = []
+    for length in parse_lengths(lengths):
+        ids = torch.randint(model.config.vocab_size, (1, length))
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        int(prefill(model, ids)[0].argmax())  # waits for the device
+        spent = time.perf_counter() - begin
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        detail["prefill"][length_label(length)] = {"seconds": round(spent, 3), "peak_bytes": peak}
+        depths = [i / 4 for i in range(5)]
+        rows += ruler.run_ruler(LongReader(model), "needles", ["s-niah", "mq-niah"], [length], depths, samples=4)
+        ruler.write_rows(rows, done, device, out / "ruler.json")
+        ruler.plot_ruler(rows, out / "ruler.png")
+    detail["accuracy"] = {f"{r.task} {length_label(r.length)} {r.depth}": r.accuracy for r in rows}
+    return detail | {"finished": done.finished}
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A step that measures one suite: cases and lengths as `hsa-tl bench` names them; modes None: the suite's."""
@@ -145,7 +183,7 @@ def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Sweep, ...] = SWEEP
         steps.append(Step(plan.name, functools.partial(plan.run, folder, device), plan.share))
         if plan.name == TUNE_AFTER:
             steps.append(Step("tune", functools.partial(tune, folder), 0.3))
-    return steps
+    return [*steps, Step("needles", functools.partial(needles, folder, device), 1.0)]
 
 
 def main(

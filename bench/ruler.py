@@ -33,14 +33,18 @@ class Run:
     parameters: int
     trained_tokens: int
     trained_length: int  # the longest of all stages
+    finished: bool  # the recipe's last step was done
 
     @classmethod
     def of(cls, folder: Path, model: Model) -> "Run":
         found = checkpoint.latest(folder)
         recipe = recipe_of(found.recipe)
         stages = [recipe.stages[recipe.stage_at(step)[0]] for step in range(found.step)]
-        tokens = sum(s.length * s.batch * s.accumulate for s in stages)
-        return cls(recipe.name, recipe.seed, model.num_parameters(), tokens, max(s.length for s in stages))
+        tokens = sum(s.tokens for s in stages)
+        return cls(
+            recipe.name, recipe.seed, model.num_parameters(), tokens, max(s.length for s in stages),
+            found.step == recipe.steps,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -68,6 +69,9 @@ def train(
     attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa or nsa")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
     context_parallel: Annotated[int, typer.Option(help="ranks that share each sequence's tokens")] = 1,
+    minutes: Annotated[
+        float, typer.Option(help="ends with a checkpoint behind them; the next call goes on")
+    ] = math.inf,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Trains a recipe. Resumes from the newest whole checkpoint in the folder, to the bit.
@@ -94,7 +98,9 @@ def train(
 
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", checkpoint.TornCheckpoint)
-                training.train(chosen, run, device=device, context_parallel=context_parallel, on_step=on_step)
+                training.train(
+                    chosen, run, device=device, context_parallel=context_parallel, seconds=60 * minutes, on_step=on_step
+                )
     for warning in caught:
         console.print(str(warning.message), markup=False, highlight=False)
     lines = [json.loads(x) for x in (run / training.LOG).read_text().splitlines()]

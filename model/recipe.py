@@ -32,6 +32,11 @@ class Stage:
     def __post_init__(self):
         _check_ints(self, steps=1, length=2, batch=1, accumulate=1)
 
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        return self.length * self.batch * self.accumulate
+
 
 @dataclass(frozen=True)
 class Recipe:

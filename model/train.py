@@ -6,6 +6,7 @@ A step reads the samples that its number names, so that a resumed run is the run
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -127,7 +128,7 @@ def _writer(run: Path):
 
 
 def train(
-    recipe: Recipe, run: Path, *, device: str = "cpu", context_parallel: int = 1,
+    recipe: Recipe, run: Path, *, device: str = "cpu", context_parallel: int = 1, seconds: float = math.inf,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Model:  # fmt: skip
     """Trains to the recipe's end in the folder run, from its newest checkpoint if there is one.
@@ -135,7 +136,8 @@ def train(
     Under torchrun every rank calls it: `context_parallel` of them share each sequence's tokens, the others each
     batch's sequences, and all of them the parameters (FSDP2). Another number of ranks may resume the run.
 
-    Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step.
+    Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step. Behind
+    `seconds` it ends with a checkpoint, for another call to go on from.
     ValueError: run holds checkpoints of another recipe; data or start that are not there. FloatingPointError: a
     gradient that is not finite.
     """
@@ -159,6 +161,7 @@ def train(
     source: Source | None = None
     stage_number = None
     model.train()
+    end = time.perf_counter() + seconds
     with (run / LOG if writes else Path(os.devnull)).open("a", buffering=1) as log:
         for step in range(first, recipe.steps):
             begin = time.perf_counter()
@@ -172,15 +175,17 @@ def train(
             lr = recipe.lr_at(step)
             loss, norm = train_step(module, optimizer, recipe, batches, lr, ranks)
             model.update_balance()
-            tokens = stage.length * stage.batch * stage.accumulate
-            done = Step(step, number, loss, lr, norm, tokens, time.perf_counter() - begin)
+            done = Step(step, number, loss, lr, norm, stage.tokens, time.perf_counter() - begin)
             if step % recipe.log_every == 0 or step + 1 == recipe.steps:
                 log.write(json.dumps(vars(done)) + "\n")
                 for name in ("loss", "lr", "grad_norm") if writer else ():
                     writer.add_scalar(name, getattr(done, name), step)
-            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            late = seconds < math.inf and ranks.sum(float(time.perf_counter() > end))[0] > 0  # of any rank
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps or late:
                 checkpoint.save(run, step + 1, values, model, optimizer, _rng(device), recipe.keep)
             on_step(done)
+            if late:
+                break
     if writer:
         writer.close()
     ranks.close()

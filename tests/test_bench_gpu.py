@@ -1,6 +1,7 @@
 """The GPU run: steps resume, time ends them, red tests end them; prepared ranks are of their commit."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -88,6 +89,7 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
 
     monkeypatch.setattr(gpu, "run_tests", takes(2000, "tests"))
     monkeypatch.setattr(gpu, "tune", takes(2000, "tune"))
+    monkeypatch.setattr(gpu, "needles", takes(2000, "needles"))
     monkeypatch.setattr(
         gpu.Sweep, "run", lambda self, *x, run=gpu.Sweep.run: takes(2000, self.name)() and run(self, *x)
     )
@@ -102,9 +104,10 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
     assert lease(5000) == ["tests", "roofline", "headline"]
     first = record.read_folder(folder)
     assert {r.device for r in first} == {"NVIDIA H200 (a fake)"} and not [r for r in first if "is up" in r.note]
-    assert lease(5000) == ["tests", "roofline", "headline", "tune", "retrieve"]
+    assert lease(3000) == ["tests", "roofline", "headline", "tune", "retrieve"]
     second = record.read_folder(folder)
     assert set(first) < set(second) and {r.kernel for r in second} >= {"roofline", "retrieval", "hsa_attention"}
+    assert lease(5000)[-1] == "needles"
     before = len(done)
     lease(5000)
     assert len(done) == before and record.read_folder(folder) == second
@@ -119,6 +122,21 @@ def test_the_agenda_names_what_there_is():
         suite = plan.suite()
         assert all(suite.find_case(name) for name in plan.cases) and gpu.parse_lengths(plan.lengths)
         assert set(plan.modes or ()) <= set(suite.modes)
+
+
+def test_needles_train_in_parts(tmp_path):
+    """Training that runs out of time is evaluated as it is and goes on in the next lease."""
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(
+        "preset: tiny\nlr: 1.0e-3\nstages:\n  - {steps: 2, length: 64, batch: 2, data: {kind: needles, tasks: [{}]}}\n"
+    )
+    lease = functools.partial(gpu.needles, tmp_path, "cpu", recipe=recipe, lengths="256,512", runs=tmp_path)
+    first, second = lease(0.0), lease(60.0)
+    assert (first["finished"], first["trained_tokens"]) == (False, 128)
+    assert (second["finished"], second["trained_tokens"]) == (True, 256) and second["prefill"].keys() == {"256", "512"}
+    rows = json.loads((tmp_path / "ruler.json").read_text())
+    assert len(rows) == len(second["accuracy"]) == 2 * 2 * 5 and {r["trained_tokens"] for r in rows} == {256}
+    assert (tmp_path / "ruler.png").stat().st_size > 5000
 
 
 def test_a_sweep_without_time_is_unfinished(tmp_path):

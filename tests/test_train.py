@@ -1,5 +1,6 @@
 """Recipes run end to end at toy size; a killed run resumes to the bit; a torn checkpoint is skipped."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe
 from hsa_tl.model.sources import make_source
 
 STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
-TOYS = ("needle-tiny", "needle-hard", "text-tiny", "text-tiny-baselm")
+TOYS = ("needle-tiny", "needle-hard", "needle-small", "text-tiny", "text-tiny-baselm")
 
 
 def toy(steps: int = 6, **changes) -> Recipe:
@@ -164,14 +165,28 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
         values["start"] = str(tmp_path / recipe.start.split("/")[-1])
     stages = []
     for stage in values["stages"]:
-        data = dict(stage["data"])
+        data = copy.deepcopy(stage["data"])
         if "path" in data:
             data["path"] = str(tmp_path / "train.bin")
+        for task in data.get("tasks", ()) if data["kind"] == "needles" else ():
+            task |= {name: min(task[name], 24) for name in ("needles", "queries")}
         model = dict(stage["model"])
         if "window" in model:
             model["window"] //= 64
         stages.append(stage | {"steps": 1, "length": 320, "batch": 1, "accumulate": 2, "data": data, "model": model})
     return recipe_of(values | {"stages": stages})
+
+
+def test_a_run_out_of_time_goes_on(tmp_path):
+    """Behind its time a run ends with a checkpoint after a whole step, and the next calls give the uncut run's bits."""
+    recipe = toy(checkpoint_every=100)
+    whole = training.train(recipe, tmp_path / "whole")
+    for steps in range(1, recipe.steps + 1):
+        cut = training.train(recipe, tmp_path / "cut", seconds=0.0)
+        assert checkpoint.latest(tmp_path / "cut").step == steps
+    assert_same(weights(cut), weights(whole))
+    lines = ({k: v for k, v in x.items() if k != "seconds"} for x in log(tmp_path / "cut"))
+    assert list(lines) == [{k: v for k, v in x.items() if k != "seconds"} for x in log(tmp_path / "whole")]
 
 
 def test_every_recipe_at_toy_size(tmp_path):
