@@ -24,20 +24,24 @@ class NeedleTask:
     """One kind of sample of `length` tokens.
 
     needles: in the body; 0 fills it with as many as fit. queries: of distinct needles, at the end. key_tokens: tokens
-    of a key, all keys of a sample are distinct. ValueError: they do not fit.
+    of a key, all keys of a sample are distinct. key_symbols: ids that a sample's keys are spelt with, drawn for each
+    sample; few of them make keys that differ in one token only. ValueError: they do not fit.
     """
 
     length: int
     needles: int = 1
     queries: int = 1
     key_tokens: int = 1
+    key_symbols: int = KEY_COUNT
 
     def __post_init__(self):
-        for name, least in (("length", 1), ("needles", 0), ("queries", 1), ("key_tokens", 1)):
+        for name, least in (("length", 1), ("needles", 0), ("queries", 1), ("key_tokens", 1), ("key_symbols", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-        fit = min(self.body // self.width, KEY_COUNT**self.key_tokens)
+        if self.key_symbols > KEY_COUNT:
+            raise ValueError(f"key_symbols must be at most {KEY_COUNT}, got {self.key_symbols}")
+        fit = min(self.body // self.width, self.key_symbols**self.key_tokens)
         if not self.queries <= self.count <= fit:
             raise ValueError(f"needles must lie between queries and {fit}, got {self.count} needles in {self}")
 
@@ -52,7 +56,7 @@ class NeedleTask:
 
     @property
     def count(self) -> int:
-        return self.needles or min(self.body // self.width, KEY_COUNT**self.key_tokens)
+        return self.needles or min(self.body // self.width, self.key_symbols**self.key_tokens)
 
     def sample(self, seed: int, index: int, depth: float | None = None, noise: int | None = None) -> Sample:
         """The sample of (seed, index): tokens [length] uint16, answers [queries, 2].
@@ -76,8 +80,11 @@ class NeedleTask:
             asked[0] = place
             if n == 1:
                 starts[0] = round(depth * (self.body - w))
-        keys = distinct(body, KEY_COUNT**self.key_tokens, n)
-        digits = keys[:, None] // KEY_COUNT ** np.arange(self.key_tokens - 1, -1, -1) % KEY_COUNT
+        base = self.key_symbols
+        keys = distinct(body, base**self.key_tokens, n)
+        digits = keys[:, None] // base ** np.arange(self.key_tokens - 1, -1, -1) % base
+        if base < KEY_COUNT:
+            digits = body.permutation(KEY_COUNT)[digits]
         needles = np.empty((n, w), np.uint16)
         needles[:, 0] = MARK
         needles[:, 1:-1] = KEYS[0] + digits

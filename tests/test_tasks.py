@@ -65,15 +65,16 @@ def test_ruler_depth(name, depth):
 
 
 @given(
-    st.integers(60, 3000), st.integers(0, 12), st.integers(1, 4), st.integers(1, 3), st.integers(0, 1 << 30),
-    st.none() | st.floats(0, 1),
+    st.integers(60, 3000), st.integers(0, 12), st.integers(1, 4), st.integers(1, 3), st.sampled_from((96, 8, 2)),
+    st.integers(0, 1 << 30), st.none() | st.floats(0, 1),
 )  # fmt: skip
-def test_needle_answers(length, count, queries, key_tokens, index, depth):
+def test_needle_answers(length, count, queries, key_tokens, symbols, index, depth):
     w = key_tokens + 2
+    most = min((length - queries * w) // w, symbols**key_tokens)
     try:
-        task = NeedleTask(length, count, queries, key_tokens)
+        task = NeedleTask(length, count, queries, key_tokens, symbols)
     except ValueError:
-        assert 0 < count < queries or (length - queries * w) // w < max(count, queries)
+        assert 0 < count < queries or most < max(count, queries)
         return
     sample = task.sample(7, index, depth)
     tokens = sample.tokens.tolist()
@@ -86,7 +87,7 @@ def test_needle_answers(length, count, queries, key_tokens, index, depth):
         else:
             assert 2 <= tokens[i] < 128
             i += 1
-    assert len(stored) == (count or min(body // w, 96**key_tokens))
+    assert len(stored) == (count or most) and len({x for key in stored for x in key}) <= symbols
     asked = []
     for j in range(queries):
         ask, *key, value = tokens[body + j * w : body + (j + 1) * w]
@@ -112,6 +113,8 @@ def test_tasks_by_name():
         ruler_sample("vt", 2000, 0, 0, depth=0.5)
     with pytest.raises(ValueError, match="needles must lie between queries and 14, got 15"):
         NeedleTask(48, needles=15, queries=2)
+    with pytest.raises(ValueError, match="key_symbols must be at most 96, got 97"):
+        NeedleTask(48, key_symbols=97)
 
 
 @pytest.mark.parametrize("name", ruler.TASKS)
