@@ -77,7 +77,8 @@ def evaluate(
         if topk is not None:
             training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
         if what == "selections":
-            save_selections(model, data.TokenFile(data_file), points[-1], out)
+            source = dataclasses.asdict(ruler.Run.of(run, model)) | ruler.origin(device)
+            save_selections(model, data.TokenFile(data_file), points[-1], out, source)
             return
         reader = LongReader(model, folder=memory)
         with progress_bar(console) as bar:
@@ -107,14 +108,14 @@ def evaluate(
     console.print("wrote " + ", ".join(map(str, written)))
 
 
-def save_selections(model, file: data.TokenFile, length: int, out: Path) -> None:
-    """selections.safetensors for `hsa-tl bench --selection trained=FILE`, and their overlap as JSON."""
+def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:
+    """selections.safetensors for `hsa-tl bench --selection trained=FILE`; their overlap and source as JSON."""
     if length > len(file):
         raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
     indices = selections.trained_selection(model, file.tokens[:length])
     found = selections.statistics(indices, model.config.chunk_size)
     selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size)
-    write_atomic(out / "selections.json", json.dumps(found, indent=1) + "\n")
+    write_atomic(out / "selections.json", json.dumps(found | source, indent=1) + "\n")
     rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
     chunks = length // found["chunk_size"]
     title = f"{length} tokens, top {found['topk']} of {chunks} chunks, overlap of neighbours {found['overlap']:.2f}"

@@ -161,6 +161,7 @@ class Sweep:
 
 
 BOTH = ("forward", "backward")
+TRAINED = f"trained={Path(__file__).parent / 'results/cpu/selections.safetensors'}"
 # In the order of bench/AGENDA.md: the roofline, the headline, then what explains it.
 SWEEPS = (
     Sweep("roofline", Roofline, ("paper-d128",), "8k", 0.05),
@@ -168,6 +169,7 @@ SWEEPS = (
     Sweep("decode", Decode, ("paper-d128",), "4k,128k,1m,16m", 0.15),
     Sweep("retrieve", Retrieve, ("paper-d128",), "4k,128k,1m,16m", 0.15),
     Sweep("selections", Attention, ("paper-d128",), "4k,16k,64k", 0.4, BOTH, ("overlap=0.8", "full", "text")),
+    Sweep("trained", Attention, ("k16-d128",), "4k,16k", 0.2, BOTH, (TRAINED,)),
     Sweep(
         "cases", Attention, ("k16-d128", "paper-d64", "g4", "g1"), "4k,16k,64k", 0.5, BOTH, ("random", "overlap=0.8")
     ),

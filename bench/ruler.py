@@ -124,15 +124,19 @@ def run_perplexity(
     return rows
 
 
+def origin(device: str) -> dict[str, str]:
+    """Where a figure comes from."""
+    return {"device": record.device_name(device), "versions": record.versions(), "commit": record.commit()}
+
+
 def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
     """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
-    origin = {"device": record.device_name(device), "versions": record.versions(), "commit": record.commit()}
     try:
         found = json.loads(path.read_text()) if path.exists() else []
         kept = [r for r in found if (r["model"], r["seed"]) != (run.model, run.seed)]
     except (TypeError, KeyError, json.JSONDecodeError):
         raise ValueError(f"{path} must hold the rows of hsa-tl eval") from None
-    kept += [asdict(run) | asdict(row) | origin for row in rows]
+    kept += [asdict(run) | asdict(row) | origin(device) for row in rows]
     write_atomic(path, "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
     return kept
 

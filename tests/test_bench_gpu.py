@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tuning import FakeGpu, fake_compiler
 from hsa_tl import cases
 from hsa_tl.bench import agenda, gpu, page, record, roofline
 from hsa_tl.bench.roofline import Roofline
+from hsa_tl.bench.selections import load_selection
 
 CASE = dataclasses.replace(cases.case("k16-d64"), problem=cases.at_length(cases.case("k16-d64").problem, 2048))
 
@@ -122,6 +125,9 @@ def test_the_agenda_names_what_there_is():
         suite = plan.suite()
         assert all(suite.find_case(name) for name in plan.cases) and gpu.parse_lengths(plan.lengths)
         assert set(plan.modes or ()) <= set(suite.modes)
+        for file in (x.removeprefix("trained=") for x in plan.selections if x.startswith("trained=")):
+            for name, T in itertools.product(plan.cases, gpu.parse_lengths(plan.lengths)):
+                load_selection(Path(file), cases.at_length(suite.find_case(name).problem, T))
 
 
 def test_needles_train_in_parts(tmp_path):

@@ -84,7 +84,13 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
     common = ("--run", run, "--data", tmp_path / "text.bin", "--out", tmp_path)
     output = invoke("selections", *common, "--lengths", "1k", "--topk", 8)
     found = json.loads((tmp_path / "selections.json").read_text())
-    assert found["tokens"] == 1024 and 0 < found["overlap"] <= 1 and "distinct chunks" in output
+    assert (
+        found["model"] == "toy"
+        and found["commit"]
+        and found["tokens"] == 1024
+        and 0 < found["overlap"] <= 1
+        and "distinct chunks" in output
+    )
     file = tmp_path / "selections.safetensors"
     problem = Problem(2, 900, 57, 4, 2, 32, 16, 8, dtype=torch.float32, device_type="cpu")
     inputs = selection_inputs(problem, f"trained={file}")
