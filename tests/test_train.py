@@ -202,6 +202,13 @@ def test_every_recipe_at_toy_size(tmp_path):
     assert_same(weights(training._start(shrunk(load_recipe("pretrain"), tmp_path), "cpu")), weights(first))
 
 
+@pytest.mark.parametrize("name", [x for x in recipe_names() if x.startswith("needle")])
+def test_a_recipes_needles_fit(name):
+    for stage in load_recipe(name).stages:
+        batch = make_source(stage.data, stage.length, 0).batch(0, 2)
+        assert batch.input_ids.shape == (2, stage.length) and (batch.labels != -100).any(1).all()
+
+
 def test_a_recipe_like_another():
     text, base = load_recipe("text-tiny"), load_recipe("text-tiny-baselm")
     assert (base.config().attention, base.config().layers, base.config().window) == ("full", 4, text.config().window)
