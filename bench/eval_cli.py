@@ -60,6 +60,10 @@ def evaluate(
     topk: Annotated[Optional[int], typer.Option(help="chunks to retrieve, by default the run's")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
     windows: Annotated[int, typer.Option(help="places of the file, for perplexity")] = 8,
+    before: Annotated[
+        Optional[str],
+        typer.Option(help="tokens before each place, to ask another run the same; by default the longest"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder of the JSON and the plot")] = Path("out/eval"),
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
@@ -88,7 +92,10 @@ def evaluate(
                 bar.update(step, advance=1, description=f"{length_label(row.length)} done")
 
             if what == "perplexity":
-                rows = ruler.run_perplexity(reader, data.TokenFile(data_file), points, windows=windows, on_row=on_row)
+                most = parse_lengths(before)[-1] if before else 0
+                rows = ruler.run_perplexity(
+                    reader, data.TokenFile(data_file), points, windows=windows, before=most, on_row=on_row
+                )
             else:
                 kinds = {s["data"]["kind"] for s in checkpoint.latest(run).recipe["stages"]}
                 chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")

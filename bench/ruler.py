@@ -106,16 +106,19 @@ def run_ruler(
 
 def run_perplexity(
     reader: LongReader, file: TokenFile, lengths: list[int], *, last: int = 4096, windows: int = 8, seed: int = 0,
-    on_row: Callable[[PerplexityRow], None] = lambda row: None,
+    before: int = 0, on_row: Callable[[PerplexityRow], None] = lambda row: None,
 ) -> list[PerplexityRow]:  # fmt: skip
     """Bits a token of the same tokens at every length: `windows` places of the file, each read with more before it.
 
-    The last `last` tokens count, at most half of the shortest length. ValueError: the file is shorter than a length.
+    The last `last` tokens count, at most half of the shortest length. The places have `before` tokens or the longest
+    length before them: models that read different lengths are asked the same with one `before`. ValueError: the file
+    is shorter than a length.
     """
-    if max(lengths) > len(file):
-        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {max(lengths)}")
+    longest = max(before, *lengths)
+    if longest > len(file):
+        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {longest}")
     last = min(last, min(lengths) // 2)
-    ends = np.random.default_rng(seed).integers(max(lengths), len(file) + 1, windows)
+    ends = np.random.default_rng(seed).integers(longest, len(file) + 1, windows)
     rows = []
     for length in lengths:
         bits = [evaluate.bits_per_token(reader, np.asarray(file.tokens[e - length : e]), last) for e in ends]

@@ -72,6 +72,9 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     invoke("perplexity", "--run", other, *common[2:], "--lengths", "512", "--windows", 2)
     again = json.loads((tmp_path / "perplexity.json").read_text())
     assert again[:3] == rows and (again[3]["model"], again[3]["windows"]) == ("other", 2) and len(again) == 4
+    invoke("perplexity", "--run", run, *common[2:], "--lengths", "256", "--before", "1k")
+    same = next(r for r in json.loads((tmp_path / "perplexity.json").read_text()) if r["model"] == "toy")
+    assert same["tokens"] == 128 and same["bits_per_token"] == pytest.approx(rows[0]["bits_per_token"])
     (tmp_path / "perplexity.json").write_text("[1]")
     assert "perplexity.json must hold the rows of hsa-tl eval" in invoke(
         "perplexity", *common, "--lengths", "512", code=2
