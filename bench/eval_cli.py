@@ -62,7 +62,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="places of the file, for perplexity")] = 8,
     before: Annotated[
         Optional[str],
-        typer.Option(help="tokens before each place, to ask another run the same; by default the longest"),
+        typer.Option(help="tokens before each place, the same for all runs; by default the longest"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the JSON and the plot")] = Path("out/eval"),
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
