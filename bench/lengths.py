@@ -153,6 +153,8 @@ def plot_lengths(rows: list[Row], path: Path) -> list[Path]:
             if not points:
                 continue
             values = [sorted(r.accuracy for r in mine if r.model == model and r.length == T) for T in points]
+            seeds = len({r.seed for r in rows if r.model == model})
+            label = f"{label}, {seeds} seed{'s' if seeds > 1 else ''}"
             ax.plot(points, [v[len(v) // 2] for v in values], color=color, marker=marker, markersize=4, label=label)
             low, high = zip(*((v[0], v[-1]) for v in values), strict=True)
             ax.fill_between(points, low, high, color=color, alpha=0.15, linewidth=0)
@@ -163,10 +165,7 @@ def plot_lengths(rows: list[Row], path: Path) -> list[Path]:
     axes[0][0].set_ylabel("answers right")
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
-    seeds = len({r.seed for r in rows})
     figure.suptitle(
-        f"Trained at {rows[0].train_length} tokens (dotted), {seeds} seed{'s' if seeds > 1 else ''}: median, worst and "
-        "best; chance is 1/96",
-        fontsize=10,
+        f"Trained at {rows[0].train_length} tokens (dotted); median, worst and best seed; chance is 1/96", fontsize=10
     )
     return save(figure, path)
