@@ -41,9 +41,8 @@ class NeedleTask:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
         if self.key_symbols > KEY_COUNT:
             raise ValueError(f"key_symbols must be at most {KEY_COUNT}, got {self.key_symbols}")
-        fit = min(self.body // self.width, self.key_symbols**self.key_tokens)
-        if not self.queries <= self.count <= fit:
-            raise ValueError(f"needles must lie between queries and {fit}, got {self.count} needles in {self}")
+        if not self.queries <= self.count <= self.most:
+            raise ValueError(f"needles must lie between queries and {self.most}, got {self.count} needles in {self}")
 
     @property
     def width(self) -> int:
@@ -55,8 +54,13 @@ class NeedleTask:
         return self.length - self.queries * self.width
 
     @property
+    def most(self) -> int:
+        """Needles with distinct keys that fit."""
+        return min(self.body // self.width, self.key_symbols**self.key_tokens)
+
+    @property
     def count(self) -> int:
-        return self.needles or min(self.body // self.width, self.key_symbols**self.key_tokens)
+        return self.needles or self.most
 
     def sample(self, seed: int, index: int, depth: float | None = None, noise: int | None = None) -> Sample:
         """The sample of (seed, index): tokens [length] uint16, answers [queries, 2].
