@@ -147,10 +147,10 @@ class UnionIndexConfig(AuxiliaryConfig):
         return {"hbm": 16.0}  # the index read; order, union_chunks and union_groups written
 
     def smem_bytes(self, p):
-        return 4 * (self.block_M // p.G * p.K + 3 * self.padded_keys(p.G, p.K)) + SMEM_ALIGNMENT
+        return 4 * 4 * self.padded_keys(p.G, p.K) + SMEM_ALIGNMENT
 
     def accumulators(self, p):
-        return 2 * self.block_M // p.G * p.K + self.padded_keys(p.G, p.K)
+        return 3 * self.padded_keys(p.G, p.K)
 
     def refusal(self, p):
         return None if self.block_M >= p.G else f"block_M must be at least G = {p.G}, got {self.block_M}"

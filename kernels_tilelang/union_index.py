@@ -40,36 +40,34 @@ def union_index(*, G, K, min_blocks, config: UnionIndexConfig):
         union_len: T.Tensor((B, tiles, H), "int32"),
     ):
         with T.Kernel(tiles, H, B, threads=config.threads) as (i_tile, i_h, i_b):
-            chunk_shared = T.alloc_shared([tile, K], "int32")
+            chunk_shared = T.alloc_shared([padded], "int32")
             key_shared = T.alloc_shared([padded], "int32")
             sum_shared = T.alloc_shared([padded], "int32")
             groups_shared = T.alloc_shared([padded], "int32")
-            place = T.alloc_fragment([tile, K], "int32")
-            occurrence = T.alloc_fragment([tile, K], "int32")
+            place = T.alloc_fragment([padded], "int32")
+            occurrence = T.alloc_fragment([padded], "int32")
             held = T.alloc_fragment([padded], "int32")
 
-            for t, i_k in T.Parallel(tile, K):
-                i_t = i_tile * tile + t
-                c = indices[i_b, T.min(i_t, tokens - 1), i_h, i_k]
-                chunk_shared[t, i_k] = T.if_then_else((i_t < tokens) & (c >= 0) & (c < num_chunks), c, EMPTY)
-            for i in T.Parallel(padded):
-                key_shared[i] = EMPTY
+            for m in T.Parallel(padded):  # slot m % K of the tile's token m // K
+                i_t = i_tile * tile + m // K
+                c = indices[i_b, T.min(i_t, tokens - 1), i_h, m % K]
+                inside = (m < keys) & (i_t < tokens) & (c >= 0) & (c < num_chunks)
+                chunk_shared[m] = T.if_then_else(inside, c, EMPTY)
 
             T.clear(place)
             T.clear(occurrence)
             for j in T.serial(K):
-                for t, i_k in T.Parallel(tile, K):
-                    before = (chunk_shared[t, j] == chunk_shared[t, i_k]) & (j < i_k)
-                    occurrence[t, i_k] = occurrence[t, i_k] + T.if_then_else(before, 1, 0)
-                    less = chunk_shared[t, j] < chunk_shared[t, i_k]
-                    place[t, i_k] = place[t, i_k] + T.if_then_else(less | before, 1, 0)
-            for t, i_k in T.Parallel(tile, K):
-                if i_tile * tile + t < tokens:
-                    order[i_b, i_tile * tile + t, i_h, place[t, i_k]] = i_k
-            for t, i_k in T.Parallel(tile, K):
-                if chunk_shared[t, i_k] < EMPTY:
-                    key = chunk_shared[t, i_k] * K + occurrence[t, i_k]
-                    key_shared[t * K + i_k] = key * groups + t * G // GROUP_ROWS
+                for m in T.Parallel(padded):
+                    other = chunk_shared[T.min(m // K, tile - 1) * K + j]
+                    before = (other == chunk_shared[m]) & (j < m % K)
+                    occurrence[m] = occurrence[m] + T.if_then_else(before, 1, 0)
+                    place[m] = place[m] + T.if_then_else((other < chunk_shared[m]) | before, 1, 0)
+            for m in T.Parallel(padded):
+                if (m < keys) & (i_tile * tile + m // K < tokens):
+                    order[i_b, i_tile * tile + m // K, i_h, place[m]] = m % K
+            for m in T.Parallel(padded):
+                key = (chunk_shared[m] * K + occurrence[m]) * groups + m // K * G // GROUP_ROWS
+                key_shared[m] = T.if_then_else(chunk_shared[m] < EMPTY, key, EMPTY)
 
             # Bitonic: runs of 2 << i alternate in direction; step j compares keys 1 << (i - j) apart.
             for i in T.serial(levels):
