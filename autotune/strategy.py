@@ -94,7 +94,7 @@ def _share(problem: Problem, indices: torch.Tensor, config: dict | None) -> dict
     if config and "union_share" in config:
         return {int(block_M): value for block_M, value in config["union_share"].items()}
     p = problem
-    if torch.cuda.is_current_stream_capturing() or p.T < SAMPLES:
+    if p.T < SAMPLES or (indices.is_cuda and torch.cuda.is_current_stream_capturing()):
         return random_share(p)
     size = (p.B, p.H, p.G, p.K, p.S, p.T.bit_length(), p.N.bit_length())
     age, share = _SAMPLED.get(size, (CALLS, {}))

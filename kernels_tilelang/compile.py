@@ -1,4 +1,7 @@
-"""The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
+"""The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU.
+
+With HSA_TL_EMULATE=1 what is compiled for sm_90a runs on the CPU too, in the emulator.
+"""
 
 import importlib
 
@@ -8,7 +11,7 @@ from tilelang import tvm
 from hsa_tl.kernels_tilelang.config import static_key
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
 from hsa_tl.kernels_tilelang.cpu_target import cpu_program
-from hsa_tl.problem import Problem
+from hsa_tl.problem import Problem, emulating
 
 SM_90A = {"kind": "cuda", "arch": "sm_90a"}
 # Tiles are whole chunks and slots are checked in the program, so no access needs a guard, which would cost the copies
@@ -45,10 +48,15 @@ def lower(program: str, problem: Problem, config):
 
 def kernel(program: str, problem: Problem, config):
     """A callable kernel for the problem's device; compiled once for each static key and config, any B, T, N and H."""
-    key = (program, problem.device_type, config, *_static_dims(problem, config).values())
+    target = "emulator" if problem.device_type == "cuda" and emulating() else problem.device_type
+    key = (program, target, config, *_static_dims(problem, config).values())
     if key not in _KERNELS:
         ir = build(program, problem, config)
-        if problem.device_type == "cpu":
+        if target == "emulator":
+            from hsa_tl.kernels_tilelang.emulate import Emulated
+
+            _KERNELS[key] = Emulated(ir, lower(program, problem, config))
+        elif problem.device_type == "cpu":
             _KERNELS[key] = tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
         else:
             _KERNELS[key] = tilelang.compile(

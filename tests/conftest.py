@@ -1,14 +1,17 @@
 """Fixtures of all tests: seeds from the node id, poisoned memory, hypothesis profiles, and the gpu rule.
 
-A test marked `gpu` skips where there is no Hopper GPU. Where torch sees any GPU, a skipped gpu test fails.
+A test marked `gpu` skips where there is no Hopper GPU. Where torch sees any GPU, a skipped gpu test fails. Where it
+sees none and HSA_TL_EMULATE=1, those of impl="tilelang" run in the emulator, except those marked `device`.
 """
 
+import contextlib
 import os
 import zlib
 
 import hypothesis
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 # Tensors are tiny: under xdist, threads of one worker would only spin against those of the other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -36,9 +39,36 @@ def no_hopper() -> str | None:
     return None if major == 9 else f"needs a Hopper GPU: this one has compute capability {major}.{minor}"
 
 
+EMULATED = os.environ.get("HSA_TL_EMULATE") == "1" and not torch.cuda.is_available()
+
+
+def not_emulated(item) -> str | None:
+    """Why the emulator cannot run a gpu test."""
+    impl = getattr(item, "callspec", None) and item.callspec.params.get("impl", "tilelang")
+    if item.get_closest_marker("device") or impl not in (None, "tilelang"):
+        return "needs the GPU itself: the emulator runs what TileLang compiles"
+    return None
+
+
+class OnTheHost(TorchFunctionMode):
+    """What a test puts on "cuda" stays on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cuda:
+            return args[0]
+        args = ["cpu" if isinstance(x, str) and x == "cuda" else x for x in args]
+        kwargs = {k: "cpu" if isinstance(x, str) and x == "cuda" else x for k, x in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request):
+    with OnTheHost() if EMULATED and request.node.get_closest_marker("gpu") else contextlib.nullcontext():
+        yield
+
+
 def pytest_runtest_setup(item):
-    reason = no_hopper() if item.get_closest_marker("gpu") else None
-    if reason:
+    if item.get_closest_marker("gpu") and (reason := not_emulated(item) if EMULATED else no_hopper()):
         pytest.skip(reason)
 
 

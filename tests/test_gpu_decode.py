@@ -60,6 +60,7 @@ def test_out_of_range_is_an_empty_slot(impl):
 
 
 @pytest.mark.parametrize("impl", ("auto", "tilelang", "triton", "reference"))
+@pytest.mark.device
 def test_a_step_replays_in_a_graph(impl):
     """Retrieval, weights and attention without a host synchronisation; lengths change between replays."""
     d = DIMS["paper"]
@@ -118,6 +119,7 @@ def test_decode_retrieves_the_bits_of_a_prefill():
         assert torch.equal(one[0], whole[0][:, t : t + 1]) and torch.equal(one[1], whole[1][:, t : t + 1])
 
 
+@pytest.mark.device
 def test_offloaded_equals_on_device(tmp_path):
     spec = MemorySpec(2, 2, 64, 2, 32, S, torch.bfloat16)
     options = ({}, {"capacity": 2, "pages": 2}, {"offload": True, "cache_pages": 8}, {"offload": True})

@@ -18,12 +18,13 @@ def _union(rows: list[list[int]], num_chunks: int) -> list[int]:
     return [c for c, _ in sorted(keys)]
 
 
-@pytest.mark.parametrize("G, K, block_M", [(1, 2, 64), (3, 3, 64), (16, 4, 192), (5, 1, 128)])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("G, K, block_M", [(1, 2, 64), (3, 3, 64), (4, 5, 192), (16, 4, 192), (5, 1, 128)])
 @hypothesis.given(B=st.integers(1, 2), T=st.integers(1, 70), H=st.integers(1, 2), N=st.integers(1, 9), seed=seeds)
 @hypothesis.settings(max_examples=10)
-def test_index(G, K, block_M, B, T, H, N, seed):
+def test_index(device_type, G, K, block_M, B, T, H, N, seed):
     """-1, indices out of range, duplicates, a last tile that is not full."""
-    problem = Problem(B=B, T=T, N=N, HQ=G * H, H=H, D=16, S=16, K=K, dtype=torch.float32, device_type="cpu")
+    problem = Problem(B=B, T=T, N=N, HQ=G * H, H=H, D=16, S=16, K=K, device_type=device_type)
     tile = block_M // G
     tiles = -(-T // tile)
     g = torch.Generator().manual_seed(seed)
@@ -31,7 +32,9 @@ def test_index(G, K, block_M, B, T, H, N, seed):
     order, chunks = torch.full_like(indices, -7), indices.new_full((B, tiles, H, tile * K), -7)
     lengths = indices.new_full((B, tiles, H), -7)
     groups = torch.full_like(chunks, -7)
-    kernel = compile.kernel("union_index", problem, UnionIndexConfig(block_M=block_M))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HSA_TL_EMULATE", "1")
+        kernel = compile.kernel("union_index", problem, UnionIndexConfig(block_M=block_M))
     kernel(indices, N, order, chunks, groups, lengths)
 
     key = torch.where((indices >= 0) & (indices < N), indices, N)

@@ -1,10 +1,13 @@
-"""Launchers of the TileLang programs: on Hopper, and on the CPU through TileLang's C target (float32)."""
+"""Launchers of the TileLang programs: on Hopper, and on the CPU through TileLang's C target (float32).
+
+With HSA_TL_EMULATE=1 CPU tensors (bfloat16, float16) run what is compiled for Hopper, in the emulator: slow, checked.
+"""
 
 import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +18,14 @@ from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.pairs import Pairs, Window, partial_window, windows
 from hsa_tl.pairs import sort_pairs as sort_by_torch
-from hsa_tl.problem import Problem
+from hsa_tl.problem import Problem, emulating
 
 FORWARD_NEEDS_PAIRS = False
 # Every problem that tilelang accepts has these; the other strategies suit fewer shapes.
 BASE = ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk")
 SORT_BLOCKS = 4096  # CTAs of the pairs' counting sort at most
 SORT_TOKENS = 16  # of a CTA at least
+HALF = (torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -29,15 +33,22 @@ def installed() -> bool:
     return importlib.util.find_spec("tilelang") is not None
 
 
+def targeted(problem: Problem) -> Problem:
+    """The problem as its programs are compiled: for CUDA where the emulator runs them on CPU tensors."""
+    emulated = problem.device_type == "cpu" and problem.dtype in HALF and emulating()
+    return replace(problem, device_type="cuda") if emulated else problem
+
+
 def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | None:
     """Why the TileLang programs cannot run this problem here, or None."""
     if not installed():
         return "the package tilelang is not installed"
-    if problem.device_type == "cpu":
+    emulated = targeted(problem) != problem
+    if problem.device_type == "cpu" and not emulated:
         return None if problem.dtype == torch.float32 else "the CPU target runs float32 only"
-    if problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+    if not emulated and (problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0)):
         return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
+    if problem.dtype not in HALF:
         return "on CUDA it runs bfloat16 and float16"
     for program in programs:
         if not configs.space(program, problem):
@@ -70,7 +81,7 @@ class Call:
 
     @classmethod
     def of(cls, q, k, v, weights, indices, pairs, chunk_len, scale, do=None) -> "Call":
-        problem = Problem.of(q, k, weights, indices, chunk_len)
+        problem = targeted(Problem.of(q, k, weights, indices, chunk_len))
         H = k.shape[3]
         q, weights = (x.unflatten(2, (H, x.shape[2] // H)).contiguous() for x in (q, weights))
         if chunk_len is None:
@@ -209,9 +220,9 @@ def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     pair = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
     if not indices.numel():
         return Pairs(pair, cursor[: B * H * num_chunks + 1])
-    dtype = torch.float32 if indices.device.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if indices.device.type == "cpu" and not emulating() else torch.bfloat16
     # Of these dims only K matters to the programs.
-    problem = Problem(B, T, num_chunks, H, H, 64, 64, K, dtype=dtype, device_type=indices.device.type)
+    problem = targeted(Problem(B, T, num_chunks, H, H, 64, 64, K, dtype=dtype, device_type=indices.device.type))
     indices, tokens = indices.contiguous(), -(-T // blocks)
     compiled("pairs_count", problem)(indices, num_chunks, tokens, counts)
     torch.cumsum(counts.flatten(), 0, dtype=torch.int64, out=cursor[1:])

@@ -27,7 +27,7 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
     if not q.numel():
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    problem = Problem.of_decode(q, k_pages, weights, indices, page_table)
+    problem = launchers.targeted(Problem.of_decode(q, k_pages, weights, indices, page_table))
     config = chosen_config(problem)
     splits, H = config.num_splits, k_pages.shape[2]
     q, weights = (x.unflatten(2, (H, x.shape[2] // H)).contiguous() for x in (q, weights))

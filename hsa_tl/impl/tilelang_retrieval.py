@@ -30,6 +30,7 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
     if scores.numel() and N:
         device_type = q_slc.device.type
         problem = Problem(B, T, N, R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=device_type)
+        problem = launchers.targeted(problem)
         # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
         past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
         bounds = *past, outside[0] + 1, outside[1]
@@ -46,6 +47,7 @@ def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
     if scores.numel() and N:
         problem = Problem(B, T, N, R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=device_type)
+        problem = launchers.targeted(problem)
         config = table.heuristic("retrieve_split", problem)  # of B, T and N: no table's row is
         splits = -(-N // config.block_N)
         best = torch.empty(B, T, R, splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
@@ -65,6 +67,7 @@ def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
     if dscores.numel() and num_chunks:
         K, device_type = dscores.shape[3], q_slc.device.type
         problem = Problem(B, T, num_chunks, R, R, D_r, 64, K, dtype=q_slc.dtype, device_type=device_type)
+        problem = launchers.targeted(problem)
         kernel = launchers.compiled("retrieve_dlandmarks", problem)
         kernel(dscores.contiguous(), q_slc.contiguous(), *pairs, scale, out)
     return out

@@ -1,0 +1,97 @@
+// One CTA on the host: its threads, what they wait for, and what each may take as having happened.
+#pragma once
+#include <csetjmp>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "hopper.h"
+
+namespace hopper {
+
+// A vector clock has an entry for each thread and for each agent (the asynchronous units): the last of its steps that
+// is known to have happened. Clocks are shared and never changed; a thread's own step stands beside its clock.
+using Steps = std::vector<uint32_t>;
+using Clock = std::shared_ptr<const Steps>;
+
+struct Stamp {  // what an operation may take as having happened, and as visible to the asynchronous proxy
+  Clock seen, fenced;
+  uint32_t who, step, fenced_step;
+  bool sees(uint32_t other, uint32_t at) const { return other == who ? at <= step : at <= (*seen)[other]; }
+  bool sees_fenced(uint32_t other, uint32_t at) const {
+    return other == who ? at <= fenced_step : at <= (*fenced)[other];
+  }
+};
+
+// What those who arrive at a barrier know together.
+struct Sum {
+  Steps seen, fenced;
+  Clock last_seen, last_fenced;  // of the last who came: many share theirs
+  void add(const Stamp& stamp);
+  void resize(size_t size) { seen.resize(size), fenced.resize(size); }
+};
+
+struct Issued {
+  Product product;
+  Stamp stamp;
+};
+
+struct Wait {  // for what a blocked thread waits
+  enum Kind { BARRIER, WARP, PRODUCTS, REGISTERS, MBARRIER } kind;
+  const void* object = nullptr;
+  const char* name = nullptr;  // of the warp's instruction
+  int number = 0;              // the barrier's, or how many registers; for an mbarrier the parity
+};
+
+struct Thread {
+  jmp_buf context;
+  char* stack;
+  int id;
+  bool done = false, blocked = false;
+  Wait wait;
+  Stamp now;
+  int registers = 0;
+  std::vector<Issued> products;    // wgmma issued and not waited for, in order
+  std::vector<int> groups;         // sizes of its committed groups
+  int open_products = 0;           // issued since the last commit
+  bool products_fenced = false;
+  uint32_t product_steps = 0;      // groups committed ever
+};
+
+enum Access : uint8_t { READ, WRITE, ATOMIC, ASYNC_READ, ASYNC_WRITE };
+
+extern std::vector<Thread> threads;
+extern Thread* current;
+extern char* dynamic_shared;
+extern uint32_t cta;  // 1 + its place in the launch
+
+// machine.cpp
+[[noreturn]] void fail(const std::string& message);   // ends the launch
+void report(const std::string& message);              // notes a fault and goes on
+void block(const Wait& wait);                         // until someone calls wake
+void wake(Thread& thread);
+uint32_t agent_of_warpgroup(int group);
+uint32_t agent_of_stores(int thread);
+uint32_t agent_of_mbarrier(int number);
+void acquire(Stamp& stamp, const Clock& seen, const Clock& fenced);
+void learn(Stamp& stamp, uint32_t agent, uint32_t step);
+Stamp handed(const Stamp& issuer, uint32_t agent, uint32_t step);  // to an agent, which knows what its issuer knows
+void* collective(const void* argument, const char* what, void (*run)(const void* const* arguments, int first));
+std::string thread_name(uint32_t who);
+
+// shadow.cpp
+void access(const void* at, size_t bytes, Access kind, const Stamp& stamp, const void* pc);
+void reset_shadow(char* shared, size_t shared_bytes, char* arena, size_t arena_bytes);
+void end_shadow();
+bool in_shared(const void* at, size_t bytes);
+bool in_arena(const void* at, size_t bytes);
+
+// copies.cpp, products.cpp
+void reset_products();
+void check_products_done();
+std::string mbarrier_state(const void* at);
+bool complete_a_copy(uint32_t choice);  // false if none is under way
+void reset_copies();
+void check_copies_done();
+}  // namespace hopper
