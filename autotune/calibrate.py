@@ -9,6 +9,7 @@ import torch
 
 from hsa_tl.autotune import cost, measure, static
 from hsa_tl.autotune.journal import Journal
+from hsa_tl.bench import record
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
@@ -43,13 +44,13 @@ def problem_of(name: dict) -> Problem:
 def samples(journal: Journal, device: str) -> list[Sample]:
     """The measurements of a device that have a static record beside them."""
     found = []
-    for name, record in journal.all(kind="measured", device=device):
+    for name, entry in journal.all(kind="measured", device=device):
         problem, config = problem_of(name), configs.parse(name["program"], name["config"])
         read = journal.get({"kind": "static", **static.identity(name["program"], problem, config)})
-        if record.get("error") or read is None or read["error"] or not record["rounds"]:
+        if entry.get("error") or read is None or read["error"] or not entry["rounds"]:
             continue
         shares = measure.shares(problem)
-        for selection, rounds in record["rounds"].items():
+        for selection, rounds in entry["rounds"].items():
             ns = 1e3 * float(np.median(rounds)) / problem.pairs
             found.append(
                 Sample(
@@ -74,6 +75,25 @@ def spearman(a, b) -> float:
     """Rank correlation; nan where either has no two different values."""
     ranks = np.stack([_ranks(a), _ranks(b)])
     return float(np.corrcoef(ranks)[0, 1]) if (np.ptp(ranks, axis=1) > 0).all() else float("nan")
+
+
+def measured(rows: Iterable[record.Row], device: cost.Device) -> cost.Device:
+    """The device with what the suites micro and roofline measured, which then is no longer free to be fitted."""
+
+    def best(provider: str, metric: str) -> float:
+        return max(
+            (r.p50 for r in rows if (r.provider, r.metric) == (provider, metric) and r.p50), default=float("nan")
+        )
+
+    rows = [r for r in rows if r.kernel == "roofline"]
+    found = {
+        "hbm": 1e9 * best("copy", "bandwidth"),
+        "l2": 1e9 * best("l2-tma", "bandwidth"),
+        "reduce": 1e9 * best("reduce-add", "bandwidth"),
+        "mma_sync": best("mma-sync", "throughput") / best("wgmma", "throughput"),
+    }
+    found = {name: value for name, value in found.items() if value == value}  # nan: not measured
+    return replace(device, **found, free=tuple(name for name in device.free if name not in found))
 
 
 def fit(samples: list[Sample], device: cost.Device) -> cost.Device:
@@ -109,11 +129,11 @@ def fit(samples: list[Sample], device: cost.Device) -> cost.Device:
 
 
 def text(device: cost.Device, fitted: cost.Device) -> str:
-    """The constants file of a fitted device, four digits; what the fit has changed is marked fitted."""
+    """The constants file of a fitted device, four digits; what differs is marked fitted, or measured where not free."""
     file = json.loads(cost.device_text(device.name))
-    for name in device.free:
-        new = float(f"{getattr(fitted, name):.4g}")
-        if new != file["constants"][name]["value"]:
-            file["constants"][name] |= {"value": new, "source": "fitted"}
+    for name, constant in file["constants"].items():
+        if getattr(fitted, name) != getattr(device, name):
+            source = "fitted" if name in fitted.free else "measured"
+            constant |= {"value": float(f"{getattr(fitted, name):.4g}"), "source": source}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in file["constants"].items())
     return f'{{"name": "{device.name}", "constants": {{\n{lines}\n}}}}\n'

@@ -21,6 +21,7 @@ from hsa_tl.bench import page, record, ruler
 from hsa_tl.bench.agenda import Step, read_state, run_agenda
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.decode import Decode
+from hsa_tl.bench.micro import Micro
 from hsa_tl.bench.model import ModelBench
 from hsa_tl.bench.plot import length_label
 from hsa_tl.bench.retrieve import Retrieve
@@ -48,6 +49,25 @@ def run_tests(seconds: float) -> dict:
     if run.returncode:
         raise RuntimeError(f"gpu tests failed:\n{tail}")
     return {"result": tail.splitlines()[-1]}
+
+
+SANITIZED = "tilelang and (one-token or g3-per-head)"
+
+
+def sanitize(seconds: float) -> dict:
+    """compute-sanitizer's memcheck and racecheck over a few small gpu tests; RuntimeError with its last lines."""
+    if not (tool := static.find_tool("compute-sanitizer")):
+        return {"note": "compute-sanitizer is not installed", "finished": False}
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", SANITIZED, "tests"]
+    found = {}
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", *tests]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds / 2)
+        lines = run.stdout.splitlines()
+        found[check] = next((x for x in reversed(lines) if "SUMMARY" in x), "no summary")
+        if run.returncode:
+            raise RuntimeError(f"{check} failed:\n" + "\n".join(lines[-25:]))
+    return found
 
 
 def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None, jobs: int = 2) -> int:
@@ -95,7 +115,7 @@ def tune(out: Path, seconds: float) -> dict:
     detail = {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
     if found := calibrate.samples(journal, device):
         times, old = [x.ns_per_pair for x in found], cost.DEVICES[device]
-        fitted = calibrate.fit(found, old)
+        fitted = calibrate.fit(found, calibrate.measured(record.read_rows(out / "bench.csv"), old))
         write_atomic(out / "device.json", calibrate.text(old, fitted))
         for name, constants in (("spearman", old), ("spearman_fitted", fitted)):
             detail[name] = round(calibrate.spearman(calibrate.predictions(found, constants), times), 3)
@@ -165,6 +185,7 @@ TRAINED = f"trained={Path(__file__).parent / 'results/cpu/selections.safetensors
 # In the order of bench/AGENDA.md: the roofline, the headline, then what explains it.
 SWEEPS = (
     Sweep("roofline", Roofline, ("paper-d128",), "8k", 0.05),
+    Sweep("micro", Micro, ("paper-d128",), "4k,16k,32k,64k,128k,1m", 0.1),
     Sweep("headline", Attention, ("paper-d128",), "4k,16k,64k,128k", 0.5, BOTH),
     Sweep("decode", Decode, ("paper-d128",), "4k,128k,1m,16m", 0.15),
     Sweep("retrieve", Retrieve, ("paper-d128",), "4k,128k,1m,16m", 0.15),
@@ -185,6 +206,7 @@ def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Sweep, ...] = SWEEP
         steps.append(Step(plan.name, functools.partial(plan.run, folder, device), plan.share))
         if plan.name == TUNE_AFTER:
             steps.append(Step("tune", functools.partial(tune, folder), 0.3))
+    steps.append(Step("sanitize", sanitize, 0.3))
     return [*steps, Step("needles", functools.partial(needles, folder, device), 1.0)]
 
 

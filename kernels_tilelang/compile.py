@@ -8,6 +8,7 @@ import importlib
 import tilelang
 from tilelang import tvm
 
+from hsa_tl.kernels_tilelang import emulate
 from hsa_tl.kernels_tilelang.config import static_key
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
 from hsa_tl.kernels_tilelang.cpu_target import cpu_program
@@ -41,25 +42,29 @@ def _static_dims(problem: Problem, config) -> dict:
 
 def lower(program: str, problem: Problem, config):
     """The artifact for sm_90a: CUDA source and device module. Needs neither a GPU nor nvcc."""
+    return lower_ir(build(program, problem, config), _pass_configs(config))
+
+
+def lower_ir(ir: tvm.tirx.PrimFunc, pass_configs: dict = PASS_CONFIGS):
+    """As `lower`, of IR built already."""
     target = tvm.target.Target(SM_90A)
-    with tvm.transform.PassContext(opt_level=3, config=_pass_configs(config)), target:
-        return tilelang.lower(build(program, problem, config), target=target)
+    with tvm.transform.PassContext(opt_level=3, config=pass_configs), target:
+        return tilelang.lower(ir, target=target)
+
+
+def compile_ir(ir: tvm.tirx.PrimFunc, device_type: str, pass_configs: dict = PASS_CONFIGS):
+    """A callable kernel for a device type; for "cuda" with HSA_TL_EMULATE=1, the emulator's."""
+    if device_type == "cpu":
+        return tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
+    if emulating():
+        return emulate.Emulated(ir, lower_ir(ir, pass_configs))
+    return tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=pass_configs)
 
 
 def kernel(program: str, problem: Problem, config):
     """A callable kernel for the problem's device; compiled once for each static key and config, any B, T, N and H."""
-    target = "emulator" if problem.device_type == "cuda" and emulating() else problem.device_type
-    key = (program, target, config, *_static_dims(problem, config).values())
+    emulated = problem.device_type == "cuda" and emulating()
+    key = (program, problem.device_type, emulated, config, *_static_dims(problem, config).values())
     if key not in _KERNELS:
-        ir = build(program, problem, config)
-        if target == "emulator":
-            from hsa_tl.kernels_tilelang.emulate import Emulated
-
-            _KERNELS[key] = Emulated(ir, lower(program, problem, config))
-        elif problem.device_type == "cpu":
-            _KERNELS[key] = tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
-        else:
-            _KERNELS[key] = tilelang.compile(
-                ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=_pass_configs(config)
-            )
+        _KERNELS[key] = compile_ir(build(program, problem, config), problem.device_type, _pass_configs(config))
     return _KERNELS[key]

@@ -184,10 +184,11 @@ class RetrieveDlandmarksConfig(AuxiliaryConfig):
         return {"l2": p.D * p.itemsize + 8, "hbm": 4 + 32}  # pair; a sector of dscores
 
     def smem_bytes(self, p):
-        return 8 * self.block_M + 4 * self.threads + 4 * p.D * self.threads // 32 + SMEM_ALIGNMENT
+        columns = next_power_of_two(p.D)
+        return 8 * self.block_M + 4 * self.threads + 4 * columns * self.threads // 32 + SMEM_ALIGNMENT
 
     def accumulators(self, p):
-        return self.block_M * p.D + p.D
+        return (self.block_M + 1) * next_power_of_two(p.D)
 
     @classmethod
     def options(cls, p):

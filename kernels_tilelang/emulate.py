@@ -103,7 +103,7 @@ def _library(source: str) -> ctypes.CDLL:
 
 
 class Emulated:
-    """A kernel as `compile.kernel` returns it, for CPU tensors; a fault raises `Fault`. Outputs are always written.
+    """A kernel as the module compile returns it, for CPU tensors; a fault raises `Fault`. Outputs are always written.
 
     HSA_TL_EMULATE_SEED=0 (the default) runs the threads in order and completes each copy as late as it can; any other
     seed shuffles both.

@@ -7,11 +7,13 @@ token chose gets 0; an empty slot stands in no segment, so whatever gradient it 
 
 import tilelang.language as T
 
+from hsa_tl.kernels_tilelang.config_auxiliary import next_power_of_two
 from hsa_tl.kernels_tilelang.config_retrieval import RetrieveDlandmarksConfig
 
 
 def retrieve_dlandmarks(*, D, K, dtype, min_blocks, config: RetrieveDlandmarksConfig):
     block_M = config.block_M
+    columns = next_power_of_two(D)  # every block_M and thread count has a layout for that
     B, tokens, N, R = T.dynamic("B, tokens, N, R")
     pairs, bounds = T.dynamic("pairs, bounds")
 
@@ -28,8 +30,8 @@ def retrieve_dlandmarks(*, D, K, dtype, min_blocks, config: RetrieveDlandmarksCo
             T.annotate_min_blocks_per_sm(min_blocks)
             slot_shared = T.alloc_shared([block_M], "int32")
             weight_shared = T.alloc_shared([block_M], "float32")
-            acc = T.alloc_fragment([block_M, D], "float32")
-            total = T.alloc_fragment([D], "float32")
+            acc = T.alloc_fragment([block_M, columns], "float32")
+            total = T.alloc_fragment([columns], "float32")
             first = T.alloc_var("int64")
             count = T.alloc_var("int32")
 
@@ -41,11 +43,12 @@ def retrieve_dlandmarks(*, D, K, dtype, min_blocks, config: RetrieveDlandmarksCo
                     slot = pair[first + T.min(i_m * block_M + m, count - 1)]
                     slot_shared[m] = slot
                     weight_shared[m] = dscores[i_b, slot // K, i_r, slot % K] * scale
-                for m, d in T.Parallel(block_M, D):
-                    part = weight_shared[m] * T.cast(q_slc[i_b, slot_shared[m] // K, i_r, d], "float32")
+                for m, d in T.Parallel(block_M, columns):
+                    part = weight_shared[m] * T.cast(q_slc[i_b, slot_shared[m] // K, i_r, T.min(d, D - 1)], "float32")
                     acc[m, d] = acc[m, d] + T.if_then_else(i_m * block_M + m < count, part, 0.0)
             T.reduce_sum(acc, total, dim=0)
-            for d in T.Parallel(D):
-                dlandmarks[i_b, i_c, i_r, d] = total[d]
+            for d in T.Parallel(columns):
+                if d < D:
+                    dlandmarks[i_b, i_c, i_r, d] = total[d]
 
     return retrieve_dlandmarks

@@ -92,6 +92,7 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
 
     monkeypatch.setattr(gpu, "run_tests", takes(2000, "tests"))
     monkeypatch.setattr(gpu, "tune", takes(2000, "tune"))
+    monkeypatch.setattr(gpu, "sanitize", takes(0, "sanitize"))
     monkeypatch.setattr(gpu, "needles", takes(2000, "needles"))
     monkeypatch.setattr(
         gpu.Sweep, "run", lambda self, *x, run=gpu.Sweep.run: takes(2000, self.name)() and run(self, *x)
@@ -118,9 +119,23 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
     assert "NVIDIA H200 (a fake)" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("code, errors", [(0, 0), (9, 2)])
+def test_sanitize_runs_each_check(code, errors, monkeypatch, tmp_path):
+    assert gpu.sanitize(60.0)["finished"] is False or gpu.static.find_tool("compute-sanitizer")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho $2\necho '========= ERROR SUMMARY: {errors} errors'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu.static, "find_tool", lambda name: str(tool))
+    if code:
+        with pytest.raises(RuntimeError, match=r"memcheck failed:\nmemcheck\n=+ ERROR SUMMARY: 2 errors"):
+            gpu.sanitize(60.0)
+    else:
+        assert gpu.sanitize(60.0) == dict.fromkeys(("memcheck", "racecheck"), "========= ERROR SUMMARY: 0 errors")
+
+
 def test_the_agenda_names_what_there_is():
     names = [s.name for s in gpu.agenda(gpu.Path("x"))]
-    assert names[:4] == ["tests", "roofline", "headline", "tune"] and len(set(names)) == len(names)
+    assert names[:5] == ["tests", "roofline", "micro", "headline", "tune"] and len(set(names)) == len(names)
     for plan in gpu.SWEEPS:
         suite = plan.suite()
         assert all(suite.find_case(name) for name in plan.cases) and gpu.parse_lengths(plan.lengths)

@@ -1,13 +1,22 @@
 """The emulator: what TileLang makes of the programs is right on it, and a program that is broken on purpose is not."""
 
 import re
+from dataclasses import asdict
 
+import hypothesis
 import pytest
-from strategies import Dims, make_call
+import torch
+from hypothesis import strategies as st
+from strategies import Dims, assert_all_as_accurate_as, make_call, seeds
 
-from hsa_tl import hsa_attention
+from hsa_tl import hsa_attention, hsa_decode, retrieve_chunks, retrieve_decode
+from hsa_tl.impl import tilelang, tilelang_retrieval
 from hsa_tl.kernels_tilelang import compile, emulate
-from hsa_tl.testing import run_with_gradients
+from hsa_tl.kernels_tilelang.config import TUNED, space
+from hsa_tl.oracle import attention_oracle
+from hsa_tl.pairs import sort_pairs
+from hsa_tl.problem import Problem
+from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradients
 
 S = 64
 SPECIALISED = {
@@ -17,16 +26,119 @@ SPECIALISED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _emulating(monkeypatch):
-    monkeypatch.setenv("HSA_TL_EMULATE", "1")
+@pytest.fixture(autouse=True, scope="module")
+def _emulating():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HSA_TL_EMULATE", "1")
+        yield
+
+
+def half(call: Inputs, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+    q, k, v, do = (x.to(dtype) for x in (call.q, call.k, call.v, call.do))
+    return call._replace(q=q, k=k, v=v, do=do)
+
+
+def results(attention, call: Inputs, gradients: bool, **options) -> dict[str, torch.Tensor]:
+    return run_with_gradients(attention, call, **options) if gradients else {"out": attention(*call[:5], **options)}
+
+
+def check(call: Inputs, S: int, config: dict | None = None, gradients: bool = True) -> None:
+    """Out, and gradients, in the call's 16-bit type against the oracle's in the same type and in float64."""
+    actual = results(hsa_attention, call, gradients, impl="tilelang", config=config, chunk_size=S)
+    low, high = (results(attention_oracle, x, gradients, chunk_size=S) for x in (call, double(call)))
+    assert_all_as_accurate_as(actual, low, high)
+
+
+# A tail, empty slots, duplicates; more pairs of a chunk than two stages of any tile hold.
+DIMS = {
+    "paper-d128": Dims(T=30, T_kv=100, HQ=16, D=128, S=64, K=8),
+    "paper-d64-two-kv-heads": Dims(B=2, T=12, T_kv=128, HQ=32, H=2, D=64, S=64, K=8),
+    "g4-s32-odd-k": Dims(T=60, T_kv=96, HQ=4, D=64, S=32, K=5),
+    "g3-per-head": Dims(T=60, T_kv=128, HQ=3, D=96, S=64, K=3, per_head=True),
+}
+
+
+@pytest.mark.parametrize("program", TUNED)
+@pytest.mark.parametrize("name", DIMS)
+def test_every_config_equals_the_oracle(name, program):
+    d = DIMS[name]
+    call = half(make_call(d), torch.float16 if name == "g3-per-head" else torch.bfloat16)
+    masked = d.T_kv % d.S != 0
+    problem = Problem(d.B, d.T, d.N, d.HQ, d.H, d.D, d.S, d.K, call.q.dtype, masked=masked, per_head=d.per_head)
+    for config in space(program, problem):
+        check(call, d.S, {program: asdict(config)}, gradients=program.startswith("hsa_bwd"))
+
+
+@hypothesis.given(
+    G=st.sampled_from((1, 2, 3, 5, 8, 16, 32)), D=st.sampled_from((16, 48, 64, 80, 112, 128)),
+    S=st.sampled_from((16, 32, 64, 128)), K=st.sampled_from((1, 2, 5, 7, 10, 16)), per_head=st.booleans(),
+    tail=st.booleans(), seed=seeds,
+)  # fmt: skip
+@hypothesis.settings(max_examples=8)
+def test_what_is_accepted_runs(G, D, S, K, per_head, tail, seed):
+    """The arithmetic of legality against TileLang: odd shapes either raise NotImplementedError or are right."""
+    d = Dims(B=1, T=20, T_kv=3 * S - 5 * tail, HQ=G, D=D, S=S, K=K, per_head=per_head)
+    try:
+        check(half(make_call(d, seed)), S)
+    except NotImplementedError:
+        hypothesis.event("refused")
+
+
+def test_the_seed_shuffles_and_changes_nothing(monkeypatch):
+    call = half(make_call(DIMS["paper-d128"]))
+    config = {name: SPECIALISED[name] for name in ("hsa_fwd_union", "hsa_bwd_chunk")}
+    found = []
+    for seed in "01":
+        monkeypatch.setenv("HSA_TL_EMULATE_SEED", seed)
+        found.append(run_with_gradients(hsa_attention, call, impl="tilelang", config=config, chunk_size=S))
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
+@pytest.mark.parametrize("topk, N", [(5, 40), (64, 300)])
+def test_retrieval_of_prefill_and_decode(topk, N):
+    """Integers, so every score is exact and many are equal."""
+    q, landmarks = (torch.randint(-1, 2, (2, n, 2, 64)).bfloat16() for n in (3, N))
+    lengths = torch.tensor([N * S, 300], dtype=torch.int32)
+    scores, indices = retrieve_decode(q, landmarks, lengths, topk, impl="tilelang")
+    for b, n in enumerate(lengths.tolist()):
+        part = slice(b, b + 1)
+        for impl in ("tilelang", "reference"):
+            want = retrieve_chunks(q[part], landmarks[part], topk, q_start=n, impl=impl)
+            assert torch.equal(indices[part], want[1]) and torch.equal(scores[part], want[0])
+
+
+def test_gradients_of_retrieval():
+    q = torch.randn(1, 70, 2, 48).bfloat16()
+    dscores, indices = torch.randn(1, 70, 2, 5), torch.randint(-1, 3, (1, 70, 2, 5), dtype=torch.int32)
+    actual = tilelang_retrieval.dlandmarks(dscores, tilelang.sort_pairs(indices, 3), q, 3, 0.5)
+    rows = dscores.double()[..., None] * q.double()[:, :, :, None] * 0.5
+    where = torch.nn.functional.one_hot(indices.long() + 1, 4)[..., 1:].double()
+    wanted = torch.einsum("btrkd,btrkn->bnrd", rows, where)
+    assert_as_accurate_as("dlandmarks", actual, wanted.bfloat16(), wanted)
+
+
+def test_the_counting_sort_equals_the_torch_sort():
+    indices = torch.randint(-2, 8, (2, 77, 3, 5), dtype=torch.int32)
+    for a, b in zip(tilelang.sort_pairs(indices, 7), sort_pairs(indices, 7), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("K", [1, 16])
+def test_decode(K):
+    pages, N = 9, 4
+    q = torch.randn(2, 1, 16, 64).bfloat16()
+    k, v = (torch.randn(pages, S, 1, 64).bfloat16() for _ in range(2))
+    weights, indices = torch.randn(2, 1, 1, K), torch.randint(-1, N, (2, 1, 1, K), dtype=torch.int32)
+    table = torch.randperm(pages)[: 2 * N].view(2, N).int()
+    out = hsa_decode(q, k, v, weights, indices, table, impl="tilelang")
+    inputs = q, *(x[table.long()].flatten(1, 2) for x in (k, v)), weights, indices
+    low, high = (attention_oracle(*x, chunk_size=S) for x in (inputs, [y.double() for y in inputs[:4]] + [indices]))
+    assert_as_accurate_as("out", out, low, high)
 
 
 def run_changed(program: str, pattern: str, replacement: str, monkeypatch) -> None:
     """Runs the program with its CUDA source changed wherever the pattern stands, and it must stand somewhere."""
-    call = make_call(Dims(T=80, T_kv=4 * S, HQ=16, D=64, S=S, K=4))
-    q, k, v, do = (x.bfloat16() for x in (call.q, call.k, call.v, call.do))
-    call = call._replace(q=q, k=k, v=v, do=do)
+    call = half(make_call(Dims(T=80, T_kv=4 * S, HQ=16, D=64, S=S, K=4)))
     places = []
 
     class Changed(emulate.Emulated):
@@ -40,10 +152,7 @@ def run_changed(program: str, pattern: str, replacement: str, monkeypatch) -> No
     monkeypatch.setattr(compile, "_KERNELS", {})
     options = {"impl": "tilelang", "config": {program: SPECIALISED.get(program, {})}, "chunk_size": S}
     try:
-        if program.startswith("hsa_bwd"):
-            run_with_gradients(hsa_attention, call, **options)
-        else:
-            hsa_attention(*call[:5], **options)
+        results(hsa_attention, call, program.startswith("hsa_bwd"), **options)
     finally:
         assert places and all(places), f"{pattern!r} is not in the source"
 

@@ -16,6 +16,7 @@ PROGRAMS = (
     "hsa_tl.kernels_tilelang.*_index",
     "hsa_tl.kernels_tilelang.pairs_*",
     "hsa_tl.kernels_tilelang.retrieve_*",
+    "hsa_tl.kernels_tilelang.micro",
 )
 
 # Lowest layer first. A module imports from lower layers only; those of no pattern are on top and import each other.
@@ -46,6 +47,7 @@ LAYERS = (
         "hsa_tl.kernels_tilelang.macros",
         "hsa_tl.kernels_tilelang.macros_sort",
         "hsa_tl.kernels_tilelang.cpu_target",
+        "hsa_tl.kernels_tilelang.emulate",
         "hsa_tl.autotune.table",
         "hsa_tl.testing",
     ),
@@ -81,6 +83,7 @@ ONLY = {
     ),
     "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_*", "hsa_tl.kernels_tilelang.macros*")),
+    "hsa_tl.kernels_tilelang.emulate": ("hsa_tl.files",),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal"),
     "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.files", "hsa_tl.model*"),

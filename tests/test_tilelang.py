@@ -59,8 +59,14 @@ def test_any_config_gives_the_same_result(threads):
         (
             "hsa_bwd_dkdv_chunk",
             {"D": 48},
-            BwdDkdvChunkConfig(threads=64),
-            "2 warps need D to be a multiple of 32, got 48",
+            BwdDkdvChunkConfig(threads=256),
+            "8 warps need D to be a multiple of 32, got 48",
+        ),
+        (
+            "hsa_bwd_dkdv_chunk",
+            {"D": 80, "S": 16},
+            BwdDkdvChunkConfig(),
+            "4 warps cannot share out chunks of 16 by 80",
         ),
         ("hsa_bwd_dkdv_chunk", {"D": 256}, BwdDkdvChunkConfig(), "registers must be at most 255 a thread"),
     ],

@@ -38,6 +38,13 @@ struct Stores {
 };
 std::map<int, Stores> stores;  // by thread
 
+struct Copy {  // cp.async
+  void* shared;
+  const void* global;
+  int bytes;
+};
+std::map<int, std::vector<std::vector<Copy>>> copies;  // by thread: its groups, of which the last is open
+
 Mbarrier& find(void* at) {
   auto found = mbarriers.find(at);
   if (found == mbarriers.end()) fail("an mbarrier is used before it is initialised");
@@ -107,12 +114,36 @@ std::string mbarrier_state(const void* at) {
   return name(m) + " (" + std::to_string(m.pending) + " arrivals and " + std::to_string(m.bytes) + " bytes to come)";
 }
 
-void reset_copies() { mbarriers.clear(), loads.clear(), stores.clear(); }
+void reset_copies() { mbarriers.clear(), loads.clear(), stores.clear(), copies.clear(); }
 
 void check_copies_done() {
   if (!loads.empty()) fail("a CTA ends while a TMA load is under way");
+  for (auto& [thread, groups] : copies)
+    if (!groups.empty() && !(groups.size() == 1 && groups[0].empty())) fail("a CTA ends while cp.async is under way");
   for (auto& [thread, s] : stores)
     if (!s.open.empty() || !s.groups.empty()) fail("a CTA ends while a TMA store reads its shared memory");
+}
+
+// The thread writes when it issues, and again when it waits: what others do in between is a race.
+void copy_async(void* shared, const void* global, int bytes) {
+  if (!in_shared(shared, bytes)) fail("cp.async writes outside shared memory");
+  access(shared, bytes, WRITE, current->now, __builtin_return_address(0));
+  memset(shared, 0xff, bytes);
+  auto& groups = copies[current->id];
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({shared, global, bytes});
+}
+
+void copy_commit() { copies[current->id].resize(std::max<size_t>(1, copies[current->id].size()) + 1); }
+
+void copy_wait(int left) {
+  auto& groups = copies[current->id];
+  for (; int(groups.size()) > left + 1; groups.erase(groups.begin()))
+    for (auto& c : groups.front()) {
+      access(c.shared, c.bytes, WRITE, current->now, __builtin_return_address(0));
+      if (c.global) access(c.global, c.bytes, READ, current->now, __builtin_return_address(0));
+      c.global ? memcpy(c.shared, c.global, c.bytes) : memset(c.shared, 0, c.bytes);
+    }
 }
 
 void mbarrier_init(void* at, uint32_t count) {

@@ -105,6 +105,10 @@ void tma_store(const CUtensorMap& map, const void* shared, const int* at);
 void tma_commit();
 void tma_wait(int groups);
 
+void copy_async(void* shared, const void* global, int bytes);  // from nowhere: zeros
+void copy_commit();
+void copy_wait(int groups);
+
 enum Type { BF16, F16 };
 struct Product {  // D[M, N] += A[M, 16] B[16, N], float32 accumulators; A from registers if a is given
   Type type;
@@ -142,6 +146,7 @@ inline int AtomicAddRet(int* at, int value) { return hopper::atomic_add(at, valu
 inline void AtomicAddx2(float* at, const float* v) { AtomicAdd(at, v[0]), AtomicAdd(at + 1, v[1]); }
 inline void AtomicAddx2(float* at, float2 v) { AtomicAdd(at, v.x), AtomicAdd(at + 1, v.y); }
 inline void AtomicAddx4(float* at, const float* v) { AtomicAddx2(at, v), AtomicAddx2(at + 2, v + 2); }
+inline void AtomicAddx4(float* at, float4 v) { AtomicAddx2(at, float2{v.x, v.y}), AtomicAddx2(at + 2, float2{v.z, v.w}); }
 
 namespace tl {
 using hopper::wgmma_commit;
@@ -175,6 +180,12 @@ template <class... At> void tma_store(const CUtensorMap& map, const void* shared
   int coordinates[] = {at...};
   hopper::tma_store(map, shared, coordinates);
 }
+template <int bytes> void cp_async_gs(void* shared, const void* global) { hopper::copy_async(shared, global, bytes); }
+template <int bytes> void cp_async_gs_conditional(void* shared, const void* global, bool wanted) {
+  hopper::copy_async(shared, wanted ? global : nullptr, bytes);
+}
+inline void cp_async_commit() { hopper::copy_commit(); }
+template <int groups> void cp_async_wait() { hopper::copy_wait(groups); }
 inline void tma_store_arrive() { hopper::tma_commit(); }
 template <int groups, bool read = true> void tma_store_wait() { hopper::tma_wait(groups); }
 
