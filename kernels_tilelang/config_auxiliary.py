@@ -140,8 +140,8 @@ class UnionIndexConfig(AuxiliaryConfig):
     KEY: ClassVar[tuple[str, ...]] = ("G", "K")
 
     def padded_keys(self, G: int, K: int) -> int:
-        """Slots of the tile, up to a power of two."""
-        return max(2, next_power_of_two(self.block_M // G * K))
+        """Slots of the tile, up to a power of two and one for each thread: else several threads would add for one."""
+        return max(next_power_of_two(self.threads), next_power_of_two(self.block_M // G * K))
 
     def pair_bytes(self, p):
         return {"hbm": 16.0}  # the index read; order, union_chunks and union_groups written

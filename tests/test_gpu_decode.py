@@ -49,6 +49,7 @@ def test_equals_the_oracle(impl, dtype, dims):
 
 
 @pytest.mark.parametrize("impl", ("tilelang", "triton", "reference"))
+@pytest.mark.device  # on a CPU it raises
 def test_out_of_range_is_an_empty_slot(impl):
     q, k, v, weights, indices, table = make(DIMS["batch"], torch.bfloat16)
     bad = torch.where(indices < 2, torch.tensor([-5, 20, 2**31 - 1, -1], device="cuda").repeat(4).int(), indices)

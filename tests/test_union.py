@@ -19,7 +19,9 @@ def _union(rows: list[list[int]], num_chunks: int) -> list[int]:
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("G, K, block_M", [(1, 2, 64), (3, 3, 64), (4, 5, 192), (16, 4, 192), (5, 1, 128)])
+@pytest.mark.parametrize(
+    "G, K, block_M", [(1, 2, 64), (3, 3, 64), (4, 5, 192), (16, 4, 192), (16, 2, 192), (5, 1, 128)]
+)
 @hypothesis.given(B=st.integers(1, 2), T=st.integers(1, 70), H=st.integers(1, 2), N=st.integers(1, 9), seed=seeds)
 @hypothesis.settings(max_examples=10)
 def test_index(device_type, G, K, block_M, B, T, H, N, seed):
