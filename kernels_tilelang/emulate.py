@@ -70,6 +70,8 @@ def host_source(source: str) -> str:
     """Generated CUDA source of one kernel as C++, with the entry that the emulator calls."""
     source = re.sub(r"#include <(tl_templates|math_constants|cuda).*", "", source)
     source = re.sub(r"extern __shared__ .*\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)hopper::dynamic_shared;", source)
+    if unknown := [x for x in re.findall(r"__shared__ .*", source) if not re.search(r" uint64_t \w+_mem\[\d+\];", x)]:
+        raise NotImplementedError(f"the emulator knows static shared memory of mbarriers only, got {unknown[0]}")
     name, parameters = signature(source)
     arguments = ", ".join(f"*({kind}*)parameters[{i}]" for i, (kind, _) in enumerate(parameters))
     return (

@@ -9,7 +9,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static __attribute__((section("shared_memory")))
+#define __shared__ static  // of one CTA at a time; only mbarriers stand in it
 #define CUDART_INF_F __builtin_inff()
 
 using uchar = unsigned char;
@@ -146,7 +146,7 @@ inline int AtomicAddRet(int* at, int value) { return hopper::atomic_add(at, valu
 inline void AtomicAddx2(float* at, const float* v) { AtomicAdd(at, v[0]), AtomicAdd(at + 1, v[1]); }
 inline void AtomicAddx2(float* at, float2 v) { AtomicAdd(at, v.x), AtomicAdd(at + 1, v.y); }
 inline void AtomicAddx4(float* at, const float* v) { AtomicAddx2(at, v), AtomicAddx2(at + 2, v + 2); }
-inline void AtomicAddx4(float* at, float4 v) { AtomicAddx2(at, float2{v.x, v.y}), AtomicAddx2(at + 2, float2{v.z, v.w}); }
+inline void AtomicAddx4(float* at, float4 v) { AtomicAddx4(at, &v.x); }
 
 namespace tl {
 using hopper::wgmma_commit;
@@ -273,7 +273,8 @@ template <class T> T shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 // A butterfly over `threads` threads that are `scale` apart: across warps through `buffer`, within one by shuffles.
-template <class Op, int threads, int scale, int first = 0, class Sync = SyncThreadsBarrier, int batch = 1, int stride = 0>
+template <class Op, int threads, int scale, int first = 0, class Sync = SyncThreadsBarrier, int batch = 1,
+          int stride = 0>
 struct AllReduce {
   template <class T> static T run(T x, T* buffer = nullptr) {
     run_batch<1>(&x, buffer);

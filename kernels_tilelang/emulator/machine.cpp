@@ -81,7 +81,8 @@ std::string describe(const Wait& w) {
     case Wait::BARRIER: return "barrier " + std::to_string(w.number);
     case Wait::WARP: return std::string(w.name) + " of their warp";
     case Wait::PRODUCTS: return "wgmma.wait_group of their warpgroup";
-    case Wait::REGISTERS: return std::to_string(w.number) + " more registers, " + std::to_string(free_registers) + " free";
+    case Wait::REGISTERS:
+      return std::to_string(w.number) + " more registers, " + std::to_string(free_registers) + " free";
     default: return mbarrier_state(w.object) + ", parity " + std::to_string(w.number);
   }
 }
@@ -179,7 +180,8 @@ void learn(Stamp& s, uint32_t agent, uint32_t step) {
 Stamp handed(const Stamp& s, uint32_t agent, uint32_t step) {
   Steps seen(*s.seen), fenced(*s.fenced);
   seen[s.who] = s.step, fenced[s.who] = s.fenced_step;
-  return {std::make_shared<const Steps>(std::move(seen)), std::make_shared<const Steps>(std::move(fenced)), agent, step, 0};
+  auto share = [](Steps& steps) { return std::make_shared<const Steps>(std::move(steps)); };
+  return {share(seen), share(fenced), agent, step, 0};
 }
 
 void fence_proxy() {
@@ -212,26 +214,22 @@ void barrier(int id, int count) {
 }
 
 // All 32 threads of the warp come with an argument; the last runs it for them all.
-void* collective(const void* argument, const char* what, void (*run)(const void* const*, int)) {
+void collective(const void* argument, const char* what, void (*run)(const void* const*)) {
   Warp& warp = warps[current->id / 32];
   if (warp.arrived && warp.what != what)
     fail("warp " + std::to_string(current->id / 32) + " diverges: " + warp.what + " and " + what);
   warp.what = what;
   warp.arguments[current->id % 32] = argument;
   int first = current->id / 32 * 32;
-  if (++warp.arrived < 32) {
-    block({.kind = Wait::WARP, .name = what});
-    return nullptr;
-  }
+  if (++warp.arrived < 32) return block({.kind = Wait::WARP, .name = what});
   warp.arrived = 0;
-  run(warp.arguments, first);
+  run(warp.arguments);
   for (int i = first; i < first + 32; ++i)
     if (i != current->id) wake(threads[i]);
-  return nullptr;
 }
 
 bool elect() {
-  collective(nullptr, "elect.sync", [](const void* const*, int) {});
+  collective(nullptr, "elect.sync", [](const void* const*) {});
   return current->id % 32 == 0;
 }
 
@@ -240,7 +238,7 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
     uint32_t in, out;
     int mask;
   } mine = {value, 0, mask};
-  collective(&mine, "shfl.sync.bfly", [](const void* const* all, int) {
+  collective(&mine, "shfl.sync.bfly", [](const void* const* all) {
     auto at = [&](int i) { return static_cast<decltype(&mine)>(const_cast<void*>(all[i])); };
     for (int i = 0; i < 32; ++i) at(i)->out = at(i ^ at(i)->mask)->in;
   });

@@ -77,7 +77,7 @@ uint32_t agent_of_mbarrier(int number);
 void acquire(Stamp& stamp, const Clock& seen, const Clock& fenced);
 void learn(Stamp& stamp, uint32_t agent, uint32_t step);
 Stamp handed(const Stamp& issuer, uint32_t agent, uint32_t step);  // to an agent, which knows what its issuer knows
-void* collective(const void* argument, const char* what, void (*run)(const void* const* arguments, int first));
+void collective(const void* argument, const char* what, void (*run)(const void* const* arguments));
 std::string thread_name(uint32_t who);
 
 // shadow.cpp

@@ -42,7 +42,7 @@ template <class Move> void each_element(const void* const* all, Move move) {
 void load_matrix(const void* row, void* out, int count, bool transposed) {
   Matrices mine{row, static_cast<uint16_t*>(out), count, transposed};
   if (current->id % 32 < 8 * count) access(row, 16, READ, current->now, __builtin_return_address(0));
-  collective(&mine, "ldmatrix", [](const void* const* all, int) {
+  collective(&mine, "ldmatrix", [](const void* const* all) {
     each_element(all, [](uint16_t& element, uint16_t& place) { element = place; });
   });
 }
@@ -52,7 +52,7 @@ void store_matrix(const void* row, const uint32_t* values, int count, bool trans
   memcpy(elements, values, 4 * count);
   Matrices mine{row, elements, count, transposed};
   if (current->id % 32 < 8 * count) access(row, 16, WRITE, current->now, __builtin_return_address(0));
-  collective(&mine, "stmatrix", [](const void* const* all, int) {
+  collective(&mine, "stmatrix", [](const void* const* all) {
     each_element(all, [](uint16_t& element, uint16_t& place) { place = element; });
   });
 }
@@ -68,7 +68,7 @@ float half_of(Type type, const uint32_t* registers, int i) { return decode(type,
 
 void mma(Type type, float* d, const uint32_t* a, const uint32_t* b) {
   Mma mine{type, d, a, b};
-  collective(&mine, "mma.sync", [](const void* const* all, int) {
+  collective(&mine, "mma.sync", [](const void* const* all) {
     float A[16][16], B[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       auto& m = *static_cast<const Mma*>(all[lane]);
@@ -180,11 +180,13 @@ void wgmma_fence() { current->products_fenced = true; }
 
 void wgmma(const Product& product) {
   if (!current->products_fenced) fail("wgmma without wgmma.fence");
-  // A warp's first thread speaks for it.
-  current->products.push_back({product, current->id % 32 ? Stamp() : handed(current->now, agent_of_warpgroup(current->id / 128), 0)});
+  bool first = current->id % 32 == 0;  // of its warp: it speaks for all
+  Stamp stamp = first ? handed(current->now, agent_of_warpgroup(current->id / 128), 0) : Stamp();
+  current->products.push_back({product, stamp});
   ++current->open_products;
   auto [entry, fresh] = held.try_emplace(product.d, product.d, product.d + product.N / 2);
-  if (!fresh && int(entry->second.size()) != product.N / 2) fail("two wgmma under way share part of their accumulators");
+  if (!fresh && int(entry->second.size()) != product.N / 2)
+    fail("two wgmma under way share part of their accumulators");
   std::fill_n(product.d, product.N / 2, NAN);
 }
 

@@ -9,8 +9,6 @@
 
 #include "machine.h"
 
-extern "C" char __start_shared_memory[] __attribute__((weak)), __stop_shared_memory[] __attribute__((weak));
-
 namespace hopper {
 bool on_a_stack(const void* at);
 
@@ -122,7 +120,8 @@ bool check(Region& region, Cell& cell, const void* at, Access kind, const Stamp&
     if (global) {
       bool conflict = cell.written ? !(kind == ATOMIC && cell.atomic) : cell.read && !reads && kind != ATOMIC;
       if (conflict) {
-        tell(complaint("race between CTAs", region, at, kind, s, pc, &cell, cell.written ? cell.writer : cell.first.who));
+        uint32_t other = cell.written ? cell.writer : cell.first.who;
+        tell(complaint("race between CTAs", region, at, kind, s, pc, &cell, other));
         return false;
       }
     } else {
@@ -173,20 +172,22 @@ void note(Cell& cell, Access kind, const Stamp& s, const void* pc) {
 bool in_shared(const void* at, size_t bytes) { return shared.holds(at, bytes); }
 bool in_arena(const void* at, size_t bytes) {
   size_t offset = static_cast<const char*>(at) - arena.begin;
-  auto found = std::upper_bound(buffers.begin(), buffers.end(), offset, [](size_t x, const Buffer& b) { return x < b.begin; });
+  auto after = [](size_t x, const Buffer& b) { return x < b.begin; };
+  auto found = std::upper_bound(buffers.begin(), buffers.end(), offset, after);
   return found != buffers.begin() && offset + bytes <= found[-1].end;
 }
 
 void access(const void* at, size_t bytes, Access kind, const Stamp& stamp, const void* pc) {
   settle_suspicions();
   Region& region = shared.holds(at, 1) ? shared : arena;
-  if (region.holds(at, 1) ? !(&region == &shared ? shared.holds(at, bytes) : in_arena(at, bytes)) : true)
-    fail("out of bounds: " + thread_name(stamp.who) + (kind == READ || kind == ASYNC_READ ? " reads " : " writes ") +
-         std::to_string(bytes) + " bytes " +
-         (region.holds(at, 1) ? std::string("at ") + region.name + "+" +
-                                    std::to_string(static_cast<const char*>(at) - region.begin)
-                              : std::string("nowhere")) +
-         ", CTA " + std::to_string(cta - 1));
+  if (!(&region == &shared ? in_shared(at, bytes) : in_arena(at, bytes))) {
+    size_t offset = static_cast<const char*>(at) - region.begin;
+    std::string where = "nowhere";
+    if (offset < region.bytes) where = "at " + std::string(region.name) + "+" + std::to_string(offset);
+    bool reads = kind == READ || kind == ASYNC_READ;
+    fail("out of bounds: " + thread_name(stamp.who) + (reads ? " reads " : " writes ") + std::to_string(bytes) +
+         " bytes " + where + ", CTA " + std::to_string(cta - 1));
+  }
   if (kind <= ATOMIC && reinterpret_cast<uintptr_t>(at) % bytes)
     tell(complaint("misaligned", region, at, kind, stamp, pc, nullptr, 0));
   size_t first = (static_cast<const char*>(at) - region.begin) / 2;
@@ -215,7 +216,8 @@ void reset_shadow(char* at, size_t bytes, char* global, size_t global_bytes) {
       for (int i = 0; i < info->dlpi_phnum; ++i)
         if (info->dlpi_phdr[i].p_type == PT_LOAD)
           end = std::max(end, base + info->dlpi_phdr[i].p_vaddr + info->dlpi_phdr[i].p_memsz);
-      if (base <= reinterpret_cast<const char*>(&image) && reinterpret_cast<const char*>(&image) < end) image = {base, end};
+      auto here = reinterpret_cast<const char*>(&image);
+      if (base <= here && here < end) image = {base, end};
       return 0;
     }, nullptr);
   }
