@@ -60,7 +60,10 @@ def _compile(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        run = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        try:
+            run = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        except FileNotFoundError:
+            raise RuntimeError("the emulator needs g++ on PATH") from None
         if run.returncode:
             raise RuntimeError(f"the host's compiler refused the program: {run.stderr[:2000]}")
         made.rename(target)
@@ -100,7 +103,7 @@ def _library(source: str) -> ctypes.CDLL:
             cpp, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.o"
             cpp.write_text(text)
             _compile([*COMPILER, "-O1", "-g1", "-fsanitize=thread", "-c", str(cpp)], made)
-            _compile(["g++", "-shared", "-Wl,-Bsymbolic", str(made), *runtime], path)
+            _compile(["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", str(made), *runtime], path)
     return ctypes.CDLL(str(path))
 
 

@@ -127,6 +127,7 @@ void wgmma_wait(int groups);
 float atomic_add(float* at, float value);
 int atomic_add(int* at, int value);
 uint64_t shared_address(const void* pointer);
+void check_aligned(const void* pointer, int bytes);
 }  // namespace hopper
 
 inline void __syncthreads() { hopper::barrier(0, 0); }
@@ -143,10 +144,14 @@ struct Barrier {
 inline void AtomicAdd(float* at, float value) { hopper::atomic_add(at, value); }
 inline void AtomicAdd(int* at, int value) { hopper::atomic_add(at, value); }
 inline int AtomicAddRet(int* at, int value) { return hopper::atomic_add(at, value); }
-inline void AtomicAddx2(float* at, const float* v) { AtomicAdd(at, v[0]), AtomicAdd(at + 1, v[1]); }
-inline void AtomicAddx2(float* at, float2 v) { AtomicAdd(at, v.x), AtomicAdd(at + 1, v.y); }
-inline void AtomicAddx4(float* at, const float* v) { AtomicAddx2(at, v), AtomicAddx2(at + 2, v + 2); }
-inline void AtomicAddx4(float* at, float4 v) { AtomicAddx4(at, &v.x); }
+template <int count> void add_vector(float* at, const float* v) {
+  hopper::check_aligned(at, 4 * count);
+  for (int i = 0; i < count; ++i) AtomicAdd(at + i, v[i]);
+}
+inline void AtomicAddx2(float* at, const float* v) { add_vector<2>(at, v); }
+inline void AtomicAddx2(float* at, float2 v) { add_vector<2>(at, &v.x); }
+inline void AtomicAddx4(float* at, const float* v) { add_vector<4>(at, v); }
+inline void AtomicAddx4(float* at, float4 v) { add_vector<4>(at, &v.x); }
 
 namespace tl {
 using hopper::wgmma_commit;

@@ -255,6 +255,10 @@ void set_registers(int count) {
       if (t.blocked && t.wait.kind == Wait::REGISTERS) wake(t);
 }
 
+void check_aligned(const void* at, int bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) fail("a vector of atomics is misaligned");
+}
+
 float atomic_add(float* at, float value) {
   access(at, 4, ATOMIC, current->now, __builtin_return_address(0));
   float before = *at;
