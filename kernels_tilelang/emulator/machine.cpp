@@ -339,6 +339,7 @@ int hopper_launch(char** const* parameters, const int* grid, int threads, size_t
           run_cta(threads, registers, seed ? seed + cta : 0);
         }
   }
+  free_shadow();
   free(shared);
   munmap(stacks, stacks_bytes);
   snprintf(text, text_bytes, "%s", told.c_str());

@@ -84,6 +84,7 @@ std::string thread_name(uint32_t who);
 void access(const void* at, size_t bytes, Access kind, const Stamp& stamp, const void* pc);
 void reset_shadow(char* shared, size_t shared_bytes, char* arena, size_t arena_bytes);
 void end_shadow();
+void free_shadow();
 bool in_shared(const void* at, size_t bytes);
 bool in_arena(const void* at, size_t bytes);
 

@@ -201,15 +201,17 @@ void access(const void* at, size_t bytes, Access kind, const Stamp& stamp, const
 
 void end_shadow() { settle_suspicions(); }
 
+void free_shadow() {  // each kernel's library has its own
+  shared.cells = {}, arena.cells = {};
+  told.clear(), others.clear(), suspicions.clear();
+}
+
 void reset_shadow(char* at, size_t bytes, char* global, size_t global_bytes) {
   shared.begin = at, shared.bytes = bytes;
   shared.cells.resize(bytes / 2);
   if (cta == 1) {
     arena.begin = global, arena.bytes = global_bytes;
     arena.cells.assign(global_bytes / 2, Cell());
-    for (auto& cell : shared.cells) cell.cta = 0;
-    told.clear();
-    others.clear();
     dl_iterate_phdr([](dl_phdr_info* info, size_t, void*) {
       auto base = reinterpret_cast<const char*>(info->dlpi_addr);
       const char* end = base;
