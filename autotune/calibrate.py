@@ -79,13 +79,11 @@ def spearman(a, b) -> float:
 
 def measured(rows: Iterable[record.Row], device: cost.Device) -> cost.Device:
     """The device with what the suites micro and roofline measured, which then is no longer free to be fitted."""
+    rows = [r for r in rows if r.kernel == "roofline" and r.p50]
 
-    def best(provider: str, metric: str) -> float:
-        return max(
-            (r.p50 for r in rows if (r.provider, r.metric) == (provider, metric) and r.p50), default=float("nan")
-        )
+    def best(*wanted: str) -> float:
+        return max((r.p50 for r in rows if (r.provider, r.metric) == wanted), default=float("nan"))
 
-    rows = [r for r in rows if r.kernel == "roofline"]
     found = {
         "hbm": 1e9 * best("copy", "bandwidth"),
         "l2": 1e9 * best("l2-tma", "bandwidth"),
@@ -132,8 +130,8 @@ def text(device: cost.Device, fitted: cost.Device) -> str:
     """The constants file of a fitted device, four digits; what differs is marked fitted, or measured where not free."""
     file = json.loads(cost.device_text(device.name))
     for name, constant in file["constants"].items():
-        if getattr(fitted, name) != getattr(device, name):
-            source = "fitted" if name in fitted.free else "measured"
-            constant |= {"value": float(f"{getattr(fitted, name):.4g}"), "source": source}
+        new, source = float(f"{getattr(fitted, name):.4g}"), "fitted" if name in fitted.free else "measured"
+        if getattr(fitted, name) != getattr(device, name) and new != constant["value"]:
+            constant |= {"value": new, "source": source}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in file["constants"].items())
     return f'{{"name": "{device.name}", "constants": {{\n{lines}\n}}}}\n'

@@ -9,8 +9,8 @@ from hsa_tl.kernels_tilelang.config_base import (
     WARPGROUP,
     ChunkConfig,
     first_legal,
+    gradient_refusal,
     row_bytes,
-    warps_refusal,
 )
 from hsa_tl.kernels_tilelang.config_forward import FwdTokenConfig
 
@@ -45,7 +45,7 @@ class BwdDkdvChunkConfig(ChunkConfig):
         return 2 * p.S * p.D + 2 * self.block_M * p.S
 
     def refusal(self, p):
-        return warps_refusal(self, p)
+        return gradient_refusal(self, p)
 
     @classmethod
     def options(cls, p):
@@ -116,7 +116,7 @@ class BwdChunkConfig(ChunkConfig):
         if not self.specialised:
             if self.num_stages != 1:
                 return f"num_stages must be 1 without specialised, got {self.num_stages}"
-            return warps_refusal(self, p)
+            return gradient_refusal(self, p)
         if p.D not in (64, 128) or p.S != 64 or p.G not in (8, 16, 32, 64):
             return f"specialised needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got {p.D}, {p.S} and {p.G}"
         if (self.block_M, self.threads) != (128, 256) or self.num_stages < 1:

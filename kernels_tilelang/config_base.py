@@ -188,17 +188,26 @@ def first_legal(p: Problem, *groups: list) -> list:
 
 
 def warps_refusal(config: Config, p: Problem) -> str | None:
-    """Why block_M rows of pairs cannot be shared out among the warps, or None."""
+    """Why block_M rows of pairs and D columns cannot be shared out among the warps, or None."""
     # A warpgroup multiplies 64 rows at a time with wgmma, fewer warps 16 each with mma.sync.
     warps = config.threads // 32
-    rows, columns = {4: (64, 16), 8: (64, 32)}.get(warps, (16 * warps, max(16, 8 * warps)))
+    rows, columns = (64, 16) if warps in (4, 8) else (16 * warps, max(16, 8 * warps))
     if config.block_M < p.G or config.block_M % rows:
         return f"block_M must be at least G = {p.G} and a multiple of {rows}, got {config.block_M}"
     if p.D % columns:
         return f"{warps} warps need D to be a multiple of {columns}, got {p.D}"
-    # dk and dv, [S, D]: wgmma if S is a multiple of 64, else each warp multiplies 16 rows by a multiple of 8 columns.
-    if p.S % 64:
-        shares = [(16 << i, 8 * (warps >> i)) for i in range(warps.bit_length())]
-        if not any(p.S % rows == 0 and p.D % columns == 0 for rows, columns in shares):
-            return f"{warps} warps cannot share out chunks of {p.S} by {p.D}"
+    return None
+
+
+def gradient_refusal(config: Config, p: Problem) -> str | None:
+    """As warps_refusal, for a program that also multiplies dk and dv, [S, D]."""
+    if reason := warps_refusal(config, p):
+        return reason
+    warps = config.threads // 32
+    if warps == 8 and p.D % 32:  # two warpgroups share the columns
+        return f"8 warps need D to be a multiple of 32, got {p.D}"
+    # wgmma if S is a multiple of 64, else each warp multiplies 16 rows by a multiple of 8 columns.
+    shares = [(16 << i, 8 * (warps >> i)) for i in range(warps.bit_length())]
+    if p.S % 64 and not any(p.S % rows == 0 and p.D % columns == 0 for rows, columns in shares):
+        return f"{warps} warps cannot share out chunks of {p.S} by {p.D}"
     return None
