@@ -5,32 +5,28 @@ from typing import NamedTuple
 
 import torch
 
-from hsa_tl.bench.providers import Provider
-from hsa_tl.testing import assert_as_accurate_as
+from hsa_tl import api
+from hsa_tl.accuracy import Expected, complaints, expect
+from hsa_tl.bench.providers import HSA, RETRIEVAL, Provider
+from hsa_tl.oracle import attention_oracle, expect_attention
+from hsa_tl.testing import check_retrieval
 
-BASELINE_SLACK = 8.0
 QUANTITIES = ("out", "dq", "dk", "dv", "dweights")
+Tensors = Mapping[str, torch.Tensor]
 
 
 class Accuracy(NamedTuple):
     quantity: str
     max_error: float  # max |actual - high| / max |high|
     rms_error: float  # RMS of actual - high over the RMS of high
-    message: str  # "" if as accurate as the eager equations in the same dtype
+    message: str  # what is wrong by the rule of `hsa_tl.accuracy`, "" if nothing
 
     @property
     def ok(self) -> bool:
         return not self.message
 
 
-class Expected(NamedTuple):
-    """The oracle's out and gradients in the inputs' dtype and in float64."""
-
-    low: dict[str, torch.Tensor]
-    high: dict[str, torch.Tensor]
-
-
-def _gradients(p: Provider, function, tensors: Mapping[str, torch.Tensor], chunk_size: int) -> dict[str, torch.Tensor]:
+def _gradients(p: Provider, function, tensors: Tensors, chunk_size: int) -> dict[str, torch.Tensor]:
     leaves = {n: tensors[n].detach().requires_grad_() for n in p.leaves}
     out = function(**{n: leaves.get(n, tensors[n]) for n in p.uses}, chunk_size=chunk_size)
     if not leaves:
@@ -39,32 +35,38 @@ def _gradients(p: Provider, function, tensors: Mapping[str, torch.Tensor], chunk
     return {"out": out.detach()} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
 
 
-def expected(p: Provider, tensors: Mapping[str, torch.Tensor], chunk_size: int) -> Expected:
+def expected(p: Provider, tensors: Tensors, chunk_size: int) -> dict[str, Expected]:
     """What any implementation of p's equations is held against for these inputs."""
-    doubles = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
-    return Expected(*(_gradients(p, p.oracle, x, chunk_size) for x in (tensors, doubles)))
+    if p.oracle is attention_oracle:
+        return expect_attention(*(tensors[n] for n in (*HSA, "do")), chunk_size=chunk_size)
+    kept = tensors["q" if "q" in p.uses else "weights"].dtype
+
+    def oracle(*values):
+        return _gradients(p, p.oracle, dict(zip(tensors, values, strict=True)), chunk_size)
+
+    return expect(oracle, *tensors.values(), dtype=kept, out=tensors["q"].dtype)
 
 
-def compare(p: Provider, tensors: Mapping[str, torch.Tensor], chunk_size: int, want: Expected) -> list[Accuracy]:
-    """Errors of out and every gradient relative to float64, each judged by `assert_as_accurate_as`.
+def selection_complaint(tensors: Tensors, chunk_size: int) -> str | None:
+    """What is wrong with what `retrieve_chunks` chooses for the inputs, and with "own" in them; None if nothing."""
+    q_slc, landmarks, own = (tensors[n] for n in RETRIEVAL)
+    scores, indices = api.retrieve_chunks(q_slc, landmarks, own.shape[3], chunk_size=chunk_size)
+    if not torch.equal(indices, own):
+        return "the selection differs from call to call"
+    return next(iter(check_retrieval(scores, indices, q_slc, landmarks, chunk_size=chunk_size)), None)
 
-    Others' code has to compute the same thing: its RMS error is up to BASELINE_SLACK times the eager one.
-    """
-    got, rows = _gradients(p, p.attention, tensors, chunk_size), []
-    for name, value in got.items():
-        low, high = want.low[name], want.high[name]
-        norm = high.norm().clamp(min=torch.finfo(torch.float64).tiny)
+
+def compare(p: Provider, tensors: Tensors, chunk_size: int, want: dict[str, Expected]) -> list[Accuracy]:
+    """Errors of out and every gradient relative to float64, each judged by the rule of `hsa_tl.accuracy`."""
+    rows = []
+    for name, value in _gradients(p, p.attention, tensors, chunk_size).items():
+        high = want[name].value
         difference = value.double() - high
-        rms_error, message = float(difference.norm() / norm), ""
-        if p.ours:
-            try:
-                assert_as_accurate_as(name, value, low, high)
-            except AssertionError as error:
-                message = str(error)
-        else:
-            bound = BASELINE_SLACK * (float((low.double() - high).norm() / norm) + torch.finfo(low.dtype).eps)
-            if not rms_error <= bound:
-                message = f"{name}: relative RMS error {rms_error:.3e} above {bound:.3e}"
-        largest = high.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-        rows.append(Accuracy(name, float(difference.abs().max() / largest), rms_error, message))
+        least = torch.finfo(torch.float64).tiny
+        largest, rms = (float(m(difference) / m(high).clamp(min=least)) for m in (_largest, torch.linalg.norm))
+        rows.append(Accuracy(name, largest, rms, "; ".join(complaints(name, value, want[name]))))
     return rows
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().max()

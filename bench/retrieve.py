@@ -13,9 +13,8 @@ from hsa_tl import cases, ops
 from hsa_tl.api import IMPLS, retrieve_chunks
 from hsa_tl.bench.attention import scored_chunks
 from hsa_tl.bench.suite import Suite, Work, one_of, parse_selection
-from hsa_tl.oracle import retrieve_oracle
 from hsa_tl.problem import Problem
-from hsa_tl.testing import assert_as_accurate_as
+from hsa_tl.testing import check_retrieval
 from hsa_tl.text import read_corpus, text_features
 
 SEGMENT = 4096  # queries of mode "segment"
@@ -110,36 +109,19 @@ class Retrieve(Suite):
         return cases.at_length(problem, 4 * problem.K * problem.S)
 
     def gate(self, name, problem):
-        """Selection exact, on whole numbers with many ties; scores of normal vectors as accurate as the eager ones.
+        """Selection and scores against the oracle's, of whole numbers with many ties and of normal vectors.
 
-        The baseline's ties are torch.topk's: of it only the sorted scores of the chosen chunks are compared.
+        The baseline's ties are torch.topk's: of it only the scores of the chosen chunks are compared.
         """
         whole, normal = (Sequence(problem, "random", integers) for integers in (True, False))
         for q_start in (0, problem.T - GATE_QUERIES):
             part, options = slice(None, GATE_QUERIES), {"chunk_size": problem.S, "q_start": q_start}
-            q = whole.queries(q_start)[:, part]
-            _, got = self.run(name, q, whole.landmarks, problem, q_start)
-            marks = whole.landmarks.double().cpu()
-            high, want = retrieve_oracle(q.double().cpu(), marks, problem.K, scale=1.0, **options)
-            got = got.cpu()
-            chosen = torch.einsum("btrd,bnrd->btrn", q.double().cpu(), marks)
-            chosen = chosen.gather(3, got.clamp(min=0).long()).masked_fill(got < 0, -torch.inf)
-            if not torch.equal(chosen.sort(-1).values, high.sort(-1).values):
-                return f"the chosen chunks are not the {problem.K} best from token {q_start} on"
-            if name != "materialise" and not torch.equal(got, want):
-                return f"a tie is not won by the lower chunk, or slots do not ascend, from token {q_start} on"
-            q = normal.queries(q_start)[:, part]
-            low, high = (
-                retrieve_oracle(q.to(dtype).cpu(), normal.landmarks.to(dtype).cpu(), problem.K, **options)[0]
-                for dtype in (torch.float32, torch.float64)
-            )
-            scores = self.run(name, q, normal.landmarks, problem, q_start)[0].cpu()
-            if name == "materialise":
-                scores, low, high = (x.sort(-1).values for x in (scores, low, high))
-            try:
-                assert_as_accurate_as("scores", scores, low, high)
-            except AssertionError as error:
-                return str(error)
+            for sequence in (whole, normal):
+                q = sequence.queries(q_start)[:, part]
+                found = self.run(name, q, sequence.landmarks, problem, q_start)
+                wrong = check_retrieval(*found, q, sequence.landmarks, ties=name != "materialise", **options)
+                if wrong:
+                    return f"from token {q_start} on: {wrong[0]}"
         return None
 
     def inputs(self, problem, selection):

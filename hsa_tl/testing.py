@@ -1,10 +1,12 @@
-"""Inputs, selections and the one tolerance helper, shared by tests, benchmarks and the tuner."""
+"""Inputs, selections and the check of an attention's results, shared by tests, benchmarks and the tuner."""
 
 from typing import NamedTuple
 
 import torch
 
 from hsa_tl import fusion
+from hsa_tl.accuracy import LARGEST, Expected, complaints
+from hsa_tl.oracle import expect_attention, expect_scores, retrieve_oracle
 from hsa_tl.problem import Problem
 
 SELECTIONS = ("random", "overlap", "full")
@@ -101,31 +103,84 @@ def run_with_gradients(attention, inputs: Inputs, **options) -> dict[str, torch.
     return dict(zip(names, (out.detach(), *gradients), strict=True))
 
 
-def double(inputs: Inputs) -> Inputs:
-    """The same values in float64; indices stay."""
-    return Inputs(*(x.double() if x.is_floating_point() else x for x in inputs))
+def check_attention(
+    results: dict[str, torch.Tensor],
+    inputs: Inputs,
+    *,
+    chunk_size: int = 64,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> list[str]:
+    """Complaints about results of `hsa_attention`, by the rule of `hsa_tl.accuracy`.
 
+    Args:
+        results: any of out, dq, dk, dv and dweights by name, shaped as q, q, k, v and weights.
+        inputs: what they are the results of; their type says how accurate they must be.
+        chunk_size, scale, cu_seqlens: as `hsa_attention` was called.
 
-def assert_as_accurate_as(name: str, actual: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
-    """Asserts that `actual` is as near to the float64 `high` as the eager reference `low` of the same dtype.
+    Returns:
+        What is wrong, a line each; [] if all are as accurate as their arithmetic allows.
 
-    First the masks of inf and nan agree; then the maximal and the RMS error are each at most
-    2 * (the error of low + eps * max |high|), eps of actual's dtype.
+    Raises:
+        ValueError: a result of another name.
     """
-    if actual.dtype != low.dtype or actual.shape != high.shape:
-        raise AssertionError(f"{name}: {actual.dtype} {list(actual.shape)}, expected {low.dtype} {list(high.shape)}")
-    actual, low, high = (x.detach().cpu() for x in (actual, low, high))
-    eps = torch.finfo(actual.dtype).eps
-    finite = torch.isfinite(high)
-    for kind, mask in (("nan", torch.isnan), ("inf", torch.isinf)):
-        differ = mask(actual) != mask(high)
-        if differ.any():
-            raise AssertionError(f"{name}: {kind} at {differ.nonzero()[0].tolist()} differs from the reference")
-    if not finite.any():
-        return
-    a, l, h = (x.double()[finite] for x in (actual, low, high))
-    floor = eps * float(h.abs().max())
-    for kind, measure in (("max", lambda x: float(x.abs().max())), ("RMS", lambda x: float(x.square().mean().sqrt()))):
-        error, bound = measure(a - h), 2 * (measure(l - h) + floor)
-        if not error <= bound:
-            raise AssertionError(f"{name}: {kind} error {error:.3e} above {bound:.3e}, twice the eager reference's")
+    expected = expect_attention(*inputs, chunk_size=chunk_size, scale=scale, cu_seqlens=cu_seqlens)
+    if unknown := results.keys() - expected.keys():
+        raise ValueError(f"results must be among {', '.join(expected)}, got {sorted(unknown)}")
+    return [line for name, x in results.items() for line in complaints(name, x, expected[name])]
+
+
+def assert_attention(results: dict[str, torch.Tensor], inputs: Inputs, **options) -> None:
+    """AssertionError with what `check_attention` finds, if anything."""
+    if found := check_attention(results, inputs, **options):
+        raise AssertionError("; ".join(found))
+
+
+def check_retrieval(
+    scores: torch.Tensor,
+    indices: torch.Tensor,
+    q_slc: torch.Tensor,
+    landmarks: torch.Tensor,
+    *,
+    ties: bool = True,
+    **options,
+) -> list[str]:
+    """Complaints about results of `retrieve_chunks`: its selection beside the oracle's, and its scores' accuracy.
+
+    Args:
+        scores, indices: what is checked, [B, T, R, K].
+        q_slc, landmarks: what was scored, [B, T, R, D_r] and [B, N, R, D_r].
+        ties: whether slots must ascend and the lower of two equal chunks must win.
+        options: chunk_size, q_start, exclude_window and scale, as `retrieve_chunks` was called.
+
+    Returns:
+        What is wrong, a line each; [] if each token chose the best chunks, but for what rounding may swap.
+    """
+    every, visible = expect_scores(q_slc, landmarks, **options)
+    K, none = indices.shape[3], torch.iinfo(torch.int32).max
+    indices, scores = (x.detach().to(every.value.device) for x in (indices, scores))
+    empty = indices < 0
+    if (indices >= visible.shape[3]).any() or not torch.equal((~empty).sum(-1), visible.sum(-1).clamp(max=K)):
+        return ["indices: not as many chunks as are visible and wanted"]
+    if empty.all():
+        return []
+    at = indices.clamp(min=0).long()
+    if not visible.gather(3, at)[~empty].all():
+        return ["indices: a chunk that its token may not see"]
+    slots = torch.where(empty, none, indices)
+    ordered = slots.sort(-1).values
+    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < none)).any():
+        return ["indices: a chunk twice in a row"]
+    best, wanted = retrieve_oracle(q_slc.double(), landmarks.double(), K, **options)
+    best = best.masked_fill(wanted < 0, torch.inf)
+    chosen, unit = (x.gather(3, at).masked_fill(empty, torch.inf) for x in (every.value, every.unit))
+    worst = every.unit.masked_fill(~visible, 0.0).amax(-1, keepdim=True)
+    if (low := chosen < best.amin(-1, keepdim=True) - LARGEST * (unit + worst)).any():
+        b, t, r, k = low.nonzero()[0].tolist()
+        return [
+            f"indices: token {t} of batch {b}, head {r}, chose chunk {int(indices[b, t, r, k])} before a better one"
+        ]
+    exact = (chosen.sort(-1).values == best.sort(-1).values).all(-1)
+    if ties and (not torch.equal(slots, ordered) or not torch.equal(indices[exact].int(), wanted[exact])):
+        return ["indices: a tie is not won by the lower chunk, or slots do not ascend"]
+    return complaints("scores", scores, Expected(chosen.masked_fill(empty, -torch.inf), unit, every.eps))

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import Dims, assert_all_as_accurate_as, emulable, expected, make_call, seeds
+from strategies import Dims, emulable, make_call, seeds
 
 from hsa_tl import cases
 from hsa_tl.autotune import static
@@ -15,10 +15,9 @@ from hsa_tl.impl.tilelang import targeted
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import space, why_illegal
 from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig
-from hsa_tl.oracle import attention_oracle
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
-from hsa_tl.testing import Inputs, double, run_with_gradients
+from hsa_tl.testing import Inputs, assert_attention
 
 # Few static keys, since each is compiled: a power of two, and a group of 3 with weights for each head and a short tail.
 WHOLE = Dims(T=13, T_kv=64, HQ=4, H=2, D=32, K=2)
@@ -74,10 +73,6 @@ def _gradients(call: Inputs, **options) -> dict[str, torch.Tensor]:
     return dict(zip(("dq", "dk", "dv", "dweights"), backward(call, **options)[:4], strict=True))
 
 
-def _expected(call: Inputs) -> list[dict]:
-    return [{n: x for n, x in each.items() if n != "out"} for each in expected(call, chunk_size=16)]
-
-
 @each_reduce_add
 @each_dims
 def test_every_gradient_agrees_with_the_oracle(d, reduce_add):
@@ -88,7 +83,7 @@ def test_every_gradient_agrees_with_the_oracle(d, reduce_add):
     def holds(seed, T, window):
         call = make_call(d._replace(T=T), seed)
         actual = _gradients(call, reduce_add=reduce_add, window=window)
-        assert_all_as_accurate_as(actual, *_expected(call))
+        assert_attention(actual, call, chunk_size=16)
 
     holds()
 
@@ -138,7 +133,7 @@ def test_one_pair_and_one_duplicate(d):
         call = make_call(d, seed=7)
         call.indices.fill_(-1)
         call.indices[0, 4, 0, slots] = 2
-        assert_all_as_accurate_as(_gradients(call), *_expected(call))
+        assert_attention(_gradients(call), call, chunk_size=16)
 
 
 def test_the_tile_size_only_regroups_the_pairs():
@@ -228,15 +223,11 @@ def test_every_config_agrees_with_the_oracle_on_a_gpu(d, dtype):
     call = Inputs(
         *(x.to("cuda", dtype) for x in call[:3]), call.weights.cuda(), call.indices.cuda(), call.do.to("cuda", dtype)
     )
-    low, high = (
-        {n: x for n, x in run_with_gradients(attention_oracle, c, chunk_size=d.S).items() if n != "out"}
-        for c in (call, double(call))
-    )
     problem = replace(PAPER, HQ=d.HQ, H=d.H, D=d.D, K=d.K, per_head=d.per_head, masked=d.T_kv % d.S != 0, dtype=dtype)
     for config in space("hsa_bwd_chunk", problem):
         for window in (None, 64):
             actual = _gradients(call, S=d.S, config=config, window=window)
-            assert_all_as_accurate_as(actual, low, high)
+            assert_attention(actual, call, chunk_size=d.S)
             if not config.reduce_add:
                 again = _gradients(call, S=d.S, config=config, window=window)
                 assert all(torch.equal(x, again[n]) for n, x in actual.items()), config

@@ -1,5 +1,6 @@
 """The emulator: what TileLang makes of the programs is right on it, and a program that is broken on purpose is not."""
 
+import functools
 import re
 from dataclasses import asdict
 
@@ -7,16 +8,16 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import Dims, assert_all_as_accurate_as, make_call, seeds
+from strategies import Dims, make_call, seeds
 
 from hsa_tl import hsa_attention, hsa_decode, retrieve_chunks, retrieve_decode
+from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.impl import tilelang, tilelang_retrieval
 from hsa_tl.kernels_tilelang import compile, emulate
 from hsa_tl.kernels_tilelang.config import TUNED, space
-from hsa_tl.oracle import attention_oracle
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
-from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradients
+from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
 S = 64
 SPECIALISED = {
@@ -38,15 +39,14 @@ def half(call: Inputs, dtype: torch.dtype = torch.bfloat16) -> Inputs:
     return call._replace(q=q, k=k, v=v, do=do)
 
 
-def results(attention, call: Inputs, gradients: bool, **options) -> dict[str, torch.Tensor]:
-    return run_with_gradients(attention, call, **options) if gradients else {"out": attention(*call[:5], **options)}
+def results(call: Inputs, gradients: bool, **options) -> dict[str, torch.Tensor]:
+    attend = functools.partial(hsa_attention, impl="tilelang", **options)
+    return run_with_gradients(attend, call) if gradients else {"out": attend(*call[:5])}
 
 
 def check(call: Inputs, S: int, config: dict | None = None, gradients: bool = True) -> None:
-    """Out, and gradients, in the call's 16-bit type against the oracle's in the same type and in float64."""
-    actual = results(hsa_attention, call, gradients, impl="tilelang", config=config, chunk_size=S)
-    low, high = (results(attention_oracle, x, gradients, chunk_size=S) for x in (call, double(call)))
-    assert_all_as_accurate_as(actual, low, high)
+    """Out, and gradients, in the call's 16-bit type against the oracle."""
+    assert_attention(results(call, gradients, config=config, chunk_size=S), call, chunk_size=S)
 
 
 # A tail, empty slots, duplicates; more pairs of a chunk than two stages of any tile hold.
@@ -111,10 +111,11 @@ def test_gradients_of_retrieval():
     q = torch.randn(1, 70, 2, 48).bfloat16()
     dscores, indices = torch.randn(1, 70, 2, 5), torch.randint(-1, 3, (1, 70, 2, 5), dtype=torch.int32)
     actual = tilelang_retrieval.dlandmarks(dscores, tilelang.sort_pairs(indices, 3), q, 3, 0.5)
-    rows = dscores.double()[..., None] * q.double()[:, :, :, None] * 0.5
     where = torch.nn.functional.one_hot(indices.long() + 1, 4)[..., 1:].double()
-    wanted = torch.einsum("btrkd,btrkn->bnrd", rows, where)
-    assert_as_accurate_as("dlandmarks", actual, wanted.bfloat16(), wanted)
+    wanted = expect(
+        lambda ds, q: torch.einsum("btrk,btrd,btrkn->bnrd", 0.5 * ds, q, where), dscores, q, out=torch.bfloat16
+    )
+    assert_accurate("dlandmarks", actual, wanted)
 
 
 def test_the_counting_sort_equals_the_torch_sort():
@@ -131,9 +132,8 @@ def test_decode(K):
     weights, indices = torch.randn(2, 1, 1, K), torch.randint(-1, N, (2, 1, 1, K), dtype=torch.int32)
     table = torch.randperm(pages)[: 2 * N].view(2, N).int()
     out = hsa_decode(q, k, v, weights, indices, table, impl="tilelang")
-    inputs = q, *(x[table.long()].flatten(1, 2) for x in (k, v)), weights, indices
-    low, high = (attention_oracle(*x, chunk_size=S) for x in (inputs, [y.double() for y in inputs[:4]] + [indices]))
-    assert_as_accurate_as("out", out, low, high)
+    k, v = (x[table.long()].flatten(1, 2) for x in (k, v))
+    assert_attention({"out": out}, Inputs(q, k, v, weights, indices, torch.zeros_like(q)), chunk_size=S)
 
 
 def run_changed(program: str, pattern: str, replacement: str, monkeypatch) -> None:
@@ -150,9 +150,9 @@ def run_changed(program: str, pattern: str, replacement: str, monkeypatch) -> No
 
     monkeypatch.setattr(emulate, "Emulated", Changed)
     monkeypatch.setattr(compile, "_KERNELS", {})
-    options = {"impl": "tilelang", "config": {program: SPECIALISED.get(program, {})}, "chunk_size": S}
+    config = {program: SPECIALISED.get(program, {})}
     try:
-        results(hsa_attention, call, program.startswith("hsa_bwd"), **options)
+        results(call, program.startswith("hsa_bwd"), config=config, chunk_size=S)
     finally:
         assert places and all(places), f"{pattern!r} is not in the source"
 

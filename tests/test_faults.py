@@ -13,7 +13,6 @@ from strategies import (
     attend,
     check,
     each_impl,
-    expected,
     largest_allocation,
     make_call,
     make_exact_call,
@@ -22,7 +21,8 @@ from strategies import (
 )
 
 from hsa_tl import fusion_weights, retrieve_chunks
-from hsa_tl.testing import assert_as_accurate_as
+from hsa_tl.accuracy import assert_accurate, expect
+from hsa_tl.testing import assert_attention
 
 S = 16
 
@@ -39,11 +39,9 @@ def test_landmark_0_keeps_its_gradient():
     assert (indices[:, 16:] == -1).any()  # rows that chose chunk 0 beside empty slots
     (gradient,) = torch.autograd.grad(scores.masked_fill(indices < 0, 0.0).sum(), landmarks)
     for i in range(5):
-        assert_as_accurate_as(
-            f"landmark {i}",
-            gradient[:, i],
-            *((q_slc.to(t) * (indices == i).sum(-1, keepdim=True)).sum(1) / 4 for t in (torch.float32, torch.float64)),
-        )
+        times = (indices == i).sum(-1, keepdim=True)
+        wanted = expect(lambda q, times=times: (q * times).sum(1) / 4, q_slc)
+        assert_accurate(f"landmark {i}", gradient[:, i], wanted)
 
 
 @each_impl
@@ -148,9 +146,8 @@ def test_chunked_prefill_equals_one_shot(impl):
         assert torch.equal(i, indices[:, part])
         parts.append(attend(impl)(call.q[:, part], *call[1:3], fusion_weights(s), i, chunk_size=S))
     exact = call._replace(weights=fusion_weights(scores), indices=indices)
-    low, high = expected(exact, chunk_size=S)
-    for name, out in (("one shot", whole), ("chunked", torch.cat(parts, 1))):
-        assert_as_accurate_as(name, out, low["out"], high["out"])
+    for out in (whole, torch.cat(parts, 1)):
+        assert_attention({"out": out}, exact, chunk_size=S)
 
 
 def test_sequences_of_different_lengths_keep_their_landmarks():

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from strategies import Dims, assert_all_as_accurate_as, emulable, expected, make_call
+from strategies import Dims, emulable, make_call
 
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks
+from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.autotune import table
 from hsa_tl.kernels_tilelang.config import TUNED, space
-from hsa_tl.oracle import attention_oracle, attention_oracle_packed, retrieve_oracle
+from hsa_tl.oracle import retrieve_oracle
 from hsa_tl.problem import Problem
-from hsa_tl.testing import Inputs, assert_as_accurate_as, double, run_with_gradients
+from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -48,13 +49,8 @@ def on_gpu(call: Inputs, dtype: torch.dtype) -> Inputs:
     return Inputs(q, k, v, call.weights.cuda(), call.indices.cuda(), do)
 
 
-def check(impl: str, call: Inputs, oracle=attention_oracle, config: dict | None = None, **options) -> None:
-    actual = run_with_gradients(hsa_attention, call, impl=impl, config=config, **options)
-    if call.q.dtype == torch.float32:
-        low, high = expected(call, oracle, **options)
-    else:  # the rounding of the type outweighs the luck of a sum
-        low, high = (run_with_gradients(oracle, x, **options) for x in (call, double(call)))
-    assert_all_as_accurate_as(actual, low, high)
+def check(impl: str, call: Inputs, config: dict | None = None, **options) -> None:
+    assert_attention(run_with_gradients(hsa_attention, call, impl=impl, config=config, **options), call, **options)
 
 
 @each_type
@@ -92,7 +88,7 @@ def test_packed(impl, dtype):
     limit = torch.cat([torch.full((n,), -(-n // 64)) for n in lengths])[:, None, None]
     call = call._replace(indices=(torch.randint(0, 1 << 20, call.indices.shape) % (limit + 1) - 1).int())
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
-    check(impl, on_gpu(call, dtype), attention_oracle_packed, cu_seqlens=cu_seqlens, chunk_size=64)
+    check(impl, on_gpu(call, dtype), cu_seqlens=cu_seqlens, chunk_size=64)
 
 
 @each_kernel
@@ -269,9 +265,9 @@ def test_retrieval_gradients(impl, dtype):
     actual, again = (gradients(retrieve_chunks, q_slc, landmarks, dscores, impl=impl) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
     inputs = q_slc.cpu(), landmarks.cpu(), dscores.cpu()
-    low, high = (gradients(retrieve_oracle, *(x.to(t) for x in inputs)) for t in (torch.float32, torch.float64))
-    for name, a, l, h in zip(("dq_slc", "dlandmarks"), actual, low, high, strict=True):
-        assert_as_accurate_as(name, a, l.to(dtype), h)
+    wanted = expect(lambda *x: gradients(retrieve_oracle, *x), *inputs, out=dtype)
+    for name, a, w in zip(("dq_slc", "dlandmarks"), actual, wanted, strict=True):
+        assert_accurate(name, a, w)
 
 
 def test_pairs_equal_the_cpu_ones():

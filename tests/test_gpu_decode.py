@@ -3,12 +3,11 @@
 import pytest
 import torch
 from strategies import Dims
-from test_decode import contiguous, double
+from test_decode import laid_out
 
 from hsa_tl import fusion_weights, hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode
 from hsa_tl.model import MemorySpec, PagedMemory
-from hsa_tl.oracle import attention_oracle
-from hsa_tl.testing import assert_as_accurate_as
+from hsa_tl.testing import assert_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -42,10 +41,7 @@ def make(d: Dims, dtype):
 @pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
 def test_equals_the_oracle(impl, dtype, dims):
     call = make(dims, dtype)
-    k, v = (contiguous(x, call[5]) for x in call[1:3])
-    low = attention_oracle(call[0], k, v, *call[3:5], chunk_size=S)
-    high = attention_oracle(*double((call[0], k, v)), *double(call[3:5]), chunk_size=S)
-    assert_as_accurate_as("out", hsa_decode(*call, impl=impl), low, high)
+    assert_attention({"out": hsa_decode(*call, impl=impl)}, laid_out(*call), chunk_size=S)
 
 
 @pytest.mark.parametrize("impl", ("tilelang", "triton", "reference"))

@@ -8,8 +8,7 @@ import torch
 
 from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
 from hsa_tl.model import ChunkEncoder, HSALayer, MemorySpec, PagedMemory
-from hsa_tl.oracle import attention_oracle
-from hsa_tl.testing import assert_as_accurate_as
+from hsa_tl.testing import Inputs, assert_attention
 
 S, H, G, D, E, K = 16, 2, 3, 16, 8, 3
 SPEC = MemorySpec(batch=3, heads=H, head_dim=D, retrieval_heads=H, retrieval_dim=E, chunk_size=S)
@@ -75,12 +74,11 @@ def test_token_by_token_equals_the_whole_sequence(options):
             if b == 0 or t >= late:
                 outs[b].append(out[b])
                 selections[b].append(got[1][b])
-    low = attention_oracle(*call, chunk_size=S)
-    high = attention_oracle(*(x.double() for x in call[:4]), indices, chunk_size=S)
     for b in range(2):
         n = len(outs[b])
         assert torch.equal(torch.cat(selections[b]), indices[0, :n])
-        assert_as_accurate_as("out", torch.cat(outs[b]), low[0, :n], high[0, :n])
+        part = Inputs(q[:, :n], *call[1:3], weights[:, :n], indices[:, :n], torch.zeros_like(q[:, :n]))
+        assert_attention({"out": torch.cat(outs[b])[None]}, part, chunk_size=S)
     torch.testing.assert_close(torch.cat(outs[0])[None], hsa_attention(*call, chunk_size=S))
 
 
@@ -101,10 +99,9 @@ def test_ragged_batch(options, impl):
         want = retrieve_chunks(q_slc[part], landmarks[None], K, chunk_size=S, q_start=lengths[b], exclude_window=S)
         assert torch.equal(indices[part], want[1])
         torch.testing.assert_close(scores[part], want[0])
-        call = q[part], k.flatten(0, 1)[None], v.flatten(0, 1)[None], fusion_weights(want[0]), want[1]
-        low = attention_oracle(*call, chunk_size=S, scale=0.3)
-        high = attention_oracle(*(x.double() for x in call[:4]), want[1], chunk_size=S, scale=0.3)
-        assert_as_accurate_as("out", out[part], low, high)
+        k, v = (x.flatten(0, 1)[None] for x in (k, v))
+        call = Inputs(q[part], k, v, fusion_weights(want[0]), want[1], torch.zeros_like(q[part]))
+        assert_attention({"out": out[part]}, call, chunk_size=S, scale=0.3)
 
 
 @pytest.mark.parametrize("slabs", (KINDS["slabs"], KINDS["offloaded, small cache"]))

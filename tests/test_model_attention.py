@@ -6,26 +6,23 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import assert_all_accurate
 
+from hsa_tl.accuracy import expect
 from hsa_tl.model import attention_cuda
 from hsa_tl.model.attention import SelfAttention, positions, rotate, windowed
-from hsa_tl.testing import assert_as_accurate_as
 
 
-def dense(q, k, v, window, past=None, fused=False):
-    """out and log-sum-exp with the whole [T, P] mask; fused: by torch's kernel, which gives no log-sum-exp."""
+def dense(q, k, v, window, past=None):
+    """out and log-sum-exp with the whole [T, P] mask."""
     T, P, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(G, 2) for x in (k, v))
     t, p = torch.arange(T)[:, None] + P - T, torch.arange(P)
     seen = (p <= t) & (p > t - (P if window is None else window))
     if past is not None:
         seen = seen & (p >= P - T - past[:, None])[:, None, None]
-    if fused:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2), None
     score = torch.einsum("btad,bpad->batp", q, k) / math.sqrt(q.shape[-1])
     score = score.masked_fill(~seen, -torch.inf)
     return torch.einsum("batp,bpad->btad", score.softmax(-1), v), score.logsumexp(-1).transpose(1, 2)
@@ -39,19 +36,18 @@ def inputs(T, P, A=4, H=2, D=8, B=2):
 def check(run, T, P, window, past=None, with_lse=True, heads=(4, 2), gradients=True):
     torch.manual_seed(T + P)
     q, k, v, do, dlse = inputs(T, P, *heads)
-    results = []
-    for attend, dtype in ((run, torch.float32), (dense, torch.float32), (dense, torch.float64)):
-        leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
-        fused = dtype == torch.float32 and not with_lse
-        out, lse = attend(*leaves, window, past, fused) if attend is dense else attend(*leaves)
-        if not gradients:
-            results.append((out, lse))
-            continue
-        loss = (out * do.to(dtype)).sum() + ((lse * dlse.to(dtype)).sum() if with_lse else 0)
-        results.append((out, *((lse,) if with_lse else ()), *torch.autograd.grad(loss, leaves)))
-    names = ("out", *(("lse",) if with_lse else ()), "dq", "dk", "dv")
-    for name, *values in zip(names[: len(results[0])], *results, strict=True):
-        assert_as_accurate_as(name, *values)
+
+    def results(attend, q, k, v, do, dlse):
+        leaves = [x.detach().requires_grad_(gradients) for x in (q, k, v)]
+        out, lse = attend(*leaves)
+        found = {"out": out, "lse": lse} if with_lse else {"out": out}
+        if gradients:
+            loss = (out * do).sum() + ((lse * dlse).sum() if with_lse else 0)
+            found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, leaves), strict=True))
+        return found
+
+    wanted = expect(lambda *x: results(lambda *leaves: dense(*leaves, window, past), *x), q, k, v, do, dlse)
+    assert_all_accurate(results(run, q, k, v, do, dlse), wanted)
 
 
 @given(

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import assert_all_accurate
 
+from hsa_tl.accuracy import expect
 from hsa_tl.model import Model, preset
 from hsa_tl.model.mlp import MoE, grouped_product
-from hsa_tl.testing import assert_as_accurate_as
 
 C, E, K, HIDDEN = 16, 6, 2, 8
 
@@ -31,15 +32,17 @@ def by_token(moe, x_TC):
 def test_it_equals_a_loop_over_tokens(shared):
     moe, x = MoE(C, E, K, HIDDEN, shared), torch.randn(3, 7, C)
     moe.bias_E += torch.randn(E) * 0.3
-    out, low = moe(x), by_token(moe, x.flatten(0, 1)).view(x.shape)
-    do = torch.randn_like(out)
-    names, parameters = zip(*moe.named_parameters(), strict=True)
-    actual, expected = (torch.autograd.grad((y * do).sum(), parameters) for y in (out, low))
-    high = by_token(moe.double(), x.double().flatten(0, 1)).view(x.shape)
-    exact = torch.autograd.grad((high * do.double()).sum(), list(moe.parameters()))
-    assert_as_accurate_as("out", out, low, high)
-    for name, *values in zip(names, actual, expected, exact, strict=True):
-        assert_as_accurate_as(name, *values)
+    do = torch.randn_like(x)
+
+    def results(forward, do):
+        out = forward()
+        names, parameters = zip(*moe.named_parameters(), strict=True)
+        return {"out": out} | dict(zip(names, torch.autograd.grad((out * do).sum(), parameters), strict=True))
+
+    actual = results(lambda: moe(x), do)
+    moe.double()
+    wanted = expect(lambda x, do: results(lambda: by_token(moe, x.flatten(0, 1)).view(x.shape), do), x, do)
+    assert_all_accurate(actual, wanted)
 
 
 def test_an_expert_without_tokens_gets_no_gradient_and_no_error():

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from strategies import assert_all_accurate
 
+from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.model import Model, preset
 from hsa_tl.model.sources import make_source
-from hsa_tl.testing import assert_as_accurate_as
 
 CONFIGS = (
     {},
@@ -28,26 +29,21 @@ def gradients(model, batch, **options) -> dict[str, torch.Tensor]:
     }
 
 
-def check(low, other, double):
-    for name, want in double.items():
-        assert_as_accurate_as(name, other[name], low[name], want)
-
-
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
 def test_the_same_loss_and_gradients(changes):
     config = replace(preset("tiny"), topk="all", **changes)
     model = Model(config)
     batch = make_source({"kind": "needles", "tasks": [{"needles": 9, "queries": 3}]}, 250, 0).batch(0, 3)
-    low = gradients(model, batch)
     exact = Model(config).double()
     exact.load_state_dict(model.state_dict())
-    double = gradients(exact, batch)
-    check(low, gradients(model, batch, logits_to_keep=0), double)
+    wanted = expect(lambda: gradients(exact, batch))
+    for options in ({}, {"logits_to_keep": 0}):
+        assert_all_accurate(gradients(model, batch, **options), wanted)
     if config.attention == "hsa":
         dense = Model(replace(config, impl="dense"))
         dense.load_state_dict(model.state_dict())
-        check(low, gradients(dense, batch), double)
-        check(low, gradients(dense, batch, logits_to_keep=0), double)
+        for options in ({}, {"logits_to_keep": 0}):
+            assert_all_accurate(gradients(dense, batch, **options), wanted)
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
@@ -58,9 +54,10 @@ def test_the_last_logits(changes, keep):
     exact = Model(model.config).double()
     exact.load_state_dict(model.state_dict())
     with torch.no_grad():
-        all_, last, want = model(ids).logits, model(ids, logits_to_keep=keep).logits, exact(ids).logits
+        last = model(ids, logits_to_keep=keep).logits
+        wanted = expect(lambda: exact(ids).logits)
     assert last.shape == (2, keep, 320)
-    assert_as_accurate_as("logits", last, all_[:, -keep:], want[:, -keep:])
+    assert_accurate("logits", last, wanted[:, -keep:])
 
 
 def test_the_upper_decoder_skips_what_no_label_needs():

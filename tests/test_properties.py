@@ -1,16 +1,17 @@
 """The identities of the operator (OPERATOR.md, section 4) as hypothesis properties, on every implementation."""
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 from strategies import (
-    assert_all_as_accurate_as,
+    assert_all_accurate,
     attend,
     calls,
+    check,
     dims,
     exact_calls,
-    expected,
     make_call,
     property_of_each_impl,
     run,
@@ -18,8 +19,9 @@ from strategies import (
 )
 
 from hsa_tl import fusion_weights, retrieve_chunks
+from hsa_tl.accuracy import expect
 from hsa_tl.oracle import attention_oracle, retrieve_oracle
-from hsa_tl.testing import double, run_with_gradients
+from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
 S = 16
 EXACT = 0.25  # the scale of exact calls
@@ -29,7 +31,7 @@ exact_or_generic = st.tuples(st.just(EXACT), exact_calls) | st.tuples(st.none(),
 
 @property_of_each_impl(call=calls, scale=scales)
 def test_equals_the_oracle(impl, call, scale):
-    assert_all_as_accurate_as(run(impl, call, scale=scale), *expected(call, chunk_size=S, scale=scale))
+    check(impl, call, scale=scale)
 
 
 def _distinct(d, seed):
@@ -72,11 +74,14 @@ def test_log_sum_exp_weights_give_ordinary_attention(impl, d, seed):
         return f
 
     actual = run_with_gradients(chunked(attend(impl)), call, chunk_size=S)
-    low, _ = expected(call, chunked(attention_oracle), chunk_size=S)
-    high = run_with_gradients(_ordinary_attention, double(call), chunk_size=S)
-    for result in (actual, low, high):
+    # The roundings are those of its own equations, the values ordinary attention's.
+    wanted = expect(lambda *x: run_with_gradients(chunked(attention_oracle), Inputs(*x), chunk_size=S), *call)
+    high = run_with_gradients(
+        _ordinary_attention, Inputs(*(x.double() if x.is_floating_point() else x for x in call)), chunk_size=S
+    )
+    for result in (actual, high):
         assert (result.pop("dweights") == 0).all()  # of the argument, which the function replaces
-    assert_all_as_accurate_as(actual, low, high)
+    assert_all_accurate(actual, {name: replace(wanted[name], value=x) for name, x in high.items()})
 
 
 @property_of_each_impl(call=exact_calls, seed=seeds)
@@ -102,7 +107,7 @@ def test_order_of_slots_does_not_matter(impl, case, seed):
         still = run(impl, call, scale=scale)
         assert all(torch.equal(actual[name], still[name]) for name in still)
     else:
-        assert_all_as_accurate_as(actual, *expected(call, chunk_size=S))
+        assert_attention(actual, call, chunk_size=S)
 
 
 @property_of_each_impl(case=exact_or_generic, seed=seeds)
@@ -118,9 +123,7 @@ def test_weight_zero_equals_empty_slot(impl, case, seed):
         assert (other["dweights"][of_weights] == 0).all()
         assert all(torch.equal(zero[name], other[name]) for name in zero)
     else:
-        low, high = expected(empty, chunk_size=S)
-        del low["dweights"], high["dweights"]
-        assert_all_as_accurate_as(zero, low, high)
+        assert_attention(zero, empty, chunk_size=S)
 
 
 def _block(x, retrieve, attention, topk=3, **options):
@@ -162,9 +165,9 @@ def test_full_selection_does_not_depend_on_topk(impl, T, seed):
         assert torch.equal((indices >= 0).sum(-1)[0, :, 0], torch.arange(T) // S)
         return {"out": out.detach(), "dx": torch.autograd.grad(out.sum(), x)[0]}
 
-    low, high = (block(y, retrieve_oracle, attention_oracle, 3) for y in (x, x.double()))
+    wanted = expect(lambda y: block(y, retrieve_oracle, attention_oracle, 3), x)
     for topk in (3, 4):
-        assert_all_as_accurate_as(block(x, retrieve_chunks, attend(impl), topk), low, high)
+        assert_all_accurate(block(x, retrieve_chunks, attend(impl), topk), wanted)
 
 
 @property_of_each_impl(d=dims(({"HQ": 3, "H": 1, "D": 16, "K": 3},)), seed=seeds)
@@ -177,6 +180,5 @@ def test_heads_at_once_equal_separate_calls(impl, d, seed):
     parts = [run(impl, x) for x in calls]
     separate = {name: torch.stack([p[name] for p in parts], 3).flatten(2, 3) for name in ("out", "dq", "dweights")}
     separate |= {name: sum(p[name] for p in parts) for name in ("dk", "dv")}
-    low, high = expected(call, chunk_size=S)
-    assert_all_as_accurate_as(separate, low, high)
-    assert_all_as_accurate_as(run(impl, call), low, high)
+    for results in (separate, run(impl, call)):
+        assert_attention(results, call, chunk_size=S)

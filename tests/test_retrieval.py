@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from strategies import largest_allocation, seeds
 
 from hsa_tl import build_pairs, ops, retrieval, retrieve_chunks
+from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.oracle import retrieve_oracle
-from hsa_tl.testing import assert_as_accurate_as
 
 KERNELS = ("tilelang", "triton")
 EXAMPLES = {"tilelang": 40, "triton": 4}
@@ -211,10 +211,10 @@ def test_gradients(dtype, q_start, block, monkeypatch):
     q_slc, landmarks = (x.mT.contiguous().mT for x in _inputs(2, 70, 7, 3, dtype=dtype, low=-9, high=9))
     dscores = torch.randn(2, 70, 3, 5)
     actual = _gradients(retrieve_chunks, q_slc, landmarks, dscores, q_start=q_start)
-    low = _gradients(retrieve_oracle, q_slc.float(), landmarks.float(), dscores, q_start=q_start)
-    high = _gradients(retrieve_oracle, q_slc.double(), landmarks.double(), dscores.double(), q_start=q_start)
-    for name, a, l, h in zip(("dq_slc", "dlandmarks"), actual, low, high, strict=True):
-        assert_as_accurate_as(name, a, l.to(dtype), h)
+    wanted = expect(lambda *x: _gradients(retrieve_oracle, *x, q_start=q_start), q_slc, landmarks, dscores, out=dtype)
+    for name, a, w in zip(("dq_slc", "dlandmarks"), actual, wanted, strict=True):
+        assert a.dtype == dtype
+        assert_accurate(name, a, w)
 
 
 def test_gradient_of_an_empty_slot_is_ignored():
@@ -251,11 +251,12 @@ def test_gradient_of_landmarks_by_every_program(impl):
     pairs = build_pairs(indices, N)
     actual = run.dlandmarks(dscores, pairs, q_slc, N, 0.3)
     assert torch.equal(actual, run.dlandmarks(dscores, pairs, q_slc, N, 0.3))
-    weight = torch.zeros(B, T, R, N + 1).double().scatter_add(-1, indices.long() % (N + 1), 0.3 * dscores.double())
-    low, high = (
-        torch.einsum("btrn,btrd->bnrd", weight[..., :N].to(t), q_slc.to(t)) for t in (torch.float32, torch.float64)
-    )
-    assert_as_accurate_as("dlandmarks", actual, low, high)
+
+    def dlandmarks(dscores, q_slc):
+        weight = q_slc.new_zeros(B, T, R, N + 1).scatter_add(-1, indices.long() % (N + 1), 0.3 * dscores)
+        return torch.einsum("btrn,btrd->bnrd", weight[..., :N], q_slc)
+
+    assert_accurate("dlandmarks", actual, expect(dlandmarks, dscores, q_slc))
     assert (actual[:, N - 1] == 0).all()
 
 

@@ -4,12 +4,12 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import Dims, attend, expected, make_call, seeds
+from strategies import Dims, attend, make_call, seeds
 
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 from hsa_tl.problem import Problem
-from hsa_tl.testing import assert_as_accurate_as
+from hsa_tl.testing import assert_attention
 
 
 def _union(rows: list[list[int]], num_chunks: int) -> list[int]:
@@ -58,8 +58,7 @@ def test_any_block_gives_the_same_output(block_M, q_registers, per_head):
     call = make_call(Dims(T=50, T_kv=90, per_head=per_head))
     config = {"block_M": block_M, "q_registers": q_registers}
     out = attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_union": config})
-    low, high = expected(call, chunk_size=16)
-    assert_as_accurate_as("out", out, low["out"], high["out"])
+    assert_attention({"out": out}, call, chunk_size=16)
 
 
 def test_full_selection_is_one_walk_over_all_chunks():
@@ -67,5 +66,4 @@ def test_full_selection_is_one_walk_over_all_chunks():
     call = make_call(Dims(T=20, T_kv=80, K=5))
     call = call._replace(indices=torch.arange(5).int().expand_as(call.indices).contiguous())
     out = attend("tilelang-union")(*call[:5], chunk_size=16)
-    low, high = expected(call, chunk_size=16)
-    assert_as_accurate_as("out", out, low["out"], high["out"])
+    assert_attention({"out": out}, call, chunk_size=16)
