@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import hypothesis
@@ -86,6 +87,45 @@ def make_exact_call(d: Dims, seed: int) -> Inputs:
 seeds = st.integers(0, 2**31 - 1)
 calls = st.builds(make_call, dims(), seeds)
 exact_calls = st.builds(make_exact_call, dims(), seeds)
+
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def hard_calls(draw, dtypes=TYPES, static=None):
+    """A call and its chunk size: scores from 1e-3 to 1e3, one-hot and equal probabilities, weights from 1e-12 to 1."""
+    dtype = draw(st.sampled_from(dtypes))
+    dims = static or {
+        "HQ": draw(st.sampled_from((1, 2, 3, 16))), "D": draw(st.sampled_from((16, 32, 64))),
+        "K": draw(st.integers(1, 5)), "S": draw(st.sampled_from((16, 32))),
+    }  # fmt: skip
+    T = draw(st.sampled_from((1, 7, 40)))
+    call = make_call(Dims(T=T, T_kv=draw(st.integers(1, 70)), **dims), draw(seeds))
+    root = math.sqrt(10 ** draw(st.floats(-3, 3)))
+    q, k, v, do = call.q * root, call.k * root, call.v, call.do
+    match draw(st.sampled_from(("normal", "one-hot", "constant", "one sign", "keys are values"))):
+        case "one-hot":
+            q, k = q.abs(), torch.zeros_like(k)
+            k[:, :: call.k.shape[1] // 2 + 1] = 3 * root
+        case "constant":
+            v = torch.ones_like(v) * draw(st.floats(0.5, 2))
+        case "one sign":
+            v, do = v.abs(), do.abs()
+        case "keys are values":
+            v = k / root
+    match draw(st.sampled_from(("normal", "softmax", "small", "wide", "equal"))):
+        case "softmax":
+            weights = call.weights.softmax(-1)
+        case "small":
+            weights = 1e-12 * call.weights.softmax(-1)
+        case "wide":
+            weights = 10 ** (-12 * torch.rand_like(call.weights))
+        case "equal":
+            weights = torch.full_like(call.weights, draw(st.sampled_from((1.0, 1 / 3, 0.3))))
+        case _:
+            weights = call.weights
+    return Inputs(*(x.to(dtype) for x in (q, k, v)), weights, call.indices, do.to(dtype)), dims.get("S", 16)
 
 
 def property_of_each_impl(**strategies):

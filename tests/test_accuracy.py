@@ -1,7 +1,6 @@
 """The accuracy rule: it passes every correct implementation and catches small faults; the oracle's own gradients."""
 
 import functools
-import math
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import Dims, attend, make_call, seeds
+from strategies import TYPES, Dims, attend, hard_calls, make_call, seeds
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, complaints, expect
@@ -23,7 +22,6 @@ from hsa_tl.testing import (
     run_with_gradients,
 )
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_type = pytest.mark.parametrize("dtype", TYPES, ids=[str(t).removeprefix("torch.") for t in TYPES])
 # Each of one and of several heads, and of the paper's.
 QUICK = ((1, 1), (4, 4), (16, 2))
@@ -93,42 +91,6 @@ def kernel(
 
 
 # --- No correct implementation fails ---------------------------------------------------------------------------------
-
-
-@st.composite
-def hard_calls(draw, dtypes=TYPES, static=None):
-    """Scores from 1e-3 to 1e3, one-hot and equal probabilities, values of one sign, weights from 1e-12 to 1."""
-    dtype = draw(st.sampled_from(dtypes))
-    dims = static or {
-        "HQ": draw(st.sampled_from((1, 2, 3, 16))), "D": draw(st.sampled_from((16, 32, 64))),
-        "K": draw(st.integers(1, 5)), "S": draw(st.sampled_from((16, 32))),
-    }  # fmt: skip
-    T = draw(st.sampled_from((1, 7, 40)))
-    call = make_call(Dims(T=T, T_kv=draw(st.integers(1, 70)), **dims), draw(seeds))
-    root = math.sqrt(10 ** draw(st.floats(-3, 3)))
-    q, k, v, do = call.q * root, call.k * root, call.v, call.do
-    match draw(st.sampled_from(("normal", "one-hot", "constant", "one sign", "keys are values"))):
-        case "one-hot":
-            q, k = q.abs(), torch.zeros_like(k)
-            k[:, :: call.k.shape[1] // 2 + 1] = 3 * root
-        case "constant":
-            v = torch.ones_like(v) * draw(st.floats(0.5, 2))
-        case "one sign":
-            v, do = v.abs(), do.abs()
-        case "keys are values":
-            v = k / root
-    match draw(st.sampled_from(("normal", "softmax", "small", "wide", "equal"))):
-        case "softmax":
-            weights = call.weights.softmax(-1)
-        case "small":
-            weights = 1e-12 * call.weights.softmax(-1)
-        case "wide":
-            weights = 10 ** (-12 * torch.rand_like(call.weights))
-        case "equal":
-            weights = torch.full_like(call.weights, draw(st.sampled_from((1.0, 1 / 3, 0.3))))
-        case _:
-            weights = call.weights
-    return Inputs(*(x.to(dtype) for x in (q, k, v)), weights, call.indices, do.to(dtype)), dims.get("S", S)
 
 
 @pytest.mark.prove
