@@ -119,8 +119,9 @@ def assert_accurate(name: str, actual: torch.Tensor, expected: Expected) -> None
 class Rounding(TorchDispatchMode):
     """Moves every operation's float64 result at random by up to two eps of it (Monte Carlo arithmetic).
 
-    A product of matrices is off by sqrt(n) eps of the root of its n terms' squares; another sum, a softmax or an
-    operator of a library also by eps of the root mean square of the result's last dim. What moves numbers is exact.
+    A product of matrices is off by sqrt(n) eps of the root of its n terms' squares; another sum and a softmax also by
+    eps of the root mean square of the result's last dim. An attention, ours or PyTorch's, hides its sums: what it is
+    given moves too. What only moves numbers is exact.
     """
 
     SUMS = ("sum", "mean", "norm", "softmax", "dot_product", "backward", "_add", "conv", "lerp")  # in an aten name
@@ -129,15 +130,22 @@ class Rounding(TorchDispatchMode):
         super().__init__()
         self.eps, self.generator = eps, torch.Generator().manual_seed(seed)
 
+    def _noise(self, size):
+        uniform = torch.rand(size.shape, generator=self.generator, dtype=torch.float64).to(size.device) * 4 - 2
+        return torch.nan_to_num(uniform * size * self.eps, nan=0.0, posinf=0.0, neginf=0.0)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, name = func._schema.name.split("::")
+        if space != "aten" or "dot_product" in name:
+            args = tree_map_only(torch.Tensor, lambda x: x + self._noise(x) if x.dtype == torch.float64 else x, args)
         out = func(*args, **(kwargs or {}))
         returned = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-        space, name = func._schema.name.split("::")
         product = name in ("mm", "bmm", "addmm", "baddbmm")
         total = space != "aten" or any(word in name for word in self.SUMS)
         view = any(not a.is_write for a in returned)
         if view or not (product or total or torch.Tag.pointwise in func.tags):
             return out
+        factor = 10 if "dot_product" in name else 1  # its exponentials are right to 20 units in the last place
         terms = None
         if product:
             a, b = args[-2:]
@@ -149,9 +157,8 @@ class Rounding(TorchDispatchMode):
             size = x.abs() if terms is None else terms
             if total and x.dim():
                 size = size + x.square().mean(-1, keepdim=True).sqrt()
-            uniform = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x.device) * 4 - 2
-            noise = torch.nan_to_num(uniform * size * self.eps, nan=0.0, posinf=0.0, neginf=0.0)
-            return x.add_(noise) if returned else x + noise
+            size = size * factor
+            return x.add_(self._noise(size)) if returned else x + self._noise(size)
 
         return tree_map_only(torch.Tensor, move, out)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsa_tl.model import attention_cuda
+from hsa_tl.model.mlp import RMSNorm
 
 
 class KeyCache(Protocol):
@@ -120,7 +121,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.window, self.rope_theta, self.value_residual = window, rope_theta, value_residual
-        self.norm, self.q_norm, self.k_norm = nn.RMSNorm(dim), nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.norm, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(head_dim), RMSNorm(head_dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
         if value_residual != "svformer":

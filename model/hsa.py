@@ -13,7 +13,7 @@ from torch import nn
 
 from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
 from hsa_tl.model.attention import positions, rotate
-from hsa_tl.model.mlp import SwiGLU
+from hsa_tl.model.mlp import RMSNorm, SwiGLU
 
 
 class Memory(Protocol):
@@ -84,7 +84,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, dim: int, heads: int, mlp_dim: int):
         super().__init__()
         self.heads = heads
-        self.norm, self.mlp_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm, self.mlp_norm = RMSNorm(dim), RMSNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.mlp = SwiGLU(dim, mlp_dim)
 
@@ -114,10 +114,10 @@ class ChunkEncoder(nn.Module):
         self.cls_C = nn.Parameter(torch.randn(dim) * std)
         self.position_SC = nn.Parameter(torch.randn(chunk_size + 1, dim) * std)
         self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_dim or dim) for _ in range(layers))
-        self.norm = nn.RMSNorm(dim)
+        self.norm = RMSNorm(dim)
         self.kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=False)
         self.landmark = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
-        self.k_norm, self.landmark_norm = nn.RMSNorm(head_dim), nn.RMSNorm(retrieval_dim)
+        self.k_norm, self.landmark_norm = RMSNorm(head_dim), RMSNorm(retrieval_dim)
 
     def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> ChunkMemory:
         B, T, C = x_BTC.shape
@@ -157,10 +157,10 @@ class HSALayer(nn.Module):
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
         self.topk, self.exclude_window, self.fusion = topk, exclude_window, fusion
         self.rope_theta, self.impl = rope_theta, impl
-        self.norm = nn.RMSNorm(dim)
+        self.norm = RMSNorm(dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.q_slc = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
-        self.q_norm, self.q_slc_norm = nn.RMSNorm(head_dim), nn.RMSNorm(retrieval_dim)
+        self.q_norm, self.q_slc_norm = RMSNorm(head_dim), RMSNorm(retrieval_dim)
         self.log_scale = nn.Parameter(torch.tensor([math.log(4.0)]))
         self.log_slc_scale = nn.Parameter(torch.tensor([math.log(8.0)]))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)

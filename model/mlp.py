@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU, and a mixture of them.
+"""Feed-forward layers, SwiGLU and a mixture of them, and the norm before every layer.
 
 Shape suffixes: B batch, T tokens, C channels, E experts, F hidden width, M (token, expert) pairs sorted by expert, K
 experts of a token.
@@ -8,6 +8,13 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, with the same epsilon in every type: its default is the type's own, in bfloat16 nearly 0.008."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=torch.finfo(torch.float32).eps)
 
 
 class SwiGLU(nn.Module):

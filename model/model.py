@@ -17,7 +17,7 @@ from hsa_tl.model.cache import Cache
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import generate, stream
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
-from hsa_tl.model.mlp import MoE, SwiGLU
+from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.nsa import NSALayer
 
 HEAD_ROWS = 4096  # rows of logits that the loss holds at once
@@ -71,7 +71,7 @@ class Layer(nn.Module):
                 *heads, c.retrieval_dim, topk=c.topk, exclude_window=exclude,
                 fusion=c.fusion, retrieval_heads=c.retrieval_heads, rope_theta=rope.get("hsa"), impl=c.impl,
             )  # fmt: skip
-        self.mlp_norm = nn.RMSNorm(c.dim)
+        self.mlp_norm = RMSNorm(c.dim)
         if c.experts and index >= c.dense_layers:
             self.mlp = MoE(c.dim, c.experts, c.experts_per_token, c.expert_dim, c.shared_experts)
         else:
@@ -120,7 +120,7 @@ class Model(nn.Module):
                 retrieval_heads=c.retrieval_heads, layers=c.encoder_layers, mlp_dim=c.encoder_mlp_dim,
                 rope_theta=c.rope_theta if "hsa" in c.rope else None, std=c.embedding_std,
             )  # fmt: skip
-        self.norm = nn.RMSNorm(c.dim)
+        self.norm = RMSNorm(c.dim)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
         if c.tied:
             self.output.weight = self.embedding.weight

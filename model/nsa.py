@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_tl import retrieve_chunks
 from hsa_tl.model.attention import KeyCache, positions, rotate
+from hsa_tl.model.mlp import RMSNorm
 
 BLOCK_KEYS = 1 << 22  # elements of gathered keys at once
 
@@ -67,7 +68,7 @@ class NSALayer(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.chunk_size, self.topk, self.exclude_window = chunk_size, topk, exclude_window
         self.rope_theta = rope_theta
-        self.norm, self.q_norm, self.k_norm = nn.RMSNorm(dim), nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.norm, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(head_dim), RMSNorm(head_dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.k, self.v = (nn.Linear(dim, kv_heads * head_dim, bias=False) for _ in range(2))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
