@@ -3,14 +3,20 @@
 import csv
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
+
+from hsa_tl.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").rglob("*.md")])
 SNIPPETS = [(p, i, s) for p in PAGES for i, s in enumerate(re.findall(r"```python\n(.*?)```", p.read_text(), re.S))]
+TEXT = "\n".join(p.read_text() for p in PAGES if "results" not in p.parts)
+COMMANDS = sorted({a or b for a, b in re.findall(r"`hsa-tl ([^`]+)`|^    hsa-tl ([^#\n]*)", TEXT, re.M)})
 RESULTS = ROOT / "bench" / "results" / "cpu"
 K, M = 1 << 10, 1 << 20
 LENGTHS = (256, 4 * K, 32 * K, 256 * K, M)
@@ -42,6 +48,15 @@ def test_links(path):
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     missing = [t for t in targets if "://" not in t and not (path.parent / t.split("#")[0]).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands(line):
+    """Every command and option of hsa-tl that the pages name is there."""
+    command, *words = shlex.split(line)
+    known = typer.main.get_command(app).commands
+    options = {"--help"} | {o for p in known[command].params for o in p.opts}
+    assert {w.split("=")[0] for w in words if w.startswith("--")} <= options
 
 
 def test_tree():
