@@ -14,7 +14,14 @@ _CONVERTED = 1 << 20  # elements of 16-bit landmarks made float32 at once
 
 
 def landmark_bounds(landmarks: torch.Tensor) -> torch.Tensor:
-    """[B, ceil(N / BLOCK), 2, R, D_r]: least and greatest of each coordinate in each block of landmarks."""
+    """Bounds of each block of 64 landmarks, by which `retrieve_decode` skips blocks.
+
+    Args:
+        landmarks (Tensor [B, N, R, D_r]): in any floating dtype.
+
+    Returns:
+        Tensor [B, ceil(N / 64), 2, R, D_r]: the least and the greatest value of each coordinate in each block.
+    """
     missing = -landmarks.shape[1] % BLOCK
     if missing:  # the last landmark again moves no bound
         landmarks = torch.cat([landmarks, landmarks[:, -1:].expand(-1, missing, -1, -1)], 1)

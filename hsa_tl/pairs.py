@@ -9,10 +9,14 @@ from hsa_tl.problem import Problem
 
 
 class Pairs(NamedTuple):
-    """Pairs of a selection `indices` [B, T, H, K], grouped by (batch, head, chunk).
+    """The pairs of a selection `indices` [B, T, H, K], grouped by (batch, head, chunk); what `build_pairs` returns.
 
-    pair [B * T * H * K] int32: t * K + slot, sorted by (b, h, chunk), stable in (t, slot); empty slots stand last.
-    offsets [B * H * N + 1] int64: those of (b, h, c) are pair[offsets[i] : offsets[i + 1]], i = (b * H + h) * N + c.
+    The pairs of (b, h, c) are pair[offsets[i] : offsets[i + 1]] with i = (b * H + h) * N + c.
+
+    Args:
+        pair (Tensor [B * T * H * K], int32): t * K + slot, sorted by (b, h, chunk) and stable in (t, slot); empty slots
+            stand last, behind offsets[-1].
+        offsets (Tensor [B * H * N + 1], int64): where the pairs of each (b, h, c) begin.
     """
 
     pair: torch.Tensor

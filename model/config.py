@@ -9,50 +9,93 @@ VALUE_RESIDUALS = ("none", "resformer", "svformer")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dims and options; `dataclasses.replace` changes them, and every change is validated. Defaults: `tiny`.
+    """Dims and options of a `Model`. `dataclasses.replace` changes them, and every change is validated.
 
-    attention: what the model is.
-      "hsa": sliding windows everywhere; the layer that leads each upper group has HSA beside its window.
-      "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax (`hsa_tl.model.nsa`).
-      "swa": sliding windows only. "full": causal attention over everything (BaseLM).
-    No parameter's shape depends on window, topk, exclude_window, fusion or rope, so that a checkpoint goes from one
-    training stage to the next. ValueError: names the field, the rule and the value.
+    Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
+    beside its window. "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax
+    (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). No parameter's
+    shape depends on window, topk, exclude_window, fusion or rope, so that a checkpoint goes from one training stage to
+    the next. The defaults are the preset "tiny".
+
+    Args:
+        vocab_size (int): V. Default: 320.
+        dim (int): C, of the hidden states. Default: 128.
+        layers (int): the first half lies below the chunk memory. Default: 2.
+        groups (int): of upper layers; the first layer of each has HSA. Default: 1.
+        heads (int): HQ. Default: 4.
+        kv_heads (int): H. Default: 1.
+        head_dim (int): D. Default: 32.
+        mlp_dim (int): width of a feed-forward layer. Default: 256.
+        attention (str): "hsa", "nsa", "swa" or "full". Default: "hsa".
+        window (int): tokens that a sliding window spans, its own included. Default: 32.
+        hsa_window (int): of the window beside HSA or NSA, at most `window`; 0 for the same. Default: 0.
+        hsa_window_rope (bool): whether that window has positions where "swa" has. Default: True.
+        rope (tuple of str): kinds of attention with RoPE; the others have no positions. Default: ("swa", "full").
+        rope_theta (float): base of RoPE. Default: 10000.
+        value_residual (str): "resformer" mixes values with the first layer's, "svformer" takes the first layer's.
+            Default: "none".
+        chunk_size (int): S, one of 16, 32, 64, 128. Default: 16.
+        topk (int or "all"): K, chunks that a token retrieves. Default: 8.
+        exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
+        fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
+        retrieval_heads (int): R; each serves kv_heads / retrieval_heads key/value heads. Default: 1.
+        retrieval_dim (int): D_r. Default: 128.
+        encoder_layers (int): of the chunk encoder. Default: 1.
+        encoder_heads (int): of the chunk encoder. Default: 4.
+        encoder_mlp_dim (int): of the chunk encoder. Default: 256.
+        conv (int): width of the causal convolution on the embeddings, 0 for none. Default: 4.
+        tied (bool): whether the output head is the embedding. Default: False.
+        embedding_std (float): of the initial embeddings. Default: 0.1.
+        experts (int): of each mixture of experts, 0 for dense layers only. Default: 0.
+        experts_per_token (int): that a token chooses. Default: 4.
+        expert_dim (int): width of an expert. Default: 512.
+        shared_experts (int): that every token takes. Default: 1.
+        dense_layers (int): first layers without a mixture. Default: 1.
+        activation_checkpointing (bool): whether layers are computed again in the backward. Default: False.
+        impl (str): of the operators; "dense" as in `HSALayer`. Default: "auto".
+
+    Raises:
+        ValueError: names the field, the rule and the value.
+
+    Example:
+        >>> replace(preset("tiny"), topk=4, window=64).kinds
+        ('swa', 'hsa')
     """
 
     vocab_size: int = 320
     dim: int = 128
-    layers: int = 2  # the first half lies below the chunk memory
-    groups: int = 1  # of upper layers; the first layer of each has HSA
-    heads: int = 4  # query heads
+    layers: int = 2
+    groups: int = 1
+    heads: int = 4
     kv_heads: int = 1
     head_dim: int = 32
     mlp_dim: int = 256
     attention: str = "hsa"
-    window: int = 32  # tokens that a sliding window spans, its own included
-    hsa_window: int = 0  # of the window beside HSA or NSA, at most `window`; 0: the same
-    hsa_window_rope: bool = True  # whether that window has positions where "swa" has
-    rope: tuple[str, ...] = ("swa", "full")  # kinds of attention with RoPE; the others have no positions (NoPE)
+    window: int = 32
+    hsa_window: int = 0
+    hsa_window_rope: bool = True
+    rope: tuple[str, ...] = ("swa", "full")
     rope_theta: float = 10000.0
-    value_residual: str = "none"  # "resformer": values mixed with the first layer's; "svformer": the first layer's
+    value_residual: str = "none"
     chunk_size: int = 16
-    topk: int | str = 8  # chunks, or "all"
-    exclude_window: bool = False  # retrieve no chunk that lies whole in the window
+    topk: int | str = 8
+    exclude_window: bool = False
     fusion: str = "softmax"
-    retrieval_heads: int = 1  # each serves kv_heads / retrieval_heads key/value heads
+    retrieval_heads: int = 1
     retrieval_dim: int = 128
     encoder_layers: int = 1
     encoder_heads: int = 4
     encoder_mlp_dim: int = 256
-    conv: int = 4  # width of the causal convolution on the embeddings, 0 for none
-    tied: bool = False  # embeddings and output head
+    conv: int = 4
+    tied: bool = False
     embedding_std: float = 0.1
-    experts: int = 0  # of each mixture, 0 for dense layers only
+    experts: int = 0
     experts_per_token: int = 4
     expert_dim: int = 512
     shared_experts: int = 1
-    dense_layers: int = 1  # first layers without a mixture
+    dense_layers: int = 1
     activation_checkpointing: bool = False
-    impl: str = "auto"  # of the operators; "dense": see hsa_tl.model.hsa.HSALayer
+    impl: str = "auto"
 
     def __post_init__(self):
         for field in fields(self):
@@ -121,12 +164,35 @@ PRESETS = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The named configuration; ValueError lists the names."""
+    """The named configuration.
+
+    "dense-0.5b" and "moe-8b-a1b" have the paper's parameter counts; the paper does not give their dims.
+
+    Args:
+        name (str): "tiny", "small", "dense-0.5b" or "moe-8b-a1b".
+
+    Returns:
+        ModelConfig: to use, or to change by `dataclasses.replace`.
+
+    Raises:
+        ValueError: another name; the message lists them.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
 
 
 def baseline(config: ModelConfig, attention: str) -> ModelConfig:
-    """The same model with another attention: "full" (BaseLM), "swa", or "nsa" with the same windows and top-k."""
+    """The same model with another attention.
+
+    Args:
+        config (ModelConfig): the model.
+        attention (str): "full" (BaseLM), "swa", or "nsa" with the same windows and top-k.
+
+    Returns:
+        ModelConfig: config with that attention.
+
+    Raises:
+        ValueError: another attention.
+    """
     return replace(config, attention=attention)

@@ -31,7 +31,13 @@ class Memory(Protocol):
 
 
 class ChunkMemory(NamedTuple):
-    """Keys and values of whole chunks, and landmarks: what `ChunkEncoder` returns. Differentiable."""
+    """Keys and values of chunks, and landmarks: what `ChunkEncoder` returns and `HSALayer` reads. Differentiable.
+
+    Args:
+        k (Tensor [B, N * S, H, D]): keys.
+        v (Tensor [B, N * S, H, D]): values.
+        landmarks (Tensor [B, N, R, D_r]): what `retrieve_chunks` scores.
+    """
 
     k: torch.Tensor  # [B, N * S, H, D]
     v: torch.Tensor  # [B, N * S, H, D]
@@ -46,6 +52,17 @@ class ChunkMemory(NamedTuple):
         return self.k.shape[1] // self.landmarks.shape[1]
 
     def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0):
+        """`hsa_tl.retrieve_chunks` over the landmarks.
+
+        Args:
+            q_slc (Tensor [B, T, R, D_r]): retrieval queries.
+            start (int): position of the first query.
+            topk (int): K.
+            exclude_window (int): default: 0.
+
+        Returns:
+            scores [B, T, R, K] float32 and indices [B, T, R, K] int32.
+        """
         return retrieve_chunks(
             q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, exclude_window=exclude_window
         )
@@ -75,6 +92,17 @@ class ChunkMemory(NamedTuple):
         return out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
+        """`hsa_tl.hsa_attention` over the chosen chunks.
+
+        Args:
+            q (Tensor [B, T, HQ, D]): queries.
+            weights (Tensor [B, T, H or HQ, K], float32): of the slots.
+            indices (Tensor [B, T, H, K], int32): chosen chunks.
+            impl (str): default: "auto".
+
+        Returns:
+            Tensor [B, T, HQ, D].
+        """
         return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=self.chunk_size, impl=impl)
 
 
@@ -95,12 +123,27 @@ class EncoderBlock(nn.Module):
 
 
 class ChunkEncoder(nn.Module):
-    """Bidirectional blocks within each chunk of S tokens and its [CLS]; no chunk sees another.
+    """Where landmarks come from: bidirectional blocks within each chunk of S tokens and its [CLS].
 
-    forward: x [B, T, C] -> ChunkMemory with N = ceil(T / S) chunks. The tokens give keys and values, [CLS] gives the
-    landmarks. A last chunk shorter than S is padded; no token may retrieve it before it is whole. start: absolute
-    position of x's first token, for keys with RoPE (rope_theta; None: NoPE). retrieval_heads: kv_heads by default;
-    heads and mlp_dim (default dim): of the blocks; std: of the initial [CLS] and positions within the chunk.
+    The tokens give keys and values, [CLS] gives the chunk's landmark. No chunk sees another.
+
+    Args:
+        dim (int): C, of the hidden states.
+        kv_heads (int): H.
+        head_dim (int): D.
+        retrieval_dim (int): D_r.
+        chunk_size (int): S.
+        heads (int): of the blocks' attention. Default: 4.
+        retrieval_heads (int): R. Default: kv_heads.
+        layers (int): blocks. Default: 1.
+        mlp_dim (int): of the blocks. Default: dim.
+        rope_theta (float): base of RoPE on the keys. Default: None, no positions.
+        std (float): of the initial [CLS] and of the positions within a chunk. Default: 0.02.
+
+    Example:
+        >>> memory = ChunkEncoder(32, kv_heads=1, head_dim=16, retrieval_dim=8, chunk_size=16)(torch.randn(2, 40, 32))
+        >>> memory.k.shape, memory.landmarks.shape
+        (torch.Size([2, 48, 1, 16]), torch.Size([2, 3, 1, 8]))
     """
 
     def __init__(
@@ -120,6 +163,16 @@ class ChunkEncoder(nn.Module):
         self.k_norm, self.landmark_norm = RMSNorm(head_dim), RMSNorm(retrieval_dim)
 
     def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> ChunkMemory:
+        """Encodes the chunks of hidden states.
+
+        Args:
+            x_BTC (Tensor [B, T, C]): hidden states that begin at a chunk's first token. A last chunk shorter than S is
+                padded; no token may retrieve it before it is whole.
+            start (int or Tensor [B]): absolute position of the first token, for keys with RoPE. Default: 0.
+
+        Returns:
+            ChunkMemory: of N = ceil(T / S) chunks.
+        """
         B, T, C = x_BTC.shape
         S = self.chunk_size
         N = (T + S - 1) // S
@@ -137,14 +190,23 @@ class ChunkEncoder(nn.Module):
 
 
 class HSALayer(nn.Module):
-    """Retrieve, weigh, attend: queries with QK-norm and no positional encoding (NoPE) over a shared chunk memory.
+    """Retrieve, weigh, attend: queries with QK-norm and no positional encoding over a chunk memory that layers share.
 
-    forward: x [B, T, C] and a memory -> [B, T, C], to be added to the residual stream. start: absolute position of x's
-    first token; an int32 [B] for a PagedMemory. Each of retrieval_heads (default kv_heads) retrieves for its share of
-    the key/value heads. topk "all": every chunk there is. A token with no visible chunk gets 0.
-    impl: of the operators; "dense", for topk "all": no selection but masked products over every chunk of a ChunkMemory;
-    another memory is read by the operators.
     Norms bound both logits, so a learned scale multiplies each: attention's by 4 at first, retrieval's by 8.
+
+    Args:
+        dim (int): C, of the hidden states.
+        heads (int): HQ.
+        kv_heads (int): H.
+        head_dim (int): D.
+        retrieval_dim (int): D_r.
+        topk (int or "all"): K; "all" takes every chunk there is. Default: 64.
+        exclude_window (int): see `hsa_tl.retrieve_chunks`. Default: 0.
+        fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
+        retrieval_heads (int): R; each retrieves for its share of the key/value heads. Default: kv_heads.
+        rope_theta (float): base of RoPE on the queries. Default: None, no positions.
+        impl (str): of the operators. "dense", for topk="all", takes masked products over every chunk of a ChunkMemory,
+            which is fast for some hundred tokens; another memory is read by the operators. Default: "auto".
     """
 
     def __init__(
@@ -206,4 +268,14 @@ class HSALayer(nn.Module):
         return self.out(out_BTAD.flatten(2)), window_BTA
 
     def forward(self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0) -> torch.Tensor:
+        """What the layer adds to the residual stream. A token with no visible chunk gets exactly 0.
+
+        Args:
+            x_BTC (Tensor [B, T, C]): hidden states.
+            memory (ChunkMemory or PagedMemory): the chunks.
+            start (int, or Tensor [B] int32 for a PagedMemory): absolute position of the first token. Default: 0.
+
+        Returns:
+            Tensor [B, T, C].
+        """
         return self.mix(x_BTC, memory, start)[0]

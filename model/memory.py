@@ -1,10 +1,5 @@
 """The chunk memory of decode: a growing, paged store of keys, values and landmarks, on the device or offloaded.
 
-    memory = PagedMemory(MemorySpec(batch=2, heads=1, head_dim=128, retrieval_heads=1, retrieval_dim=128))
-    memory.append(sequence, k, v, landmarks)                       # whole chunks, as many as there are
-    scores, indices = memory.retrieve(q_slc, lengths, topk)        # lengths [batch]: tokens before these
-    out = memory.attend(q, fusion_weights(scores), indices)
-
 Shape suffixes and letters: B sequences, C chunks, S chunk size, H key/value heads, D head dim, R retrieval heads, E
 retrieval dim. A page holds a chunk's keys and values.
 
@@ -14,8 +9,6 @@ slab of landmarks. A memory of the right capacity has one slab, and then neither
 """
 
 import json
-import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,13 +18,24 @@ import torch.nn.functional as F
 from hsa_tl import hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode
 from hsa_tl.model import memory_file
 from hsa_tl.model.page_cache import PageCache
+from hsa_tl.model.slabs import first_rows, mapped, merge, write_rows
 
 BLOCK = 64  # landmarks that share a bound
 
 
 @dataclass(frozen=True)
 class MemorySpec:
-    """Dims and type of a memory's entries."""
+    """Dims and dtype of a memory's entries.
+
+    Args:
+        batch (int): B, sequences.
+        heads (int): H, key/value heads.
+        head_dim (int): D.
+        retrieval_heads (int): R.
+        retrieval_dim (int): D_r.
+        chunk_size (int): S. Default: 64.
+        dtype (torch.dtype): of keys, values and landmarks. Default: torch.float32.
+    """
 
     batch: int
     heads: int
@@ -55,26 +59,37 @@ class MemorySpec:
         return self.retrieval_heads, self.retrieval_dim
 
     def to_json(self) -> str:
+        """The spec as text."""
         return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
 
     @classmethod
     def from_json(cls, text: str) -> "MemorySpec":
+        """The spec of what `to_json` returned."""
         values = json.loads(text)
         return cls(**(values | {"dtype": getattr(torch, values["dtype"])}))
 
 
 class PagedMemory:
-    """Append-only chunks of `spec.batch` sequences of any lengths.
+    """The chunk memory of decode: append-only keys, values and landmarks of `spec.batch` sequences of any lengths.
 
-    capacity: chunks of a sequence that the first slab of landmarks holds. pages: of the first slab of keys and values,
-    by default batch * capacity. device: where landmarks
-    are and queries come from. offload: keys and values stay in host memory, pinned where there is a GPU; `attend`
-    fetches the chosen pages into a cache of cache_pages pages on the device, least recently used out first. two_level:
-    keep bounds of landmarks and let `retrieve` skip blocks, see hsa_tl.retrieve_decode.
-    directory: keys and values lie in memory-mapped files there, which go with the memory: off the heap, and the system
-    may write them back; on a GPU with offload only.
-    Without offload and two_level, `retrieve` and `attend` do not wait for the device; a captured graph of them holds
-    until `append` adds a slab.
+    Without offload and two_level, `retrieve` and `attend` do not wait for the device, and a captured graph of them
+    holds until `append` adds a slab.
+
+    Args:
+        spec (MemorySpec): dims and dtype.
+        device (torch.device or str): where landmarks are and queries come from. Default: "cpu".
+        capacity (int): chunks of a sequence that the first slab of landmarks holds; more are allowed. Default: 256.
+        pages (int): of the first slab of keys and values. Default: batch * capacity.
+        offload (bool): keep keys and values in host memory, pinned where there is a GPU; `attend` fetches the chosen
+            pages into a cache on the device, least recently used out first. Default: False.
+        cache_pages (int): of that cache. Default: 1024.
+        two_level (bool): keep bounds of landmarks and let `retrieve` skip blocks, see `hsa_tl.retrieve_decode`.
+            Default: False.
+        directory (str or Path): keep keys and values in memory-mapped files there, which go with the memory; on a GPU
+            with offload only. Default: None.
+
+    Raises:
+        ValueError: a size that is not a positive int, or a directory on a GPU without offload.
     """
 
     def __init__(
@@ -121,7 +136,7 @@ class PagedMemory:
         if self.cache is not None:
             where = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if self.directory is not None:
-            k, v = (_mapped(self.directory, shape, dtype) for _ in range(2))
+            k, v = (mapped(self.directory, shape, dtype) for _ in range(2))
         else:
             k, v = (torch.empty(shape, dtype=dtype, **where) for _ in range(2))
         self.k_slabs.append(k)
@@ -141,9 +156,16 @@ class PagedMemory:
             self.page_table = self.host_table.to(self.device, copy=True)
 
     def append(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
-        """Adds whole chunks to a sequence: k, v [C, S, H, D] or [C * S, H, D], landmarks [C, R, E].
+        """Adds whole chunks to a sequence; nothing is stored if an argument is wrong.
 
-        ValueError: a sequence that is not there, shapes or types that disagree; nothing is stored then.
+        Args:
+            sequence (int): which one, in [0, batch).
+            k (Tensor [C, S, H, D] or [C * S, H, D]): keys of C chunks.
+            v (Tensor, like k): values.
+            landmarks (Tensor [C, R, D_r]): of the chunks.
+
+        Raises:
+            ValueError: a sequence that is not there; shapes or dtypes that disagree.
         """
         if type(sequence) is not int or not 0 <= sequence < self.spec.batch:
             raise ValueError(f"sequence must be an int in [0, {self.spec.batch}), got {sequence!r}")
@@ -161,9 +183,9 @@ class PagedMemory:
         while sum(x.shape[1] for x in self.landmark_slabs) < start + C:
             self._add_landmarks()
         for slabs, x in ((self.k_slabs, k), (self.v_slabs, v)):
-            _write(slabs, first, x.detach().reshape(C, S, H, D))
+            write_rows(slabs, first, x.detach().reshape(C, S, H, D))
         rows = [x[sequence] for x in self.landmark_slabs]
-        _write(rows, start, landmarks.detach())
+        write_rows(rows, start, landmarks.detach())
         if self.two_level:
             self._widen(sequence, start, landmarks.detach().to(self.device))
         self.host_table[sequence, start : start + C] = torch.arange(first, first + C, dtype=torch.int32)
@@ -190,7 +212,16 @@ class PagedMemory:
         self, q_slc: torch.Tensor, lengths: torch.Tensor, topk: int, *, exclude_window: int = 0,
         scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """scores, indices [B, T, R, topk] of q_slc [B, T, R, E]; lengths [B] int32: see hsa_tl.retrieve_decode."""
+        """`hsa_tl.retrieve_decode` over the landmarks.
+
+        Args:
+            q_slc (Tensor [B, T, R, D_r]): retrieval queries.
+            lengths (Tensor [B], int32): tokens of each sequence before these.
+            topk, exclude_window, scale: as there.
+
+        Returns:
+            scores [B, T, R, K] and indices [B, T, R, K] int32.
+        """
         S, start, parts = self.spec.chunk_size, 0, []
         for i, landmarks in enumerate(self.landmark_slabs):
             # Positions count from the slab's first token; visibility only knows differences.
@@ -201,7 +232,7 @@ class PagedMemory:
             )  # fmt: skip
             parts.append((scores, torch.where(indices >= 0, indices + start, -1)))
             start += landmarks.shape[1]
-        return _merge(parts, topk)
+        return merge(parts, topk)
 
     def retrieve_segment(
         self, sequence: int, q_slc: torch.Tensor, start: int, topk: int, *, exclude_window: int = 0,
@@ -225,13 +256,23 @@ class PagedMemory:
             first += landmarks.shape[1]
             if first >= held:
                 break
-        return _merge(parts, topk)
+        return merge(parts, topk)
 
     def attend(
         self, q: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None,
         impl: str = "auto",
     ) -> torch.Tensor:  # fmt: skip
-        """out [B, T, HQ, D] of q [B, T, HQ, D] over the chosen chunks: see hsa_tl.hsa_decode."""
+        """`hsa_tl.hsa_decode` over the chosen chunks.
+
+        Args:
+            q (Tensor [B, T, HQ, D]): queries.
+            weights (Tensor [B, T, H or HQ, K], float32): of the slots.
+            indices (Tensor [B, T, H, K], int32): chosen chunks.
+            scale, impl: as there.
+
+        Returns:
+            Tensor [B, T, HQ, D].
+        """
         if self.cache is not None:
             return self._attend_offloaded(q, weights, indices, scale, impl)
         if len(self.k_slabs) == 1:
@@ -291,26 +332,39 @@ class PagedMemory:
         return out
 
     def save(self, path: Path | str) -> None:
-        """Writes a safetensors file; `path` then holds all of it or what it held before."""
+        """Writes a safetensors file; `path` then holds all of it or what it held before.
+
+        Args:
+            path (str or Path): the file.
+        """
         longest = max(self.held)
         memory_file.write(
             Path(path), self.spec.to_json(),
             {
                 "chunks": [torch.tensor(self.held, dtype=torch.int32)],
                 "page_table": [self.host_table[:, :longest]],
-                "k": _first(self.k_slabs, self.pages),
-                "v": _first(self.v_slabs, self.pages),
+                "k": first_rows(self.k_slabs, self.pages),
+                "v": first_rows(self.v_slabs, self.pages),
                 # Chunks first: each slab is then a run of the file.
-                "landmarks": _first([x.transpose(0, 1) for x in self.landmark_slabs], longest),
+                "landmarks": first_rows([x.transpose(0, 1) for x in self.landmark_slabs], longest),
             },
         )  # fmt: skip
 
     @classmethod
     def load(cls, path: Path | str, spec: MemorySpec | None = None, **options) -> "PagedMemory":
-        """The memory that `save` wrote; options as for the constructor, capacity at least what the file holds.
+        """The memory that `save` wrote.
 
-        ValueError: not such a file, a truncated or inconsistent one, or one of another spec than the given. OSError: it
-        cannot be read.
+        Args:
+            path (str or Path): the file.
+            spec (MemorySpec): what it must hold. Default: None, whatever it holds.
+            options: of the constructor; capacity and pages are at least what the file holds.
+
+        Returns:
+            PagedMemory
+
+        Raises:
+            ValueError: a file that is no memory, truncated, inconsistent or of another spec.
+            OSError: it cannot be read.
         """
         with memory_file.read(Path(path)) as file:
             found = file.spec(MemorySpec.from_json)
@@ -339,39 +393,3 @@ class PagedMemory:
             if n:
                 memory._widen(sequence, 0, memory.landmark_slabs[0][sequence, :n])
         return memory
-
-
-def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The topk of what each slab gave, scores and indices [.., topk]; slots ascend by chunk."""
-    if len(parts) == 1:
-        return parts[0]
-    scores, indices = (torch.cat(x, -1) for x in zip(*parts, strict=True))
-    # Slots ascend by chunk, so that a stable sort lets the lower of two equal chunks win.
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-    scores, indices = scores.gather(-1, best), indices.gather(-1, best)
-    order = torch.where(indices >= 0, indices, torch.iinfo(torch.int32).max).argsort(-1)
-    return scores.gather(-1, order), indices.gather(-1, order)
-
-
-def _mapped(directory: Path | str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in a file that has no name any more: it goes with the tensor."""
-    with tempfile.NamedTemporaryFile(dir=directory) as file:
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-
-
-def _write(slabs: list[torch.Tensor], start: int, x: torch.Tensor) -> None:
-    """Rows start.. of the slabs taken together = x."""
-    for slab in slabs:
-        a, b = max(0, start), min(len(slab), start + len(x))
-        if a < b:
-            slab[a:b].copy_(x[a - start : b - start])
-        start -= len(slab)
-
-
-def _first(slabs: list[torch.Tensor], n: int) -> list[torch.Tensor]:
-    """The first n rows of the slabs taken together."""
-    parts = []
-    for slab in slabs:
-        parts.append(slab[: max(0, n)])
-        n -= len(slab)
-    return parts

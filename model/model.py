@@ -24,7 +24,13 @@ HEAD_ROWS = 4096  # rows of logits that the loss holds at once
 
 
 class ModelOutput(NamedTuple):
-    """logits [B, T, V] (or fewer positions, or None, see Model.forward), loss (scalar or None), cache (as given)."""
+    """What `Model.forward` returns.
+
+    Args:
+        logits (Tensor [B, T, V]): of all positions or of the last `logits_to_keep`; None where none were asked for.
+        loss (Tensor, scalar): None without labels.
+        cache (Cache): the one that was given, or None.
+    """
 
     logits: torch.Tensor | None = None
     loss: torch.Tensor | None = None
@@ -100,11 +106,19 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """The language model of a ModelConfig.
+    """The language model of a `ModelConfig`: sliding windows, one chunk memory, HSA layers that read it.
 
     The stages are methods, so that inference can run them on segments: `embed`, `lower`, `encode`, `upper`, `head`.
     start: the absolute position of the first token given, an int, or int32 [B] for sequences of different lengths.
     caches: one for each layer of the stage (see Layer), or None.
+
+    Args:
+        config (ModelConfig): dims and options.
+
+    Example:
+        >>> model = Model(preset("tiny")).eval()
+        >>> model(torch.zeros(1, 40, dtype=torch.int64)).logits.shape
+        torch.Size([1, 40, 320])
     """
 
     def __init__(self, config: ModelConfig):
@@ -196,7 +210,16 @@ class Model(nn.Module):
         return self.output(self.norm(h_BTC))
 
     def new_cache(self, batch_size: int, **options) -> Cache:
-        """An empty cache of batch_size sequences, on the model's device and of its type (or autocast's); see Cache."""
+        """An empty cache, on the model's device and of its dtype (or autocast's).
+
+        Args:
+            batch_size (int): B, sequences of any lengths.
+            options: of `hsa_tl.model.cache.Cache`: capacity, device, dtype, and PagedMemory's offload, cache_pages,
+                two_level and directory.
+
+        Returns:
+            Cache: for `forward` and `generate`.
+        """
         weight = self.embedding.weight
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
@@ -204,26 +227,59 @@ class Model(nn.Module):
         return Cache(self, batch_size, **{"device": device, "dtype": dtype, **options})
 
     def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
-        """See hsa_tl.model.generate.generate."""
+        """Prompts and what follows them, see `hsa_tl.model.generate.generate`.
+
+        Args:
+            input_ids (Tensor [B, T], or list of prompts): tokens; prompts of a list may differ in length.
+            max_new_tokens (int): fewer follow when every prompt has had `eos_token`.
+            temperature (float): 0 takes the likeliest token. Default: 0.
+            top_p (float): draw from the likeliest tokens that together reach this probability. Default: 1.
+            seed (int): gives the same tokens every time. Default: None, torch's global generator.
+            more: eos_token (int), segment (int, tokens that the prefill reads at once) and cache.
+
+        Returns:
+            Tensor [B, T + new] for a tensor, a list of 1-D tensors for a list.
+
+        Raises:
+            ValueError: an empty prompt, or an argument out of range.
+        """
         return generate(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
 
     def stream(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
-        """See hsa_tl.model.generate.stream."""
+        """`generate`, one token of every prompt at a time.
+
+        Args:
+            input_ids, max_new_tokens, temperature, top_p, seed, more: as for `generate`.
+
+        Returns:
+            Iterator of tensors [B] int64, each as soon as it is known.
+
+        Raises:
+            ValueError: an empty prompt, or an argument out of range.
+        """
         return stream(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: Cache | None = None,
         logits_to_keep: int | None = None, lengths: torch.Tensor | list[int] | None = None,
     ) -> ModelOutput:  # fmt: skip
-        """Logits [B, T, V] of input_ids [B, T] int64, and the mean cross-entropy of labels [B, T] (-100: ignored).
+        """Logits, and the loss of labels.
 
-        labels are shifted here: labels[:, t] is predicted at t - 1, as input_ids themselves would be. logits_to_keep:
-        only the last so many positions have logits; 0: none (out.logits is None), and the head runs at labelled
-        positions only, a block of rows at a time.
+        Args:
+            input_ids (Tensor [B, T], int64): tokens; with a cache, the next ones of its sequences.
+            labels (Tensor [B, T], int64): -100 is ignored. They are shifted here: labels[:, t] is predicted at t - 1.
+                Default: None.
+            cache (Cache): what `new_cache` returned; it is updated, and nothing has a gradient. Default: None.
+            logits_to_keep (int): only the last so many positions have logits. 0: none, and the head runs at labelled
+                positions only, a block of rows at a time. Default: None, all.
+            lengths (Tensor or list [B]): with a cache only, how many tokens each row holds, padded on the right;
+                logits_to_keep then counts each row's own tokens, and logits of no token are unspecified. Default: T.
 
-        cache: input_ids are the next tokens of its sequences, without gradient. lengths [B] (with a cache only): how
-        many tokens each row holds, padded on the right; None: all T. Then logits_to_keep counts each row's own tokens,
-        and logits that belong to no token are unspecified.
+        Returns:
+            ModelOutput: logits [B, T, V], the mean cross-entropy `loss` in nats, and the cache.
+
+        Raises:
+            ValueError: lengths without a cache.
         """
         if cache is None and lengths is not None:
             raise ValueError(f"lengths must come with a cache, got {lengths}")

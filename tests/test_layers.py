@@ -42,7 +42,7 @@ LAYERS = (
         "hsa_tl.retrieval",
         "hsa_tl.oracle",
     ),
-    ("hsa_tl.decode_retrieval",),
+    ("hsa_tl.decode_retrieval", "hsa_tl.validation"),
     (
         "hsa_tl.kernels_tilelang.macros",
         "hsa_tl.kernels_tilelang.macros_sort",

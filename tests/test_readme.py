@@ -1,19 +1,165 @@
-"""The README's Python runs as it stands."""
+"""The README and docs/: their Python runs, their links and the tree exist, their figures are those of the results."""
 
+import csv
+import json
 import re
+import shlex
 from pathlib import Path
 
-import torch
+import pytest
+import typer
 
-TEXT = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+from hsa_tl.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").rglob("*.md")])
+SNIPPETS = [(p, i, s) for p in PAGES for i, s in enumerate(re.findall(r"```python\n(.*?)```", p.read_text(), re.S))]
+TEXT = "\n".join(p.read_text() for p in PAGES if "results" not in p.parts)
+COMMANDS = sorted({a or b for a, b in re.findall(r"`hsa-tl ([^`]+)`|^    hsa-tl ([^#\n]*)", TEXT, re.M)})
+RESULTS = ROOT / "bench" / "results" / "cpu"
+K, M = 1 << 10, 1 << 20
+LENGTHS = (256, 4 * K, 32 * K, 256 * K, M)
 
 
-def test_snippets():
-    operator, layer, model = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    names: dict = {}
-    exec(operator, names)
-    q, k, q_slc, landmarks = (torch.randn(1, n, h, 64) for n, h in ((256, 4), (256, 1), (256, 1), (4, 1)))
-    assert names["attend"](q, k, k, q_slc, landmarks).shape == q.shape
-    exec(layer, names)
-    assert names["MyModel"]()(torch.randn(2, 130, 256)).shape == (2, 130, 256)
-    exec(model, {"input_ids": torch.randint(0, 320, (1, 40)), "segment": torch.randint(0, 320, (1, 100))})
+def cells(*values: str) -> str:
+    """A line of a table."""
+    return "|" + "".join(f" {v} |" if v else " |" for v in values)
+
+
+@pytest.mark.parametrize("path, i, code", SNIPPETS, ids=[f"{p.stem}-{i}" for p, i, _ in SNIPPETS])
+def test_snippets(path, i, code):
+    exec(compile(code, f"{path.name}, snippet {i}", "exec"), {"__name__": "__main__"})
+
+
+def test_length():
+    assert len(README.read_text().splitlines()) <= 110
+
+
+def test_docs_are_linked():
+    """Every page of docs/ can be reached from the README."""
+    text = README.read_text()
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if f"docs/{p.name}" not in text] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    missing = [t for t in targets if "://" not in t and not (path.parent / t.split("#")[0]).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands(line):
+    """Every command and option of hsa-tl that the pages name is there."""
+    command, *words = shlex.split(line)
+    known = typer.main.get_command(app).commands
+    options = {"--help"} | {o for p in known[command].params for o in p.opts}
+    assert {w.split("=")[0] for w in words if w.startswith("--")} <= options
+
+
+def test_tree():
+    lines = re.findall(r"^    (\w+)/ +(.*)$", README.read_text().split("## The tree")[1], re.M)
+    assert {folder for folder, _ in lines} >= {"hsa_tl", "kernels_tilelang", "autotune", "model", "bench", "tests"}
+    for folder, what in lines:
+        for name in what.split(": ")[1].split(", "):
+            path = ROOT / folder / name.rstrip("/")
+            assert path.is_dir() if name.endswith("/") else path.with_suffix(".py").is_file(), f"{folder}/{name}"
+
+
+def number(x: float) -> str:
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
+
+
+def in_page(page: str, line: str) -> None:
+    lines = (ROOT / page).read_text().splitlines()
+    assert line in lines, f"{page} must have the line that the results give:\n{line}"
+
+
+class Speed:
+    """Medians of bench.csv, random selections; and the commits of those that were asked for."""
+
+    def __init__(self):
+        with (RESULTS / "bench.csv").open() as file:
+            rows = [r for r in csv.DictReader(file) if r["selection"] == "random" and r["p50"]]
+        self.at = {(r["config"], r["mode"], r["provider"], int(r["x"]), r["metric"]): r for r in rows}
+        self.commits = set()
+
+    def __call__(self, config: str, mode: str, T: int, *providers: str, metric: str = "time") -> float:
+        """The least of the providers'."""
+        rows = [self.at[config, mode, p, T, metric] for p in providers]
+        self.commits |= {r["commit"] for r in rows}
+        return min(float(r["p50"]) for r in rows)
+
+
+def test_figures_of_speed():
+    speed, dims = Speed(), "k16-d64: HQ=16 H=1 D=64 S=64 K=16 "
+    for T in (1024, 4096, 16384):
+        line = [str(T)]
+        for mode in ("forward", "train"):
+            dense = speed(f"{dims}float32", mode, T, "dense", "dense-expanded")
+            ours = speed(f"{dims}float32", mode, T, "hsa-with-retrieval")
+            line += [number(dense), number(ours), f"{ours / dense:.2f}"]
+        in_page("README.md", cells(*line))
+    for commit in speed.commits:
+        assert commit in README.read_text()
+    for T in (65536, 262144):
+        line = [str(T)]
+        for p in ("materialise", "hsa-auto"):
+            config = "k16-d64: R=1 D_r=64 S=64 K=16 float32"
+            line.append(f"{speed(config, 'prefill', T, p):.0f} ms")
+            line.append(f"{speed(config, 'prefill', T, p, metric='peak_extra_memory'):.0f} MiB")
+        in_page("docs/results.md", cells(*line))
+    for T in (4096, 262144, 16777216):
+        dense = speed(f"{dims}D_r=64 float32", "decode", T, "dense", "dense-grouped")
+        ours = speed(f"{dims}D_r=64 float32", "decode", T, "hsa-auto")
+        in_page("docs/results.md", cells(str(T), number(dense), number(ours)))
+    for commit in speed.commits:
+        assert commit in (ROOT / "docs" / "results.md").read_text()
+
+
+def percent(values: list[float]) -> str:
+    """The median, with the worst and the best where they differ."""
+    low, mid, high = (round(100 * sorted(values)[i]) for i in (0, len(values) // 2, -1))
+    return str(mid) if low == high else f"{mid} ({low} to {high})"
+
+
+def test_figures_of_needles():
+    rows = json.loads((RESULTS / "lengths.json").read_text())
+
+    def values(recipe, model, task, T):
+        found = [r for r in rows if (r["recipe"], r["model"], r["task"], r["length"]) == (recipe, model, task, T)]
+        return [r["accuracy"] for r in sorted(found, key=lambda r: r["seed"])]
+
+    for page, model, *head in (
+        ("README.md", "hsa", "HSA"),
+        ("README.md", "full-rope", "full attention, RoPE"),
+        ("README.md", "swa", "sliding window only"),
+        ("docs/results.md", "nsa", "NSA-style selection, NoPE", "5"),
+        ("docs/results.md", "nsa-rope", "NSA-style selection, RoPE", "1"),
+    ):
+        found = [values("needle-tiny", model, "s-niah", T) for T in LENGTHS]
+        in_page(page, cells(*head, *(percent(v) if v else "" for v in found)))
+    for model, name in (("hsa", "HSA, seeds 0 to 4"), ("full-rope", "full attention, RoPE, seed 0")):
+        found = [values("needle-hard", model, "mk-niah-3", T) for T in LENGTHS]
+        in_page("docs/results.md", cells(name, *(", ".join(f"{100 * x:.0f}" for x in v) for v in found)))
+    text = README.read_text() + (ROOT / "docs" / "results.md").read_text()
+    assert {r["commit"] for r in rows if r["commit"] not in text} == set()
+
+
+def test_figures_of_text():
+    rows = json.loads((RESULTS / "perplexity.json").read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    names = {"text-tiny": "HSA", "text-tiny-baselm": "full attention, RoPE", "text-tiny-swa": "window of 64 only"}
+    for model, name in names.items():
+        mine = {r["length"]: r for r in rows if r["model"] == model}
+        bits = [f"{mine[n * K]['bits_per_token']:.3f}" if n * K in mine else "" for n in (1, 2, 4, 8, 16, 32, 64)]
+        in_page("docs/results.md", cells(name, f"{mine[K]['parameters'] / 1e6:.2f}M", *bits))
+        assert mine[K]["commit"] in text
+    at = [r for r in json.loads((RESULTS / "ruler.json").read_text()) if r["length"] == 16 * M]
+    for task, name in (("s-niah", "S-NIAH"), ("mq-niah", "MQ-NIAH")):
+        mine = [r for r in at if r["task"] == task]
+        right = round(sum(r["accuracy"] * r["answers"] for r in mine))
+        assert f"{name} {right} of {sum(r['answers'] for r in mine)}" in re.sub(r"\s+", " ", text)
+        assert mine[0]["commit"] in text

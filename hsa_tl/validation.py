@@ -1,0 +1,95 @@
+"""What the public functions require of their arguments: each check raises "name must rule, got value"."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+
+import torch
+
+IMPLS = ("auto", "reference", "tilelang", "triton")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def require(ok: bool, name: str, rule: str | Callable[[], str], value: object) -> None:
+    """rule and value may be functions: under torch.compile, printing a length would make it a constant of the graph."""
+    if not ok:
+        rule, value = (x() if callable(x) else x for x in (rule, value))
+        raise ValueError(f"{name} must {rule}, got {value}")
+
+
+def shape_of(x: torch.Tensor) -> Callable[[], str]:
+    return lambda: f"shape {list(x.shape)}"
+
+
+def require_shape(name: str, x: torch.Tensor, dims: tuple, reason: str) -> None:
+    """dims: numbers, or "N" and "N >= 1" for free ones. Dim by dim: comparing shapes as a whole fixes lengths too."""
+    same = all(n >= d.count(">= 1") if isinstance(d, str) else n == d for n, d in zip(x.shape, dims, strict=True))
+    require(same, name, lambda: f"have shape [{', '.join(map(str, dims))}] {reason}", shape_of(x))
+
+
+def require_tensor(name: str, x: object, ndim: int, like: torch.Tensor | None = None) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    require(x.ndim == ndim, name, f"have {ndim} dimensions", shape_of(x))
+    if like is not None:
+        require(x.device == like.device, name, f"be on {like.device} like the other tensors", x.device)
+
+
+def require_float(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    if like is not None:
+        require(x.dtype == like.dtype, name, f"have dtype {like.dtype} like the query", x.dtype)
+    require(x.dtype in FLOATS, name, "have dtype bfloat16, float16, float32 or float64", x.dtype)
+
+
+def require_int(name: str, x: object, low: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(x).__name__}")
+    require(x >= low, name, f"be at least {low}", lambda: x)
+
+
+def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
+    require_int("chunk_size", chunk_size, 1)
+    require(chunk_size in (16, 32, 64, 128), "chunk_size", "be 16, 32, 64 or 128", chunk_size)
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+        require(math.isfinite(scale) and scale >= 0, "scale", "be finite and at least 0", scale)
+    require(impl in IMPLS, "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
+
+
+def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
+    require_tensor("cu_seqlens", cu_seqlens, 1, q)
+    require(cu_seqlens.dtype == torch.int32, "cu_seqlens", "have dtype int32", cu_seqlens.dtype)
+    require(cu_seqlens.shape[0] >= 2, "cu_seqlens", "hold at least two offsets", shape_of(cu_seqlens))
+    require(q.shape[0] == 1, "cu_seqlens", "come with batch size B = 1", lambda: f"B = {q.shape[0]}")
+
+
+def validates(x: torch.Tensor, validate: bool | None) -> bool:
+    if x.device.type == "cpu":
+        return True
+    return os.environ.get("HSA_VALIDATE") == "1" if validate is None else validate
+
+
+def config_json(config: object) -> str:
+    if config is None:
+        return ""
+    if not isinstance(config, dict):
+        raise TypeError(f"config must be a dict from program name to its config, got {type(config).__name__}")
+    return json.dumps({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
+
+
+def require_selection(q: torch.Tensor, H: int, weights: torch.Tensor, indices: torch.Tensor) -> None:
+    B, T, HQ, _ = q.shape
+    require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k")
+    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    K = indices.shape[3]
+    require(
+        weights.shape[0] == B and weights.shape[1] == T and weights.shape[2] in (H, HQ) and weights.shape[3] == K,
+        "weights",
+        lambda: f"have shape [{B}, {T}, {H} or {HQ}, {K}] to match indices",
+        shape_of(weights),
+    )
+    weights_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    require(weights.dtype == weights_dtype, "weights", f"have dtype {weights_dtype}", weights.dtype)
