@@ -104,8 +104,10 @@ class Model(nn.Module):
 
     The stages are methods, so that inference can run them on segments: `embed`, `lower`, `encode`, `upper`, `head`.
     start: the absolute position of the first token given, an int, or int32 [B] for sequences of different lengths.
-    caches: one for each layer of the stage (see Layer), or None.
+    caches: one for each layer of the stage (see Layer), or None. tokenizer: what hsa_tl.model.load puts there.
     """
+
+    tokenizer = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()

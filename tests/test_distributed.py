@@ -9,7 +9,8 @@ import pytest
 import ranks
 import torch
 
-from hsa_tl.model.train import load_model, train
+from hsa_tl.model import load
+from hsa_tl.model.train import train
 from hsa_tl.testing import assert_as_accurate_as
 
 
@@ -82,7 +83,7 @@ def test_training_equals_one_process_and_survives_a_dead_rank(tmp_path):
     assert sorted(p.name for p in run.glob("step-*")) == ["step-00000002", "step-00000004"]
     resumed = launch(4, "training", run, 2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    got = load_model(run)
+    got = load(run)
     low = train(ranks.recipe(), tmp_path / "alone")
     high = in_double(lambda: train(ranks.recipe(), tmp_path / "double"))
     assert_as_accurate_as("weights", weights(got), weights(low), weights(high))
