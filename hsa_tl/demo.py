@@ -27,14 +27,7 @@ from hsa_tl.testing import make_selection
 TOPKS = (16, 64)
 ACCURACY_TOKENS = {"cpu": 256, "cuda": 2048}
 STATIC_CASE = "paper-d128"
-STATIC_PROGRAMS = (
-    "hsa_fwd_token",
-    "hsa_fwd_union",
-    "hsa_fwd_chunk",
-    "hsa_bwd_chunk",
-    "hsa_decode_split",
-    "retrieve_topk",
-)
+STATIC_PROGRAMS = ("hsa_fwd_union", "hsa_fwd_chunk", "hsa_bwd_chunk", "hsa_decode_split")
 THREADS = 1  # a thread that waits for another one's core costs more than two save
 TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
 UNION_PAYS = 0.45  # of the chunks walked token by token
@@ -50,6 +43,7 @@ ACTS = {
     "needles": ("a model of 0.6M parameters, trained at 256 tokens, finds needles in noise at up to 1M", 40),
 }
 TRAIN_S = 600
+WRITES = (".json", ".csv", ".png", ".svg")
 
 
 def _base(device: str) -> Problem:
@@ -280,6 +274,8 @@ def _make_folder(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"out must be a folder that can be written, got {out}: {error.strerror}") from None
+    if taken := [p for p in sorted(out.iterdir()) if p.suffix in WRITES and p.is_dir()]:
+        raise ValueError(f"{taken[0]} must be a file or absent, got a folder")
 
 
 def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict]) -> list[Path]:
