@@ -15,9 +15,10 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# The main job on real text; make demo TEXT=file for another text.
+# The main job on real text. TEXT=file takes another text, TRAIN=1 trains the model of the last act here first.
+export TEXT
 demo: setup
-	$(BIN)/hsa-tl demo $(if $(TEXT),--text $(TEXT))
+	@$(BIN)/hsa-tl demo $${TEXT:+--text="$$TEXT"} $(if $(TRAIN),--train)
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q

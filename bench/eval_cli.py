@@ -10,10 +10,10 @@ import typer
 
 from hsa_tl.bench import ruler, selections
 from hsa_tl.bench.lengths import MODELS
-from hsa_tl.bench.needle_demo import run_needles
+from hsa_tl.bench.needle_demo import make_weights, run_needles
 from hsa_tl.bench.plot import length_label
 from hsa_tl.files import write_atomic
-from hsa_tl.model import checkpoint, data
+from hsa_tl.model import checkpoint, data, load
 from hsa_tl.model import train as training
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.terminal import make_console, one_line_errors, parse_lengths, plot_or_say, progress_bar, show_table
@@ -77,7 +77,7 @@ def evaluate(
             raise ValueError(f"what to evaluate must be ruler, perplexity or selections, got {what!r}")
         torch.set_num_threads(threads)
         points = parse_lengths(lengths)
-        model = training.load_model(run, device)
+        model = load(run, device)
         if topk is not None:
             training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
         if what == "selections":
@@ -115,6 +115,23 @@ def evaluate(
     console.print("wrote " + ", ".join(map(str, written)))
 
 
+def weights(
+    recipe: Annotated[str, typer.Argument(help="a recipe of needles")] = "needle-tiny",
+    seed: Annotated[int, typer.Option(help="of the training")] = 0,
+    samples: Annotated[int, typer.Option(help="contexts of each length and task")] = 100,
+    out: Annotated[Path, typer.Option(help="folder; the package's own is model/weights")] = Path("out/weights"),
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+) -> None:
+    """Trains from nothing, asks at 256 tokens to 1M, and writes the weights that hsa_tl.model.load knows by name.
+
+    RECIPE.safetensors, and RECIPE.json: recipe, commit, versions, CPU, checksum and scores.
+    """
+    with one_line_errors():
+        torch.set_num_threads(threads)
+        written = make_weights(console, out, recipe, seed, samples=samples)
+    console.print("wrote " + ", ".join(map(str, written)))
+
+
 def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:
     """selections.safetensors for `hsa-tl bench --selection trained=FILE`; their overlap and source as JSON."""
     if length > len(file):
@@ -146,3 +163,4 @@ def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
     app.command()(lengths)
     app.command("eval")(evaluate)
+    app.command()(weights)

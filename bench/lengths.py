@@ -108,21 +108,34 @@ def run_lengths(
         todo = [(t, T) for t, T in todo if name != "full-rope" or T <= ONE_SHOT]
         if not todo:
             continue
-        model, seconds = _trained(plan, runs / f"{plan.name}-{seed}", on_step)
-        config = model.config
-        read_tokens = config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0
+        model, seconds = _trained(plan, run_folder(runs, plan), on_step)
         for task, T in todo:
-            answer = partial(evaluate.answers_right, LongReader(model))
-            found = evaluate.accuracy(answer, evaluate.needle_samples(task, T, samples, seed), budget_s)
-            row = Row(
-                name, seed, plan.stages[-1].length, T, task, found.share, round(found.seconds, 3), found.answers,
-                found.samples, read_tokens, round(seconds, 1), record.device_name("cpu"), record.versions(),
-                record.commit(), trained_on,
-            )  # fmt: skip
+            row = ask(LongReader(model), name, plan, task, T, samples, budget_s, round(seconds, 1), trained_on)
             rows.append(row)
             write_rows(path, rows)
             on_row(row)
     return rows
+
+
+def ask(
+    reader: LongReader, name: str, plan: Recipe, task: str, T: int, samples: int, budget_s: float,
+    train_seconds: float, trained_on: str,
+) -> Row:  # fmt: skip
+    """The row of a model that plan made, of one task and length. A reader that read this length before reads less."""
+    config = reader.model.config
+    read_tokens = config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0
+    answer = partial(evaluate.answers_right, reader)
+    found = evaluate.accuracy(answer, evaluate.needle_samples(task, T, samples, plan.seed), budget_s)
+    return Row(
+        name, plan.seed, plan.stages[-1].length, T, task, found.share, round(found.seconds, 3), found.answers,
+        found.samples, read_tokens, train_seconds, record.device_name("cpu"), record.versions(), record.commit(),
+        trained_on,
+    )  # fmt: skip
+
+
+def run_folder(runs: Path, plan: Recipe) -> Path:
+    """Where run_lengths trains a plan of recipe_of."""
+    return runs / f"{plan.name}-{plan.seed}"
 
 
 def _trained(recipe: Recipe, run: Path, on_step: Callable[[Step], None]) -> tuple[torch.nn.Module, float]:

@@ -10,7 +10,7 @@ from hsa_tl.api import IMPLS
 from hsa_tl.autotune import cli as autotune_cli
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import cli as bench_cli
-from hsa_tl.bench import eval_cli, gate, needle_demo, record
+from hsa_tl.bench import eval_cli, gate, record
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.demo import run_demo
@@ -107,19 +107,21 @@ def demo(
     tokens: Annotated[str, typer.Option(help="tokens whose selections are measured, one a byte")] = "16k",
     lengths: Annotated[Optional[str], typer.Option(help="lengths of the speed comparison")] = None,
     device: Device = None,
-    minutes: Annotated[float, typer.Option(help="time for the speed comparison")] = 2.0,
-    needles: Annotated[bool, typer.Option(help="train a tiny model and ask it at a million tokens: minutes")] = True,
+    minutes: Annotated[float, typer.Option(help="most time for the speed comparison")] = 0.75,
+    needles: Annotated[
+        bool, typer.Option(help="ask the weights that ship with the package at a million tokens")
+    ] = True,
+    train: Annotated[bool, typer.Option("--train", help="train them here first: 3 to 10 minutes more")] = False,
 ) -> None:
-    """The main job on real text: retrieve, attend, backward on every implementation; accuracy, overlap, speed.
+    """The main job on real text: retrieve, attend, backward on every implementation; accuracy, overlap, speed, needles.
 
     Exit code 1 if an implementation is inaccurate.
     """
     with one_line_errors():
         device = pick_device(device)
-        points = parse_lengths(lengths or ("1k..8k" if device == "cpu" else "4k..64k"))
-        ok = run_demo(text, out, parse_length(tokens), points, device, minutes * 60, console)
-        if needles:
-            needle_demo.run_demo(console, out)
+        points = parse_lengths(lengths or ("1k,4k" if device == "cpu" else "4k..64k"))
+        last = None if not needles else "train" if train else "ask"
+        ok = run_demo(text, out, parse_length(tokens), points, device, minutes * 60, console, last)
     if not ok:
         raise typer.Exit(1)
 

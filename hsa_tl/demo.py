@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +12,38 @@ import torch
 from rich.console import Console
 
 from hsa_tl import api, cases, text
-from hsa_tl.bench import compare, gate, plot, plot_text, record
+from hsa_tl.autotune import static as static_check
+from hsa_tl.bench import compare, gate, needle_demo, plot, plot_text, record
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.providers import provider
 from hsa_tl.bench.sweep import run_sweep
 from hsa_tl.files import write_atomic
+from hsa_tl.model import load
+from hsa_tl.model.recipe import load_recipe
 from hsa_tl.problem import Problem
-from hsa_tl.terminal import plot_or_say, progress_bar, show_table
+from hsa_tl.terminal import plot_or_say, show_table
 from hsa_tl.testing import make_selection
 
 TOPKS = (16, 64)
-ACCURACY_TOKENS = {"cpu": 512, "cuda": 2048}
-STATIC_CASES = ("paper-d128", "paper-d64")
+ACCURACY_TOKENS = {"cpu": 256, "cuda": 2048}
+STATIC_CASE = "paper-d128"
+STATIC_PROGRAMS = ("hsa_fwd_union", "hsa_fwd_chunk", "hsa_bwd_chunk", "hsa_decode_split")
+THREADS = 1  # a thread that waits for another one's core costs more than two save
 TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
 UNION_PAYS = 0.45  # of the chunks walked token by token
 IMPLS = ("reference", "tilelang", "triton")
 SPEED = ("hsa-auto", "retrieve", "hsa-with-retrieval")
+# What each act does and how long it takes on two quiet cores of an AMD EPYC, all caches empty.
+ACTS = {
+    "accuracy": ("out and gradients of every implementation against float64, on retrieved chunks of text", 30),
+    "selections": ("what retrieval finds in text, beside chance", 5),
+    "speed": ("HSA against dense attention, forward and backward", 40),
+    "static table": ("programs assembled for an H200, not run", 30),
+    "plots": ("what was measured, as pictures", 5),
+    "needles": ("a model of 0.6M parameters, trained at 256 tokens, finds needles in noise at up to 1M", 40),
+}
+TRAIN_S = 600
+WRITES = (".json", ".csv", ".png", ".svg")
 
 
 def _base(device: str) -> Problem:
@@ -77,12 +94,12 @@ def selections(corpus: text.Corpus, problem: Problem, topks) -> tuple[list[dict]
 def static_rows(console: Console) -> list[dict]:
     """The static table for an H200, of the first config of each program; one line instead where a tool is missing."""
     try:
-        from hsa_tl.autotune.static import table_rows
-
-        return table_rows(tuple(map(cases.case, STATIC_CASES)), device="h200", first_only=True, jobs=2)
+        return static_check.table_rows(
+            (cases.case(STATIC_CASE),), device="h200", programs=STATIC_PROGRAMS, first_only=True, jobs=2
+        )
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        console.print(f"4. No static table for an H200 here: {reason}", markup=False, highlight=False)
+        console.print(f"No static table for an H200 here: {reason}", markup=False, highlight=False)
         return []
 
 
@@ -99,7 +116,7 @@ def _show_accuracy(console: Console, problem: Problem, rows: list[dict]) -> None
         verdict = "FAIL" if wrong else "pass"
         lines.append((name, *(f"{e['rms_error']:.1e}" for e in errors), f"{row['seconds']:.1f}", verdict))
     names = ("implementation", *gate.QUANTITIES, "seconds", "verdict")
-    title = f"1. Accuracy: RMS error relative to float64, {problem}"
+    title = f"RMS error relative to float64, {problem}"
     show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6))
     for note in notes:
         console.print(note, markup=False, highlight=False)
@@ -114,7 +131,7 @@ def _show_selections(console: Console, rows: list[dict]) -> None:
         lines.append((r["K"], r["selection"], *share))
     unions = (f"union of {n}" for n in TILES)
     names = ("K", "selection", "overlap", *unions, f"< {UNION_PAYS} from", "best chunk found")
-    title = f"2. Retrieval, {rows[0]['tokens']} tokens: overlap of neighbours, distinct chunks (share of tokens x K)"
+    title = f"{rows[0]['tokens']} tokens: overlap of neighbours, distinct chunks (share of tokens x K)"
     show_table(console, title, names, lines, right=(0, 2, 3, 4, 5, 7))
 
 
@@ -130,7 +147,7 @@ def _show_speed(console: Console, rows: list[record.Row]) -> None:
         lines.append((mode, T, *cells, ratio, "" if memory is None else f"{memory:.0f}"))
     notes = dict.fromkeys(f"{r.provider}: {r.note}" for r in rows if r.metric == "time" and r.p50 is None)
     names = ("mode", "T", "dense ms", "HSA ms", "retrieval ms", "both ms", "both / dense", "HSA extra MiB")
-    title = f"3. Speed on {rows[0].device}: {rows[0].config.split(': ')[1]}, text"
+    title = f"{rows[0].device}: {rows[0].config.split(': ')[1]}, text"
     show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6, 7))
     for note in notes:
         console.print(note, markup=False, highlight=False)
@@ -149,66 +166,75 @@ def _show_static(console: Console, rows: list[dict]) -> None:
         lines.append((r["program"], r["D"], r["config"], *cells))
     names = ("program", "D", "config", "regs", "spills", "smem", "CTAs", "MMA", "ns/pair", "limiter")
     dims = ", ".join(f"{n}={rows[0][n]}" for n in ("G", "S", "dtype"))
-    title = f"4. Assembled for an H200, not run: {dims}; smem in KiB, pair = (token, chunk)"
+    title = f"{dims}; smem in KiB, pair = (token, chunk)"
     show_table(console, title, names, lines, right=(1, 3, 4, 5, 6, 7, 8))
 
 
 def run_demo(
-    path: Path | None, out: Path, tokens: int, lengths: list[int], device: str, speed_s: float, console: Console
-) -> bool:
-    """Runs the demo, prints its tables and writes demo.json, speed.csv and the plots under out.
+    path: Path | None, out: Path, tokens: int, lengths: list[int], device: str, speed_s: float, console: Console,
+    needles: str | None = "ask",
+) -> bool:  # fmt: skip
+    """Runs the demo, prints its tables and writes demo.json, speed.csv, lengths.json and the plots under out.
 
-    Returns False if an implementation is less accurate than it must be. ValueError, OSError: a text that cannot be
-    read or is too short, before anything is written.
+    needles: "ask" the weights that ship, "train" them first, or None: neither. Returns False if an implementation is
+    less accurate than it must be. ValueError, OSError: a text that cannot be read, is too short or is not UTF-8, a
+    folder that cannot be written; before the first act.
     """
     base = _base(device)
     topks = tuple(K for K in TOPKS if (K + 1) * base.S + max(TILES) <= tokens)
     if not topks:
         raise ValueError(f"tokens must be at least {(min(TOPKS) + 1) * base.S + max(TILES)}, got {tokens}")
+    if not speed_s > 0:
+        raise ValueError(f"minutes must be positive, got {speed_s / 60}")
+    corpus = text.read_corpus(path, at_least=max(tokens, *lengths, *ACCURACY_TOKENS.values()))
+    if needles == "ask":
+        load("needle-tiny")  # whole, and all that it needs is here
+    elif needles == "train":
+        load_recipe("needle-tiny")
+    _make_folder(out)
+    plan = _plan(device, speed_s, needles)
     seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def part(name: str) -> Iterator[None]:
+    def act(name: str) -> Iterator[None]:
+        what, expected = plan[name]
+        number = f"{list(plan).index(name) + 1}/{len(plan)}"
+        console.print(f"\n{number} {name}: {what}; {expected}", markup=False, highlight=False, soft_wrap=True)
         start = time.perf_counter()
-        bar.update(step, description=name)
         yield
-        bar.advance(step)
         seconds[name] = round(time.perf_counter() - start, 2)
 
     threads = torch.get_num_threads()
     if device == "cpu":
-        torch.set_num_threads(min(2, threads))
+        torch.set_num_threads(THREADS)
     try:
-        with progress_bar(console) as bar:
-            step = bar.add_task("text", total=6)
-            with part("text"):
-                corpus = text.read_corpus(path, at_least=max(tokens, *lengths, *ACCURACY_TOKENS.values()))
-                out.mkdir(parents=True, exist_ok=True)
-            source = {"device": record.device_name(device), "versions": record.package_versions()}
-            source["commit"] = record.commit()
-            console.print(
-                f"text: {corpus.name}, the first {tokens} bytes, one token each\ndevice: {source['device']}\n"
-            )
-            with part("accuracy"):
-                accuracy_problem, errors = accuracy(corpus, device)
-            _show_accuracy(console, accuracy_problem, errors)
-            with part("selections"):
-                found, chosen = selections(corpus, cases.at_length(cases.on_cpu(base), tokens), topks)
-            _show_selections(console, found)
-            with part("speed"):
-                dense = ("dense-expanded",) if device == "cpu" else ("dense", "dense-cudnn", "dense-flash")
-                case = dataclasses.replace(cases.case("k16-d64"), name="demo", problem=base)
-                speed = run_sweep(
-                    Attention(corpus), [case], lengths, ("forward", "train"), (*dense, *SPEED), "text", device,
-                    deadline_s=speed_s, threads=None, seconds=0.5,
-                )  # fmt: skip
-            _show_speed(console, speed)
-            with part("static table"):
-                static = static_rows(console)
-            _show_static(console, static)
-            with part("plots"):
-                record.write_rows(speed, out, "speed")
-                written = _plots(console, out, corpus, chosen[0, :, 0], base.S, found)
+        source = {"device": record.device_name(device), "versions": record.package_versions()}
+        source["commit"] = record.commit()
+        console.print(f"text: {corpus.name}, the first {tokens} bytes, one token each\ndevice: {source['device']}")
+        with act("accuracy"):
+            accuracy_problem, errors = accuracy(corpus, device)
+        _show_accuracy(console, accuracy_problem, errors)
+        with act("selections"):
+            found, chosen = selections(corpus, cases.at_length(cases.on_cpu(base), tokens), topks)
+        _show_selections(console, found)
+        with act("speed"):
+            dense = ("dense-expanded",) if device == "cpu" else ("dense", "dense-cudnn", "dense-flash")
+            case = dataclasses.replace(cases.case("k16-d64"), name="demo", problem=base)
+            speed = run_sweep(
+                Attention(corpus), [case], lengths, ("forward", "train"), (*dense, *SPEED), "text", device,
+                deadline_s=speed_s, threads=None, min_repeats=1, seconds=0.5,
+            )  # fmt: skip
+        _show_speed(console, speed)
+        with act("static table"):
+            static = static_rows(console)
+        _show_static(console, static)
+        with act("plots"):
+            record.write_rows(speed, out, "speed")
+            written = _plots(console, out, corpus, chosen[0, :, 0], base.S, found)
+        if needles is not None:
+            with act("needles"):
+                ask = needle_demo.train_and_ask if needles == "train" else needle_demo.ask_shipped
+                ask(console, out)
     finally:
         torch.set_num_threads(threads)
     result = source | {
@@ -217,9 +243,39 @@ def run_demo(
         "speed": [dataclasses.asdict(r) for r in speed], "static": static,
     }  # fmt: skip
     write_atomic(out / "demo.json", json.dumps(result, indent=1, default=str) + "\n")
-    console.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    console.print("\nseconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     console.print("wrote " + ", ".join(str(p) for p in (out / "demo.json", out / "speed.csv", *written)))
     return not any(e["message"] for row in errors for e in row.get("errors", ()))
+
+
+def _plan(device: str, speed_s: float, needles: str | None) -> dict[str, tuple[str, str]]:
+    """Of each act of this run: what it does, and how long it takes."""
+    plan = {}
+    for name, (what, expected) in ACTS.items():
+        if name == "needles" and needles is None:
+            continue
+        if name == "needles" and needles == "train":
+            what, expected = what.replace("trained", "trained here"), expected + TRAIN_S
+        if name == "speed":
+            expected = min(expected, speed_s)
+        if name == "static table" and static_check.missing_tools():
+            expected = 0
+        spent = f"{expected / 60:.0f} minutes" if expected > 90 else f"{expected:.0f} s"
+        known = f"about {spent} on two quiet cores" if device == "cpu" else "not timed on a GPU yet"
+        plan[name] = what, known
+    return plan
+
+
+def _make_folder(out: Path) -> None:
+    """A folder in which every file of the demo can be written. ValueError: why not."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written, got {out}: {error.strerror}") from None
+    if taken := [p for p in sorted(out.iterdir()) if p.suffix in WRITES and p.is_dir()]:
+        raise ValueError(f"{taken[0]} must be a file or absent, got a folder")
 
 
 def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict]) -> list[Path]:

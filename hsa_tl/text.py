@@ -41,7 +41,7 @@ def read_corpus(path: str | Path | None = None, at_least: int = 0) -> Corpus:
     """The file at path; by default the *.py files at the top of Python's standard library, in sorted order.
 
     Files are read whole; once at_least > 0 bytes are there no further file is read. OSError: path cannot be read.
-    ValueError: fewer than at_least bytes.
+    ValueError: fewer than at_least bytes; the file at path is not UTF-8.
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -56,6 +56,12 @@ def read_corpus(path: str | Path | None = None, at_least: int = 0) -> Corpus:
             break
     if len(data) < max(1, at_least):
         raise ValueError(f"text must hold at least {max(1, at_least)} bytes, got {len(data)} from {name}")
+    if path is not None:
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            byte = data[error.start]
+            raise ValueError(f"text must be UTF-8, got the byte {byte:#04x} at {error.start} of {name}") from None
     return Corpus(name, bytes(data), tuple(starts))
 
 

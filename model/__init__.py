@@ -4,6 +4,7 @@ from hsa_tl.model.config import ModelConfig, baseline, preset
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.model import Model, ModelOutput
+from hsa_tl.model.pretrained import load
 
 __all__ = [
     "ChunkEncoder",
@@ -15,5 +16,6 @@ __all__ = [
     "ModelOutput",
     "PagedMemory",
     "baseline",
+    "load",
     "preset",
 ]

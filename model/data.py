@@ -27,11 +27,11 @@ BLOCK = 1 << 24
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `end` is the id that ends a document."""
+    """Text to token ids and back. `end` is the id that ends a document, None where nothing does."""
 
     name: str
     vocab_size: int
-    end: int
+    end: int | None
 
     def encode(self, text: str | bytes) -> np.ndarray: ...
     def encode_all(self, texts: list[str]) -> list[np.ndarray]: ...

@@ -110,7 +110,7 @@ class Model(nn.Module):
 
     The stages are methods, so that inference can run them on segments: `embed`, `lower`, `encode`, `upper`, `head`.
     start: the absolute position of the first token given, an int, or int32 [B] for sequences of different lengths.
-    caches: one for each layer of the stage (see Layer), or None.
+    caches: one for each layer of the stage (see Layer), or None. tokenizer: what hsa_tl.model.load puts there.
 
     Args:
         config (ModelConfig): dims and options.
@@ -120,6 +120,8 @@ class Model(nn.Module):
         >>> model(torch.zeros(1, 40, dtype=torch.int64)).logits.shape
         torch.Size([1, 40, 320])
     """
+
+    tokenizer = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -18,6 +18,30 @@ MARK, ASK = 0, 1
 NOISE, KEYS, VALUES = (2, 128), (128, 224), (224, 320)  # first id, and the one after the last
 KEY_COUNT = KEYS[1] - KEYS[0]
 
+WORDS = np.array(
+    ["MARK", "ASK"] + [f"{x}{i}" for x, (a, b) in (("n", NOISE), ("k", KEYS), ("v", VALUES)) for i in range(b - a)]
+)
+IDS = {word: i for i, word in enumerate(WORDS.tolist())}
+
+
+class NeedleTokenizer:
+    """The vocabulary as words between blanks: MARK, ASK, noise n0 to n125, keys k0 to k95, values v0 to v95."""
+
+    name, vocab_size, end = "needles", VOCAB, None
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """ValueError: a word that is none of the vocabulary."""
+        words = (text.decode() if isinstance(text, bytes) else text).split()
+        if unknown := [w for w in words if w not in IDS]:
+            raise ValueError(f"text must be words such as MARK, ASK, n0, k0 and v0, got {unknown[0]!r}")
+        return np.array([IDS[w] for w in words], np.uint16)
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(t) for t in texts]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return " ".join(WORDS[np.asarray(tokens)])
+
 
 @dataclass(frozen=True)
 class NeedleTask:

@@ -114,6 +114,11 @@ class TaskSource:
         return _stack([(s.tokens, s.targets()) for s in samples])
 
 
+def tokenizer_of(spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a recipe's `data`: its file's, by default one token a byte; of needles, their words."""
+    return needles.NeedleTokenizer() if spec["kind"] == "needles" else make_tokenizer(spec.get("tokenizer"))
+
+
 def _text(spec: dict, length: int, seed: int, **options) -> TextSource:
     tokenizer = make_tokenizer(spec.pop("tokenizer", None))
     return TextSource(TokenFile(spec.pop("path")), length, seed, tokenizer=tokenizer, **options, **spec)

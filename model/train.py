@@ -23,7 +23,8 @@ from hsa_tl.model import checkpoint
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.distributed import Ranks
 from hsa_tl.model.model import Model
-from hsa_tl.model.recipe import Recipe, Stage, recipe_of
+from hsa_tl.model.pretrained import load
+from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source
 
 LOG = "log.jsonl"
@@ -190,7 +191,7 @@ def train(
         writer.close()
     ranks.close()
     if ranks.world > 1:  # the parameters here are shards
-        return load_model(run, device)
+        return load(run, device)
     reconfigure(model, recipe.config())
     return model.eval()
 
@@ -202,13 +203,3 @@ def _source(recipe: Recipe, stage: Stage, number: int) -> Source:
             f"data must have at most the model's {recipe.config(stage).vocab_size} token ids, got {source.vocab_size}"
         )
     return source
-
-
-def load_model(run: Path, device: str = "cpu") -> Model:
-    """The model of a run's newest checkpoint, configured as after training. ValueError: there is none."""
-    found = checkpoint.latest(run)
-    if found is None:
-        raise ValueError(f"run must be a folder with a checkpoint, got {run}")
-    model = Model(recipe_of(found.recipe).config())
-    checkpoint.load_weights(found, model)
-    return model.to(device).eval()

@@ -117,32 +117,6 @@ def test_calibrate_fits_what_was_measured(compiler, tmp_path):
     assert cost.parse_device((tmp_path / "h200.json").read_text()).name == "h200"
 
 
-def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path):
-    monkeypatch.setattr(static, "find_tool", lambda name: None)
-    text = tmp_path / "text.txt"
-    text.write_bytes(b"".join(f"line {i}: the key of {i % 97} is {i * i % 1009}\n".encode() for i in range(400)))
-    output = run(
-        "demo",
-        "--text",
-        text,
-        "--tokens",
-        2048,
-        "--lengths",
-        "512",
-        "--out",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-        "--no-needles",
-    )
-    assert "No static table" in output and "nvcc" in output
-    result = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert {r["implementation"] for r in result["accuracy"]["implementations"]} == {"reference", "tilelang", "triton"}
-    assert all(not e["message"] for r in result["accuracy"]["implementations"] for e in r["errors"])
-    assert result["selections"] and result["speed"] and result["static"] == []
-    assert len(list((tmp_path / "out").glob("*.png"))) >= 3
-
-
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -151,7 +125,6 @@ def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path):
         (("bench", "--lengths", "4q"), "lengths must be numbers"),
         (("bench", "--device", "tpu"), "device must be cpu or cuda"),
         (("bench", "--provider", "nonsense"), "provider must be one of"),
-        (("demo", "--text", "/nonexistent/file"), "/nonexistent/file"),
         (("static", "--device", "v100"), "device must be one of h100, h200, h800"),
         (("autotune", "--case", "nonsense"), "case must be one of"),
         (("autotune", "--device", "v100"), "device must be one of h100, h200, h800"),

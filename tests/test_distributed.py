@@ -12,7 +12,8 @@ import torch
 from strategies import assert_all_accurate
 
 from hsa_tl.accuracy import expect
-from hsa_tl.model.train import load_model, train
+from hsa_tl.model import load
+from hsa_tl.model.train import train
 
 
 def launch(count: int, *arguments: object) -> subprocess.CompletedProcess:
@@ -75,7 +76,7 @@ def test_training_equals_one_process_and_survives_a_dead_rank(tmp_path):
     assert sorted(p.name for p in run.glob("step-*")) == ["step-00000002", "step-00000004"]
     resumed = launch(4, "training", run, 2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    got = load_model(run)
+    got = load(run)
     assert len(curve(run)) == 6
     samples = itertools.count()
 

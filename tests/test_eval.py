@@ -14,6 +14,7 @@ from hsa_tl.bench import ruler as bench_ruler
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.suite import selection_label
 from hsa_tl.cli import app
+from hsa_tl.model import load
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer, TokenFile, write_tokens
 from hsa_tl.model.hsa import ChunkMemory
@@ -100,7 +101,7 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
     assert inputs.indices.shape == (2, 900, 2, 8) and selection_label(f"trained={file}") == "trained=selections"
     visible = torch.arange(900)[None, :, None, None] // 16
     assert (inputs.indices < visible).logical_or(inputs.indices == -1).all() and (inputs.indices[0, -1, 0] >= 0).all()
-    model = training.load_model(run)
+    model = load(run)
     ids = torch.from_numpy(TokenFile(tmp_path / "text.bin").tokens[:1024].astype(np.int64))[None]
     seen = []
     with mock.patch.object(ChunkMemory, "retrieve", lambda m, *a, **k: seen.append(retrieve(m, *a, **k)) or seen[0]):
@@ -146,5 +147,8 @@ def test_bad_depths(text, steps):
 
 def test_no_run_is_one_line(tmp_path):
     output = invoke("ruler", "--run", tmp_path / "none", code=2)
-    assert "run must be a folder with a checkpoint" in output and len(output.strip().splitlines()) == 1
+    assert (
+        "must be a folder with a checkpoint or one of needle-tiny, got" in output
+        and len(output.strip().splitlines()) == 1
+    )
     assert "must be ruler, perplexity or selections" in invoke("x", code=2)

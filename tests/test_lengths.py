@@ -65,10 +65,10 @@ def test_a_foreign_file_is_named(tmp_path):
         lengths.read_rows(tmp_path / "lengths.json")
 
 
-def test_the_demos_last_act(recipe, tmp_path):
+def test_the_demos_last_act_may_train(recipe, tmp_path):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     (tmp_path / "lengths.json").write_text("[]")
-    needle_demo.run_demo(console, tmp_path, recipe, lengths=(128, 1024), samples=2)
+    needle_demo.train_and_ask(console, tmp_path, recipe, lengths=(128, 1024), samples=2)
     text = console.export_text()
     assert "128 retrieved tokens" in text and "1K" in text
     rows = json.loads((tmp_path / "lengths.json").read_text())

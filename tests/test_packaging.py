@@ -60,6 +60,9 @@ def test_wheel_holds_hsa_tl_only(wheel):
     for folder in ("autotune/tables", "autotune/devices"):
         data = {f.name for f in (ROOT / folder).glob("*.json")}
         assert {f.name for f in wheel.glob(f"hsa_tl/{folder}/*.json")} == data
+    for folder in ("model/recipes", "model/weights"):
+        packed = {f.name: f.read_bytes() for f in (wheel / "hsa_tl" / folder).iterdir()}
+        assert packed == {f.name: f.read_bytes() for f in (ROOT / folder).iterdir()}
     metadata = next(wheel.glob("hsa_tl-*.dist-info"))
     assert "hsa-tl = hsa_tl.cli:app" in (metadata / "entry_points.txt").read_text()
     assert list(metadata.rglob("LICENSE"))
@@ -74,6 +77,11 @@ def test_wheel_imports(wheel):
         print(hsa_tl.hsa_attention(q, q, q, torch.ones(1, 40, 2, 2), indices, chunk_size=16).shape)
     """
     assert python(code, wheel, wheel) == "torch.Size([1, 40, 2, 16])"
+
+
+def test_wheel_loads_its_weights(wheel):
+    code = "from hsa_tl.model import load; m = load('needle-tiny'); print(m.tokenizer.name, m.num_parameters())"
+    assert python(code, wheel, wheel) == "needles 602434"
 
 
 @pytest.mark.parametrize("module", ("hsa_tl", "hsa_tl.autotune.table", "hsa_tl.model"))

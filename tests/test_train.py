@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from hsa_tl.cli import app
-from hsa_tl.model import Model, checkpoint, preset
+from hsa_tl.model import Model, checkpoint, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer, write_tokens
 from hsa_tl.model.distributed import Ranks
@@ -106,15 +106,15 @@ def test_a_run_of_another_recipe_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"run must hold checkpoints of this recipe, got others in .*: lr, seed"):
         training.train(toy(lr=2e-3, seed=1), tmp_path)
     assert checkpoint.latest(tmp_path / "none") is None
-    with pytest.raises(ValueError, match="run must be a folder with a checkpoint"):
-        training.load_model(tmp_path / "none")
+    with pytest.raises(ValueError, match="run_or_name must be a folder with a checkpoint or one of needle-tiny"):
+        load(tmp_path / "none")
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     (tmp_path / ".step-00000001").mkdir()  # of a killed process
     training.train(toy(keep=2), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [training.LOG, "step-00000004", "step-00000006"]
-    model = training.load_model(tmp_path)
+    model = load(tmp_path)
     assert model.config == preset("tiny") and not model.training
 
 
@@ -198,7 +198,7 @@ def test_every_recipe_at_toy_size(tmp_path):
         training.train(recipe, tmp_path / name)
         rows = log(tmp_path / name)
         assert len(rows) == recipe.steps and all(0 < x["loss"] < 7 for x in rows)
-    first = training.load_model(tmp_path / "warmup-short-window")
+    first = load(tmp_path / "warmup-short-window")
     assert_same(weights(training._start(shrunk(load_recipe("pretrain"), tmp_path), "cpu")), weights(first))
 
 
@@ -264,7 +264,7 @@ def test_train_command(tmp_path):
     assert checkpoint.latest(tmp_path / "run").recipe["seed"] == 3
     other = ["train", str(file), "--out", str(tmp_path / "other"), "--attention", "full"]
     assert CliRunner().invoke(app, other).exit_code == 0
-    assert training.load_model(tmp_path / "other").config.attention == "full"
+    assert load(tmp_path / "other").config.attention == "full"
     for bad, words in ((["train", "nonsense"], "recipe must be a .yaml file or one of"), ([*args[:-1], "4"], "seed")):
         result = CliRunner().invoke(app, bad)
         assert result.exit_code == 2 and words in result.output and len(result.output.strip().splitlines()) == 1

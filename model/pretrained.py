@@ -1,0 +1,116 @@
+"""Trained models by name or by run, and the weights that ship with the package.
+
+    model = hsa_tl.model.load("needle-tiny")             # or Path("out/train/needle-tiny"), a run of hsa-tl train
+    model.tokenizer.encode("MARK k3 v5")
+
+model/weights/NAME.safetensors holds parameters, NAME.json its recipe, where it comes from, checksum and scores.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsa_tl.files import write_atomic
+from hsa_tl.model.model import Model
+from hsa_tl.model.recipe import Recipe, recipe_of
+
+FOLDER = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What stands beside weights. accuracy: by task and length, as `hsa-tl lengths` measures it, with its answers."""
+
+    recipe: dict[str, Any]
+    steps: int
+    sha256: str
+    train_seconds: float
+    device: str
+    versions: str
+    commit: str
+    accuracy: list[dict[str, Any]]
+
+
+def shipped_names() -> list[str]:
+    """Names that `load` knows."""
+    return sorted(p.stem for p in FOLDER.glob("*.json"))
+
+
+def shipped(name: str) -> Shipped:
+    """What is known of shipped weights. ValueError: another name, or a file that is damaged."""
+    if name not in shipped_names():
+        raise ValueError(f"name must be one of {', '.join(shipped_names())}, got {name!r}")
+    path = FOLDER / f"{name}.json"
+    try:
+        return Shipped(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must hold what is known of weights, got {error}") from None
+
+
+def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
+    """A trained model in eval mode, configured as after training.
+
+    Args:
+        run_or_name: folder of a run of `hsa-tl train`, whose newest whole checkpoint is taken, or the name of weights
+            that ship with the package: "needle-tiny". A str that is such a name means the weights; a Path is a folder.
+        device: where the parameters are put. Default: "cpu".
+
+    Returns:
+        The Model; `model.tokenizer` is the one of the recipe's last stage (hsa_tl.model.data.Tokenizer).
+
+    Raises:
+        ValueError: neither a run nor a name; shipped weights whose checksum is not what it was. ImportError: shipped
+        weights without safetensors.
+    """
+    from hsa_tl.model import checkpoint, sources  # numpy and torch.distributed: only who loads needs them
+
+    if isinstance(run_or_name, str) and run_or_name in shipped_names():
+        about = shipped(run_or_name)
+        recipe, fill = recipe_of(about.recipe), lambda model: _fill(model, run_or_name, about)
+    elif (found := checkpoint.latest(Path(run_or_name))) is not None:
+        recipe, fill = recipe_of(found.recipe), lambda model: checkpoint.load_weights(found, model)
+    else:
+        names = ", ".join(shipped_names())
+        raise ValueError(f"run_or_name must be a folder with a checkpoint or one of {names}, got {str(run_or_name)!r}")
+    model = Model(recipe.config())
+    fill(model)
+    model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data)
+    return model.to(device).eval()
+
+
+def _fill(model: Model, name: str, about: Shipped) -> None:
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise ImportError("shipped weights need safetensors: pip install 'hsa-tl[model]'") from None
+    path = FOLDER / f"{name}.safetensors"
+    data = path.read_bytes()
+    if (got := hashlib.sha256(data).hexdigest()) != about.sha256:
+        raise ValueError(f"{path} must have the sha256 {about.sha256}, got {got}")
+    model.load_state_dict(load(data))
+
+
+def save_weights(run: Path, folder: Path, name: str, **origin) -> list[Path]:
+    """Writes folder/NAME.safetensors and NAME.json, which `load` reads from the package, of a finished run.
+
+    origin: the fields of Shipped that the run does not tell. ValueError: the run is not finished.
+    """
+    from safetensors.torch import save
+
+    from hsa_tl.model import checkpoint
+
+    found = checkpoint.latest(run)
+    recipe: Recipe | None = None if found is None else recipe_of(found.recipe)
+    if recipe is None or found.step != recipe.steps:
+        raise ValueError(f"run must be finished, got {'no checkpoint' if found is None else found.step} in {run}")
+    state = load(run).state_dict()
+    data = save({k: v.clone() for k, v in state.items()})  # tied parameters share memory
+    about = Shipped(found.recipe, found.step, hashlib.sha256(data).hexdigest(), **origin)
+    written = [folder / f"{name}.safetensors", folder / f"{name}.json"]
+    write_atomic(written[0], data)
+    write_atomic(written[1], json.dumps(asdict(about), indent=1) + "\n")
+    return written
