@@ -6,10 +6,12 @@ whose best possible score is below the topk-th of the blocks seen so far are not
 
 import torch
 
+from hsa_tl import workers
 from hsa_tl.retrieval import best_of_any, visible_chunks
 
 BLOCK = 64  # landmarks that share a bound
 _ROWS = 16  # MKL sums a score the same way, to the last bit, for a multiple of so many tokens and as many landmarks
+_RANGE_ELEMENTS = 1 << 19  # of the landmarks that a worker scores at once
 _CONVERTED = 1 << 20  # elements of 16-bit landmarks made float32 at once
 
 
@@ -45,6 +47,7 @@ def _products(q, marks, dtype):
     return torch.cat([_products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
 
 
+@workers.one_thread
 def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
     """See hsa_tl.api.retrieve_decode."""
     B, T, R, _ = q_slc.shape
@@ -64,12 +67,31 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
     if bounds is not None:
         best = _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype)
     else:
-        scores = torch.stack([_products(q_slc[:, :, r], landmarks[:, :, r], dtype) for r in range(R)], 2)
-        scores.mul_(scale)  # [B, T, R, N]; after the product, as in retrieve_chunks: scaling first could break a tie
-        scores.masked_fill_((torch.arange(N, device=q_slc.device) >= visible[..., None])[:, :, None], -torch.inf)
-        position = best_of_any(scores, min(topk, N))
-        best = scores.gather(-1, position), position
+        best = _scan(q_slc, landmarks, visible, min(topk, N), scale, dtype)
     return _ascending(*best, visible, topk)
+
+
+def _scan(q_slc, landmarks, visible, k, scale, dtype):
+    """Scores and chunks [B, T, R, k] of the best: those of ranges of landmarks first, on a CPU."""
+    (B, _, R, D_r), N = q_slc.shape, landmarks.shape[1]
+    size = N if q_slc.is_cuda else max(BLOCK, _RANGE_ELEMENTS // (B * R * D_r) // BLOCK * BLOCK)
+    parts = []
+
+    def score(start, _):
+        marks = landmarks[:, start : start + size]
+        scores = torch.stack([_products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)], 2)
+        scores.mul_(scale)  # [B, T, R, n]; after the product, as in retrieve_chunks: scaling first could break a tie
+        hidden = torch.arange(start, start + marks.shape[1], device=q_slc.device) >= visible[..., None]
+        scores.masked_fill_(hidden[:, :, None], -torch.inf)
+        chosen = best_of_any(scores, min(k, marks.shape[1])).sort(-1).values  # the lower wins a tie below too
+        return scores.gather(-1, chosen), chosen + start
+
+    workers.each(range(0, N, size), score, parts.append)
+    if len(parts) == 1:
+        return parts[0]
+    scores, chosen = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+    best = best_of_any(scores, k)
+    return scores.gather(-1, best), chosen.gather(-1, best)
 
 
 def _ascending(scores, chosen, visible, topk):
@@ -103,7 +125,9 @@ def _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype):
     first = torch.arange(blocks, device=q.device) * BLOCK
     best_of.masked_fill_((first >= visible[..., None])[:, :, None], -torch.inf)
     enough = min(blocks, -(-2 * k // BLOCK) + 1)
-    for b, t, r in torch.cartesian_prod(*map(torch.arange, (B, T, R))).view(-1, 3).tolist():
+
+    def select(query, _):
+        b, t, r = query
         bound, n = best_of[b, t, r], int(visible[b, t])
         seen = bound.topk(enough).indices
         s, i = _score_blocks(q_slc[b, t, r], landmarks[b, :n, r], seen, scale, dtype)
@@ -120,6 +144,8 @@ def _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype):
         s = s[order]
         best = best_of_any(s, min(k, len(s)))
         scores[b, t, r, : len(best)], chosen[b, t, r, : len(best)] = s[best], i[best]
+
+    workers.each(torch.cartesian_prod(*map(torch.arange, (B, T, R))).view(-1, 3).tolist(), select)
     return scores, chosen
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from hsa_tl import workers
 from hsa_tl.problem import Problem
 
 
@@ -23,6 +24,7 @@ class Pairs(NamedTuple):
     offsets: torch.Tensor
 
 
+@workers.one_thread
 def sort_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     """Stable sort of every slot by (b, h, chunk); an index outside [0, num_chunks) counts as an empty slot."""
     B, T, H, K = indices.shape
@@ -85,6 +87,7 @@ def partial_window(problem: Problem, limit_bytes: int = 2 << 30) -> int:
     return tokens // p.S * p.S or tokens
 
 
+@workers.one_thread
 def check_range(indices: torch.Tensor, limit: torch.Tensor | int, name: str = "indices") -> None:
     """Raises ValueError if an index is outside [-1, limit); limit is a number or broadcasts against indices."""
     bad = (indices < -1) | (indices >= limit)
@@ -95,6 +98,7 @@ def check_range(indices: torch.Tensor, limit: torch.Tensor | int, name: str = "i
         raise ValueError(f"{name} must lie in [-1, {bound}), the chunks there are, got {value} at {where}")
 
 
+@workers.one_thread
 def check_pages(indices: torch.Tensor, page_table: torch.Tensor, num_pages: int) -> None:
     """Raises ValueError if an index [B, T, H, K] is outside [-1, max_chunks) of page_table [B, max_chunks], or if the
     page of a chosen chunk is outside [0, num_pages)."""

@@ -5,7 +5,10 @@ import warnings
 
 import torch
 
+from hsa_tl import workers
+
 BLOCK_SCORES = 1 << 19  # scores held at once: 2 MB of float32, which a CPU's cache holds
+BLOCK_TOKENS = 1 << 10  # at once: a few blocks even of a short sequence, for the workers to share
 TILE_CHUNKS = 1 << 15  # landmarks at once
 ROWS, COLUMNS = 16, 64  # of a matrix product at least; see _scores
 
@@ -125,36 +128,44 @@ def _merge(scores, chosen, others, other_chosen, topk):
     return scores.gather(1, best), torch.where(chosen == last, -1, chosen)
 
 
+def _blocks(tokens, chunks, q_start, chunk_size):
+    """Cuts a sequence's tokens: later ones see more chunks, and rows * visible stays near the budget."""
+    N, begin = chunks.stop - chunks.start, tokens.start
+    while N and begin < tokens.stop:
+        first = q_start + begin - tokens.start
+        widest = min(N, max(1, (first + tokens.stop - begin) // chunk_size), TILE_CHUNKS)
+        stop = min(tokens.stop, begin + min(BLOCK_TOKENS, max(1, BLOCK_SCORES // widest)))
+        yield slice(begin, stop), first, chunks
+        begin = stop
+
+
+@workers.one_thread
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale):
     """See hsa_tl.api.retrieve_chunks."""
     B, T, R, _ = q_slc.shape
     dtype = torch.promote_types(q_slc.dtype, torch.float32)
     scores = q_slc.new_full((B, T, R, topk), -torch.inf, dtype=dtype)
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
-    for tokens, chunks in sequences(cu_seqlens, T, landmarks.shape[1], chunk_size):
-        N = chunks.stop - chunks.start
-        for b, r in itertools.product(range(B), range(R) if N else ()):
-            marks = landmarks[b, chunks, r]
-            begin, end = tokens.start, tokens.stop
-            while begin < end:
-                # Later tokens see more chunks: keep rows * visible near the budget.
-                first = q_start + begin - tokens.start
-                widest = min(N, max(1, (first + end - begin) // chunk_size), TILE_CHUNKS)
-                stop = min(end, begin + max(1, BLOCK_SCORES // widest))
-                position = torch.arange(first, first + stop - begin, device=q_slc.device)
-                visible = visible_chunks(position, chunk_size, exclude_window).clamp(max=N)
-                q, best = q_slc[b, begin:stop, r].to(dtype), None
-                for tile in range(0, int(visible[-1]), TILE_CHUNKS):
-                    seen = min(int(visible[-1]) - tile, TILE_CHUNKS)
-                    part = marks[tile : tile + seen].to(dtype)
-                    part = torch.nn.functional.pad(part, (0, 0, 0, -seen % COLUMNS))
-                    s, i = _retrieve_block(q, part, (visible - tile).clamp(0, seen), topk, scale)
-                    i = torch.where(i < 0, -1, i + tile) if tile else i
-                    best = _merge(*best, s, i, topk) if best else (s, i)
-                if best:
-                    kept = min(topk, best[0].shape[1])
-                    scores[b, begin:stop, r, :kept], indices[b, begin:stop, r, :kept] = (x[:, :kept] for x in best)
-                begin = stop
+
+    def select(block, _):
+        b, r, (tokens, first, chunks) = block
+        position = torch.arange(first, first + tokens.stop - tokens.start, device=q_slc.device)
+        visible = visible_chunks(position, chunk_size, exclude_window).clamp(max=chunks.stop - chunks.start)
+        q, marks, most, best = q_slc[b, tokens, r].to(dtype), landmarks[b, chunks, r], int(visible[-1]), None
+        for tile in range(0, most, TILE_CHUNKS):
+            seen = min(most - tile, TILE_CHUNKS)
+            part = torch.nn.functional.pad(marks[tile : tile + seen].to(dtype), (0, 0, 0, -seen % COLUMNS))
+            s, i = _retrieve_block(q, part, (visible - tile).clamp(0, seen), topk, scale)
+            i = torch.where(i < 0, -1, i + tile) if tile else i
+            best = _merge(*best, s, i, topk) if best else (s, i)
+        if best:
+            kept = min(topk, best[0].shape[1])
+            scores[b, tokens, r, :kept], indices[b, tokens, r, :kept] = (x[:, :kept] for x in best)
+
+    parts = sequences(cu_seqlens, T, landmarks.shape[1], chunk_size)
+    blocks = [x for part in parts for x in _blocks(*part, q_start, chunk_size)]
+    # The latest first: their blocks take longest.
+    workers.each(list(itertools.product(range(B), range(R), reversed(blocks))), select)
     return scores, indices
 
 

@@ -177,8 +177,13 @@ def check(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:
 
 def _allocations(function, *args, **kwargs) -> list[int]:
     """Bytes taken and, negative, given back on the CPU while function(*args, **kwargs) runs, in order."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function(*args, **kwargs)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees this thread only
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function(*args, **kwargs)
+    finally:
+        torch.set_num_threads(threads)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 

@@ -6,12 +6,15 @@ weight w, P = softmax(q K^T * scale), dP = do V^T and delta = rowsum(P dP), it a
     out += w P V      dweights += delta      dq += scale dS K      dk += scale dS^T q      dv += (w P)^T do
 
 where dS = w P (dP - delta). Rows of one token are G query heads; nothing but the inputs is kept between the passes.
+On a CPU several workers compute such steps at once; what the steps add, they add in a fixed order.
 """
 
 import itertools
 import math
 
 import torch
+
+from hsa_tl import workers
 
 FORWARD_NEEDS_PAIRS = True
 
@@ -118,16 +121,17 @@ def _add_rows(total, t, rows):
         total.index_put_((t.long(),), rows, accumulate=True)
 
 
-def _add_product(total, a, b):
-    """total [L, D] += a^T b, of a [rows, L] and b [rows, D]."""
+def _product(a, b):
+    """a^T b [L, D], of a [rows, L] and b [rows, D]."""
     groups = len(a) // _ROWS_PER_SUM
-    if groups > 1:
-        rows = groups * _ROWS_PER_SUM
-        total += torch.bmm(a[:rows].view(groups, _ROWS_PER_SUM, -1).mT, b[:rows].view(groups, _ROWS_PER_SUM, -1)).sum(0)
-        a, b = a[rows:], b[rows:]
-    total += a.T @ b
+    if groups < 2:
+        return a.T @ b
+    rows = groups * _ROWS_PER_SUM
+    total = torch.bmm(a[:rows].view(groups, _ROWS_PER_SUM, -1).mT, b[:rows].view(groups, _ROWS_PER_SUM, -1)).sum(0)
+    return total.addmm_(a[rows:].T, b[rows:]) if rows < len(a) else total
 
 
+@workers.one_thread
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     """out [B, T, HQ, D] of q [B, T, HQ, D], k and v [B, N, S, H, D], weights [B, T, HW, K], indices [B, T, H, K]."""
     if config:
@@ -138,21 +142,32 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     G, D = plan.G, plan.D
     out = plan.zeros(*q.shape)
     q_heads, out_heads = plan.heads(q), plan.heads(out)
-    row_buffer, p_buffer = plan.buffer(D), plan.buffer(plan.S)
-    for head, segment, L, start, stop in plan.blocks:
+    row_buffers = workers.Spare(lambda: plan.buffer(D))
+
+    def multiply(block, p_buffer):
+        head, segment, L, start, stop = block
         t, n = plan.t[start:stop], stop - start
         padded = math.ceil(n * G / _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-        rows, p = row_buffer[: padded * D].view(padded, D), p_buffer[: padded * L].view(padded, L)
+        buffer = row_buffers.take()
+        rows, p = buffer[: padded * D].view(padded, D), p_buffer[: padded * L].view(padded, L)
         rows_by_head = rows[: n * G].view(n, G, D)
 
         _gather(q_heads[head], t, rows_by_head)
         row_sum = plan.exp_scores(rows, head, segment, t, out=p)
         torch.mm(p, plan.v[segment][:L], out=rows)
         rows_by_head.mul_((plan.weights[start:stop] / row_sum.view(n, G))[..., None])
+        return head, t, rows_by_head, buffer
+
+    def add(result):
+        head, t, rows_by_head, buffer = result
         _add_rows(out_heads[head], t, rows_by_head)
+        row_buffers.give(buffer)
+
+    workers.each(plan.blocks, multiply, add, scratch=lambda: plan.buffer(plan.S))
     return out.to(q.dtype)
 
 
+@workers.one_thread
 def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
     """(dq, dk, dv, dweights), shaped and typed as q, k, v, weights; always deterministic."""
     if not pairs.offsets[-1]:
@@ -162,16 +177,18 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None
     dq, dk, dv = plan.zeros(*q.shape), plan.zeros(B * H * N, S, D), plan.zeros(B * H * N, S, D)
     dw_pairs = torch.zeros_like(plan.weights)
     do_heads, q_heads, dq_heads = plan.heads(do), plan.heads(q), plan.heads(dq)
-    do_buffer, q_buffer = plan.buffer(D), plan.buffer(D)
-    p_buffer, dp_buffer, ds_buffer = plan.buffer(S), plan.buffer(S), plan.buffer(S)
     # w = early * late: a weight that is about zero cannot be divided out again.
     small = plan.weights.abs() < _MIN_WEIGHT
     late = torch.where(small, plan.weights, 1) if small.any() else None
     early = plan.weights if late is None else torch.where(small, 1, plan.weights)
-    for head, segment, L, start, stop in plan.blocks:
+    row_buffers = workers.Spare(lambda: plan.buffer(D))
+
+    def multiply(block, scratch):
+        head, segment, L, start, stop = block
         t, n, w = plan.t[start:stop], stop - start, early[start:stop]
-        do_rows, q_rows = (x[: n * G * D].view(n * G, D) for x in (do_buffer, q_buffer))
-        p, dp, ds = (x[: n * G * L].view(n * G, L) for x in (p_buffer, dp_buffer, ds_buffer))
+        buffer = row_buffers.take()
+        do_rows, q_rows = (x[: n * G * D].view(n * G, D) for x in (buffer, scratch[0]))
+        p, dp, ds = (x[: n * G * L].view(n * G, L) for x in scratch[1:])
         do_by_head = do_rows.view(n, G, D)
 
         _gather(q_heads[head], t, q_rows.view(n, G, D))
@@ -188,10 +205,18 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None
             do_by_head.mul_(late[start:stop, :, None])
             ds.view(n, G, L).mul_(late[start:stop, :, None])
 
-        _add_product(dv[segment, :L], p, do_rows)
-        _add_product(dk[segment, :L], ds, q_rows)
+        products = _product(ds, q_rows), _product(p, do_rows)
         torch.addmm(do_rows, ds, plan.k[segment][:L], beta=0, alpha=scale, out=do_rows)
-        _add_rows(dq_heads[head], t, do_by_head)
+        return block, t, do_by_head, products, buffer
+
+    def add(result):
+        (head, segment, L, *_), t, dq_by_head, products, buffer = result
+        _add_rows(dq_heads[head], t, dq_by_head)
+        for total, product in zip((dk, dv), products, strict=True):
+            total[segment, :L] += product
+        row_buffers.give(buffer)
+
+    workers.each(plan.blocks, multiply, add, scratch=lambda: [plan.buffer(x) for x in (D, S, S, S)])
     dk, dv = (x.view(B, H, N, S, D).permute(0, 2, 3, 1, 4).to(k.dtype).contiguous() for x in (dk.mul_(scale), dv))
     dweights = weights.new_zeros(B * H * T * K, GW).index_copy_(0, plan.slot, dw_pairs)
     dweights = dweights.view(B, H, T, K, GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
