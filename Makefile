@@ -1,11 +1,14 @@
-# make setup | demo | test | lint: each makes .venv when it is missing or out of date, and is quick the second time.
+# make setup | demo | test | prove | lint: each makes .venv when it is missing or out of date, and is quick the second time.
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 9
 JOBS ?= 2
+N ?= 200
+SEED ?= 0
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
 SOURCES := hsa_tl kernels_tilelang autotune model bench tests
 
-.PHONY: setup demo test lint gpu bundle clean
+.PHONY: setup demo test prove mutate lint gpu bundle clean
 
 setup: .venv/.installed
 
@@ -20,8 +23,17 @@ export TEXT
 demo: setup
 	@$(BIN)/hsa-tl demo $${TEXT:+--text="$$TEXT"} $(if $(TRAIN),--train)
 
+# Every public promise once: minutes, whatever is cached.
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
+	$(PYTEST) -m "not prove"
+
+# Every test there is; make prove TIER=prove for those that make test leaves out.
+prove: setup
+	$(PYTEST) $(if $(TIER),-m $(TIER))
+
+# How many single changes of the source the quick tests notice; see tests/mutate.py. make mutate N=30 SEED=1 for others.
+mutate: setup
+	$(BIN)/python tests/mutate.py --number $(N) --seed $(SEED) --jobs $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

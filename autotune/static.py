@@ -57,11 +57,15 @@ class Assembled:
 
 
 def find_tool(name: str) -> str | None:
-    """Path of a CUDA tool: on PATH, under CUDA_HOME, from NVIDIA's wheels, or the one that triton's package carries."""
-    folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    """Path of a CUDA tool: of NVIDIA's wheels, on PATH, under CUDA_HOME, or the one that triton's package carries.
+
+    The wheels come first: they are of the versions that were tested together.
+    """
+    folders = []
     nvidia, triton = (importlib.util.find_spec(package) for package in ("nvidia", "triton"))
     if nvidia:  # nvidia/cu13/bin, and before CUDA 13 nvidia/<part>/bin
         folders += [str(p) for base in nvidia.submodule_search_locations for p in sorted(Path(base).glob("*/bin"))]
+    folders += [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
     if triton and triton.origin:
         folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     return shutil.which(name, path=os.pathsep.join(folders))

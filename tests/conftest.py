@@ -2,8 +2,10 @@
 
 A test marked `gpu` skips where there is no Hopper GPU. Where torch sees any GPU, a skipped gpu test fails. Where it
 sees none and HSA_TL_EMULATE=1, those of impl="tilelang" run in the emulator, except those marked `device`.
+The last line of a run says what it did not prove.
 """
 
+import collections
 import contextlib
 import os
 import zlib
@@ -79,3 +81,33 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"a gpu test may not skip where there is a GPU: {report.longrepr}"
     return report
+
+
+def not_proven(reports, markexpr: str) -> list[str]:
+    """What the run of these reports leaves open, a phrase each."""
+    from hsa_tl.autotune import static
+
+    skipped, lowered = collections.Counter(), set()
+    for report in reports:
+        if report.skipped and "gpu" in report.keywords:
+            skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
+        elif "static" in report.keywords:
+            lowered.add(report.nodeid)
+    found = [f"{count} gpu tests ({reason})" for reason, count in skipped.most_common()]
+    if lowered and (reason := static.missing_tools()):
+        found.append(f"the assembly of {len(lowered)} static tests, which lower only ({reason})")
+    if markexpr == "not prove":
+        found.append("what make prove adds")
+    return found
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """Outermost, so behind the terminal's own last line."""
+    result = yield
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal and not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
+        reports = [r for name in ("passed", "failed", "skipped") for r in terminal.stats.get(name, ())]
+        if open_ends := not_proven(reports, session.config.option.markexpr):
+            terminal.write_line(f"not proven here: {'; '.join(open_ends)}")
+    return result

@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from tiers import prove, tiered
 
 from hsa_tl import hsa_attention
 from hsa_tl.accuracy import Expected, assert_accurate
@@ -17,10 +18,12 @@ from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
 EXAMPLES = {"reference": 25, "tilelang": 10, "tilelang-union": 10, "tilelang-chunk": 10, "triton": 3}
+QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, "tilelang-union": 2, "tilelang-chunk": 2, "triton": 1}
 # Other strategies of an implementation, by the config that names them.
 STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}, "tilelang-chunk": {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}}
 IMPLS = (*EXAMPLES, "auto")
-each_impl = pytest.mark.parametrize("impl", IMPLS)
+# Each strategy compiles two more programs for each static key, so the quick tests have them in the properties.
+each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=("reference", "tilelang", "triton")))
 
 
 class Dims(NamedTuple):
@@ -132,9 +135,11 @@ def property_of_each_impl(**strategies):
     """A property `check(impl, **drawn)` of every implementation, each with as many examples as its speed allows."""
 
     def decorate(check):
-        @pytest.mark.parametrize("impl", EXAMPLES)
-        def test(impl):
-            @hypothesis.settings(max_examples=EXAMPLES[impl])
+        more = [pytest.param(impl, n, marks=prove) for impl, n in EXAMPLES.items()]
+
+        @pytest.mark.parametrize("impl, examples", [*QUICK_EXAMPLES.items(), *more])
+        def test(impl, examples):
+            @hypothesis.settings(max_examples=examples)
             @hypothesis.given(**strategies)
             def holds(**drawn):
                 check(impl, **drawn)

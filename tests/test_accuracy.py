@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from strategies import TYPES, Dims, attend, hard_calls, make_call, seeds
+from tiers import prove
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, complaints, expect
@@ -26,7 +27,7 @@ each_type = pytest.mark.parametrize("dtype", TYPES, ids=[str(t).removeprefix("to
 # Each of one and of several heads, and of the paper's.
 QUICK = ((1, 1), (4, 4), (16, 2))
 SHAPES = [
-    pytest.param(G, K, id=f"G{G}-K{K}", marks=() if (G, K) in QUICK else pytest.mark.prove)
+    pytest.param(G, K, id=f"G{G}-K{K}", marks=() if (G, K) in QUICK else prove)
     for G in (1, 4, 16)
     for K in (1, 2, 3, 4)
 ]
@@ -93,7 +94,7 @@ def kernel(
 # --- No correct implementation fails ---------------------------------------------------------------------------------
 
 
-@pytest.mark.prove
+@prove
 @hypothesis.settings(max_examples=1000)
 @hypothesis.given(hard_calls(), st.booleans())
 def test_a_correct_kernel_passes(drawn, fold):
@@ -106,7 +107,7 @@ def test_a_correct_kernel_passes(drawn, fold):
 EXAMPLES = {"reference": 700, "tilelang": 100, "tilelang-union": 100, "tilelang-chunk": 100, "triton": 40}
 
 
-@pytest.mark.prove
+@prove
 @pytest.mark.parametrize("impl", EXAMPLES)
 def test_every_implementation_passes(impl):
     """With the thousand above, 2,000 hard calls; the interpreted and the compiled ones in float32."""
@@ -142,7 +143,7 @@ for dtype in TYPES:
 """
 
 
-@pytest.mark.prove
+@prove
 @pytest.mark.parametrize("threads", (1, 2, 4))
 @pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
 def test_no_vector_width_and_no_number_of_threads_fails(capability, threads, monkeypatch):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from strategies import Dims, assert_all_accurate, attend, check, each_impl, make_call, run
+from tiers import tiered
 
 from hsa_tl import fusion_weights, retrieve_chunks
 from hsa_tl.accuracy import expect
@@ -31,6 +32,7 @@ DIMS = {
     "more-slots-than-chunks": Dims(T=20, T_kv=16),
     "chunk-of-32": Dims(T_kv=80, S=32, K=2),
 }
+QUICK_DIMS = ("tail", "shorter-than-a-chunk", "one-token", "g16-one-slot", "batch", "more-slots-than-chunks")
 
 
 def _per_slot(call: Inputs, indices: list[int]) -> Inputs:
@@ -39,7 +41,7 @@ def _per_slot(call: Inputs, indices: list[int]) -> Inputs:
 
 
 @each_impl
-@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+@pytest.mark.parametrize("dims", tiered(DIMS, quick=QUICK_DIMS))
 def test_dims(impl, dims):
     check(impl, make_call(dims), chunk_size=dims.S)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from tiers import prove, tiered
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, static
@@ -27,7 +28,7 @@ def suite(monkeypatch):
     return micro.Micro()
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", tiered(list(CLAIMS), quick=("wgmma",)))
 def test_passes_its_gate(suite, name):
     assert suite.unavailable(name, PROBLEM, "rate") is None
     assert suite.gate(name, PROBLEM) is None
@@ -42,6 +43,7 @@ def test_needs_a_gpu_or_the_emulator():
     assert micro.Micro().unavailable("wgmma", PROBLEM, "rate") == "it measures a Hopper GPU"
 
 
+@prove
 @pytest.mark.static
 @pytest.mark.parametrize("name", CLAIMS)
 def test_is_made_of_what_it_claims(name, monkeypatch):

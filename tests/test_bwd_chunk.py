@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from strategies import Dims, emulable, make_call, seeds
+from tiers import prove
 
 from hsa_tl import cases
 from hsa_tl.autotune import static
@@ -177,6 +178,7 @@ def _branch(source: str, opening: str) -> str:
     return source[start:end]
 
 
+@prove
 @pytest.mark.static
 @pytest.mark.parametrize("reduce_add", [0, 1])
 @pytest.mark.parametrize(

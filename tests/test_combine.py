@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from strategies import seeds
+from tiers import prove
 
 from hsa_tl import cases
 from hsa_tl.accuracy import assert_accurate, expect
@@ -74,6 +75,7 @@ def test_sums_the_valid_rows_of_a_window_on_a_gpu(G, D, K, dtype):
         combine(Call(problem, 70, 160, seed=0), settings)
 
 
+@prove
 @pytest.mark.static
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
 def test_rows_are_read_by_16_bytes(case):

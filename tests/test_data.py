@@ -171,6 +171,14 @@ def test_needles_are_inserted_into_their_share_of_samples(file):
     assert 70 <= sum(asked) <= 130
 
 
+def test_the_loss_counts_the_text_around_inserted_needles(file):
+    """A window that became a haystack is a sample of text like any other."""
+    source = sources.make_source({"kind": "text", "path": str(file.path), "needles": 1.0}, 400, seed=0)
+    batch = source.batch(0, 4)
+    assert all(b"Question: " in bytes(row.clamp(max=255).tolist()) for row in batch.input_ids)
+    assert (batch.labels == batch.input_ids).all()
+
+
 @pytest.mark.parametrize(
     "spec, words",
     (

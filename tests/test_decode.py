@@ -120,6 +120,19 @@ def test_unchecked_out_of_range_is_an_empty_slot(impl, monkeypatch):
     assert torch.equal(run(bad), run(good))
 
 
+@pytest.mark.parametrize("impl", EXAMPLES)
+def test_the_page_past_the_last_is_not_read(impl, monkeypatch):
+    """An unchecked page_table may name page num_pages, where other tensors begin."""
+    monkeypatch.setattr(ops, "check_pages", lambda *x: None)
+    q, k, v, weights, indices, table = make_decode(Dims(B=4, T=1, T_kv=48), 7)
+    k, v = (torch.cat([x.nan_to_num(nan=1.0), torch.full_like(x[:1], torch.nan)])[:-1] for x in (k, v))
+    table = table.clamp(min=0)
+    table[:, 1] = len(k)
+    run = lambda i: hsa_decode(q, k, v, weights, i, table, impl=impl)  # noqa: E731
+    assert (indices == 1).any()
+    assert torch.equal(run(indices), run(torch.where(indices == 1, -1, indices)))
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 def test_other_types(dtype):
     arguments = make_decode(Dims(B=8, T=2, T_kv=48), 9)

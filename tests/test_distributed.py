@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 from strategies import assert_all_accurate
+from tiers import prove, tiered
 
 from hsa_tl.accuracy import expect
 from hsa_tl.model import load
@@ -39,7 +40,7 @@ def alone(name: str) -> dict[str, torch.Tensor]:
     return ranks.results(model, out.logits, out.loss)
 
 
-@pytest.mark.parametrize("count", (2, 4))
+@pytest.mark.parametrize("count", tiered((2, 4), quick=(2,)))
 def test_context_parallel_equals_one_process(count, tmp_path):
     run = launch(count, "context", tmp_path / "found.pt")
     assert run.returncode == 0, run.stderr[-3000:]
@@ -88,6 +89,7 @@ def test_training_equals_one_process_and_survives_a_dead_rank(tmp_path):
     assert_all_accurate({"weights": weights(got), "loss": curve(run)}, expect(alone))
 
 
+@prove  # each rank imports torch anew: 5 s of a core
 def test_the_command_runs_on_two_ranks(tmp_path):
     """One process prints; the recipe's file is the same on all."""
     recipe = tmp_path / "recipe.yaml"
@@ -97,6 +99,7 @@ def test_the_command_runs_on_two_ranks(tmp_path):
     assert run.stdout.count("wrote ") == 1 and len(curve(tmp_path / "run")) == 6
 
 
+@prove
 def test_an_uneven_batch_is_refused(tmp_path):
     run = launch(3, "training", tmp_path, 1)
     assert run.returncode != 0 and "batch must be a multiple of the 3 data-parallel ranks, got 4" in run.stderr

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import Dims, make_call, seeds
+from tiers import prove
 
 from hsa_tl import cases
 from hsa_tl.autotune import static
@@ -134,6 +135,7 @@ def test_registers_that_the_producer_gives_back_are_the_consumers_gain(D, blocks
     assert kept <= launched * config.total_threads() and config.producer_registers < launched
 
 
+@prove
 @pytest.mark.static
 @pytest.mark.parametrize("changes", [{"masked": True, "per_head": True}, {"HQ": 24, "D": 64, "S": 128, "masked": True}])
 @pytest.mark.parametrize("reduce_add", [0, 1])

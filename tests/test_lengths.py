@@ -4,6 +4,7 @@ import json
 
 import pytest
 from rich.console import Console
+from tiers import tiered
 from typer.testing import CliRunner
 
 from hsa_tl.bench import lengths, needle_demo
@@ -24,13 +25,16 @@ def recipe(tmp_path):
     return str(file)
 
 
-def test_lengths_command(recipe, tmp_path):
+@pytest.mark.parametrize(
+    "models", tiered((["hsa", "full-rope"], list(lengths.MODELS)), quick=(["hsa", "full-rope"],)), ids=len
+)
+def test_lengths_command(recipe, tmp_path, models):
     args = ["lengths", "--recipe", recipe, "--out", tmp_path / "out", "--runs", tmp_path / "runs", "--samples", 2]
-    args = [*map(str, args), "--lengths", "128,1k", "--seeds", "1"]
+    args = [*map(str, args), "--lengths", "128,1k", "--seeds", "1", "--models", ",".join(models)]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0 and "lengths-toy.png" in result.output, result.output
     rows = json.loads((tmp_path / "out/lengths.json").read_text())
-    assert len(rows) == len(lengths.MODELS) * len(lengths.TASKS) * 2
+    assert len(rows) == len(models) * len(lengths.TASKS) * 2
     assert {"model", "seed", "train_length", "length", "task", "accuracy", "seconds"} <= set(rows[0])
     assert all(0 <= r["accuracy"] <= 1 and r["train_length"] == 64 and r["samples"] == 2 for r in rows)
     assert {r["read_tokens"] for r in rows} == {0, 128}

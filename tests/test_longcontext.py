@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.model import Model, evaluate, needles, preset
@@ -39,7 +40,7 @@ def check(reader, model, exact, tokens, keep):
     assert_accurate("logits", reader.read(tokens, keep), wanted)
 
 
-@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+@pytest.mark.parametrize("changes", tiered(CONFIGS, quick=CONFIGS[1:2] + CONFIGS[5:]), ids=str)
 def test_reading_is_the_forward(changes, tmp_path):
     model, exact = models(changes)
     rng = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiers import prove
 
 from hsa_tl.model import Model, preset
 
@@ -44,6 +45,7 @@ def test_compiled_training_step(batch, attention, keep):
     assert_same_gradients(others, gradients)
 
 
+@prove
 def test_inductor_compiles_the_whole_forward(batch):
     """Without the backward pass, whose kernels take the compiler a minute."""
     model = Model(TINY)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import largest_allocation, seeds
+from tiers import tiered
 
 from hsa_tl import build_pairs, ops, retrieval, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
@@ -140,7 +141,7 @@ def test_visible_chunks(impl):
             assert torch.equal(alone, indices[:, p : p + 1])
 
 
-@pytest.mark.parametrize("steps", ((1,) * 20, (7, 1, 32, 20), (16, 44)), ids=str)
+@pytest.mark.parametrize("steps", tiered(((1,) * 20, (7, 1, 32, 20), (16, 44)), quick=((7, 1, 32, 20),)), ids=str)
 @pytest.mark.parametrize("start", (0, 1000))
 @each_impl
 def test_chunked_prefill_is_bitwise_one_shot(impl, start, steps):
@@ -299,7 +300,11 @@ def test_positions_beyond_int32(impl):
     assert_equals_oracle(q_slc, landmarks, 3, chunk_size=128, q_start=start, exclude_window=window, impl=impl)
 
 
-@pytest.mark.parametrize("N, T, D_r", [(1 << 14, 4096, 16), (1 << 18, 1024, 8), (1 << 24, 64, 4)], ids=str)
+@pytest.mark.parametrize(
+    "N, T, D_r",
+    tiered([(1 << 14, 4096, 16), (1 << 18, 1024, 8), (1 << 24, 64, 4)], quick=[(1 << 14, 4096, 16)], rows=True),
+    ids=str,
+)
 def test_long_context(N, T, D_r):
     """The last tokens of 1M and of 16M, and 16M chunks: against plain rows of scores, in little memory."""
     q_slc, landmarks = torch.randn(1, T, 1, D_r), torch.randn(1, N, 1, D_r)
@@ -316,7 +321,7 @@ def test_long_context(N, T, D_r):
 
 
 @pytest.mark.static
-@pytest.mark.parametrize("D_r, K", ((128, 64), (64, 16), (128, 128)))
+@pytest.mark.parametrize("D_r, K", tiered(((128, 64), (64, 16), (128, 128)), quick=((64, 16),), rows=True))
 def test_triton_kernels_compile_for_hopper(D_r, K):
     """Without a GPU: no spills, and the scores on tensor cores."""
     triton = pytest.importorskip("triton")

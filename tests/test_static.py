@@ -1,14 +1,16 @@
 """What a heuristic or a table can produce: lowers, assembles, fits, uses tensor cores.
 
 That is every config of every program's space for the problems tagged ci, and every row of the shipped tables, each
-distinct (program, static key, config) once. What only the tuner tries is checked by the arithmetic of legality, and
-assembled before it can become a row. What was assembled of the same source and versions is not assembled again.
+distinct (program, static key, config) once, in make prove; make test assembles the first config of each program. What
+only the tuner tries is checked by the arithmetic of legality, and assembled before it can become a row. What was
+assembled of the same source and versions is not assembled again.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiers import prove
 
 from hsa_tl import cases
 from hsa_tl.autotune import cost, static, table
@@ -76,6 +78,24 @@ def assert_sound(name, program, problem, configs):
 
 
 @pytest.mark.static
+def test_the_first_config_of_every_program_assembles():
+    """All in one run of nvcc, which reads the headers once."""
+    problem = cases.case("paper-d64").problem
+    chosen = {program: config.space(program, problem)[0] for program in config.PROGRAMS}
+    sources = {}
+    for program, c in chosen.items():
+        sources[program] = compile.lower(program, problem, c).kernel_source
+        assert program in sources[program] and not static.barrier_in_elected_branch(sources[program])
+    if reason := static.missing_tools():
+        pytest.skip(f"lowered, not assembled: {reason}")
+    for (program, c), made in zip(chosen.items(), static.assemble_all(list(sources.values())), strict=True):
+        sass = cost.parse_sass(made.sass)
+        claim = c.tensor_core()
+        assert made.spill_bytes == 0 and (not claim or cost.count(sass, claim.upper())), program
+
+
+@prove  # 4 s of two cores each
+@pytest.mark.static
 @pytest.mark.parametrize("case, program", CI)
 def test_every_config_assembles_without_spills_and_with_tensor_cores(case, program):
     configs = config.space(program, case.problem)
@@ -83,6 +103,7 @@ def test_every_config_assembles_without_spills_and_with_tensor_cores(case, progr
     assert_sound(case.name, program, case.problem, configs)
 
 
+@prove
 @pytest.mark.static
 @pytest.mark.parametrize("key", SHIPPED, ids=lambda key: "-".join(map(str, key)))
 def test_every_shipped_row_assembles(key):
@@ -94,6 +115,7 @@ def test_every_shipped_row_assembles(key):
     assert_sound("shipped", program, problem, SHIPPED[key])
 
 
+@prove
 @pytest.mark.static
 def test_processes_assemble_into_a_journal(tmp_path, monkeypatch):
     """The path that hsa-tl autotune takes, with nothing cached; a second run makes nothing."""

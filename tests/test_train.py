@@ -132,6 +132,24 @@ def test_accumulated_batches_are_one_batch():
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+def test_every_sample_is_read_once(tmp_path, monkeypatch):
+    """In order, by stage: steps, accumulated batches and the samples of each take the next ones."""
+    read = []
+
+    def source(recipe, stage, number):
+        made = make_source(stage.data, stage.length, number)
+        batch = made.batch
+        made.batch = lambda index, size: (
+            read.extend((number, i) for i in range(index, index + size)) or batch(index, size)
+        )
+        return made
+
+    monkeypatch.setattr(training, "_source", source)
+    recipe = toy()
+    training.train(recipe, tmp_path)
+    assert read == [(n, i) for n, s in enumerate(recipe.stages) for i in range(s.steps * s.batch * s.accumulate)]
+
+
 def test_learning_rate():
     data = {"kind": "needles", "tasks": [{}]}
     recipe = Recipe("x", "tiny", (Stage(100, 32, 1, data),), 1.0, warmup=10, decay=0.5, final=0.1)

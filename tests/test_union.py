@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from strategies import Dims, attend, make_call, seeds
+from tiers import tiered
 
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
@@ -18,9 +19,14 @@ def _union(rows: list[list[int]], num_chunks: int) -> list[int]:
     return [c for c, _ in sorted(keys)]
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("device_type", tiered(["cpu", "cuda"], quick=["cpu"]))
 @pytest.mark.parametrize(
-    "G, K, block_M", [(1, 2, 64), (3, 3, 64), (4, 5, 192), (16, 4, 192), (16, 2, 192), (5, 1, 128)]
+    "G, K, block_M",
+    tiered(
+        [(1, 2, 64), (3, 3, 64), (4, 5, 192), (16, 4, 192), (16, 2, 192), (5, 1, 128)],
+        quick=[(3, 3, 64), (4, 5, 192)],
+        rows=True,
+    ),
 )
 @hypothesis.given(B=st.integers(1, 2), T=st.integers(1, 70), H=st.integers(1, 2), N=st.integers(1, 9), seed=seeds)
 @hypothesis.settings(max_examples=10)
@@ -52,7 +58,7 @@ def test_index(device_type, G, K, block_M, B, T, H, N, seed):
 
 
 @pytest.mark.parametrize("block_M, q_registers", [(64, 0), (128, 1), (192, 0)])
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("per_head", tiered([False, True], quick=[True]))
 def test_any_block_gives_the_same_output(block_M, q_registers, per_head):
     """Tiles of 21, 42 and 64 tokens: the last one is not full, rows pad the others."""
     call = make_call(Dims(T=50, T_kv=90, per_head=per_head))
