@@ -6,7 +6,7 @@ JOBS ?= 2
 N ?= 200
 SEED ?= 0
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
-SOURCES := hsa_tl kernels_tilelang autotune model bench tests
+SOURCES := hsa_tl kernels_tilelang autotune model bench tests examples
 
 .PHONY: setup demo test prove mutate lint gpu bundle clean
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from hsa_tl import model
-
 FOLDER = Path(__file__).parent.parent / "examples"
 # What each is called with here, and what its output must match.
 RUNS = {
@@ -24,9 +22,6 @@ RUNS = {
     ),
     "generate": (["--tokens", "2000"], r"3 of 3 right\n.*\n.*\n2 of 2 right.*\n.*with the same seed: True"),
 }
-without_weights = pytest.mark.xfail(
-    not hasattr(model, "load"), raises=ImportError, strict=True, reason="no weights ship with the package yet"
-)
 
 
 def test_all_are_listed():
@@ -38,7 +33,7 @@ def test_all_are_listed():
         assert not re.search(r"(import|from) .*\b_\w+", "\n".join(lines)), f"{path.name} must import public names only"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=without_weights) if n == "generate" else n for n in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_runs(name, monkeypatch, capsys, tmp_path):
     arguments, output = RUNS[name]
     monkeypatch.chdir(tmp_path)  # where those that write, write
