@@ -11,7 +11,6 @@ from hsa_tl.bench.providers import HSA, RETRIEVAL, Provider
 from hsa_tl.oracle import attention_oracle, expect_attention
 from hsa_tl.testing import check_retrieval
 
-QUANTITIES = ("out", "dq", "dk", "dv", "dweights")
 Tensors = Mapping[str, torch.Tensor]
 
 

@@ -130,37 +130,49 @@ class Rounding(TorchDispatchMode):
         super().__init__()
         self.eps, self.generator = eps, torch.Generator().manual_seed(seed)
 
-    def _noise(self, size):
-        uniform = torch.rand(size.shape, generator=self.generator, dtype=torch.float64).to(size.device) * 4 - 2
-        return torch.nan_to_num(uniform * size * self.eps, nan=0.0, posinf=0.0, neginf=0.0)
+    def _uniform(self, like, middle=0.0):
+        """Numbers within two eps of the middle."""
+        random = torch.empty(like.shape, dtype=torch.float64)
+        random.uniform_(middle - 2 * self.eps, middle + 2 * self.eps, generator=self.generator)
+        return random.to(like.device)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, name = func._schema.name.split("::")
-        if space != "aten" or "dot_product" in name:
-            args = tree_map_only(torch.Tensor, lambda x: x + self._noise(x) if x.dtype == torch.float64 else x, args)
+        hides = space != "aten" or "dot_product" in name
+        if hides:
+            args = tree_map_only(torch.Tensor, lambda x: x * self._uniform(x, 1.0) if _is_double(x) else x, args)
         out = func(*args, **(kwargs or {}))
         returned = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-        product = name in ("mm", "bmm", "addmm", "baddbmm")
-        total = space != "aten" or any(word in name for word in self.SUMS)
-        view = any(not a.is_write for a in returned)
-        if view or not (product or total or torch.Tag.pointwise in func.tags):
+        if any(not a.is_write for a in returned):  # a view
             return out
-        factor = 10 if "dot_product" in name else 1  # its exponentials are right to 20 units in the last place
         terms = None
-        if product:
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
             a, b = args[-2:]
-            terms = math.sqrt(a.shape[-1]) * (a.square() @ b.square()).sqrt() if a.dtype == torch.float64 else None
+            terms = (a.square() @ b.square()).mul_(a.shape[-1]).sqrt_() if _is_double(a) else None
+        total = hides or any(word in name for word in self.SUMS)
+        if terms is None and not total and torch.Tag.pointwise not in func.tags:
+            return out
 
         def move(x):
-            if x.dtype != torch.float64:
+            if not _is_double(x):
                 return x
-            size = x.abs() if terms is None else terms
-            if total and x.dim():
-                size = size + x.square().mean(-1, keepdim=True).sqrt()
-            size = size * factor
-            return x.add_(self._noise(size)) if returned else x + self._noise(size)
+            if terms is not None:
+                moved = terms.mul_(self._uniform(x)).add_(x)
+            else:
+                moved = x * self._uniform(x, 1.0)
+                if total and x.dim():
+                    size = x.square().mean(-1, keepdim=True).sqrt_().nan_to_num_(0.0, 0.0, 0.0)
+                    size *= (
+                        10 if "dot_product" in name else 1
+                    )  # its exponentials err by up to 20 units in the last place
+                    moved += self._uniform(x) * size
+            return x.copy_(moved) if returned else moved
 
         return tree_map_only(torch.Tensor, move, out)
+
+
+def _is_double(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float64
 
 
 SAMPLES = 4

@@ -87,9 +87,9 @@ def _product(a, b, terms, eps):
 
 
 def expect_attention(
-    q, k, v, weights, indices, do, *, chunk_size=64, scale=None, cu_seqlens=None
+    q, k, v, weights, indices, do=None, *, chunk_size=64, scale=None, cu_seqlens=None
 ) -> dict[str, Expected]:
-    """out, dq, dk, dv and dweights of `hsa_attention` in float64, each with its unit.
+    """out, dq, dk, dv and dweights of `hsa_attention` in float64, each with its unit; without do, out alone.
 
     Kept in the type of q: probabilities P (weighed by w or not), dS, a pair's rows of out and dq before they are summed
     over the slots, and the results. In float32: scores, softmax, dP = do V^T, delta = rowsum(P dP), every sum. An error
@@ -98,8 +98,9 @@ def expect_attention(
     """
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
+        tensors = [x for x in (q, k, v, weights, indices, do) if x is not None]
         parts = [
-            expect_attention(*(x[:, a:b] for x in (q, k, v, weights, indices, do)), chunk_size=chunk_size, scale=scale)
+            expect_attention(*(x[:, a:b] for x in tensors), chunk_size=chunk_size, scale=scale)
             for a, b in itertools.pairwise(ends)
             if b > a
         ]
@@ -112,8 +113,8 @@ def expect_attention(
     G, eps, least2 = HQ // H, eps_of(q.dtype), least_of(q.dtype) ** 2
     sums = 2 * min(eps, eps_of(torch.float32))  # tensor cores truncate; exp2 and division may be off by one more
     scale = 1 / math.sqrt(D) if scale is None else scale
-    q, k, v, do, weights = (x.detach().double() for x in (q, k, v, do, weights))
-    shapes = {"out": q, "dq": q, "dk": k, "dv": v, "dweights": weights}
+    q, k, v, weights = (x.detach().double() for x in (q, k, v, weights))
+    shapes = {"out": q} if do is None else {"out": q, "dq": q, "dk": k, "dv": v, "dweights": weights}
     value, unit2 = ({name: torch.zeros_like(x) for name, x in shapes.items()} for _ in range(2))
 
     for b, h in itertools.product(range(B), range(H)):
@@ -122,7 +123,7 @@ def expect_attention(
             slots = chosen == c  # [T, K]
             t, keys = slots.any(-1).nonzero().squeeze(-1), slice(c * S, (c + 1) * S)
             k_c, v_c = k[b, keys, h], v[b, keys, h]  # [L, D]
-            q_t, do_t, n = q[b, t, heads], do[b, t, heads], len(t) * G  # [tokens, G, D]
+            q_t, n = q[b, t, heads], len(t) * G  # [tokens, G, D]
             slot_weights = torch.where(slots[t][:, None], weights[b, t, own], 0.0)  # [tokens, GW, K]
             w, most = (x.sum(-1)[..., None].expand(-1, G, -1) for x in (slot_weights, slot_weights.abs()))
             most2 = most.square()
@@ -141,6 +142,9 @@ def expect_attention(
             unit2["out"][b, t, heads] += wp2 @ v_c.square() + small2
             unit2["out"][b, t, heads] += most2 * (o.square() * (row2 + eps**2 + K * sums**2) + o_sum2)
 
+            if do is None:
+                continue
+            do_t = do[b, t, heads].detach().double()
             dp, dp2 = _product(do_t, v_c.T, D, sums)
             terms = p * dp
             delta = terms.sum(-1, keepdim=True)
@@ -164,6 +168,6 @@ def expect_attention(
                 total, sum2 = _product(x.reshape(n, -1).T, other, n, sums)
                 value[name][b, keys, h] += factor * total
                 unit2[name][b, keys, h] += factor**2 * (x2.reshape(n, -1).T @ other.square() + sum2)
-    for name in ("out", "dq", "dk", "dv"):  # what nobody chose is exactly 0
+    for name in value.keys() - {"dweights"}:  # what nobody chose is exactly 0
         unit2[name] += torch.where(unit2[name] > 0, (eps * value[name]).square() + least2, 0.0)
     return {name: Expected(value[name], unit2[name].sqrt(), eps) for name in value}
