@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Tensors are tiny: under xdist, threads of one worker would only spin against those of the other.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# Tensors are tiny: a second thread would only spin, against the other worker under xdist, against neighbours without.
+torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # also fills torch.empty with NaN
 torch.utils.deterministic.fill_uninitialized_memory = True
 
