@@ -74,6 +74,7 @@ def bench(
     ] = MAX_CALL_S,
     seconds: Annotated[float, typer.Option(help="time each provider for so long at a point, 3 times at least")] = 2.0,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    busy: Annotated[int, typer.Option(help="processes that spin beside it, as on a machine that others use")] = 0,
 ) -> None:
     """HSA against dense attention by length. Resumes: what OUT already holds of this commit is not measured again.
 
@@ -95,7 +96,7 @@ def bench(
                 suite, [case], points, modes, provider_names, selection, device, out,
                 None if minutes is None else minutes * 60,
                 lambda done, total, what: bar.update(step, completed=done, total=total, description=what),
-                threads=threads, seconds=seconds, max_call_s=max_call_s,
+                threads=threads, busy=busy, seconds=seconds, max_call_s=max_call_s,
             )  # fmt: skip
         show_speed(rows, f"{suite.name}, {rows[0].config}, {selection} selection, {rows[0].device}")
         console.print(f"wrote {out}/bench.csv and bench.json")

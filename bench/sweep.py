@@ -10,6 +10,7 @@ import torch
 
 from hsa_tl import cases as named_cases
 from hsa_tl.bench import record, timing
+from hsa_tl.bench.neighbours import describe, neighbours
 from hsa_tl.bench.suite import Suite, error_line, one_of, parse_selection, selection_label
 from hsa_tl.cases import Case
 from hsa_tl.problem import Problem
@@ -31,13 +32,16 @@ class _Sweep:
     seconds: float
     max_call_s: float
     deadline: float
+    beside: str = ""  # what else runs
     rows: dict[tuple, record.Row] = field(default_factory=dict)
     refused: dict[tuple, str] = field(default_factory=dict)
     ns_per_flop: dict[tuple, float] = field(default_factory=dict)
     made: tuple[Problem, object] | None = None
 
     def __post_init__(self) -> None:
-        self.source = (record.device_name(self.device), record.versions(), record.commit())
+        # Part of the device, as its threads are: rows with and without neighbours stand beside each other.
+        device = ", ".join(filter(None, (record.device_name(self.device), self.beside)))
+        self.source = (device, record.versions(), record.commit())
 
     def inputs(self, problem: Problem):
         if self.made is None or self.made[0] != problem:
@@ -154,7 +158,7 @@ class _Sweep:
         state = record.device_state(self.device)
         for name, t in times.items():
             work = self.suite.work(name, problem, mode)
-            notes = (f"{t.repeats} repeats", work.note, state)
+            notes = (f"{t.repeats} repeats", work.note, self.beside, state)
             self.add(case, problem, name, mode, "time", t[:3], "; ".join(filter(None, notes)))
             for metric, amount in (("throughput", work.flops), ("bandwidth", work.moved_bytes)):
                 self.add(case, problem, name, mode, metric, tuple(amount / (x * 1e6) for x in (t.p80, t.p50, t.p20)))
@@ -210,6 +214,7 @@ def run_sweep(
     progress: Callable[[int, int, str], None] | None = None,
     *,
     threads: int | None = 2,
+    busy: int = 0,
     min_repeats: int = 3,
     seconds: float = 2.0,
     max_call_s: float = MAX_CALL_S,
@@ -219,10 +224,10 @@ def run_sweep(
 
     Every provider first passes the suite's gate. One that fails it, is missing, does not fit in memory, would exceed
     max_call_s seconds a call or comes after deadline_s seconds gets a row that says so. On the CPU the cases run in
-    float32 on `threads` threads. Rows of out_dir that this sweep does not measure stay. resume: times there of the
-    same device, versions and commit are kept, not measured again. progress(done, total, what) is called before each
-    point. modes and providers default to the suite's.
-    ValueError: an unknown mode, provider or selection, or a length below 1 or off the suite's grid.
+    float32 on `threads` threads, beside `busy` processes that spin; the rows' device and note say so. Rows of out_dir
+    that this sweep does not measure stay. resume: times there of the same device, versions and commit are kept, not
+    measured again. progress(done, total, what) is called before each point. modes and providers default to the suite's.
+    ValueError: an unknown mode, provider or selection, a length below 1 or off the suite's grid, or busy below 0.
     """
     kind = torch.device(device).type
     names = [one_of("provider", n, suite.known()) for n in (providers or suite.default(kind))]
@@ -236,6 +241,8 @@ def run_sweep(
     for S in {c.problem.S for c in cases} if suite.multiple_of_chunk else ():
         if off := [T for T in lengths if T % S]:
             raise ValueError(f"lengths must be multiples of the chunk size {S}, got {off[0]}")
+    if busy < 0:
+        raise ValueError(f"busy must be at least 0, got {busy}")
     if out_dir is not None:
         out_dir.mkdir(parents=True, exist_ok=True)
     progress = progress or (lambda done, total, what: None)
@@ -244,13 +251,14 @@ def run_sweep(
     if kind == "cpu" and threads is not None:
         torch.set_num_threads(threads)
     try:
-        sweep = _Sweep(suite, selection, device, min_repeats, seconds, max_call_s, deadline)
+        sweep = _Sweep(suite, selection, device, min_repeats, seconds, max_call_s, deadline, describe(busy))
         if out_dir is not None:
             sweep.rows = {r.key: r for r in record.read_rows(out_dir / "bench.csv")}
         points = []
         for c in cases:
             base = named_cases.on_cpu(c.problem) if kind == "cpu" else c.problem
             points += [(c, suite.problem(base, T), m) for T in lengths for m in modes]
-        return sweep.run(points, names, out_dir, resume, progress)
+        with neighbours(busy):
+            return sweep.run(points, names, out_dir, resume, progress)
     finally:
         torch.set_num_threads(before)

@@ -180,14 +180,24 @@ def global_chunks(indices, cu_seqlens, num_chunks, chunk_size):
     return indices
 
 
-def _product(bounds, column, value, dense):
-    """A sparse matrix, by rows, times a dense one: [rows, D]. Each row's terms add up in their order."""
+def _product(bounds, column, value, dense, out):
+    """out [rows, D] = a sparse matrix, by rows, times a dense one. Each row's terms add up in their order."""
+    rows, D = out.shape
+    step = max(1, BLOCK_SCORES * rows // max(1, len(value) * D))
+
+    def multiply(first, _):
+        part = bounds[first : first + step + 1]
+        begin, end = int(part[0]), int(part[-1])
+        shape = len(part) - 1, len(dense)
+        matrix = (part - begin).int(), column[begin:end].int(), value[begin:end]
+        out[first : first + step] = torch.sparse_csr_tensor(*matrix, shape, check_invariants=False) @ dense
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
-        shape = len(bounds) - 1, len(dense)
-        return torch.sparse_csr_tensor(bounds.int(), column.int(), value, shape, check_invariants=False) @ dense
+        workers.each(range(0, rows, step), multiply)
 
 
+@workers.one_thread
 def dq_slc(dscores, indices, q_slc, landmarks, scale):
     """dq_slc[t] = scale * sum_k dscores[t, k] landmarks[i]; indices: rows of landmarks."""
     B, T, R, D_r = q_slc.shape
@@ -201,7 +211,7 @@ def dq_slc(dscores, indices, q_slc, landmarks, scale):
             valid = indices[b, :, r] >= 0
             bounds = torch.nn.functional.pad(valid.sum(-1).cumsum(0), (1, 0))
             weight = dscores[b, :, r][valid] * scale
-            dq[b, :, r] = _product(bounds, indices[b, :, r][valid], weight, marks).to(dq.dtype)
+            _product(bounds, indices[b, :, r][valid], weight, marks, dq[b, :, r])
             continue
         for begin in range(0, T, rows):
             part = slice(begin, begin + rows)
@@ -212,6 +222,7 @@ def dq_slc(dscores, indices, q_slc, landmarks, scale):
     return dq
 
 
+@workers.one_thread
 def dlandmarks(dscores, pairs, q_slc, num_chunks, scale):
     """dlandmarks[i] = scale * sum of dscores[t, k] q_slc[t] over the pairs that chose chunk i, in the pairs' order."""
     B, _, R, D_r = q_slc.shape
@@ -224,5 +235,5 @@ def dlandmarks(dscores, pairs, q_slc, num_chunks, scale):
         part = pair[ends[i] : ends[i + 1]]
         bounds = offsets[i * num_chunks : (i + 1) * num_chunks + 1] - ends[i]
         weight = dscores[b, :, r].flatten()[part] * scale
-        out[b, :, r] = _product(bounds, part // K, weight, q_slc[b, :, r].to(weight.dtype)).to(out.dtype)
+        _product(bounds, part // K, weight, q_slc[b, :, r].to(weight.dtype), out[b, :, r])
     return out

@@ -19,6 +19,7 @@ AHEAD = 4  # blocks, a worker, that may wait for an earlier one to be finished
 _MAX_THREADS = 256  # of all callers at once; they start when they are needed
 
 
+@functools.cache
 def _quota(root: Path) -> float:
     """Cores' worth of time that the control groups of this process leave it; inf where there is no limit."""
     limit = math.inf
@@ -49,10 +50,7 @@ def _quota(root: Path) -> float:
 def cores(root: Path = Path("/")) -> int:
     """The cores that this process may use: of its affinity mask, within the quotas of its control groups."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(here, math.ceil(min(here, _cached_quota(root)))))
-
-
-_cached_quota = functools.cache(_quota)
+    return max(1, math.ceil(min(here, _quota(root))))
 
 
 class _Job:
@@ -90,7 +88,8 @@ os.register_at_fork(after_in_child=_new_pool)  # threads stay behind in the pare
 def one_thread(function: Callable) -> Callable:
     """Runs a function, whose first argument is a tensor, where operations on the CPU are serial; `each` spreads it.
 
-    It may use torch.get_num_threads() workers of its caller's, no more than `cores()`.
+    `each` may use as many workers as its caller has threads, torch.get_num_threads(), no more than `cores()`. With one
+    thread all of it runs in the caller's own; torch.profiler sees nothing of others.
     """
 
     @functools.wraps(function)

@@ -1,0 +1,302 @@
+"""Workers: the same bits for any number of them, whoever calls, and no more than the cores there are."""
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from strategies import calls, seeds
+
+from hsa_tl import (
+    build_pairs,
+    decode_retrieval,
+    hsa_attention,
+    hsa_decode,
+    landmark_bounds,
+    retrieval,
+    retrieve_chunks,
+    retrieve_decode,
+    workers,
+)
+from hsa_tl.impl import reference, reference_decode
+from hsa_tl.testing import run_with_gradients
+
+ANY = torch.zeros(1)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(n) lets operators have n workers, whatever the machine has."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(workers, "cores", lambda: 8)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Many blocks even of small tensors."""
+    monkeypatch.setitem(reference._BLOCK_ELEMENTS, "cpu", 200)
+    monkeypatch.setitem(reference_decode._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(reference, "_ROWS_PER_SUM", 4)
+    monkeypatch.setattr(retrieval, "BLOCK_SCORES", 100)
+    monkeypatch.setattr(decode_retrieval, "_RANGE_ELEMENTS", 1)
+
+
+def spread(items, work, **options):
+    """workers.each, as an operator calls it."""
+    workers.one_thread(lambda _: workers.each(items, work, **options))(ANY)
+
+
+def check_any_number(use, function):
+    """function() gives the same bits with 1, 2, 3 and 4 workers."""
+    use(1)
+    want = function()
+    for n in (2, 3, 4):
+        use(n)
+        for a, b in zip(want, function(), strict=True):
+            assert torch.equal(a, b), n
+
+
+def test_attention(use, small_blocks):
+    @hypothesis.given(calls)
+    def holds(call):
+        check_any_number(use, lambda: run_with_gradients(hsa_attention, call, chunk_size=16).values())
+
+    holds()
+
+
+@st.composite
+def marks(draw, max_chunks):
+    """q_slc [B, T, R, 8] and landmarks [B, N, R, 8] of small whole numbers: many ties."""
+    B, T, R, N = (draw(st.integers(1, high)) for high in (2, 50, 2, max_chunks))
+    g = torch.Generator().manual_seed(draw(seeds))
+    return tuple(torch.randint(-2, 3, (B, n, R, 8), generator=g).float() for n in (T, N))
+
+
+def test_retrieval(use, small_blocks):
+    @hypothesis.given(marks(9), st.integers(1, 5), seeds)
+    def holds(tensors, topk, seed):
+        def run():
+            leaves = [x.requires_grad_() for x in tensors]
+            scores, indices = retrieve_chunks(*leaves, topk, chunk_size=16, q_start=100)
+            gradient = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed))
+            return scores.detach(), indices, *torch.autograd.grad(scores, leaves, gradient)
+
+        check_any_number(use, run)
+
+    holds()
+
+
+@pytest.mark.parametrize("two_level", (False, True))
+def test_retrieval_of_decode(use, small_blocks, two_level):
+    @hypothesis.given(marks(300), st.integers(1, 5))
+    @hypothesis.settings(max_examples=15)
+    def holds(tensors, topk):
+        q, landmarks = tensors[0][:, :3], tensors[1]
+        lengths = torch.full((len(q),), 16 * landmarks.shape[1] - 2, dtype=torch.int32)
+        bounds = landmark_bounds(landmarks) if two_level else None
+        check_any_number(use, lambda: retrieve_decode(q, landmarks, lengths, topk, chunk_size=16, bounds=bounds))
+
+    holds()
+
+
+def test_decode(use, small_blocks):
+    B, T, H, K, pages = 2, 3, 2, 3, 7
+    q, weights = torch.randn(B, T, 4, 16), torch.randn(B, T, H, K)
+    k, v = torch.randn(2, pages, 16, H, 16)
+    indices = torch.randint(-1, 5, (B, T, H, K), dtype=torch.int32)
+    table = torch.randint(0, pages, (B, 5), dtype=torch.int32)
+    check_any_number(use, lambda: [hsa_decode(q, k, v, weights, indices, table)])
+
+
+def test_compiles(use, small_blocks):
+    use(3)
+    indices = torch.randint(-1, 3, (1, 40, 1, 2), dtype=torch.int32)
+    call = [torch.randn(1, n, h, d) for n, h, d in ((40, 2, 16), (48, 1, 16), (48, 1, 16), (40, 1, 2))]
+    compiled = torch.compile(hsa_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*call, indices, chunk_size=16), hsa_attention(*call, indices, chunk_size=16))
+
+
+@pytest.mark.parametrize("n", (1, 2, 4))
+def test_each(use, n):
+    """Every item once, several at a time, finished in order and by one at a time; no worker runs far ahead."""
+    use(n)
+    finished, running, busy, most = [], [], threading.Lock(), [0]
+    together = threading.Barrier(n)
+
+    def work(i, own):
+        if i < n:
+            together.wait(30)  # for ever, if fewer worked at once
+        own.append(i)
+        most[0] = max(most[0], i - len(finished))
+        return i
+
+    def finish(i):
+        assert busy.acquire(blocking=False)
+        finished.append(i)
+        busy.release()
+
+    def scratch():
+        running.append([])
+        return running[-1]
+
+    spread(range(100), work, finish=finish, scratch=scratch)
+    assert finished == list(range(100))
+    assert len(running) == n and sorted(i for own in running for i in own) == finished
+    assert most[0] <= workers.AHEAD * n
+
+
+def test_operations_in_workers_are_serial(use):
+    use(3)
+    found = set()
+
+    def work(i, _):  # torch's own threads, OpenMP's and MKL's
+        threads = re.findall(r"(?:get_num|max)_threads\(\) : (\d+)", torch.__config__.parallel_info())
+        found.add((*threads, torch.is_grad_enabled()))
+
+    spread(range(20), work)
+    assert len(found) == 1 and set(found.pop()) == {"1", False}
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as other:  # a thread that starts after the workers
+        assert other.submit(torch.get_num_threads).result() == 3
+
+
+@pytest.mark.parametrize("where", ("work", "finish"))
+def test_errors_reach_the_caller(use, where):
+    use(3)
+
+    def fail(i, *_):
+        if i == 7:
+            raise ValueError("seven")
+        return i
+
+    with pytest.raises(ValueError, match="seven"):
+        spread(range(1000), **({"work": fail} if where == "work" else {"work": lambda i, _: i, "finish": fail}))
+    spread(range(10), lambda i, _: i)
+
+
+def test_an_interrupted_caller_stops_its_workers(use):
+    use(2)
+    worked, go_on = [], threading.Event()
+
+    def work(i, _):
+        worked.append(i)
+        if i == 0:
+            os.kill(os.getpid(), signal.SIGINT)  # the main thread takes it
+        if not go_on.wait(30):
+            raise TimeoutError
+
+    with pytest.raises(KeyboardInterrupt):
+        spread(range(1000), work)
+    go_on.set()
+    spread(range(1), lambda i, _: i)
+    assert len(worked) < 10
+
+
+def test_callers_at_once(use, small_blocks):
+    """More of them than workers."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 200, 1, 16) for _ in range(3)]
+    indices = torch.randint(0, 4, (1, 200, 1, 3), dtype=torch.int32)
+    weights = torch.randn(1, 200, 1, 3)
+    use(3)
+
+    def run(_):
+        return hsa_attention(*tensors, weights, indices, chunk_size=16), build_pairs(indices, 13).pair
+
+    want = run(0)
+    with ThreadPoolExecutor(8) as callers:
+        for got in callers.map(run, range(40)):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def _in_child(queue, want):
+    workers.cores = lambda: 3
+    torch.set_num_threads(3)
+    found = set()
+    together = threading.Barrier(3)
+
+    def work(i, _):
+        together.wait(30)
+        found.add(threading.get_ident())
+
+    spread(range(3), work)
+    q = torch.arange(640.0).view(1, 40, 1, 16) / 640
+    got = hsa_attention(q, q, q, torch.ones(1, 40, 1, 1), torch.zeros(1, 40, 1, 1, dtype=torch.int32), chunk_size=16)
+    queue.put((len(found), torch.equal(got, want)))
+
+
+def test_after_a_fork(use):
+    use(3)
+    q = torch.arange(640.0).view(1, 40, 1, 16) / 640
+    want = hsa_attention(q, q, q, torch.ones(1, 40, 1, 1), torch.zeros(1, 40, 1, 1, dtype=torch.int32), chunk_size=16)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_in_child, args=(queue, want), daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and queue.get() == (3, True)
+
+
+def _write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+V1 = "sys/fs/cgroup/cpu,cpuacct"
+GROUPS = {
+    "v2, none": (8, {"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}),
+    "v2": (2, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "200000 100000"}),
+    "v2, a share of a core": (1, {"proc/self/cgroup": "0::/a", "sys/fs/cgroup/a/cpu.max": "20000 100000"}),
+    "v2, and a half": (3, {"proc/self/cgroup": "0::/a", "sys/fs/cgroup/a/cpu.max": "250000 100000"}),
+    "v2, of a parent": (
+        3,
+        {"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 1", "sys/fs/cgroup/a/cpu.max": "3 1"},
+    ),
+    "v2, seen from inside": (2, {"proc/self/cgroup": "0::/../x", "sys/fs/cgroup/cpu.max": "2 1"}),
+    "v1": (4, {"proc/self/cgroup": "3:cpu,cpuacct:/d\n1:memory:/d", f"{V1}/d/cpu.cfs_quota_us": "400000",
+               f"{V1}/d/cpu.cfs_period_us": "100000"}),
+    "v1, seen from inside": (5, {"proc/self/cgroup": "3:cpu,cpuacct:/docker/d", f"{V1}/cpu.cfs_quota_us": "250000",
+                                 f"{V1}/cpu.cfs_period_us": "50000"}),
+    "v1, none": (8, {"proc/self/cgroup": "3:cpu,cpuacct:/", f"{V1}/cpu.cfs_quota_us": "-1",
+                     f"{V1}/cpu.cfs_period_us": "100000"}),
+    "v1 beside v2": (2, {"proc/self/cgroup": "3:cpu,cpuacct:/\n0::/", f"{V1}/cpu.cfs_quota_us": "2",
+                         f"{V1}/cpu.cfs_period_us": "1"}),
+    "more than there are": (8, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "9900000 100000"}),
+    "nonsense": (8, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "many"}),
+    "no files": (8, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_cores(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    want, files = GROUPS[name]
+    _write(tmp_path, files)
+    assert workers.cores(tmp_path) == want
+
+
+def test_cores_of_the_affinity_mask(tmp_path, monkeypatch):
+    _write(tmp_path, GROUPS["v1"][1])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5})
+    assert workers.cores(tmp_path) == 2
+
+
+@pytest.mark.parametrize("threads, cores, want", [(4, 2, 2), (2, 4, 2), (1, 4, 1), (3, 1, 1)])
+def test_workers_are_no_more_than_threads_and_cores(use, monkeypatch, threads, cores, want):
+    use(threads)
+    monkeypatch.setattr(workers, "cores", lambda: cores)
+    scratches = []
+    spread(range(100), lambda i, _: None, scratch=lambda: scratches.append(0))
+    assert 1 <= len(scratches) <= want
+    barrier = threading.Barrier(want)
+    spread(range(want), lambda i, _: barrier.wait(30))
