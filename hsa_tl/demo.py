@@ -33,14 +33,14 @@ TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the uni
 UNION_PAYS = 0.45  # of the chunks walked token by token
 IMPLS = ("reference", "tilelang", "triton")
 SPEED = ("hsa-auto", "retrieve", "hsa-with-retrieval")
-# What each act does and how long it takes on two quiet cores of an AMD EPYC, all caches empty.
+# What each act does and its seconds on two quiet cores of an AMD EPYC, all caches empty.
 ACTS = {
     "accuracy": ("out and gradients of every implementation against float64, on retrieved chunks of text", 30),
     "selections": ("what retrieval finds in text, beside chance", 5),
     "speed": ("HSA against dense attention, forward and backward", 40),
     "static table": ("programs assembled for an H200, not run", 30),
     "plots": ("what was measured, as pictures", 5),
-    "needles": ("a model of 0.6M parameters, trained at 256 tokens, finds needles in noise at up to 1M", 40),
+    "needles": ("a model of 0.6M parameters, trained at 256 tokens, finds needles in noise at up to 1M", 45),
 }
 TRAIN_S = 600
 WRITES = (".json", ".csv", ".png", ".svg")
