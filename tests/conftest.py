@@ -15,8 +15,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Tensors are tiny: a second thread would only spin, against the other worker under xdist, against neighbours without.
-torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # also fills torch.empty with NaN
 torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -29,7 +27,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)
-def _seed(request):
+def _alike(request):
+    """The same seed and threads whatever ran before; tensors are tiny, and a second thread would only spin."""
+    torch.set_num_threads(1)
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
