@@ -151,8 +151,8 @@ class ModelBench(Suite):
             logits, loss, _ = model(pair.ids, labels=pair.ids)
             named = list(model.named_parameters())
             gradients = torch.autograd.grad(loss, [x for _, x in named], allow_unused=True)
-            found = {n: g for (n, _), g in zip(named, gradients, strict=True) if g is not None}
-            return found | {"loss": loss.detach(), "logits": logits[:, -1:].detach()}
+            found = {"loss": loss.detach(), "logits": logits[:, -1:].detach()}
+            return found | {n: g for (n, _), g in zip(named, gradients, strict=True) if g is not None}
 
         with pair.cast():
             actual = results(own)

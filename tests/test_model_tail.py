@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from strategies import assert_all_accurate
+from tiers import tiered
 
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.model import Model, preset
@@ -29,7 +30,10 @@ def gradients(model, batch, **options) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+each_config = pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[2], CONFIGS[5])), ids=str)
+
+
+@each_config
 def test_the_same_loss_and_gradients(changes):
     config = replace(preset("tiny"), topk="all", **changes)
     model = Model(config)
@@ -46,8 +50,8 @@ def test_the_same_loss_and_gradients(changes):
             assert_all_accurate(gradients(dense, batch, **options), wanted)
 
 
-@pytest.mark.parametrize("changes", CONFIGS, ids=str)
-@pytest.mark.parametrize("keep", (1, 40, 250))
+@each_config
+@pytest.mark.parametrize("keep", tiered((1, 40, 250), quick=(40,)))
 def test_the_last_logits(changes, keep):
     model = Model(replace(preset("tiny"), **changes))
     ids = torch.randint(0, 320, (2, 250))
