@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.model import Model, preset, segment
@@ -68,7 +69,7 @@ def read(model, cache, ids, split):
 
 
 @each_config
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("split", tiered(SPLITS, quick=("mixed",)))
 def test_segments_equal_one_shot(changes, split):
     model, exact = models(changes)
     ids = torch.randint(50, (2, T))
