@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiers import tiered
 
 pytest.importorskip("transformers", reason="needs transformers, the extra hf")
 
@@ -31,7 +32,7 @@ def left_padded():
     return rows, {"input_ids": ids, "attention_mask": mask.long()}
 
 
-@pytest.mark.parametrize("segment", (9, 4096))
+@pytest.mark.parametrize("segment", tiered((9, 4096), quick=(9,)))
 @pytest.mark.parametrize("options", ({}, {"prefill_chunk_size": 13}, {"use_cache": False}), ids=str)
 def test_generate_equals_ours(model, segment, options, monkeypatch):
     monkeypatch.setattr(hf, "SEGMENT", segment)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tiers import tiered
 
 from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
 from hsa_tl.model import ChunkEncoder, HSALayer, MemorySpec, PagedMemory
@@ -83,7 +84,7 @@ def test_token_by_token_equals_the_whole_sequence(options):
 
 
 @each_kind
-@pytest.mark.parametrize("impl", ("auto", "tilelang"))
+@pytest.mark.parametrize("impl", tiered(("auto", "tilelang"), quick=("auto",)))
 def test_ragged_batch(options, impl):
     counts = (5, 0, 70)
     memory, content = filled(counts, **options)

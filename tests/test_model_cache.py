@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
@@ -78,7 +79,7 @@ def read(model, cache, ids, split):
 
 
 @each_config
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("split", tiered(SPLITS, quick=("mixed",)))
 def test_segments_equal_one_shot(name, split):
     model, ids, wanted = whole(name)
     cache = model.new_cache(2)
