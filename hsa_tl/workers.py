@@ -85,31 +85,38 @@ _new_pool()
 os.register_at_fork(after_in_child=_new_pool)  # threads stay behind in the parent
 
 
-def one_thread(function: Callable) -> Callable:
-    """Runs a function, whose first argument is a tensor, where operations on the CPU are serial; `each` spreads it.
+def call(function: Callable, *args, **kwargs):
+    """function(*args, **kwargs) where operations on the CPU are serial and `each` spreads work; in no_grad mode.
 
-    `each` may use as many workers as its caller has threads, torch.get_num_threads(), no more than `cores()`. With one
-    thread all of it runs in the caller's own; torch.profiler sees nothing of others.
+    Over as many workers as the caller has threads, torch.get_num_threads(), no more than `cores()`. With one thread all
+    of it runs in the caller's own; torch.profiler sees nothing of others.
     """
+    if torch.get_num_threads() == 1:
+        return function(*args, **kwargs)
+    job = _Job(min(torch.get_num_threads(), cores()))
+
+    def work():
+        _here.job = job
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _here.job = None
+
+    try:
+        return _pool.submit(work).result()
+    except BaseException:
+        job.abandoned = True
+        raise
+
+
+def one_thread(function: Callable) -> Callable:
+    """Makes calls of a function, whose first argument is a tensor, go through `call` on the CPU."""
 
     @functools.wraps(function)
     def run(first, *args, **kwargs):
-        if first.device.type != "cpu" or torch.get_num_threads() == 1:
+        if first.device.type != "cpu":
             return function(first, *args, **kwargs)
-        job = _Job(min(torch.get_num_threads(), cores()))
-
-        def work():
-            _here.job = job
-            try:
-                return function(first, *args, **kwargs)
-            finally:
-                _here.job = None
-
-        try:
-            return _pool.submit(work).result()
-        except BaseException:
-            job.abandoned = True
-            raise
+        return call(function, first, *args, **kwargs)
 
     return run
 
@@ -170,7 +177,7 @@ def each(
     finish: Callable[[object], None] = lambda result: None,
     scratch: Callable[[], object] = lambda: None,
 ) -> None:
-    """finish(work(item, scratch)) for every item, on as many workers as the caller of `one_thread` may use.
+    """finish(work(item, scratch)) for every item, on as many workers as `call` allows.
 
     work runs for several items at once and must write to nothing that they share; finish runs for one at a time, in
     the order of the items. scratch() gives each worker something of its own, for all its items.

@@ -18,16 +18,19 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hsa_tl import workers
 from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.distributed import Ranks
+from hsa_tl.model.mlp import MoE
 from hsa_tl.model.model import Model
 from hsa_tl.model.pretrained import load
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source
 
 LOG = "log.jsonl"
+PART_TOKENS = 1024  # of a batch on a CPU, which a worker trains on at a time, alone; the same for any number of them
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,53 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(decay, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
 
 
+def _parts(batches: list[Batch], module: nn.Module, ranks: Ranks) -> list[Batch]:
+    """The batches, on one CPU cut into what a worker trains on at a time; a mixture of experts counts what it sees."""
+    if ranks.device != "cpu" or ranks.world > 1 or any(isinstance(m, MoE) for m in module.modules()):
+        return batches
+    rows = max(1, PART_TOKENS // batches[0].input_ids.shape[1])
+    return [Batch(*x) for b in batches for x in zip(*(tensor.split(rows) for tensor in b), strict=True)]
+
+
 def train_step(
     module: nn.Module, optimizer, recipe: Recipe, batches: list[Batch], lr: float, ranks: Ranks
 ) -> tuple[float, float]:
     """Gradients of the batches taken together, over all ranks, one update; loss and gradient norm."""
-    labels = [int((b.labels[:, 1:] != IGNORE).sum()) for b in batches]
-    total = max(1.0, *ranks.sum(sum(labels)))
+    if ranks.device == "cpu" and ranks.world == 1:
+        return workers.call(_train_step, module, optimizer, recipe, batches, lr, ranks)
+    return _train_step(module, optimizer, recipe, batches, lr, ranks)
+
+
+def _train_step(module, optimizer, recipe, batches, lr, ranks):
+    total = max(1.0, *ranks.sum(sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)))
     half = recipe.dtype == "bfloat16"
-    loss_sum = 0.0
-    for b, n in zip(batches, labels, strict=True):
-        with torch.autocast(ranks.device, torch.bfloat16) if half else nullcontext():
-            loss = module(b.input_ids.to(ranks.device), labels=b.labels.to(ranks.device), logits_to_keep=0).loss
-        # Gradients are averaged over the ranks.
-        (loss * (n * ranks.data / total)).backward()
-        loss_sum += loss.item() * n / total
-    (loss_sum,) = ranks.sum(loss_sum)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    losses = []
+
+    def differentiate(part: Batch, _):
+        share = int((part.labels[:, 1:] != IGNORE).sum()) / total
+        with torch.enable_grad():
+            with torch.autocast(ranks.device, torch.bfloat16) if half else nullcontext():
+                loss = module(
+                    part.input_ids.to(ranks.device), labels=part.labels.to(ranks.device), logits_to_keep=0
+                ).loss
+            scaled = loss * (share * ranks.data)  # gradients are averaged over the ranks
+        if ranks.world > 1:
+            scaled.backward()
+            return loss.item() * share, ()
+        return loss.item() * share, torch.autograd.grad(scaled, parameters, allow_unused=True)
+
+    def add(result):
+        loss, gradients = result
+        losses.append(loss)
+        for parameter, gradient in zip(parameters, gradients):  # noqa: B905
+            if parameter.grad is None:
+                parameter.grad = None if gradient is None else gradient.clone()  # one tensor may be of two parameters
+            elif gradient is not None:
+                parameter.grad += gradient
+
+    workers.each(_parts(batches, module, ranks), differentiate, add)
+    (loss_sum,) = ranks.sum(sum(losses))
     norm = nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not torch.isfinite(norm):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hsa_tl import workers
 from hsa_tl.cli import app
 from hsa_tl.model import Model, checkpoint, load, preset
 from hsa_tl.model import train as training
@@ -148,6 +149,27 @@ def test_every_sample_is_read_once(tmp_path, monkeypatch):
     recipe = toy()
     training.train(recipe, tmp_path)
     assert read == [(n, i) for n, s in enumerate(recipe.stages) for i in range(s.steps * s.batch * s.accumulate)]
+
+
+@pytest.mark.parametrize("changes", ({}, {"activation_checkpointing": True}), ids=str)
+def test_any_number_of_workers_trains_alike(changes, monkeypatch):
+    """To the bit; parts of a batch are those of any number too, and together the batch."""
+    monkeypatch.setattr(workers, "cores", lambda: 8)
+    batch = make_source({"kind": "needles", "tasks": [{"needles": 2, "queries": 2}]}, 64, 0).batch(0, 7)
+    found = []
+    before = torch.get_num_threads()
+    for threads, tokens in ((1, 128), (2, 128), (4, 128), (1, 1024)):
+        monkeypatch.setattr(training, "PART_TOKENS", tokens)
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        model = Model(replace(preset("tiny"), **changes))
+        optimizer = training.make_optimizer(model, toy())
+        steps = [training.train_step(model, optimizer, toy(), [batch], 1e-3, Ranks("cpu")) for _ in range(2)]
+        found.append((steps, [p.detach().clone() for p in model.parameters()]))
+    torch.set_num_threads(before)
+    for steps, parameters in found[1:3]:
+        assert steps == found[0][0] and all(map(torch.equal, parameters, found[0][1]))
+    assert found[3][0][0] == pytest.approx(found[0][0][0], rel=1e-5)
 
 
 def test_learning_rate():

@@ -27,8 +27,6 @@ from hsa_tl import (
 from hsa_tl.impl import reference, reference_decode
 from hsa_tl.testing import run_with_gradients
 
-ANY = torch.zeros(1)
-
 
 @pytest.fixture
 def use(monkeypatch):
@@ -51,7 +49,7 @@ def small_blocks(monkeypatch):
 
 def spread(items, work, **options):
     """workers.each, as an operator calls it."""
-    workers.one_thread(lambda _: workers.each(items, work, **options))(ANY)
+    workers.call(workers.each, items, work, **options)
 
 
 def check_any_number(use, function):
