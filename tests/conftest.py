@@ -30,6 +30,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(autouse=True)
 def _seed(request):
+    torch.set_num_threads(1)
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
