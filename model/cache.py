@@ -49,7 +49,8 @@ class Cache:
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.row_counts = [[0] for _ in range(batch_size)]
         self.layers = [self._layer_cache(layer) for layer in model.layers]
-        self.past_ids = torch.full((batch_size, max(0, c.conv - 1)), -1, dtype=torch.int64, device=device)
+        weight = model.embedding.weight
+        self.past = torch.zeros(batch_size, max(0, c.conv - 1), c.dim, dtype=weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
         self.waiting = Tail(self.counts, upper_reach) if c.attention in ("hsa", "swa") else None
 
@@ -66,42 +67,45 @@ class Cache:
             row[0] = n
 
     def advance(
-        self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None, keep: int | None = None
-    ) -> torch.Tensor:
-        """Hidden states [B, T, C] before the head, of the model's next tokens input_ids [B, T].
+        self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None,
+        keep: int | None = None, states: list | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [B, T, C] before the head, of the model's next tokens input_ids [B, T], or of embeddings.
 
         lengths [B]: how many tokens each row holds, padded on the right; None: T. keep: only the last so many of each
         row's tokens [B, keep, C], and nothing else that no later token needs is computed. What belongs to no token is
-        unspecified, and finite.
+        unspecified, and finite. states: see Model.hidden.
         """
-        B, T = input_ids.shape
+        B, T = input_ids.shape[:2]
         if len(self.lengths) != B:
             raise ValueError(f"input_ids must have the cache's batch size {len(self.lengths)}, got shape {[B, T]}")
         counts = [T] * B if lengths is None else [int(n) for n in lengths]
         if len(counts) != B or not all(0 <= n <= T for n in counts):
             raise ValueError(f"lengths must be {B} ints from 0 to {T}, got {counts}")
+        x_BTC = input_ids if input_ids.is_floating_point() else model.embedding(input_ids)
         if not T:
-            return model.embedding(input_ids)
+            return x_BTC
         self._count(counts)
-        x_BTC = model.embed(input_ids, self._past_embeddings(model, input_ids))
-        h_BTC, first_v_BTHD = model.lower(x_BTC, self._start(self.lengths), self.layers[: self.config.lower_layers])
+        x_BTC = model.embed(x_BTC, self._past_embeddings(x_BTC))
+        if states is not None:
+            states.append(x_BTC)
+        caches = self.layers[: self.config.lower_layers]
+        h_BTC, first_v_BTHD = model.lower(x_BTC, self._start(self.lengths), caches, states)
         if self.memory is not None:
             self._remember(model, h_BTC)
-        h_BTC = self._upper(model, h_BTC, first_v_BTHD, keep)
+        h_BTC = self._upper(model, h_BTC, first_v_BTHD, keep, states)
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
         return h_BTC
 
     def _start(self, starts: list[int]) -> int | torch.Tensor:
         same = len(set(starts)) == 1
-        return starts[0] if same else torch.tensor(starts, dtype=torch.int32, device=self.past_ids.device)
+        return starts[0] if same else torch.tensor(starts, dtype=torch.int32, device=self.past.device)
 
-    def _past_embeddings(self, model, input_ids):
-        n = self.past_ids.shape[1]
-        if not n:
-            return None
-        past = self.past_ids
-        self.past_ids = take_rows(torch.cat([past, input_ids], 1), self.counts, n)
-        return model.embedding(past.clamp(min=0)).masked_fill((past < 0)[..., None], 0)
+    def _past_embeddings(self, x_BTC):
+        n, past = self.past.shape[1], self.past
+        if n:
+            self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), self.counts, n)
+        return past
 
     def _remember(self, model, h_BTC) -> None:
         """Encodes the chunks that the segment completes, those of all sequences at once."""
@@ -122,7 +126,7 @@ class Cache:
             if new[b]:
                 self.memory.append(b, *part)
 
-    def _upper(self, model, h_BTC, first_v_BTHD, keep: int | None) -> torch.Tensor:
+    def _upper(self, model, h_BTC, first_v_BTHD, keep: int | None, states: list | None) -> torch.Tensor:
         """Hidden states of the upper decoder: of the segment, or of the last `keep` tokens of each row."""
         T, starts, counts = h_BTC.shape[1], self.lengths, list(self.counts)
         n = T if keep is None else min(keep, T)
@@ -143,6 +147,10 @@ class Cache:
         if keep is not None and min(self.counts) == h_BTC.shape[1]:
             out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, max(1, n))
             return out[:, out.shape[1] - n :]
-        out = model.upper(h_BTC, memory, first_v_BTHD, start, caches)
+        upper = None if states is None else []
+        out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, states=upper)
         behind = counts if keep is None else [n] * len(counts)
-        return take_rows(out, [m - b for m, b in zip(self.counts, behind, strict=True)], n)
+        first = [m - b for m, b in zip(self.counts, behind, strict=True)]
+        if states is not None:
+            states.extend(take_rows(x, first, n) for x in upper)
+        return take_rows(out, first, n)

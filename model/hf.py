@@ -6,53 +6,120 @@
 Importing this module registers both classes. `model.model` is the hsa_tl.model.Model.
 """
 
-from dataclasses import asdict
+import inspect
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import SEGMENT, prefill
+from hsa_tl.model.hf_batch import Rows, arrange, read_mask, read_positions
 from hsa_tl.model.model import Model
+
+CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the argument in 5.24
+CACHE_NAME = CACHE_NAMES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
+# transformers' names of ModelConfig's fields
+ALIASES = {
+    "hidden_size": "dim", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads", "intermediate_size": "mlp_dim", "tie_word_embeddings": "tied",
+}  # fmt: skip
+REMOTE = "modeling_hsa_ultralong"  # the file beside saved weights by which Auto classes find this module
 
 
 class HSAConfig(PretrainedConfig):
-    """model: a ModelConfig or its fields, by default `tiny`'s; kept as a dict. More options: see PretrainedConfig."""
+    """A ModelConfig as a PretrainedConfig.
+
+    Args:
+        model (ModelConfig or dict): its fields. Default: None, those of `tiny`.
+        options: single fields, by their names or transformers' (vocab_size, hidden_size, num_hidden_layers,
+            num_attention_heads, num_key_value_heads, intermediate_size, tie_word_embeddings), which go before model's;
+            and what every PretrainedConfig takes, such as eos_token_id and pad_token_id.
+
+    Raises:
+        ValueError: no field of ModelConfig, or one out of range.
+    """
 
     model_type = "hsa_ultralong"
+    keys_to_ignore_at_inference = list(CACHE_NAMES)  # noqa: RUF012
 
     def __init__(self, model: ModelConfig | dict | None = None, **options):
-        fields = asdict(model) if isinstance(model, ModelConfig) else dict(model or {})
+        chosen = asdict(model) if isinstance(model, ModelConfig) else dict(model or {})
+        for name, field in FIELDS.items():
+            if name in options:
+                chosen[field] = options.pop(name)
+        self._set_model(chosen)
+        super().__init__(**options)
+        if self.output_attentions:
+            raise ValueError("output_attentions must be False: HSA never holds attention weights, got True")
+
+    def _set_model(self, chosen: dict) -> None:
         try:
-            config = ModelConfig(**fields | {"rope": tuple(fields.get("rope", ModelConfig.rope))})  # JSON has no tuples
+            config = ModelConfig(**chosen | {"rope": tuple(chosen.get("rope", ModelConfig.rope))})  # JSON has no tuples
         except TypeError as error:
             raise ValueError(f"model must hold fields of ModelConfig: {error}") from None
         self.model = asdict(config) | {"rope": list(config.rope)}
-        super().__init__(**options | {"tie_word_embeddings": config.tied})
 
     @property
     def model_config(self) -> ModelConfig:
         return ModelConfig(**self.model | {"rope": tuple(self.model["rope"])})
 
-    @property
-    def vocab_size(self) -> int:
-        return self.model["vocab_size"]
+    def to_dict(self) -> dict:
+        """Also under transformers' names, for what reads the dict or config.json."""
+        return super().to_dict() | {name: self.model[field] for name, field in FIELDS.items() if name in PROPERTIES}
+
+
+def _field(field: str) -> property:
+    return property(lambda self: self.model[field], lambda self, value: self._set_model(self.model | {field: value}))
+
+
+FIELDS = ALIASES | {field.name: field.name for field in fields(ModelConfig)}
+PROPERTIES = (*ALIASES, "vocab_size", "head_dim")
+for _name in PROPERTIES:
+    setattr(HSAConfig, _name, _field(FIELDS[_name]))
 
 
 class HSACache(Cache):
-    """An hsa_tl.model.cache.Cache, made by the first forward, where generate expects past_key_values. It only grows."""
+    """An hsa_tl.model.cache.Cache where transformers expects past_key_values. It only grows.
 
-    def __init__(self, capacity: int = 1 << 14):
-        super().__init__(layers=[])
-        self.state, self.capacity = None, capacity  # tokens of a sequence
-        self.columns = 0  # of the attention mask that were read
+    Args:
+        capacity (int): tokens of a sequence to make room for at first. Default: 16384.
+        memory_options: of `Model.new_cache`: offload, cache_pages, two_level, directory.
+    """
 
     is_compileable = False
 
+    def __init__(self, capacity: int = 1 << 14, **memory_options):
+        super().__init__(layers=[])
+        self.options = {"capacity": capacity, **memory_options}
+        self.state, self.columns = None, 0  # columns: of the batch that were read
+        self.unread = None  # what a forward with gradients saw: inputs [B, T], lengths
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
+
+    def lengths(self, B: int) -> list[int]:
+        """Tokens that each of B sequences holds."""
+        if self.unread is not None:
+            return self.unread[1]
+        return [0] * B if self.state is None else self.state.lengths
+
+    def read(self, model: Model, B: int):
+        """The Cache, with everything in it."""
+        if self.state is None:
+            self.state = model.new_cache(B, **self.options)
+        if self.unread is not None:
+            (inputs, lengths), self.unread = self.unread, None
+            for begin in range(0, inputs.shape[1], SEGMENT):
+                part = inputs[:, begin : begin + SEGMENT]
+                counts = [min(max(0, n - begin), part.shape[1]) for n in lengths]
+                model.hidden(part, self.state, 0, counts)
+        return self.state
 
     def _only_grows(self, *args, **options):
         raise NotImplementedError("past_key_values of this model only grow: beam search and assistants cannot use them")
@@ -61,11 +128,19 @@ class HSACache(Cache):
 
 
 class HSAForCausalLM(PreTrainedModel, GenerationMixin):
-    """Model as a PreTrainedModel. attention_mask [B, columns]: 0 where a column holds no token of its sequence."""
+    """Model as a PreTrainedModel; `model` is the hsa_tl.model.Model.
+
+    Args:
+        config (HSAConfig): its dims and options.
+    """
 
     config_class = HSAConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch; otherwise Trainer divides by the accumulated batches
     _is_stateful = True
+    _no_split_modules = ["Layer", "EncoderBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = CACHE_NAMES
     _tied_weights_keys = {"model.output.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: HSAConfig):
@@ -74,7 +149,9 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module) -> None:
-        """Model has initialised itself."""
+        """Model has initialised itself, all but the embeddings that a resize adds."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.model.config.embedding_std)
 
     def get_input_embeddings(self):
         return self.model.embedding
@@ -104,42 +181,234 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HSACache(max(1, max_cache_length))  # beams may widen the batch
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation must be None, this model has its own, got {generation_config.cache_implementation}"
+            )
+        cache = one_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
+        if cache is None and generation_config.use_cache is not False:
+            cache = HSACache(max(1, max_cache_length))  # beams may widen the batch
+        if cache is not None:
+            model_kwargs[CACHE_NAME] = cache
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """None: the model counts, and so right where transformers does not, behind padding on the right."""
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, every_n_layers=1):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False:
+            # The reentrant form gives the chunk memory, a tuple of tensors, no gradient, and says nothing.
+            raise ValueError("gradient_checkpointing_kwargs must hold use_reentrant=False, got another checkpoint")
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers must be 1, got {every_n_layers}")
+        if enable:
+            self.model.checkpoint = gradient_checkpointing_func
+        self.model.config = replace(self.model.config, activation_checkpointing=enable)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.model.config.activation_checkpointing
+
+    def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
+        """As in transformers; the output head follows, tied or not."""
+        embedding = super().resize_token_embeddings(*args, **options)
+        self.model.config = replace(self.model.config, vocab_size=self.config.vocab_size)
+        return embedding
+
+    def save_pretrained(self, save_directory, *args, **options) -> None:
+        """As in transformers, and a file by which Auto classes find this module (trust_remote_code=True)."""
+        self.config.auto_map = {
+            "AutoConfig": f"{REMOTE}.{HSAConfig.__name__}", "AutoModelForCausalLM": f"{REMOTE}.{type(self).__name__}"
+        }  # fmt: skip
+        super().save_pretrained(save_directory, *args, **options)
+        if options.get("is_main_process", True):
+            names = f"{HSAConfig.__name__}, {type(self).__name__}"
+            text = f'"""Needs hsa-tl[hf]."""\n\nfrom {type(self).__module__} import {names}  # noqa: F401\n'
+            (Path(save_directory) / f"{REMOTE}.py").write_text(text)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModelForCausalLM") -> None:
+        """Nothing to do: save_pretrained always writes what Auto classes need."""
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-        past_key_values: HSACache | None = None, labels: torch.Tensor | None = None, logits_to_keep: int = 0,
-        use_cache: bool | None = None, return_dict: bool | None = True, **unused,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
-        """logits [B, T, V] (0 for logits_to_keep: of all columns, else of each sequence's last so many tokens).
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None, past_key_values: HSACache | None = None,
+        inputs_embeds: torch.Tensor | None = None, labels: torch.Tensor | None = None, use_cache: bool | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None, logits_to_keep: int | torch.Tensor = 0, *, cache: HSACache | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
+        """Logits, the loss of labels, and a cache for what follows.
 
-        Padding may stand on either side: it is taken out, and its logits are unspecified.
+        Args:
+            input_ids (Tensor [B, T], any integers): tokens. Default: None, where inputs_embeds are given.
+            attention_mask (Tensor): 0 where a column holds no token, on either side: what stands there is taken out,
+                and its logits are those of the token before. Bool, 0 and 1 or additive, [B, T], with a cache also of
+                all its columns; or [B, 1, T, ...], where it says what the model does. Default: None, all tokens.
+            position_ids (Tensor [B, T]): as the model counts, from 0; another 0 within a sequence begins a document
+                that sees nothing of those before it (packing). Default: None.
+            past_key_values, cache (HSACache): what was read before, under either of transformers' names. What runs
+                through a cache that is not empty has no gradient. Default: None.
+            inputs_embeds (Tensor [B, T, C]): instead of input_ids. Default: None.
+            labels (Tensor [B, T], any integers): -100 is ignored; shifted here, within documents. Default: None.
+            use_cache (bool): False returns none unless one was given. Default: None, as in the config, otherwise one
+                that is read when it is used; none in training and for packed batches.
+            output_attentions (bool): must not be True. Default: None.
+            output_hidden_states (bool): also return the embedded tokens and each layer's output, the last one normed.
+                Default: None, as in the config.
+            return_dict (bool): False returns a tuple. Default: None, as in the config.
+            logits_to_keep (int or Tensor): of the last so many columns, 0 for all, or the columns. Default: 0.
+            num_items_in_batch (int or Tensor): what the loss's sum is divided by. Default: None, the labels here.
+
+        Returns:
+            CausalLMOutputWithPast: loss, logits [B, T, V] or of the columns to keep, past_key_values, hidden_states.
+
+        Raises:
+            ValueError, TypeError: what this model cannot do, by name.
         """
-        B, T = input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
-        order = mask.argsort(dim=1, descending=True, stable=True)  # the tokens first
-        lengths = mask.sum(1).tolist()
-        ids = input_ids.gather(1, order)
-        if labels is not None:
-            labels = torch.where(mask > 0, labels, -100).gather(1, order)
-        if past_key_values is None:
-            out = self.model(ids, labels=labels)
-            logits, keep = out.logits, None
+        inputs, config = self._inputs(input_ids, inputs_embeds), self.config
+        if output_attentions or (output_attentions is None and config.output_attentions):
+            raise ValueError("output_attentions must not be True: HSA never holds attention weights, got True")
+        given = one_cache(past_key_values, cache)
+        rows = self._rows(inputs, attention_mask, position_ids, given)
+        cache, through = self._choose_cache(given, use_cache, inputs, rows)
+        if through and self.training and labels is not None and torch.is_grad_enabled():
+            raise ValueError("past_key_values must be empty in training: what runs through them has no gradient")
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not through):
+            loss, logits, states = self._run(
+                inputs, rows, cache if through else None, labels, num_items_in_batch, output_hidden_states,
+                logits_to_keep,
+            )  # fmt: skip
+        if cache is not None:
+            if not through:
+                lengths = [inputs.shape[1]] * len(inputs) if rows is None else rows.lengths
+                cache.unread = (inputs if rows is None else rows.take(inputs)).detach(), lengths
+            cache.columns += inputs.shape[1]
+        out = CausalLMOutputWithPast(loss, logits, cache, states)
+        return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def _inputs(self, input_ids, inputs_embeds) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids or inputs_embeds must be given, one of them, got {got}")
+        if input_ids is None:
+            x, C = inputs_embeds, self.config.hidden_size
+            if x.ndim != 3 or x.shape[2] != C or not x.is_floating_point() or not x.numel():
+                raise ValueError(f"inputs_embeds must be floats [B, T, {C}], got {x.dtype} of shape {list(x.shape)}")
+            return x
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids must have shape [B, T], got shape {list(input_ids.shape)}")
+        return integers("input_ids", input_ids)
+
+    def _rows(self, inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows | None:
+        """None where every sequence is T tokens of one document."""
+        if attention_mask is None and position_ids is None:
+            return None
+        B, T = inputs.shape[:2]
+        past, columns = ([0] * B, 0) if cache is None else (cache.lengths(B), cache.columns)
+        real_BT, starts_BT = torch.ones(B, T, dtype=torch.bool, device=inputs.device), None
+        if attention_mask is not None:
+            real_BT, starts_BT = read_mask(attention_mask, B, T, past, columns)
+        if position_ids is not None:
+            counted_BT = read_positions(position_ids, real_BT, past)
+            if starts_BT is not None and not torch.equal(starts_BT[:, 1:], (counted_BT & real_BT)[:, 1:]):
+                raise ValueError("position_ids must start again where attention_mask begins a document, got others")
+            starts_BT = counted_BT
+        if bool(real_BT.all()) and (starts_BT is None or not bool(starts_BT[:, 1:].any())):
+            return None
+        return arrange(real_BT, starts_BT)
+
+    def _choose_cache(self, given: HSACache | None, use_cache: bool | None, inputs, rows: Rows | None):
+        """The cache to return, and whether the tokens run through it now or when it is used.
+
+        A cache has no gradient, so that where gradients are wanted the tokens are read a second time.
+        """
+        wanted = getattr(self.config, "use_cache", None) if use_cache is None else use_cache
+        asked = given is not None or bool(wanted)
+        if rows is not None and len(rows.lengths) > len(inputs):
+            if given is not None or use_cache:
+                raise ValueError(
+                    "use_cache must be False where position_ids or attention_mask pack documents, got a cache"
+                )
+            return None, False
+        if given is None and (asked or (wanted is None and not self.training)):
+            given = HSACache(inputs.shape[1])
+        return given, asked and (given.columns > 0 or not torch.is_grad_enabled())
+
+    def _run(self, inputs, rows: Rows | None, cache: HSACache | None, labels, num_items, with_states, logits_to_keep):
+        """loss, logits and hidden states. cache: what the tokens run through."""
+        (B, T), model = inputs.shape[:2], self.model
+        columns, last = kept_columns(logits_to_keep, T)
+        x = inputs if rows is None else rows.take(inputs)
+        lengths = [T] * B if rows is None else rows.lengths
+        keep = None
+        if last and labels is None and not with_states and (rows is None or cache is not None):
+            keep = min(last, x.shape[1])
+        state = None if cache is None else cache.read(model, B)
+        if state is not None and T > SEGMENT and keep == 1 and x.ndim == 2 and min(lengths):
+            prompts = [row[:n] for row, n in zip(x, lengths, strict=True)]
+            return None, prefill(model, prompts, state)[0][:, None], None
+        states = [] if with_states else None
+        h_RLC = model.hidden(x, state, keep, None if state is None else lengths, states)
+        if rows is None:
+            h_BTC = h_RLC if keep else h_RLC[:, columns]
+        elif keep:  # each row's own last tokens; the last columns show no others
+            first = torch.tensor(lengths, device=x.device)[:, None] - keep
+            h_BTC = rows._replace(place_BT=(rows.place_BT - first).clamp(min=0)).put(h_RLC, columns)
         else:
-            if past_key_values.state is None:
-                past_key_values.state = self.model.new_cache(B, capacity=past_key_values.capacity)
-            state, keep = past_key_values.state, logits_to_keep or None
-            past_key_values.columns += T
-            if T > SEGMENT and keep == 1 and labels is None and min(lengths):
-                rows = [row[:n] for row, n in zip(ids, lengths, strict=True)]
-                return CausalLMOutputWithPast(None, prefill(self.model, rows, state)[0][:, None], past_key_values)
-            out = self.model(ids, labels=labels, cache=state, logits_to_keep=keep, lengths=lengths)
-            logits = out.logits
-        if keep is None:
-            logits = logits.gather(1, order.argsort(1)[..., None].expand_as(logits))[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(out.loss, logits, past_key_values)
+            h_BTC = rows.put(h_RLC, columns)
+        logits, loss = model.head(h_BTC), None
+        if labels is not None:
+            loss = self._loss(labels, num_items, rows, h_RLC, logits if columns == slice(None) else None)
+        if states is not None:
+            states[-1] = model.norm(states[-1])
+            states = tuple(states if rows is None else map(rows.put, states))
+        return loss, logits, states
+
+    def _loss(self, labels, num_items, rows: Rows | None, h_RLC, logits_BTV) -> torch.Tensor:
+        B, T = (len(h_RLC), h_RLC.shape[1]) if rows is None else rows.row_BT.shape
+        if list(labels.shape) != [B, T]:
+            raise ValueError(f"labels must have shape {[B, T]}, got shape {list(labels.shape)}")
+        labels = integers("labels", labels)
+        target_RL = F.pad((labels if rows is None else rows.take_tokens(labels, -100))[:, 1:], (0, 1), value=-100)
+        if logits_BTV is None:
+            total = self.model.loss_sum(h_RLC, target_RL)
+        else:
+            target_BT = target_RL if rows is None else rows.put(target_RL).masked_fill(~rows.real_BT, -100)
+            total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum")
+        if num_items is None:
+            num_items = (target_RL != -100).sum()
+        return total / torch.as_tensor(num_items, device=total.device).reshape(())
 
 
-AutoConfig.register(HSAConfig.model_type, HSAConfig)
-AutoModelForCausalLM.register(HSAConfig, HSAForCausalLM)
+def one_cache(*caches) -> HSACache | None:
+    """The cache that came under one of its names."""
+    given = [x for x in caches if x is not None]
+    if len(given) > 1 and given[0] is not given[1]:
+        raise ValueError("past_key_values and cache must be one, got two")
+    if given and not isinstance(given[0], HSACache):
+        raise TypeError(f"past_key_values must be an HSACache, got {type(given[0]).__name__}")
+    return given[0] if given else None
+
+
+def integers(name: str, x: torch.Tensor) -> torch.Tensor:
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    return x.long()
+
+
+def kept_columns(logits_to_keep: int | torch.Tensor, T: int) -> tuple[slice | torch.Tensor, int]:
+    """The columns to keep, and how many they are if they are the last, 0 for all or others."""
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
+        if logits_to_keep.ndim != 1:
+            raise ValueError(f"logits_to_keep must be an int or 1-D, got shape {list(logits_to_keep.shape)}")
+        return integers("logits_to_keep", logits_to_keep), 0
+    n = int(logits_to_keep)
+    if n < 0:
+        raise ValueError(f"logits_to_keep must be at least 0, got {n}")
+    return (slice(-n, None), n) if 0 < n < T else (slice(None), n)
+
+
+AutoConfig.register(HSAConfig.model_type, HSAConfig, exist_ok=True)
+AutoModelForCausalLM.register(HSAConfig, HSAForCausalLM, exist_ok=True)

@@ -5,6 +5,7 @@
 Shape suffixes: B batch, T tokens, C channels, A query heads, H key/value heads, D head dim, V vocabulary.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,7 @@ class Model(nn.Module):
     """
 
     tokenizer = None
+    checkpoint = staticmethod(partial(checkpoint, use_reentrant=False))  # of a layer, with activation_checkpointing
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -170,15 +172,15 @@ class Model(nn.Module):
                 m.update_balance(rate)
 
     def embed(self, input_ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
-        """input_ids [B, T] -> [B, T, C]. past [B, conv - 1, C]: embeddings (not convolved) of the tokens before."""
-        x_BTC = self.embedding(input_ids)
+        """[B, T] tokens, or their embeddings [B, T, C], -> [B, T, C]. past [B, conv - 1, C]: embeddings before them."""
+        x_BTC = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)
         return x_BTC if self.conv is None else self.conv(x_BTC, past)
 
-    def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start, keep=None):
+    def _run(self, layers, caches, x_BTC, memory, first_v_BTHD, start, keep=None, states=None):
         for i, (layer, cache) in enumerate(zip(layers, caches or [None] * len(layers), strict=True)):
             run, tail = layer, None
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-                run = _checkpointed(layer)
+                run = partial(self.checkpoint, layer)
             if keep is not None:  # what the layers above look back on stays
                 tail = keep + sum(x.reach for x in layers[i + 1 :])
                 drop = max(0, x_BTC.shape[1] - tail - layer.reach)
@@ -189,11 +191,13 @@ class Model(nn.Module):
             x_BTC, v = run(x_BTC, memory, first_v_BTHD, start, cache, tail)
             start = start + T - x_BTC.shape[1]
             first_v_BTHD = v if first_v_BTHD is None else first_v_BTHD
+            if states is not None:
+                states.append(x_BTC)
         return x_BTC, first_v_BTHD
 
-    def lower(self, x_BTC: torch.Tensor, start=0, caches=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def lower(self, x_BTC: torch.Tensor, start=0, caches=None, states=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [B, T, C] and the first layer's values [B, T, H, D] (which `value_residual` needs above)."""
-        return self._run(self.layers[: self.config.lower_layers], caches, x_BTC, None, None, start)
+        return self._run(self.layers[: self.config.lower_layers], caches, x_BTC, None, None, start, states=states)
 
     def encode(self, h_BTC: torch.Tensor, start=0) -> Memory | None:
         """The chunk memory of hidden states that begin at a chunk's first token; None if nothing reads one."""
@@ -201,11 +205,28 @@ class Model(nn.Module):
 
     def upper(
         self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None,
-        keep: int | None = None,
+        keep: int | None = None, states: list | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Hidden states [B, T, C]; keep: of the last so many positions, and nothing else is computed."""
         layers = self.layers[self.config.lower_layers :]
-        return self._run(layers, caches, h_BTC, memory, first_v_BTHD, start, keep)[0]
+        return self._run(layers, caches, h_BTC, memory, first_v_BTHD, start, keep, states)[0]
+
+    def hidden(
+        self, inputs: torch.Tensor, cache: Cache | None = None, keep: int | None = None, lengths=None,
+        states: list | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [B, T, C] before the head, of tokens [B, T] or embeddings [B, T, C].
+
+        keep: of the last so many positions, see `forward` for lengths and cache. states: a list, without keep; it gets
+        the embedded tokens and what every layer returns.
+        """
+        if cache is not None:
+            return cache.advance(self, inputs, lengths, keep, states)
+        x_BTC = self.embed(inputs)
+        if states is not None:
+            states.append(x_BTC)
+        h_BTC, first_v_BTHD = self.lower(x_BTC, states=states)
+        return self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep, states=states)
 
     def head(self, h_BTC: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of hidden states [B, T, C]."""
@@ -292,11 +313,8 @@ class Model(nn.Module):
         if labels is not None:
             # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
             keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
-        if cache is not None:
-            h_BTC = cache.advance(self, input_ids, lengths, None if labels is not None else keep)
-        else:
-            h_BTC, first_v_BTHD = self.lower(self.embed(input_ids))
-            h_BTC = self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep)
+        with_cache = cache is not None and labels is not None
+        h_BTC = self.hidden(input_ids, cache, None if with_cache else keep, lengths)
         if labels is not None:
             labels = labels[:, -h_BTC.shape[1] :]
         logits = loss = None
@@ -328,7 +346,3 @@ def _labelled(labels_BT: torch.Tensor) -> int:
     """How many of the last positions the first label needs, and all after it."""
     any_T = (labels_BT[:, 1:] != -100).any(0)
     return len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels_BT.shape[1]
-
-
-def _checkpointed(layer: Layer):
-    return lambda *args: checkpoint(layer, *args, use_reentrant=False)

@@ -1,0 +1,136 @@
+"""What transformers says about a batch, read: attention masks of every form, position_ids, documents packed in a row.
+
+The model wants rows that begin with a document's first token and end in padding, so every document becomes such a row,
+and each column of the batch remembers which token of which row it shows.
+
+Shape suffixes: B sequences, T columns of the batch, R documents, L tokens of the longest.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Rows(NamedTuple):
+    """The documents of a batch as rows that are padded on the right."""
+
+    columns_RL: torch.Tensor  # of the flat batch [B * T], 0 behind a row's last token
+    lengths: list[int]
+    real_BT: torch.Tensor  # which columns hold a token
+    row_BT: torch.Tensor
+    # Where a column's token stands in its row; padding shows the token before it, and the first one before all.
+    place_BT: torch.Tensor
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, ...] as [R, L, ...]."""
+        return x.flatten(0, 1)[self.columns_RL]
+
+    def take_tokens(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        """As `take`, and the padding where rows hold none."""
+        ends = torch.tensor(self.lengths, device=x.device)[:, None]
+        return self.take(x).masked_fill(torch.arange(self.columns_RL.shape[1], device=x.device) >= ends, padding)
+
+    def put(self, x_RL: torch.Tensor, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        """[R, L, ...] as [B, columns, ...]."""
+        return x_RL[self.row_BT[:, columns], self.place_BT[:, columns]]
+
+
+def arrange(real_BT: torch.Tensor, starts_BT: torch.Tensor | None = None) -> Rows:
+    """The rows of a batch. real: which columns hold a token. starts: which of these begin a document."""
+    order_BT = real_BT.long().cumsum(1)
+    first_BT = real_BT & (order_BT == 1)
+    starts_BT = first_BT if starts_BT is None else first_BT | (starts_BT & real_BT)
+    documents = starts_BT.sum(1).clamp(min=1)
+    row_BT = (documents.cumsum(0) - documents)[:, None] + (starts_BT.long().cumsum(1) - 1).clamp(min=0)
+    R = int(documents.sum())
+    lengths = torch.bincount(row_BT[real_BT], minlength=R)
+    before_B = real_BT.sum(1).cumsum(0) - real_BT.sum(1)  # tokens of the sequences before
+    rank_BT = before_B[:, None] + (order_BT - 1).clamp(min=0)  # of a column's token among all
+    place_BT = rank_BT - (lengths.cumsum(0) - lengths)[row_BT]
+    columns_RL = torch.zeros(R, max(1, int(lengths.max())), dtype=torch.int64, device=real_BT.device)
+    columns_RL[row_BT[real_BT], place_BT[real_BT]] = real_BT.flatten().nonzero()[:, 0]
+    return Rows(columns_RL, lengths.tolist(), real_BT, row_BT, place_BT)
+
+
+def read_positions(position_ids: torch.Tensor, real_BT: torch.Tensor, past: list[int]) -> torch.Tensor:
+    """Which columns begin a document: where positions start again at 0. past: tokens that each sequence holds.
+
+    ValueError: other positions than those that the model counts itself.
+    """
+    B, T = real_BT.shape
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
+        raise ValueError(f"position_ids must have shape {[B, T]}, got shape {list(position_ids.shape)}")
+    position_BT = position_ids.long().expand(B, T)
+    first = torch.tensor(past, device=real_BT.device)[:, None]
+    previous = torch.cat([first - 1, position_BT], 1)
+    # The column of the token before each column, padding left out; 0 is the past.
+    column = torch.arange(1, T + 1, device=real_BT.device) * real_BT
+    column = torch.cat([torch.zeros_like(column[:, :1]), column.cummax(1).values[:, :-1]], 1)
+    goes_on = position_BT == previous.gather(1, column) + 1
+    starts = (position_BT == 0) & (first == 0)
+    if not bool((goes_on | starts | ~real_BT).all()):
+        raise ValueError(
+            "position_ids must count a sequence's tokens one by one, from 0 where a document begins and from the "
+            f"cache's {past} where it goes on, got {position_ids.tolist() if T <= 32 else 'others'}"
+        )
+    return starts
+
+
+def read_mask(mask: torch.Tensor, B: int, T: int, past: list[int], columns: int):
+    """real [B, T], and which columns begin a document or None, of an attention mask of any form that the model has.
+
+    Two dimensions [B, T] or [B, columns + T], columns being those that were read before: bool or 0 and 1, or additive
+    (0 and negative). Three or four, [B, (1,) T, ...], where they say what the model does: each token sees its own
+    document's tokens up to itself. ValueError: anything else.
+    """
+    shape = list(getattr(mask, "shape", ()))
+    if not isinstance(mask, torch.Tensor) or len(shape) not in (2, 3, 4):
+        raise ValueError(f"attention_mask must be a tensor of 2, 3 or 4 dimensions, got {type(mask).__name__} {shape}")
+    if shape[0] not in (1, B) or shape[-1] not in (T, columns + T):
+        rule = f"[{B}, {T}]" + (f" or [{B}, {columns + T}]" if columns else "")
+        raise ValueError(f"attention_mask must have shape {rule}, or its square, got shape {shape}")
+    seen = _seen(mask)
+    if seen.ndim == 2:
+        real, before = seen[:, -T:].expand(B, T), seen[:, :-T].sum(1)
+        if shape[-1] > T and (before.expand(B)).tolist() != past:
+            raise ValueError(f"attention_mask must show the {past} tokens that were read before, got {before.tolist()}")
+        return real, None
+    if seen.ndim == 4:
+        if seen.shape[1] != 1 and not bool((seen == seen[:, :1]).all()):
+            raise ValueError(f"attention_mask must be the same for all heads, got shape {shape}")
+        seen = seen[:, 0]
+    if seen.shape[1] != T:
+        raise ValueError(f"attention_mask must have a row for each of {T} tokens, got shape {shape}")
+    seen = seen.expand(B, T, -1)
+    square = seen[..., -T:]
+    # transformers lets rows of padding see everything, the future too.
+    real = square.diagonal(dim1=1, dim2=2) & ~square.triu(1).any(-1)
+    first = (square & real[:, None]).byte().argmax(-1)  # of the token's document
+    starts = real & (first == torch.arange(T, device=mask.device))
+    document = starts.long().cumsum(1)
+    want = (document[:, :, None] == document[:, None]) & real[:, None] & torch.ones_like(square[0]).tril()
+    old_BT = seen[..., :-T].sum(-1)
+    old = torch.tensor(past, device=mask.device)[:, None]
+    if not bool(((square == want).all(-1) | ~real).all()) or (shape[-1] > T and bool(((old_BT != old) & real).any())):
+        raise ValueError(
+            "attention_mask must let each token see its document's tokens up to itself and no others: this model has "
+            f"no other mask, got one of shape {shape}"
+        )
+    return real, starts
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    """bool: True where a mask lets see."""
+    if mask.dtype == torch.bool:
+        return mask
+    low, high = (float(x) for x in mask.aminmax()) if mask.numel() else (0.0, 0.0)
+    additive = mask.is_floating_point() and (low < 0 or (mask.ndim > 2 and high == 0))
+    rule = "be 0 and negative" if additive else "be 0 and 1"
+    if additive:
+        far = float(mask[mask < 0].max()) if low < 0 else low
+        if high > 0 or (low < 0 and far > -1e3):  # a bias is not a mask
+            raise ValueError(f"attention_mask must {rule} enough to mask (-1e3), got {max(far, high)}")
+        return mask == 0
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"attention_mask must {rule}, got values from {low} to {high}")
+    return mask == 1
