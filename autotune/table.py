@@ -12,21 +12,18 @@ stands, and only rows that agree with it count. HSA_TL_TUNING=heuristic skips 2.
 kept in the user's cache; nothing else than a GPU can do that, so elsewhere it raises. On a CPU there are no tables.
 """
 
-import contextlib
-import fcntl
 import functools
 import importlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 import torch
 
-from hsa_tl.files import cache_folder, write_atomic
+from hsa_tl.files import cache_folder, locked, write_atomic
 from hsa_tl.kernels_tilelang.config import CONFIGS, TUNED, from_dict, space, static_key, why_illegal
 from hsa_tl.problem import Problem
 
@@ -82,18 +79,6 @@ def write(path: Path, device: str, rows: list[dict]) -> None:
     write_atomic(path, f'{{"device": "{device}", "rows": [\n{lines}\n]}}\n')
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time between reading and replacing a file; the lock is on its folder, which stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
 def _read_or_set_aside(path: Path) -> list[dict]:
     """As read(), under the lock; a file that is no table is renamed, with a warning."""
     try:
@@ -108,7 +93,8 @@ def _read_or_set_aside(path: Path) -> list[dict]:
 def merge(path: Path, device: str, rows: list[dict]) -> None:
     """Writes rows into a table; an old row of the same identity goes. Safe among processes."""
     new = {identity(r) for r in rows}
-    with _locked(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
         write(path, device, [r for r in _read_or_set_aside(path) if identity(r) not in new] + rows)
 
 
@@ -145,7 +131,7 @@ def _rows(device: str, path: Path, stamp: tuple | None) -> dict[tuple, list[tupl
         try:
             mine = read(path)
         except ValueError:
-            with _locked(path):  # by now another process may have written a good one
+            with locked(path.parent):  # by now another process may have written a good one
                 mine = _read_or_set_aside(path)
     found: dict[tuple, list] = {}
     for origin, rows in enumerate((mine, shipped(device))):

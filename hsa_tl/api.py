@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from hsa_tl import fusion, ops
+from hsa_tl import fusion, ops, transforms
 from hsa_tl.decode_retrieval import BLOCK
 from hsa_tl.pairs import Pairs
 from hsa_tl.validation import (
@@ -164,7 +164,7 @@ def retrieve_chunks(
         require_cu_seqlens(cu_seqlens, q_slc)
         require(q_start == 0, "q_start", "be 0 with cu_seqlens", q_start)
     scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
-    return ops.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale, impl)
+    return transforms.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale, impl)
 
 
 def hsa_attention(
@@ -257,7 +257,7 @@ def hsa_attention(
     pair = offsets = None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights)):
         pair, offsets = ops.build_pairs(indices, N, validate)
-    return ops.attention(
+    return transforms.attention(
         q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config_json(config), deterministic, validate
     )
 
@@ -328,7 +328,9 @@ def retrieve_decode(
     require_int("exclude_window", exclude_window, 0)
     require_common(chunk_size, scale, impl)
     scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
-    return ops.retrieve_decode(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale, impl)
+    return transforms.retrieve_decode(
+        q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale, impl
+    )
 
 
 def hsa_decode(
@@ -390,4 +392,4 @@ def hsa_decode(
     require(page_table.dtype == torch.int32, "page_table", "have dtype int32", page_table.dtype)
     require_common(S, scale, impl)
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
-    return ops.decode(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validates(q, None))
+    return transforms.decode(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validates(q, None))

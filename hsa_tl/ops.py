@@ -34,6 +34,13 @@ def custom_op(name: str):
     return register
 
 
+def refuse_second_derivative(name: str):
+    raise NotImplementedError(
+        f"{name} has no second derivative: its gradient cannot be differentiated (create_graph=True, hessian); use "
+        "first-order gradients, or differentiate those by finite differences"
+    )
+
+
 def implementation(name: str):
     """The module hsa_tl.impl.<name>, imported when first asked for."""
     return importlib.import_module(f"hsa_tl.impl.{name}")
@@ -184,17 +191,21 @@ def _(do, q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, conf
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
 
 
-def _attention_setup(ctx, inputs, output):
+def attention_setup(ctx, inputs, output):
     q, k, v, weights, indices, pair, offsets, chunk_len, *ctx.static, _ = inputs
     ctx.save_for_backward(q, k, v, weights, indices, pair, offsets, chunk_len)
 
 
-def _attention_backward(ctx, do):
-    gradients = attention_backward(do, *ctx.saved_tensors, *ctx.static)
+def attention_gradients(ctx, do, backward=attention_backward):
+    q, k, v, weights, indices, pair, offsets, chunk_len = ctx.saved_tensors
+    if pair is None:  # under vmap a tensor does not say whether it takes part in a gradient
+        pair, offsets = build_pairs(indices, k.shape[1], False)
+    gradients = backward(do, q, k, v, weights, indices, pair, offsets, chunk_len, *ctx.static)
     return (*gradients, *(None,) * 9)
 
 
-attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+attention.register_autograd(attention_gradients, setup_context=attention_setup)
+attention_backward.register_autograd(lambda ctx, *_: refuse_second_derivative("hsa_attention"))
 
 
 @custom_op("hsa_tl::decode")
@@ -284,15 +295,16 @@ def _(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_slc, landmarks))
 
 
-def _retrieve_setup(ctx, inputs, output):
+def retrieve_setup(ctx, inputs, output):
     q_slc, landmarks, _, chunk_size, _, _, cu_seqlens, scale, _ = inputs
     ctx.static = chunk_size, scale
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], q_slc, landmarks, cu_seqlens)
 
 
-def _retrieve_backward(ctx, dscores, _):
-    return (*retrieve_backward(dscores, *ctx.saved_tensors, *ctx.static), *(None,) * 7)
+def retrieve_gradients(ctx, dscores, backward=retrieve_backward):
+    return (*backward(dscores, *ctx.saved_tensors, *ctx.static), *(None,) * 7)
 
 
-retrieve.register_autograd(_retrieve_backward, setup_context=_retrieve_setup)
+retrieve.register_autograd(lambda ctx, dscores, _: retrieve_gradients(ctx, dscores), setup_context=retrieve_setup)
+retrieve_backward.register_autograd(lambda ctx, *_: refuse_second_derivative("retrieve_chunks"))

@@ -1,6 +1,7 @@
 """What the commands share: tables, progress bars, one-line errors and lengths as words."""
 
 import contextlib
+import signal
 from collections.abc import Callable
 
 import torch
@@ -49,7 +50,7 @@ def plot_or_say(console: Console, function: Callable, *args):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What the user got wrong, or what is missing, in one line on stderr, and exit code 2."""
+    """What the user got wrong or what is missing in one line on stderr, exit code 2; a signal, 128 + its number."""
     try:
         yield
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
@@ -57,6 +58,9 @@ def one_line_errors():
         message = f"{error.filename}: {error.strerror}" if named else str(error)
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop) or "interrupted", err=True)
+        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
 def parse_length(text: str) -> int:

@@ -13,11 +13,11 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from hsa_tl.files import atomic_file, write_atomic
+from hsa_tl.files import TEMPORARY, atomic_files, locked
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
@@ -123,10 +123,7 @@ class TokenFile:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        try:
-            self.sidecar = Sidecar(**json.loads(sidecar_path(self.path).read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{sidecar_path(self.path)} must describe a token file, got {error}") from None
+        self.sidecar = read_sidecar(self.path)
         if self.sidecar.format != FORMAT:
             raise ValueError(f"{self.path} must have format {FORMAT}, got {self.sidecar.format}")
         size, want = self.path.stat().st_size, self.sidecar.tokens * np.dtype(self.sidecar.dtype).itemsize
@@ -153,23 +150,36 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def write_tokens(path: Path, documents: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:
-    """Writes documents as one token file and its sidecar; `path` is replaced only when all of it is written."""
+def read_sidecar(path: Path) -> Sidecar:
+    """What must be in the token file. ValueError: not a sidecar. OSError: it cannot be read."""
+    try:
+        return Sidecar(**json.loads(sidecar_path(path).read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{sidecar_path(path)} must describe a token file, got {error}") from None
+
+
+def _write(file: BinaryIO, name: str, documents: Iterable[str | bytes], tokenizer: Tokenizer) -> bytes:
+    """Writes documents as tokens; the text of their sidecar."""
     dtype, digest, tokens, count = token_dtype(tokenizer.vocab_size), hashlib.sha256(), 0, 0
     end = np.array([tokenizer.end], dtype)
-    with atomic_file(path) as file:
-        for document in documents:
-            data = np.concatenate([tokenizer.encode(document).astype(dtype), end])
-            raw = data.astype(dtype.newbyteorder("<")).tobytes()
-            file.write(raw)
-            digest.update(raw)
-            tokens, count = tokens + len(data), count + 1
-        if not count:
-            raise ValueError(f"{path.stem} must have at least one document, got none")
+    for document in documents:
+        data = np.concatenate([tokenizer.encode(document).astype(dtype), end])
+        raw = data.astype(dtype.newbyteorder("<")).tobytes()
+        file.write(raw)
+        digest.update(raw)
+        tokens, count = tokens + len(data), count + 1
+    if not count:
+        raise ValueError(f"{name} must have at least one document, got none")
     sidecar = Sidecar(
         tokens, count, dtype.name, tokenizer.vocab_size, tokenizer.name, tokenizer.end, digest.hexdigest()
     )
-    write_atomic(sidecar_path(path), json.dumps(asdict(sidecar), indent=1) + "\n")
+    return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
+
+
+def write_tokens(path: Path, documents: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:
+    """Writes documents as one token file and its sidecar, which replace old ones together when all is written."""
+    with atomic_files(path, sidecar_path(path)) as (file, sidecar):
+        sidecar.write(_write(file, path.stem, documents, tokenizer))
     return TokenFile(path)
 
 
@@ -181,7 +191,7 @@ class TextFile(NamedTuple):
 def text_files(folders: list[Path] | None = None) -> list[TextFile]:
     """Files of the folders in sorted order; by default the *.py files of Python's standard library.
 
-    ValueError: a folder that is not one.
+    Token files and their sidecars, and what `prepare` is writing, are no text. ValueError: a folder that is not one.
     """
     if folders is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -191,8 +201,22 @@ def text_files(folders: list[Path] | None = None) -> list[TextFile]:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"a folder of text must be a folder, got {folder}")
-        files += sorted(TextFile(f.relative_to(folder).as_posix(), f) for f in folder.rglob("*") if f.is_file())
+        found = (f for f in folder.rglob("*") if f.is_file() and not _is_output(f))
+        files += sorted(TextFile(f.relative_to(folder).as_posix(), f) for f in found)
     return files
+
+
+def _is_output(path: Path) -> bool:
+    """Whether `write_tokens` wrote the file, or is writing it."""
+    tokens = path.with_suffix("") if path.suffix == ".json" else path
+    if path.name.startswith(TEMPORARY):
+        return True
+    if not (tokens.is_file() and sidecar_path(tokens).is_file()):
+        return False
+    try:
+        return bool(read_sidecar(tokens))
+    except (OSError, ValueError):
+        return False
 
 
 def split_of(name: str, held_out: float) -> str:
@@ -206,6 +230,7 @@ def prepare(
 ) -> dict[str, TokenFile]:  # fmt: skip
     """Writes out/train.bin and out/held_out.bin with their sidecars: no file is in both. Binary files are left out.
 
+    The four files change together, or none does where the call fails.
     folders: of text, by default Python's standard library. held_out: share of the files in (0, 1). progress: called
     with files read and their total. ValueError: no text, or none for one of the splits.
     """
@@ -225,14 +250,17 @@ def prepare(
             if data and b"\0" not in data:
                 yield data
 
-    written = {}
-    for split in SPLITS:
-        try:
-            written[split] = write_tokens(out / f"{split}.bin", documents(parts[split]), tokenizer)
-        except ValueError as error:
-            where = ", ".join(map(str, folders)) if folders else "the standard library"
-            raise ValueError(f"{error} among {len(parts[split])} of {len(files)} files of {where}") from None
-    return written
+    paths = [out / f"{split}.bin" for split in SPLITS]
+    out.mkdir(parents=True, exist_ok=True)
+    # Two calls at once would each replace what the other has just moved.
+    with locked(out), atomic_files(*paths, *map(sidecar_path, paths)) as opened:
+        for split, file, sidecar in zip(SPLITS, opened[:2], opened[2:], strict=True):
+            try:
+                sidecar.write(_write(file, split, documents(parts[split]), tokenizer))
+            except ValueError as error:
+                where = ", ".join(map(str, folders)) if folders else "the standard library"
+                raise ValueError(f"{error} among {len(parts[split])} of {len(files)} files of {where}") from None
+    return {split: TokenFile(path) for split, path in zip(SPLITS, paths, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)

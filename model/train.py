@@ -5,12 +5,14 @@
 A step reads the samples that its number names, so that a resumed run is the run that was never stopped.
 """
 
+import contextlib
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hsa_tl import workers
-from hsa_tl.files import write_atomic
+from hsa_tl.files import InUse, locked, write_atomic
 from hsa_tl.model import checkpoint
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.distributed import Ranks
@@ -29,8 +31,20 @@ from hsa_tl.model.pretrained import load
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source
 
-LOG = "log.jsonl"
+LOG, LOCK = "log.jsonl", ".lock"
 PART_TOKENS = 1024  # of a batch on a CPU, which a worker trains on at a time, alone; the same for any number of them
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the training with a checkpoint. number: the signal's."""
+
+    def __init__(self, number: int, step: int, recipe: Recipe, run: Path):
+        name = signal.Signals(number).name
+        super().__init__(
+            f"{name} ended training with a checkpoint: {step} of {recipe.steps} steps are in {run}, and the same call "
+            "does the others"
+        )
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ def _train_step(module, optimizer, recipe, batches, lr, ranks):
     def differentiate(part: Batch, _):
         share = int((part.labels[:, 1:] != IGNORE).sum()) / total
         with torch.enable_grad():
-            with torch.autocast(ranks.device, torch.bfloat16) if half else nullcontext():
+            with torch.autocast(ranks.device, torch.bfloat16) if half else contextlib.nullcontext():
                 loss = module(
                     part.input_ids.to(ranks.device), labels=part.labels.to(ranks.device), logits_to_keep=0
                 ).loss
@@ -163,6 +177,31 @@ def _writer(run: Path):
     return SummaryWriter(run)
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The numbers of SIGINT and SIGTERM as they come; the second of a kind ends the process as ever.
+
+    Only in the main thread, which alone gets signals, and only where nobody else handles them.
+    """
+    came: list[int] = []
+    old = {}
+
+    def note(number: int, _frame) -> None:
+        came.append(number)
+        signal.signal(number, old[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                old[number] = signal.getsignal(number)
+                signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 def train(
     recipe: Recipe, run: Path, *, device: str = "cpu", context_parallel: int = 1, seconds: float = math.inf,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -173,11 +212,27 @@ def train(
     batch's sequences, and all of them the parameters (FSDP2). Another number of ranks may resume the run.
 
     Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step. Behind
-    `seconds` it ends with a checkpoint, for another call to go on from.
-    ValueError: run holds checkpoints of another recipe; data or start that are not there. FloatingPointError: a
-    gradient that is not finite.
+    `seconds` it ends with a checkpoint, for another call to go on from; so it does on SIGINT (Ctrl-C) and SIGTERM.
+    ValueError: run holds checkpoints of another recipe; data or start that are not there. InUse, a ValueError: another
+    process trains in run. FloatingPointError: a gradient that is not finite. Interrupted, a KeyboardInterrupt: a
+    signal came, and the checkpoint is written.
     """
     ranks = Ranks(device, context_parallel)
+    run.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0:
+            try:
+                stack.enter_context(locked(run / LOCK, wait=False))
+            except InUse:
+                raise InUse(f"run must be a folder that no other process trains in, got {run}") from None
+        ranks.sum(0.0)  # before another rank reads the run
+        return _train(recipe, run, ranks, seconds, on_step, stack.enter_context(_signals()))
+
+
+def _train(
+    recipe: Recipe, run: Path, ranks: Ranks, seconds: float, on_step: Callable[[Step], None], signals: list[int]
+) -> Model:
+    device = ranks.device
     model = _start(recipe, device)
     module = ranks.shard(model)
     optimizer = make_optimizer(model, recipe)
@@ -189,13 +244,12 @@ def train(
         checkpoint.load(found, model, optimizer)
         _set_rng(found.rng)
         first = found.step
-    run.mkdir(parents=True, exist_ok=True)
     writes = ranks.rank == 0
     if writes:
         _keep_log(run / LOG, first)
     writer = _writer(run) if writes else None
     source: Source | None = None
-    stage_number = None
+    stage_number, stopped = None, False
     model.train()
     end = time.perf_counter() + seconds
     with (run / LOG if writes else Path(os.devnull)).open("a", buffering=1) as log:
@@ -216,15 +270,19 @@ def train(
                 log.write(json.dumps(vars(done)) + "\n")
                 for name in ("loss", "lr", "grad_norm") if writer else ():
                     writer.add_scalar(name, getattr(done, name), step)
-            late = seconds < math.inf and ranks.sum(float(time.perf_counter() > end))[0] > 0  # of any rank
-            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps or late:
-                checkpoint.save(run, step + 1, values, model, optimizer, _rng(device), recipe.keep)
+            late = time.perf_counter() > end
+            late, stopped = (x > 0 for x in ranks.sum(float(late), float(bool(signals))))  # of any rank
+            first = step + 1
+            if first % recipe.checkpoint_every == 0 or first == recipe.steps or late or stopped:
+                checkpoint.save(run, first, values, model, optimizer, _rng(device), recipe.keep)
             on_step(done)
-            if late:
+            if late or stopped:
                 break
     if writer:
         writer.close()
     ranks.close()
+    if stopped or signals:
+        raise Interrupted(signals[0] if signals else signal.SIGTERM, first, recipe, run)
     if ranks.world > 1:  # the parameters here are shards
         return load(run, device)
     reconfigure(model, recipe.config())

@@ -89,6 +89,24 @@ def test_a_failed_prepare_leaves_the_old_file(file):
     assert file.path.read_bytes() == before and len(list(file.path.parent.iterdir())) == 4
 
 
+def test_a_failed_prepare_leaves_all_old_files(folder, tmp_path, monkeypatch):
+    """Where only the second split fails: a new train.bin beside the old held_out.bin would train on held-out text."""
+    out = tmp_path / "data"
+    prepare([folder], out, held_out=0.5)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(ValueError, match="held_out must have at least one document, got none among 0 of"):
+        prepare([folder], out, held_out=1e-9)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before and len(before) == 4
+
+
+@pytest.mark.parametrize("inside", (".", "out"))
+def test_prepare_never_reads_what_it_wrote(folder, inside):
+    first = prepare([folder], folder / inside, held_out=0.3)
+    other = prepare([folder], folder / "another", held_out=0.3)
+    again = prepare([folder], folder / inside, held_out=0.3)
+    assert first["train"].sidecar == other["train"].sidecar == again["train"].sidecar
+
+
 @pytest.mark.parametrize("held_out", (0.0, 1.0))
 def test_no_split_is_a_clear_error(folder, tmp_path, held_out):
     with pytest.raises(ValueError, match="held_out must lie in"):

@@ -60,6 +60,7 @@ LAYERS = (
     ("hsa_tl.impl.reference", "hsa_tl.impl.tilelang", "hsa_tl.impl.triton"),
     ("hsa_tl.impl.*_decode", "hsa_tl.impl.*_retrieval"),
     ("hsa_tl.ops",),
+    ("hsa_tl.transforms",),
     ("hsa_tl.api",),
     ("hsa_tl",),
 )
@@ -67,6 +68,7 @@ TOP = len(LAYERS)
 # What a module may import of the project, where its layer says too little.
 ONLY = {
     "hsa_tl.impl.reference_decode": ("hsa_tl.workers",),
+    "hsa_tl.impl.triton_launch": ("hsa_tl.files",),
     "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton", "hsa_tl.impl.triton_launch"),
     "hsa_tl.impl.triton_retrieval": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
     "hsa_tl.impl.triton": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
@@ -87,6 +89,7 @@ ONLY = {
     "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_*", "hsa_tl.kernels_tilelang.macros*")),
     "hsa_tl.kernels_tilelang.emulate": ("hsa_tl.files",),
+    "hsa_tl.kernels_tilelang.compile": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal"),
     "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.files", "hsa_tl.model*"),

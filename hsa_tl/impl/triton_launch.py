@@ -1,9 +1,13 @@
 """How the Triton kernels, which are plain functions, are launched: compiled for CUDA, interpreted for CPU tensors."""
 
 import functools
+import threading
 import types
+from pathlib import Path
 
 import torch
+
+from hsa_tl.files import writable
 
 try:
     import triton
@@ -13,11 +17,17 @@ except ImportError:
 # A new length must not compile again, not even when it becomes divisible by 16 or 1.
 LENGTHS = ("T", "N", "splits", "past", "past_rest", "outside", "outside_rest")
 
+# The interpreter replaces functions of triton.language for the whole process while it runs, and keeps the current
+# program in a global: two launches at once would compute each other's addresses, and one that compiles would see them.
+_ONE_LAUNCH = threading.RLock()
+
 
 @functools.cache
 def form(kernel, interpreted: bool):
     """A kernel to launch: interpreted for CPU tensors, compiled for CUDA, both in one process."""
     if not interpreted:
+        if (folder := str(writable(Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR"))) != triton.knobs.cache.dir:
+            triton.knobs.cache.dir = folder
         names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
         return triton.jit(kernel, do_not_specialize=[x for x in names if x in LENGTHS])
     from triton.runtime.interpreter import InterpretedFunction
@@ -30,5 +40,5 @@ def form(kernel, interpreted: bool):
 
 def launch(kernel, grid, *args, **constants):
     interpreted = args[0].device.type == "cpu" or triton.knobs.runtime.interpret
-    with torch.cuda.device_of(args[0]):
+    with _ONE_LAUNCH, torch.cuda.device_of(args[0]):
         form(kernel, interpreted)[grid](*args, **constants, enable_fp_fusion=True)
