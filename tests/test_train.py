@@ -171,7 +171,8 @@ def test_a_run_of_another_recipe_is_refused(tmp_path):
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     (tmp_path / ".step-00000001").mkdir()  # of a killed process
     training.train(toy(keep=2), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [training.LOG, "step-00000004", "step-00000006"]
+    kept = [training.LOCK, training.LOG, "step-00000004", "step-00000006"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
     model = load(tmp_path)
     assert model.config == preset("tiny") and not model.training
 
