@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
@@ -187,6 +188,7 @@ def test_an_interrupted_caller_stops_its_workers(use):
     def work(i, _):
         worked.append(i)
         if i == 0:
+            time.sleep(0.3)  # until the main thread waits for its workers: a signal just before would wake it late
             os.kill(os.getpid(), signal.SIGINT)  # the main thread takes it
         if not go_on.wait(30):
             raise TimeoutError
