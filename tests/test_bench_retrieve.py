@@ -48,7 +48,9 @@ def louder(scores, indices):
 
 
 @pytest.mark.parametrize("name", ["materialise", "hsa-reference"])
-@pytest.mark.parametrize("wrong, words", [(worse, "not the 4 best"), (louder, "scores"), (backwards, "do not ascend")])
+@pytest.mark.parametrize(
+    "wrong, words", [(worse, "not as many chunks"), (louder, "scores"), (backwards, "do not ascend")]
+)
 def test_a_wrong_provider_is_refused(name, wrong, words, monkeypatch):
     right = retrieve.Retrieve.run
     monkeypatch.setattr(retrieve.Retrieve, "run", lambda *args: wrong(*right(*args)))
