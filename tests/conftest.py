@@ -8,6 +8,7 @@ The last line of a run says what it did not prove.
 import collections
 import contextlib
 import os
+import signal
 import zlib
 
 import hypothesis
@@ -24,6 +25,12 @@ common = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too
 hypothesis.settings.register_profile("ci", derandomize=True, max_examples=50, phases=generate, **common)
 hypothesis.settings.register_profile("explore", max_examples=500, **common)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

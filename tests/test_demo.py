@@ -1,5 +1,6 @@
 """hsa-tl demo: every act says what it does before it starts, and bad input ends it before the first one."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -34,6 +35,9 @@ def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path, text):
     monkeypatch.setattr(static, "find_tool", lambda name: None)
     asked = []
     monkeypatch.setattr(needle_demo, "ask_shipped", lambda console, out: asked.append(out))
+    small = dataclasses.replace(demo._base("cpu"), HQ=4, D=16, S=16)
+    monkeypatch.setattr(demo, "_base", lambda device: small)
+    monkeypatch.setattr(demo, "ACCURACY_TOKENS", {"cpu": 64})
     out = tmp_path / "out"
     output = run("--text", text, "--tokens", 2048, "--lengths", 512, "--out", out).stdout
     assert "No static table" in output and "nvcc" in output

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiers import prove
+from tiers import prove, tiered
 
 from hsa_tl import cases
 from hsa_tl.autotune import cost, static, table
@@ -77,11 +77,17 @@ def assert_sound(name, program, problem, configs):
         assert row["roofline_ns"] <= row["ns_per_pair"] < 100 * row["roofline_ns"], row
 
 
+# Selections lower slowly, 3 to 5 s of a core each.
+SELECTIONS = [p for p in config.PROGRAMS if p.startswith(("union_", "retrieve_"))]
+KINDS = {"attention": [p for p in config.PROGRAMS if p not in SELECTIONS], "selections": SELECTIONS}
+
+
 @pytest.mark.static
-def test_the_first_config_of_every_program_assembles():
+@pytest.mark.parametrize("programs", tiered(KINDS, quick=("attention",)))
+def test_the_first_config_of_every_program_assembles(programs):
     """All in one run of nvcc, which reads the headers once."""
     problem = cases.case("paper-d64").problem
-    chosen = {program: config.space(program, problem)[0] for program in config.PROGRAMS}
+    chosen = {program: config.space(program, problem)[0] for program in programs}
     sources = {}
     for program, c in chosen.items():
         sources[program] = compile.lower(program, problem, c).kernel_source
