@@ -87,9 +87,9 @@ DENSE_CALLS = {"dense": dense, "dense-grouped": dense_grouped, "dense-fa3": dens
 
 
 def dense_oracle(q, k, v):
-    G = q.shape[2] // k.shape[2]
-    s = torch.einsum("bthd,bshd->bths", q, k.repeat_interleave(G, 2)) * q.shape[3] ** -0.5
-    return torch.einsum("bths,bshd->bthd", s.softmax(-1), v.repeat_interleave(G, 2))
+    heads_BTHGD = q.unflatten(2, (k.shape[2], -1))
+    s = torch.einsum("bthgd,bshd->bthgs", heads_BTHGD, k) * q.shape[3] ** -0.5
+    return torch.einsum("bthgs,bshd->bthgd", s.softmax(-1), v).flatten(2, 3)
 
 
 class Decode(Suite):

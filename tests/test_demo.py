@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from hsa_tl import demo
+from hsa_tl import cases, demo
 from hsa_tl.autotune import static
 from hsa_tl.bench import needle_demo
 from hsa_tl.cli import app
+from hsa_tl.text import read_corpus
 
 ROOT = Path(__file__).parent.parent
 ACTS = list(demo.ACTS)
@@ -44,10 +46,34 @@ def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path, text):
     result = json.loads((out / "demo.json").read_text())
     assert {r["implementation"] for r in result["accuracy"]["implementations"]} == {"reference", "tilelang", "triton"}
     assert all(not e["message"] for r in result["accuracy"]["implementations"] for e in r["errors"])
-    assert result["selections"] and result["speed"] and result["static"] == [] and list(result["seconds"]) == ACTS
+    assert (
+        result["selections"]
+        and "against float64: pass" in output
+        and result["speed"]
+        and result["static"] == []
+        and list(result["seconds"]) == ACTS
+    )
     assert len(list(out.glob("*.png"))) >= 3 and asked == [out]
     places = [output.index(f"\n{i}/{len(ACTS)} {name}: ") for i, name in enumerate(ACTS, 1)]
     assert places == sorted(places)
+
+
+def test_a_wrong_selection_is_told(monkeypatch):
+    right = demo.api.retrieve_chunks
+
+    def wrong(*args, **options):
+        scores, indices = right(*args, **options)
+        return scores, (indices - 1).clamp(min=0)
+
+    problem = cases.at_length(demo._base("cpu"), 512)
+    corpus = read_corpus(None, at_least=problem.T)
+    assert [r["message"] for r in demo.selections(corpus, problem, (2,))[0]] == ["", ""]
+    monkeypatch.setattr(demo.api, "retrieve_chunks", wrong)
+    rows, _ = demo.selections(corpus, problem, (2,))
+    assert [bool(r["message"]) for r in rows] == [True, False]
+    console = Console(record=True)
+    demo._show_selections(console, rows)
+    assert "K=2: indices: " in console.export_text() and ": pass" not in console.export_text()
 
 
 @pytest.mark.parametrize("stopped", ("accuracy", "selections"))
