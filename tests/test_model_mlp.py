@@ -14,6 +14,13 @@ from hsa_tl.model.mlp import MoE, grouped_product
 C, E, K, HIDDEN = 16, 6, 2, 8
 
 
+def test_experts_begin_as_linear_layers_do():
+    """Uniform within one over the root of the inputs."""
+    moe = MoE(64, 8, 2, 32)
+    for x, inputs in ((moe.up_ECF, 64), (moe.down_EFC, 32)):
+        assert 0.99 < x.abs().max() * inputs**0.5 <= 1 and abs(x.mean()) * inputs**0.5 < 0.05
+
+
 def by_token(moe, x_TC):
     """The definition, a token and expert at a time."""
     out = []

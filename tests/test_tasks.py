@@ -117,6 +117,16 @@ def test_tasks_by_name():
         NeedleTask(48, key_symbols=97)
 
 
+def test_words_of_needles():
+    """Every id is one word, and the docstring's first and last words are there."""
+    tokenizer, text = needles.NeedleTokenizer(), "MARK ASK n0 n125 k0 k95 v0 v95"
+    assert list(tokenizer.encode(text)) == [0, 1, 2, 127, 128, 223, 224, 319]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(set(needles.WORDS)) == tokenizer.vocab_size == 320
+    with pytest.raises(ValueError, match="got 'k96'"):
+        tokenizer.encode("MARK k96")
+
+
 @pytest.mark.parametrize("name", ruler.TASKS)
 def test_long_samples_loop_over_no_token(name):
     """2M tokens in less time than a Python loop over them would take; of another tokenizer than bytes too."""
