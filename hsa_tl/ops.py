@@ -4,7 +4,6 @@ Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chu
 An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`.
 """
 
-import functools
 import importlib
 import json
 from typing import Optional
@@ -16,22 +15,26 @@ from hsa_tl import decode_retrieval, pairs, retrieval
 from hsa_tl.pairs import Pairs, check_pages, check_range
 from hsa_tl.problem import Problem
 
+LIBRARY = torch.library.Library("hsa_tl", "DEF")
 
-def custom_op(name: str):
-    """Registers a function of tensors, the first of them given, as an operator that autocast does not reach into."""
 
-    def register(function):
-        @functools.wraps(function)
-        def run(*args):
-            device = args[0].device.type
-            if not torch.is_autocast_enabled(device):
-                return function(*args)
-            with torch.autocast(device, enabled=False):
-                return function(*args)
+def operator(function):
+    """Registers a function of tensors, the first of them given, as hsa_tl::<its name>, without what autocast adds.
 
-        return torch.library.custom_op(name, run, mutates_args=())
+    torch.library.custom_op would do, but the first call of what it makes imports the compiler, for a second or two.
+    """
+    name = function.__name__
 
-    return register
+    def run(*args):
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.hsa_tl, name).default
 
 
 def refuse_second_derivative(name: str):
@@ -39,6 +42,10 @@ def refuse_second_derivative(name: str):
         f"{name} has no second derivative: its gradient cannot be differentiated (create_graph=True, hessian); use "
         "first-order gradients, or differentiate those by finite differences"
     )
+
+
+def refuse_derivative(name: str, instead: str):
+    raise NotImplementedError(f"{name} is for inference and has no gradient: use {instead}")
 
 
 def implementation(name: str):
@@ -108,20 +115,20 @@ def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     return pairs.sort_pairs(indices, num_chunks)
 
 
-@custom_op("hsa_tl::build_pairs")
+@operator
 def build_pairs(indices: Tensor, num_chunks: int, validate: bool) -> tuple[Tensor, Tensor]:
     if validate:
         check_range(indices, num_chunks)
     return tuple(sort_pairs(indices, num_chunks))
 
 
-@build_pairs.register_fake
+@torch.library.register_fake("hsa_tl::build_pairs")
 def _(indices, num_chunks, validate):
     B, _, H, _ = indices.shape
     return indices.new_empty(indices.numel()), indices.new_empty(B * H * num_chunks + 1, dtype=torch.int64)
 
 
-@custom_op("hsa_tl::pack")
+@operator
 def pack(
     cu_seqlens: Tensor, indices: Tensor, chunk_size: int, num_chunks: int, validate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,13 +154,13 @@ def pack(
     return position, packed, chunk_len
 
 
-@pack.register_fake
+@torch.library.register_fake("hsa_tl::pack")
 def _(cu_seqlens, indices, chunk_size, num_chunks, validate):
     position = indices.new_empty(indices.shape[1], dtype=torch.int64)
     return position, torch.empty_like(indices, memory_format=torch.contiguous_format), indices.new_empty(num_chunks)
 
 
-@custom_op("hsa_tl::attention")
+@operator
 def attention(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, pair: Optional[Tensor],
     offsets: Optional[Tensor], chunk_len: Optional[Tensor], scale: float, impl: str, config: str,
@@ -169,12 +176,12 @@ def attention(
     return module.forward(q, k, v, weights, indices, index, chunk_len, scale, json.loads(config or "null"))
 
 
-@attention.register_fake
+@torch.library.register_fake("hsa_tl::attention")
 def _(q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config, deterministic, validate):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@custom_op("hsa_tl::attention_backward")
+@operator
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, pair: Tensor, offsets: Tensor,
     chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
@@ -186,7 +193,7 @@ def attention_backward(
     )  # fmt: skip
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("hsa_tl::attention_backward")
 def _(do, q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config, deterministic):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
 
@@ -204,11 +211,11 @@ def attention_gradients(ctx, do, backward=attention_backward):
     return (*gradients, *(None,) * 9)
 
 
-attention.register_autograd(attention_gradients, setup_context=attention_setup)
-attention_backward.register_autograd(lambda ctx, *_: refuse_second_derivative("hsa_attention"))
+torch.library.register_autograd("hsa_tl::attention", attention_gradients, setup_context=attention_setup)
+torch.library.register_autograd("hsa_tl::attention_backward", lambda ctx, *_: refuse_second_derivative("hsa_attention"))
 
 
-@custom_op("hsa_tl::decode")
+@operator
 def decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, weights: Tensor, indices: Tensor, page_table: Tensor, scale: float,
     impl: str, validate: bool,
@@ -220,12 +227,15 @@ def decode(
     return module.decode(q, k_pages, v_pages, weights, indices, page_table, scale)
 
 
-@decode.register_fake
+@torch.library.register_fake("hsa_tl::decode")
 def _(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validate):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@custom_op("hsa_tl::retrieve_decode")
+torch.library.register_autograd("hsa_tl::decode", lambda ctx, _: refuse_derivative("hsa_decode", "hsa_attention"))
+
+
+@operator
 def retrieve_decode(
     q_slc: Tensor, landmarks: Tensor, lengths: Tensor, chunks: Optional[Tensor], bounds: Optional[Tensor], topk: int,
     chunk_size: int, exclude_window: int, scale: float, impl: str,
@@ -243,14 +253,19 @@ def retrieve_decode(
     )
 
 
-@retrieve_decode.register_fake
+@torch.library.register_fake("hsa_tl::retrieve_decode")
 def _(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale, impl):
     shape = (*q_slc.shape[:3], topk)
     dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
     return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
 
 
-@custom_op("hsa_tl::retrieve")
+torch.library.register_autograd(
+    "hsa_tl::retrieve_decode", lambda ctx, *_: refuse_derivative("retrieve_decode", "retrieve_chunks")
+)
+
+
+@operator
 def retrieve(
     q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, q_start: int, exclude_window: int,
     cu_seqlens: Optional[Tensor], scale: float, impl: str,
@@ -269,14 +284,14 @@ def retrieve(
     return torch.cat(scores, 1), torch.cat(indices, 1)
 
 
-@retrieve.register_fake
+@torch.library.register_fake("hsa_tl::retrieve")
 def _(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale, impl):
     shape = (*q_slc.shape[:3], topk)
     dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
     return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
 
 
-@custom_op("hsa_tl::retrieve_backward")
+@operator
 def retrieve_backward(
     dscores: Tensor, indices: Tensor, q_slc: Tensor, landmarks: Tensor, cu_seqlens: Optional[Tensor], chunk_size: int,
     scale: float,
@@ -290,7 +305,7 @@ def retrieve_backward(
     return retrieval.dq_slc(dscores, chosen, q_slc, landmarks, scale), dlandmarks
 
 
-@retrieve_backward.register_fake
+@torch.library.register_fake("hsa_tl::retrieve_backward")
 def _(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_slc, landmarks))
 
@@ -306,5 +321,9 @@ def retrieve_gradients(ctx, dscores, backward=retrieve_backward):
     return (*backward(dscores, *ctx.saved_tensors, *ctx.static), *(None,) * 7)
 
 
-retrieve.register_autograd(lambda ctx, dscores, _: retrieve_gradients(ctx, dscores), setup_context=retrieve_setup)
-retrieve_backward.register_autograd(lambda ctx, *_: refuse_second_derivative("retrieve_chunks"))
+torch.library.register_autograd(
+    "hsa_tl::retrieve", lambda ctx, dscores, _: retrieve_gradients(ctx, dscores), setup_context=retrieve_setup
+)
+torch.library.register_autograd(
+    "hsa_tl::retrieve_backward", lambda ctx, *_: refuse_second_derivative("retrieve_chunks")
+)

@@ -86,10 +86,9 @@ def _transformable(name: str, operator, setup, backward):
 
 
 def _inference(name: str, operator, instead: str):
-    def refuse(ctx, *_):
-        raise NotImplementedError(f"{name} is for inference and has no gradient: use {instead}")
-
-    return _transformable(name, operator, lambda ctx, inputs, output: None, refuse)
+    return _transformable(
+        name, operator, lambda ctx, inputs, output: None, lambda ctx, *_: ops.refuse_derivative(name, instead)
+    )
 
 
 _attention_backward = _once("hsa_attention", ops.attention_backward)
