@@ -1,6 +1,5 @@
 """Problem: the static description of one attention call; what configs, tables, cost models and cases are keyed by."""
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +16,6 @@ GEMMS = {
     "retrieve": 1,
     "scan": 0,
 }
-
-
-def emulating() -> bool:
-    """Whether what is compiled for CUDA runs on CPU tensors, in the emulator of hsa_tl.kernels_tilelang.emulate."""
-    return os.environ.get("HSA_TL_EMULATE") == "1"
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,23 @@
-"""The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU.
-
-With HSA_TL_EMULATE=1 what is compiled for sm_90a runs on the CPU too, in the emulator.
-"""
+"""The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
 
 import importlib
+from collections.abc import Callable
 
 import tilelang
 from tilelang import tvm
 
-from hsa_tl.kernels_tilelang import emulate
 from hsa_tl.kernels_tilelang.config import static_key
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
 from hsa_tl.kernels_tilelang.cpu_target import cpu_program
-from hsa_tl.problem import Problem, emulating
+from hsa_tl.problem import Problem
 
 SM_90A = {"kind": "cuda", "arch": "sm_90a"}
 # Tiles are whole chunks and slots are checked in the program, so no access needs a guard, which would cost the copies
 # their asynchrony. Fast math: exp2 and division to 2 ulp of float32, subnormals to 0; 16-bit rounding comes next.
 PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.enable_fast_math": True}
+
+# (IR, artifact) -> what runs a program compiled for sm_90a on CPU tensors, where a tool has put itself here.
+emulator: Callable | None = None
 
 _KERNELS: dict = {}
 
@@ -53,18 +53,18 @@ def lower_ir(ir: tvm.tirx.PrimFunc, pass_configs: dict = PASS_CONFIGS):
 
 
 def compile_ir(ir: tvm.tirx.PrimFunc, device_type: str, pass_configs: dict = PASS_CONFIGS):
-    """A callable kernel for a device type; for "cuda" with HSA_TL_EMULATE=1, the emulator's."""
+    """A callable kernel for a device type; for "cuda", the emulator's where there is one."""
     if device_type == "cpu":
         return tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
-    if emulating():
-        return emulate.Emulated(ir, lower_ir(ir, pass_configs))
+    if emulator:
+        return emulator(ir, lower_ir(ir, pass_configs))
     return tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=pass_configs)
 
 
 def kernel(program: str, problem: Problem, config):
     """A callable kernel for the problem's device; compiled once for each static key and config, any B, T, N and H."""
-    emulated = problem.device_type == "cuda" and emulating()
-    key = (program, problem.device_type, emulated, config, *_static_dims(problem, config).values())
+    runner = emulator if problem.device_type == "cuda" else None
+    key = (program, problem.device_type, runner, config, *_static_dims(problem, config).values())
     if key not in _KERNELS:
         _KERNELS[key] = compile_ir(build(program, problem, config), problem.device_type, _pass_configs(config))
     return _KERNELS[key]

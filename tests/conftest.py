@@ -49,6 +49,8 @@ def no_hopper() -> str | None:
 
 
 EMULATED = os.environ.get("HSA_TL_EMULATE") == "1" and not torch.cuda.is_available()
+if EMULATED:
+    import emulator
 
 
 def not_emulated(item) -> str | None:
@@ -72,7 +74,10 @@ class OnTheHost(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def _emulated(request):
-    with OnTheHost() if EMULATED and request.node.get_closest_marker("gpu") else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if EMULATED and request.node.get_closest_marker("gpu"):
+            stack.enter_context(OnTheHost())
+            stack.enter_context(emulator.attached())
         yield
 
 

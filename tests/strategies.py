@@ -13,7 +13,7 @@ from tiers import prove, tiered
 
 from hsa_tl import hsa_attention
 from hsa_tl.accuracy import Expected, assert_accurate
-from hsa_tl.problem import emulating
+from hsa_tl.impl.tilelang import emulating
 from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.

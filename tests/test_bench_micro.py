@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import emulator
 import pytest
 from tiers import prove, tiered
 
@@ -22,10 +23,10 @@ CLAIMS = {
 
 @pytest.fixture
 def suite(monkeypatch):
-    monkeypatch.setenv("HSA_TL_EMULATE", "1")
     monkeypatch.setattr(micro.Micro, "ctas", 3)
     monkeypatch.setattr(micro.Micro, "rounds", 8)
-    return micro.Micro()
+    with emulator.attached():
+        yield micro.Micro()
 
 
 @pytest.mark.parametrize("name", tiered(list(CLAIMS), quick=("wgmma",)))

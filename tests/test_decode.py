@@ -192,7 +192,7 @@ def test_compiles_to_one_graph():
 def test_is_not_differentiable():
     arguments = make_decode(Dims(B=3, T=1, T_kv=48), 1)
     arguments[0].requires_grad_()
-    with pytest.raises(NotImplementedError, match="^hsa_decode is for inference and has no gradient"):
+    with pytest.raises(NotImplementedError, match=r"^hsa_decode is for inference and has no gradient"):
         hsa_decode(*arguments).sum().backward()
 
 

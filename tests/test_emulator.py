@@ -4,6 +4,7 @@ import functools
 import re
 from dataclasses import asdict
 
+import emulator
 import hypothesis
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiers import prove, tiered
 from hsa_tl import hsa_attention, hsa_decode, retrieve_chunks, retrieve_decode
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.impl import tilelang, tilelang_retrieval
-from hsa_tl.kernels_tilelang import compile, emulate
+from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import TUNED, space
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
@@ -31,8 +32,7 @@ SPECIALISED = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _emulating():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HSA_TL_EMULATE", "1")
+    with emulator.attached():
         yield
 
 
@@ -157,15 +157,14 @@ def run_changed(program: str, pattern: str, replacement: str, monkeypatch) -> No
     call = half(make_call(Dims(T=80, T_kv=4 * S, HQ=16, D=64, S=S, K=4)))
     places = []
 
-    class Changed(emulate.Emulated):
+    class Changed(emulator.Emulated):
         def __init__(self, ir, artifact):
             super().__init__(ir, artifact)
             if ir.attrs["global_symbol"] == program:
                 self.source, count = re.subn(pattern, replacement, self.source)
                 places.append(count)
 
-    monkeypatch.setattr(emulate, "Emulated", Changed)
-    monkeypatch.setattr(compile, "_KERNELS", {})
+    monkeypatch.setattr(compile, "emulator", Changed)
     config = {program: SPECIALISED.get(program, {})}
     try:
         results(call, program.startswith("hsa_bwd"), config=config, chunk_size=S)
@@ -223,7 +222,7 @@ QUICK_BROKEN = ("no proxy fence", "a stage never freed", "no barrier before a ti
 @pytest.mark.parametrize("broken", tiered(BROKEN, quick=QUICK_BROKEN))
 def test_what_is_broken_is_told(broken, monkeypatch):
     program, pattern, replacement, fault = broken
-    with pytest.raises(emulate.Fault, match=fault):
+    with pytest.raises(emulator.Fault, match=fault):
         run_changed(program, pattern, replacement, monkeypatch)
 
 

@@ -1,5 +1,6 @@
 """The union tile's index against sets, and the union tile alone at tiles of every size."""
 
+import emulator
 import hypothesis
 import pytest
 import torch
@@ -40,8 +41,7 @@ def test_index(device_type, G, K, block_M, B, T, H, N, seed):
     order, chunks = torch.full_like(indices, -7), indices.new_full((B, tiles, H, tile * K), -7)
     lengths = indices.new_full((B, tiles, H), -7)
     groups = torch.full_like(chunks, -7)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HSA_TL_EMULATE", "1")
+    with emulator.attached():
         kernel = compile.kernel("union_index", problem, UnionIndexConfig(block_M=block_M))
     kernel(indices, N, order, chunks, groups, lengths)
 

@@ -1,11 +1,13 @@
 """Launchers of the TileLang programs: on Hopper, and on the CPU through TileLang's C target (float32).
 
-With HSA_TL_EMULATE=1 CPU tensors (bfloat16, float16) run what is compiled for Hopper, in the emulator: slow, checked.
+Where an emulator has attached itself to the compiler, CPU tensors in bfloat16 and float16 run what is compiled for
+Hopper.
 """
 
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +20,7 @@ from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.pairs import Pairs, Window, partial_window, windows
 from hsa_tl.pairs import sort_pairs as sort_by_torch
-from hsa_tl.problem import Problem, emulating
+from hsa_tl.problem import Problem
 
 FORWARD_NEEDS_PAIRS = False
 # Every problem that tilelang accepts has these; the other strategies suit fewer shapes.
@@ -33,8 +35,14 @@ def installed() -> bool:
     return importlib.util.find_spec("tilelang") is not None
 
 
+def emulating() -> bool:
+    """Whether an emulator runs what is compiled for CUDA on CPU tensors."""
+    compile = sys.modules.get("hsa_tl.kernels_tilelang.compile")  # an emulator has imported it
+    return compile is not None and compile.emulator is not None
+
+
 def targeted(problem: Problem) -> Problem:
-    """The problem as its programs are compiled: for CUDA where the emulator runs them on CPU tensors."""
+    """The problem as its programs are compiled: for CUDA where an emulator runs them on CPU tensors."""
     emulated = problem.device_type == "cpu" and problem.dtype in HALF and emulating()
     return replace(problem, device_type="cuda") if emulated else problem
 

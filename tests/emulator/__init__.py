@@ -1,12 +1,16 @@
 """Runs the CUDA source of a program without a GPU: every thread, copy and tensor-core instruction, and their order.
 
 The CPU target proves a program's tiles; this proves what TileLang makes of them for sm_90a. The generated source is
-compiled for the host against emulator/hopper.h and run one CTA after another, in bfloat16 or float16. Faults are
+compiled for the host against hopper.h and run one CTA after another, in bfloat16 or float16. Faults are
 reported as compute-sanitizer would on a GPU, and more: races (by vector clocks, so whether or not they show), reads of
 what nothing wrote, accesses out of bounds or misaligned, missing proxy fences, deadlocks, divergent warp instructions,
 barriers that two groups share, wgmma accumulators read too early. Timing is not emulated.
+
+    with attached():
+        hsa_attention(...)  # CPU tensors in bfloat16 or float16, impl="tilelang"
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,8 +25,9 @@ from tilelang import tvm
 from tvm import tirx
 
 from hsa_tl.files import cache_folder
+from hsa_tl.kernels_tilelang import compile
 
-FOLDER = Path(__file__).parent / "emulator"
+FOLDER = Path(__file__).parent
 COMPILER = ("g++", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-w", f"-I{FOLDER}")
 MAP_TYPES = {6: 2, 7: 4, 9: 2}  # CUtensorMapDataType: float16, float32, bfloat16 -> bytes
 MARGIN = 4096  # bytes between buffers, which no access may touch
@@ -32,6 +37,16 @@ REGISTERS = 65536  # of an SM
 
 class Fault(RuntimeError):
     """What a program did that it must not."""
+
+
+@contextlib.contextmanager
+def attached():
+    """CPU tensors run what is compiled for Hopper."""
+    before, compile.emulator = compile.emulator, Emulated
+    try:
+        yield
+    finally:
+        compile.emulator = before
 
 
 class _TensorMap(ctypes.Structure):
