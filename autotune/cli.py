@@ -1,6 +1,7 @@
 """The tuner's commands of hsa-tl."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from hsa_tl.autotune.journal import Journal
 from hsa_tl.cases import Case
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.terminal import make_console, one_line_errors, parse_lengths, progress_bar, show_table
+from hsa_tl.terminal import make_console, minutes_option, number, parse_lengths, progress_bar, show_table
 
 console = make_console()
 SHORT = {  # in a terminal's table
@@ -80,22 +81,21 @@ def static(
     ] = None,
     device: Annotated[str, typer.Option(help="h100, h200 or h800: whose bandwidths the prediction takes")] = "h200",
     out: Annotated[Optional[Path], typer.Option(help="a CSV file to write, and README.md beside it")] = None,
-    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
+    jobs: Annotated[int, number(low=1, high=1024, help="compilations at once")] = 2,
 ) -> None:
     """Lowers and assembles every config for sm_90a and reads registers, spills, SASS; predicts ns per pair. No GPU.
 
     Exit code 1 if a config spills, fails or misses its tensor-core instructions, 2 if nvcc or cuobjdump is missing.
     """
-    with one_line_errors():
-        check_devices([device])
-        chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
-        with progress_bar(console) as bar:
-            progress = progress_of(bar, "lower, assemble, read")
-            journal = tuner.default_journal()
-            rows = static_check.table_rows(chosen, device=device, jobs=jobs, journal=journal, progress=progress)
-        if out:
-            static_page.write_csv(rows, out)
-            static_page.write_page(rows, out)
+    check_devices([device])
+    chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
+    with progress_bar(console) as bar:
+        progress = progress_of(bar, "lower, assemble, read")
+        journal = tuner.default_journal()
+        rows = static_check.table_rows(chosen, device=device, jobs=jobs, journal=journal, progress=progress)
+    if out:
+        static_page.write_csv(rows, out)
+        static_page.write_page(rows, out)
     ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
     if out:
         console.print(f"wrote {out}", soft_wrap=True)
@@ -106,9 +106,6 @@ def static(
 def given(base: Case, lengths: list[int] | None, dims: dict[str, int], dtype: str | None) -> list[Case]:
     """The case with these dims instead of its own, at each of the lengths."""
     p, changes = base.problem, {k: v for k, v in dims.items() if v is not None}
-    for name, value in changes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     HQ, H, S = (changes.get(name, getattr(p, name)) for name in ("HQ", "H", "S"))
     if HQ % H:
         raise ValueError(f"HQ must be a multiple of H = {H}, got {HQ}")
@@ -136,57 +133,63 @@ def autotune(
     ] = None,
     tag: Annotated[Optional[str], typer.Option(help="all cases of a tag: tune, table, ci, bench")] = None,
     lengths: Annotated[Optional[str], typer.Option("--T", "--lengths", help="tokens: 16k, 4k,64k or 4k..1m")] = None,
-    hq: Annotated[Optional[int], typer.Option("--HQ", help="query heads")] = None,
-    h: Annotated[Optional[int], typer.Option("--H", help="key/value heads")] = None,
-    d: Annotated[Optional[int], typer.Option("--D", help="head dimension")] = None,
-    s: Annotated[Optional[int], typer.Option("--S", help="chunk size")] = None,
-    k: Annotated[Optional[int], typer.Option("--K", help="chunks that a token chooses")] = None,
+    hq: Annotated[Optional[int], number("--HQ", low=1, high=4096, help="query heads")] = None,
+    h: Annotated[Optional[int], number("--H", low=1, high=4096, help="key/value heads")] = None,
+    d: Annotated[Optional[int], number("--D", low=1, high=1024, help="head dimension")] = None,
+    s: Annotated[Optional[int], number("--S", low=1, high=1024, help="chunk size")] = None,
+    k: Annotated[Optional[int], number("--K", low=1, high=65536, help="chunks that a token chooses")] = None,
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float16")] = None,
     device: Annotated[
         Optional[list[str]], typer.Option(help="h100, h200 or h800: static, repeatable; by default the GPU here")
     ] = None,
     program: Annotated[Optional[list[str]], typer.Option(help="hsa_fwd_union, ...; repeatable; by default all")] = None,
-    minutes: Annotated[float, typer.Option(help="stop measuring after so long")] = 9.0,
+    minutes: Annotated[
+        Optional[float], minutes_option("end after so long; by default 9 where it measures, else when all is done")
+    ] = None,
     out: Annotated[
         Optional[Path],
         typer.Option(help="a table, or a folder of <device>.json, to merge the best rows into; by default what is "
                      "measured goes to the user's own"),
     ] = None,
     journal_path: Annotated[Optional[Path], typer.Option("--journal", help=JOURNAL)] = None,
-    jobs: Annotated[int, typer.Option(help="compilations at once")] = 2,
+    jobs: Annotated[int, number(low=1, high=1024, help="compilations at once")] = 2,
     explained: Annotated[bool, typer.Option("--explain", help="why a config is chosen, and its neighbours")] = False,
 ) -> None:  # fmt: skip
     """From a problem to a table: every candidate assembled and ranked, and measured where a Hopper GPU is present.
 
     An interrupted run goes on where it stopped. Exit code 2 if nvcc or cuobjdump is missing.
     """
-    with one_line_errors():
-        here = table.device_name()
-        devices = device or [here or "h200"]
-        check_devices(devices)
-        programs = tuple(program or configs.TUNED)
-        if unknown := set(programs) - set(configs.TUNED):
-            raise ValueError(f"program must be one of {', '.join(configs.TUNED)}, got {min(unknown)!r}")
-        named = [cases.case(name) for name in case_names or ()] + list(cases.find(tag) if tag else ())
-        if tag and not cases.find(tag):
-            raise ValueError(f"tag must be one that a case has, got {tag!r}")
-        points = parse_lengths(lengths) if lengths else None
-        dims = {"HQ": hq, "H": h, "D": d, "S": s, "K": k}
-        wanted = [x for c in named or [cases.case(DEFAULT)] for x in given(c, points, dims, dtype)]
-        journal = Journal(journal_path) if journal_path else tuner.default_journal()
-        if explained:
-            for case in wanted:
-                for name in programs:
-                    if configs.space(name, case.problem):
-                        show_explanation(explain.explain(name, case, devices[0], journal, jobs=jobs), case, devices[0])
-            return
-        measured = not device and here is not None
-        chosen, shown = run(wanted, devices, programs, journal, jobs, minutes if measured else None)
-        for name in devices:
-            if out or measured:
-                path = out_file(out, name) if out else table.user_path(name)
-                table.merge(path, name, chosen[name])
-                console.print(f"wrote {path}", soft_wrap=True)
+    here = table.device_name()
+    devices = device or [here or "h200"]
+    check_devices(devices)
+    programs = tuple(program or configs.TUNED)
+    if unknown := set(programs) - set(configs.TUNED):
+        raise ValueError(f"program must be one of {', '.join(configs.TUNED)}, got {min(unknown)!r}")
+    named = [cases.case(name) for name in case_names or ()] + list(cases.find(tag) if tag else ())
+    if tag and not cases.find(tag):
+        raise ValueError(f"tag must be one that a case has, got {tag!r}")
+    points = parse_lengths(lengths) if lengths else None
+    dims = {"HQ": hq, "H": h, "D": d, "S": s, "K": k}
+    wanted = [x for c in named or [cases.case(DEFAULT)] for x in given(c, points, dims, dtype)]
+    for case in wanted:
+        if not any(configs.space(name, case.problem) for name in programs):
+            reason = configs.why_illegal(programs[0], case.problem, configs.CONFIGS[programs[0]]())
+            raise ValueError(f"problem must suit one of {', '.join(programs)}, got {case.problem}: {reason}")
+    journal = Journal(journal_path) if journal_path else tuner.default_journal()
+    if explained:
+        for case in wanted:
+            for name in programs:
+                if configs.space(name, case.problem):
+                    show_explanation(explain.explain(name, case, devices[0], journal, jobs=jobs), case, devices[0])
+        return
+    measured = not device and here is not None
+    minutes = 9.0 if measured and minutes is None else minutes
+    chosen, shown = run(wanted, devices, programs, journal, jobs, minutes, measured)
+    for name in devices:
+        if out or measured:
+            path = out_file(out, name) if out else table.user_path(name)
+            table.merge(path, name, chosen[name])
+            console.print(f"wrote {path}", soft_wrap=True)
     how = f"measured on {here}" if measured else f"static, predicted for {devices[0]}"
     if len(wanted) == 1:
         show_static(shown, f"{wanted[0].problem}: {how}, best first")
@@ -201,21 +204,34 @@ def autotune(
 
 def run(
     wanted: list[Case], devices: list[str], programs: tuple[str, ...], journal: Journal, jobs: int,
-    minutes: float | None,
+    minutes: float | None, measured: bool,
 ) -> tuple[dict[str, list[dict]], list[dict]]:  # fmt: skip
-    """Ranks, and measures where minutes are given. The table rows of each device, and all rows of the last case."""
+    """Ranks, and measures what is to be measured. The table rows of each device, and all rows of the last case.
+
+    ValueError: the minutes are over before all is assembled; what is done is in the journal.
+    """
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     chosen, rows = {name: [] for name in devices}, []
     work = [(n, c.problem, x) for c in wanted for n in programs for x in configs.candidates(n, c.problem)]
     with progress_bar(console) as bar:
-        static_check.analyse_all(work, jobs=jobs, journal=journal, progress=progress_of(bar, "lower, assemble, read"))
-        end = None if minutes is None else time.monotonic() + 60 * minutes
+        show = progress_of(bar, "lower, assemble, read")
+
+        def progress(done: int, total: int) -> None:
+            show(done, total)
+            if done < total and time.monotonic() > end:
+                raise ValueError(
+                    f"minutes must suffice for {total} candidates, got {minutes:g}: {done} are assembled, and the same "
+                    "call goes on from them"
+                )
+
+        static_check.analyse_all(work, jobs=jobs, journal=journal, progress=progress)
         for name in devices:
             for i, case in enumerate(wanted):
                 rows = tuner.rank(case, name, programs=programs, journal=journal)
-                if end is not None:
+                if measured:
                     seconds = max(0.0, end - time.monotonic()) / (len(wanted) - i)
-                    progress = progress_of(bar, f"measure {case.name}")
-                    rows = measure.measure(case, rows, device=name, seconds=seconds, journal=journal, progress=progress)
+                    show = progress_of(bar, f"measure {case.name}")
+                    rows = measure.measure(case, rows, device=name, seconds=seconds, journal=journal, progress=show)
                     chosen[name] += tuner.best(case, [r for r in rows if r["median_us"]])
                 else:
                     chosen[name] += tuner.best(case, rows)
@@ -283,19 +299,18 @@ def calibrate(
 
     Exit code 2 if there is no measurement.
     """
-    with one_line_errors():
-        check_devices([device])
-        journal = Journal(journal_path) if journal_path else tuner.default_journal()
-        found, old = calibration.samples(journal, device), cost.DEVICES[device]
-        new = calibration.fit(found, old)
-        lines = [(n, f"{getattr(old, n):.4g}", f"{getattr(new, n):.4g}") for n in old.free]
-        show_table(console, f"{device}: {len(found)} measurements", ("constant", "old", "fitted"), lines, right=(1, 2))
-        measured = [x.ns_per_pair for x in found]
-        ranks = [calibration.spearman(calibration.predictions(found, x), measured) for x in (old, new)]
-        console.print(f"Spearman of prediction and measurement: {ranks[0]:.3f}, fitted {ranks[1]:.3f}")
-        if out:
-            write_atomic(out, calibration.text(old, new))
-            console.print(f"wrote {out}", soft_wrap=True)
+    check_devices([device])
+    journal = Journal(journal_path) if journal_path else tuner.default_journal()
+    found, old = calibration.samples(journal, device), cost.DEVICES[device]
+    new = calibration.fit(found, old)
+    lines = [(n, f"{getattr(old, n):.4g}", f"{getattr(new, n):.4g}") for n in old.free]
+    show_table(console, f"{device}: {len(found)} measurements", ("constant", "old", "fitted"), lines, right=(1, 2))
+    measured = [x.ns_per_pair for x in found]
+    ranks = [calibration.spearman(calibration.predictions(found, x), measured) for x in (old, new)]
+    console.print(f"Spearman of prediction and measurement: {ranks[0]:.3f}, fitted {ranks[1]:.3f}")
+    if out:
+        write_atomic(out, calibration.text(old, new))
+        console.print(f"wrote {out}", soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:

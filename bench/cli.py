@@ -17,12 +17,14 @@ from hsa_tl.bench.suite import Suite, one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, run_sweep
 from hsa_tl.terminal import (
     make_console,
-    one_line_errors,
+    minutes_option,
+    number,
     parse_lengths,
     pick_device,
     plot_or_say,
     progress_bar,
     show_table,
+    threads_option,
 )
 
 SUITES: dict[str, Callable[[], Suite]] = {
@@ -68,41 +70,45 @@ def bench(
     ] = None,
     selection: Annotated[str, typer.Option(help="random, overlap=0.8, full or text")] = "random",
     out: Annotated[Path, typer.Option(help="folder of bench.csv, bench.json and plots")] = Path("out/bench"),
-    minutes: Annotated[Optional[float], typer.Option(help="stop measuring after so long")] = None,
+    minutes: Annotated[Optional[float], minutes_option("stop measuring after so long")] = None,
     max_call_s: Annotated[
-        float, typer.Option("--max-call", help="skip a point whose one call takes longer, in seconds")
+        float, number("--max-call", low=0, high=86400, help="skip a point whose one call takes longer, in seconds")
     ] = MAX_CALL_S,
-    seconds: Annotated[float, typer.Option(help="time each provider for so long at a point, 3 times at least")] = 2.0,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-    busy: Annotated[int, typer.Option(help="processes that spin beside it, as on a machine that others use")] = 0,
+    seconds: Annotated[
+        float, number(low=0, high=86400, help="time each provider for so long at a point, 3 times at least")
+    ] = 2.0,
+    threads: Annotated[int, threads_option()] = 2,
+    busy: Annotated[
+        int, number(low=0, high=1024, help="processes that spin beside it, as on a machine that others use")
+    ] = 0,
 ) -> None:
     """HSA against dense attention by length. Resumes: what OUT already holds of this commit is not measured again.
 
     retrieve: streaming retrieval of a prefill against materialised scores and torch.topk. decode: one new token over a
     cache, retrieval and attention. model: a training step, a prefill and a token, beside full attention. roofline: a
     matrix product and a copy. micro: on Hopper, what the cost model's constants stand for. Exit code 1 if a provider is
-    refused by the correctness gate or fails.
+    refused by the correctness gate or fails, or nothing has a time.
     """
-    with one_line_errors():
-        one_of("what to bench", what, WHATS)
-        suite = SUITES.get(what, Attention)()
-        modes = [what] if what in DIRECTIONS else mode
-        device = pick_device(device)
-        case = suite.find_case(case_name or suite.default_case)
-        points = parse_lengths(lengths or (suite.cpu_lengths if device == "cpu" else suite.cuda_lengths))
-        with progress_bar(console) as bar:
-            step = bar.add_task("starting", total=None)
-            rows = run_sweep(
-                suite, [case], points, modes, provider_names, selection, device, out,
-                None if minutes is None else minutes * 60,
-                lambda done, total, what: bar.update(step, completed=done, total=total, description=what),
-                threads=threads, busy=busy, seconds=seconds, max_call_s=max_call_s,
-            )  # fmt: skip
-        show_speed(rows, f"{suite.name}, {rows[0].config}, {selection} selection, {rows[0].device}")
-        console.print(f"wrote {out}/bench.csv and bench.json")
-        for path in plot_or_say(console, plot.plot_speed, out / "bench.csv", out):
-            console.print(f"wrote {path}")
-    if any(r.note.startswith(("refused", "failed")) for r in rows):
+    one_of("what to bench", what, WHATS)
+    suite = SUITES.get(what, Attention)()
+    modes = [what] if what in DIRECTIONS else mode
+    device = pick_device(device)
+    case = suite.find_case(case_name or suite.default_case)
+    points = parse_lengths(lengths or (suite.cpu_lengths if device == "cpu" else suite.cuda_lengths))
+    with progress_bar(console) as bar:
+        step = bar.add_task("starting", total=None)
+        rows = run_sweep(
+            suite, [case], points, modes, provider_names, selection, device, out,
+            None if minutes is None else minutes * 60,
+            lambda done, total, what: bar.update(step, completed=done, total=total, description=what),
+            threads=threads, busy=busy, seconds=seconds, max_call_s=max_call_s,
+        )  # fmt: skip
+    show_speed(rows, f"{suite.name}, {rows[0].config}, {selection} selection, {rows[0].device}")
+    console.print(f"wrote {out}/bench.csv and bench.json")
+    for path in plot_or_say(console, plot.plot_speed, out / "bench.csv", out):
+        console.print(f"wrote {path}")
+    timed = [r for r in rows if r.metric == "time"]
+    if all(r.p50 is None for r in timed) or any(r.note.startswith(("refused", "failed")) for r in timed):
         raise typer.Exit(1)
 
 
@@ -112,13 +118,12 @@ def plot_command(
     whole_page: Annotated[bool, typer.Option("--page", help="write FOLDER/README.md and each device's plots")] = False,
 ) -> None:
     """PNG and SVG of what `hsa-tl bench` wrote: time, memory and rates by length, with crossover and roofline."""
-    with one_line_errors():
-        if whole_page:
-            paths = page.write_page(folder or Path("bench/results"))
-        else:
-            folder = folder or Path("out/bench")
-            files = plot.plot_rows(record.read_folder(folder), out or folder)
-            paths = [p for its in files.values() for p in its]
+    if whole_page:
+        paths = page.write_page(folder or Path("bench/results"))
+    else:
+        folder = folder or Path("out/bench")
+        files = plot.plot_rows(record.read_folder(folder), out or folder)
+        paths = [p for its in files.values() for p in its]
     for path in paths:
         console.print(f"wrote {path}")
 

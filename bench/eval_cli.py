@@ -16,30 +16,45 @@ from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, data, load
 from hsa_tl.model import train as training
 from hsa_tl.model.longcontext import LongReader
-from hsa_tl.terminal import make_console, one_line_errors, parse_lengths, plot_or_say, progress_bar, show_table
+from hsa_tl.terminal import (
+    make_console,
+    number,
+    parse_lengths,
+    pick_device,
+    plot_or_say,
+    progress_bar,
+    seed_option,
+    show_table,
+    threads_option,
+)
 
 console = make_console()
 
 
+def samples_option(help: str):
+    return number(low=1, high=1_000_000, help=help)
+
+
 def lengths(
     models: Annotated[str, typer.Option(help="any of hsa, full-rope, swa, nsa, nsa-rope")] = ",".join(MODELS),
-    seeds: Annotated[int, typer.Option(help="seeds 0, 1, ... of each model")] = 5,
+    seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each model")] = 5,
     lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
     tasks: Annotated[str, typer.Option(help="s-niah, mq-niah, mk-niah-3")] = "s-niah,mq-niah,mk-niah-3",
-    samples: Annotated[int, typer.Option(help="contexts of each length and task")] = 100,
-    budget: Annotated[float, typer.Option(help="seconds for each length and task, unless contexts cost little")] = 60.0,
+    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    budget: Annotated[
+        float, number(low=0, high=1e6, help="seconds for each length and task, unless contexts cost little")
+    ] = 60.0,
     recipe: Annotated[str, typer.Option(help="what each model is trained on")] = "needle-tiny",
-    out: Annotated[Path, typer.Option(help="folder of lengths.json and lengths.png")] = Path("bench/results/cpu"),
+    out: Annotated[Path, typer.Option(help="folder of lengths.json and lengths.png")] = Path("out/lengths"),
     runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there."""
-    with one_line_errors():
-        torch.set_num_threads(threads)
-        run_needles(
-            console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
-            samples=samples, budget_s=budget, recipe=recipe,
-        )  # fmt: skip
+    torch.set_num_threads(threads)
+    run_needles(
+        console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
+        samples=samples, budget_s=budget, recipe=recipe,
+    )  # fmt: skip
 
 
 def evaluate(
@@ -47,9 +62,9 @@ def evaluate(
     run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
-    depth_steps: Annotated[int, typer.Option(help="depths from first to last")] = 5,
+    depth_steps: Annotated[int, number(low=1, high=1001, help="depths from first to last")] = 5,
     tasks: Annotated[str, typer.Option(help="s-niah, mk-niah-1 to 3, mq-niah, vt, fwe")] = "s-niah,mq-niah",
-    samples: Annotated[int, typer.Option(help="contexts of each length, task and depth")] = 4,
+    samples: Annotated[int, samples_option("contexts of each length, task and depth")] = 4,
     vocabulary: Annotated[
         Optional[str], typer.Option(help="words or needles; by default what the run was trained on")
     ] = None,
@@ -57,58 +72,58 @@ def evaluate(
         "out/data/held_out.bin"
     ),
     memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
-    topk: Annotated[Optional[int], typer.Option(help="chunks to retrieve, by default the run's")] = None,
+    topk: Annotated[Optional[int], number(low=1, high=1 << 16, help="chunks to retrieve, by default the run's")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
-    windows: Annotated[int, typer.Option(help="places of the file, for perplexity")] = 8,
+    windows: Annotated[int, number(low=1, high=1 << 20, help="places of the file, for perplexity")] = 8,
     before: Annotated[
         Optional[str],
         typer.Option(help="tokens before each place, the same for all runs; by default the longest"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the JSON and the plot")] = Path("out/eval"),
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cpu")] = "cpu",
+    threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
 
     The JSON keeps the rows of other runs; the plot of perplexity shows them too.
     """
-    with one_line_errors():
-        if what not in ("ruler", "perplexity", "selections"):
-            raise ValueError(f"what to evaluate must be ruler, perplexity or selections, got {what!r}")
-        torch.set_num_threads(threads)
-        points = parse_lengths(lengths)
-        model = load(run, device)
-        if topk is not None:
-            training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
-        if what == "selections":
-            source = dataclasses.asdict(ruler.Run.of(run, model)) | ruler.origin(device)
-            save_selections(model, data.TokenFile(data_file), points[-1], out, source)
-            return
-        reader = LongReader(model, folder=memory)
-        with progress_bar(console) as bar:
-            step = bar.add_task("read", total=None)
+    if what not in ("ruler", "perplexity", "selections"):
+        raise ValueError(f"what to evaluate must be ruler, perplexity or selections, got {what!r}")
+    device = pick_device(device)
+    torch.set_num_threads(threads)
+    points = parse_lengths(lengths)
+    model = load(run, device)
+    if topk is not None:
+        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+    if what == "selections":
+        source = dataclasses.asdict(ruler.Run.of(run, model)) | ruler.origin(device)
+        save_selections(model, data.TokenFile(data_file), points[-1], out, source)
+        return
+    reader = LongReader(model, folder=memory)
+    with progress_bar(console) as bar:
+        step = bar.add_task("read", total=None)
 
-            def on_row(row) -> None:
-                bar.update(step, advance=1, description=f"{length_label(row.length)} done")
+        def on_row(row) -> None:
+            bar.update(step, advance=1, description=f"{length_label(row.length)} done")
 
-            if what == "perplexity":
-                most = parse_lengths(before)[-1] if before else 0
-                rows = ruler.run_perplexity(
-                    reader, data.TokenFile(data_file), points, windows=windows, before=most, on_row=on_row
-                )
-            else:
-                kinds = {s["data"]["kind"] for s in checkpoint.latest(run).recipe["stages"]}
-                chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
-                if chosen not in ruler.VOCABULARIES:
-                    raise ValueError(f"vocabulary must be words or needles, got {chosen!r}")
-                places = parse_depths(depths, depth_steps)
-                rows = ruler.run_ruler(
-                    reader, chosen, tasks.split(","), points, places, samples=samples, generate=generate, on_row=on_row
-                )
-        written = [out / f"{what}.json"]
-        kept = ruler.write_rows(rows, ruler.Run.of(run, model), device, written[0])
-        draw, drawn = (ruler.plot_ruler, rows) if what == "ruler" else (ruler.plot_perplexity, kept)
-        written += plot_or_say(console, draw, drawn, out / f"{what}.png")
+        if what == "perplexity":
+            most = parse_lengths(before)[-1] if before else 0
+            rows = ruler.run_perplexity(
+                reader, data.TokenFile(data_file), points, windows=windows, before=most, on_row=on_row
+            )
+        else:
+            kinds = {s["data"]["kind"] for s in checkpoint.latest(run).recipe["stages"]}
+            chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
+            if chosen not in ruler.VOCABULARIES:
+                raise ValueError(f"vocabulary must be words or needles, got {chosen!r}")
+            places = parse_depths(depths, depth_steps)
+            rows = ruler.run_ruler(
+                reader, chosen, tasks.split(","), points, places, samples=samples, generate=generate, on_row=on_row
+            )
+    written = [out / f"{what}.json"]
+    kept = ruler.write_rows(rows, ruler.Run.of(run, model), device, written[0])
+    draw, drawn = (ruler.plot_ruler, rows) if what == "ruler" else (ruler.plot_perplexity, kept)
+    written += plot_or_say(console, draw, drawn, out / f"{what}.png")
     names = list(vars(rows[0]))
     cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
     show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
@@ -117,18 +132,17 @@ def evaluate(
 
 def weights(
     recipe: Annotated[str, typer.Argument(help="a recipe of needles")] = "needle-tiny",
-    seed: Annotated[int, typer.Option(help="of the training")] = 0,
-    samples: Annotated[int, typer.Option(help="contexts of each length and task")] = 100,
+    seed: Annotated[int, seed_option("of the training")] = 0,
+    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
     out: Annotated[Path, typer.Option(help="folder; the package's own is model/weights")] = Path("out/weights"),
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    threads: Annotated[int, threads_option()] = 1,
 ) -> None:
     """Trains from nothing, asks at 256 tokens to 1M, and writes the weights that hsa_tl.model.load knows by name.
 
     RECIPE.safetensors, and RECIPE.json: recipe, commit, versions, CPU, checksum and scores.
     """
-    with one_line_errors():
-        torch.set_num_threads(threads)
-        written = make_weights(console, out, recipe, seed, samples=samples)
+    torch.set_num_threads(threads)
+    written = make_weights(console, out, recipe, seed, samples=samples)
     console.print("wrote " + ", ".join(map(str, written)))
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hsa_tl import cases
+from hsa_tl import __version__, cases
 from hsa_tl.api import IMPLS
 from hsa_tl.autotune import cli as autotune_cli
 from hsa_tl.autotune import static as static_check
@@ -16,9 +16,10 @@ from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.demo import run_demo
 from hsa_tl.model import cli as model_cli
 from hsa_tl.terminal import (
+    Commands,
     default_device,
     make_console,
-    one_line_errors,
+    minutes_option,
     parse_length,
     parse_lengths,
     pick_device,
@@ -26,7 +27,7 @@ from hsa_tl.terminal import (
     show_table,
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = make_console()
 VERDICTS = {True: "pass", False: "FAIL"}
 TOOLS = ("nvcc", "cuobjdump")
@@ -34,6 +35,21 @@ TOOLS = ("nvcc", "cuobjdump")
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
 CaseName = Annotated[str, typer.Option("--case", help="a named problem, see hsa_tl/cases.py")]
 Selection = Annotated[str, typer.Option(help="random, overlap=0.8, full or text")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hsa-tl {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(help=__doc__)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="the version, and no more")
+    ] = False,
+) -> None:
+    """What holds for every command."""
 
 
 @app.command()
@@ -65,33 +81,32 @@ def check(
 
     Exit code 1 if one is less accurate than twice the eager equations in the same dtype, 2 if something is missing.
     """
-    with one_line_errors():
-        device = pick_device(device)
-        T = parse_length(tokens or ("512" if device == "cpu" else "2k"))
-        base = cases.case(case_name).problem
-        problem = cases.at_length(cases.on_cpu(base) if device == "cpu" else base, T)
-        if unknown := set(impl or ()) - set(IMPLS):
-            raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {unknown.pop()!r}")
-        names = [f"hsa-{name}" for name in impl or IMPLS[1:]]
-        missing = {n: r for n in names if (r := provider(n).unavailable(problem))}
-        if impl and missing:
-            raise NotImplementedError("; ".join(f"{n.removeprefix('hsa-')}: {r}" for n, r in missing.items()))
-        tensors = selection_inputs(problem, selection)._asdict()
-        with progress_bar(console) as bar:
-            step = bar.add_task("float64 oracle", total=1 + len(names))
-            want = gate.expected(provider(names[0]), tensors, problem.S)
-            rows, notes, failed = [], [], False
-            for n in names:
-                short = n.removeprefix("hsa-")
-                bar.update(step, advance=1, description=short)
-                if n in missing:
-                    rows.append((short, "", "", "", "unavailable"))
-                    notes.append(f"{short} is unavailable: {missing[n]}")
-                    continue
-                for a in gate.compare(provider(n), tensors, problem.S, want):
-                    failed |= not a.ok
-                    notes += [f"{short} {a.message}"] if a.message else []
-                    rows.append((short, a.quantity, f"{a.max_error:.1e}", f"{a.rms_error:.1e}", VERDICTS[a.ok]))
+    device = pick_device(device)
+    T = parse_length(tokens or ("512" if device == "cpu" else "2k"))
+    base = cases.case(case_name).problem
+    problem = cases.at_length(cases.on_cpu(base) if device == "cpu" else base, T)
+    if unknown := set(impl or ()) - set(IMPLS):
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {unknown.pop()!r}")
+    names = [f"hsa-{name}" for name in impl or IMPLS[1:]]
+    missing = {n: r for n in names if (r := provider(n).unavailable(problem))}
+    if impl and missing:
+        raise NotImplementedError("; ".join(f"{n.removeprefix('hsa-')}: {r}" for n, r in missing.items()))
+    tensors = selection_inputs(problem, selection)._asdict()
+    with progress_bar(console) as bar:
+        step = bar.add_task("float64 oracle", total=1 + len(names))
+        want = gate.expected(provider(names[0]), tensors, problem.S)
+        rows, notes, failed = [], [], False
+        for n in names:
+            short = n.removeprefix("hsa-")
+            bar.update(step, advance=1, description=short)
+            if n in missing:
+                rows.append((short, "", "", "", "unavailable"))
+                notes.append(f"{short} is unavailable: {missing[n]}")
+                continue
+            for a in gate.compare(provider(n), tensors, problem.S, want):
+                failed |= not a.ok
+                notes += [f"{short} {a.message}"] if a.message else []
+                rows.append((short, a.quantity, f"{a.max_error:.1e}", f"{a.rms_error:.1e}", VERDICTS[a.ok]))
     title = f"{problem}, {selection} selection, on {device}: error relative to float64"
     show_table(console, title, ("implementation", "quantity", "max error", "RMS error", "verdict"), rows, right=(2, 3))
     for note in notes:
@@ -107,7 +122,9 @@ def demo(
     tokens: Annotated[str, typer.Option(help="tokens whose selections are measured, one a byte")] = "16k",
     lengths: Annotated[Optional[str], typer.Option(help="lengths of the speed comparison")] = None,
     device: Device = None,
-    minutes: Annotated[float, typer.Option(help="most time for the speed comparison")] = 0.75,
+    minutes: Annotated[
+        float, minutes_option("of the speed comparison, most; the other acts take what they say")
+    ] = 0.75,
     needles: Annotated[
         bool, typer.Option(help="ask the weights that ship with the package at a million tokens")
     ] = True,
@@ -117,11 +134,10 @@ def demo(
 
     Exit code 1 if an implementation is inaccurate.
     """
-    with one_line_errors():
-        device = pick_device(device)
-        points = parse_lengths(lengths or ("1k,4k" if device == "cpu" else "4k..64k"))
-        last = None if not needles else "train" if train else "ask"
-        ok = run_demo(text, out, parse_length(tokens), points, device, minutes * 60, console, last)
+    device = pick_device(device)
+    points = parse_lengths(lengths or ("1k,4k" if device == "cpu" else "4k..64k"))
+    last = None if not needles else "train" if train else "ask"
+    ok = run_demo(text, out, parse_length(tokens), points, device, minutes * 60, console, last)
     if not ok:
         raise typer.Exit(1)
 

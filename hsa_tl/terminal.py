@@ -1,8 +1,13 @@
-"""What the commands share: tables, progress bars, one-line errors and lengths as words."""
+"""What the commands share: tables, progress, one-line errors, and the ranges of their numbers."""
 
 import contextlib
+import errno
+import math
+import os
 import signal
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import typer
@@ -11,9 +16,39 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 WIDTH = 100
 UNITS = {"k": 1 << 10, "m": 1 << 20}
+MOST_TOKENS = 1 << 40
+EVERY_S = 10.0  # a line of progress where there is no terminal
+YEAR_MINUTES = 366 * 24 * 60
+TRACEBACK = "HSA_TL_TRACEBACK"  # shows where a fault of hsa-tl's own lies
+UsageError = typer.BadParameter.__base__
+
+
+def _not_nan(value):
+    """Of a number or None: a range lets nan pass."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("must be a number, got nan")
+    return value
+
+
+def number(*names: str, low: float, high: float, help: str) -> Any:
+    """A typer.Option of an int or a float in [low, high]."""
+    return typer.Option(*names, min=low, max=high, help=help, callback=_not_nan)
+
+
+def threads_option() -> Any:
+    return number(low=1, high=1024, help="CPU threads")
+
+
+def seed_option(help: str) -> Any:
+    return number(low=0, high=2**63 - 1, help=help)
+
+
+def minutes_option(help: str) -> Any:
+    return number(low=0, high=YEAR_MINUTES, help=help)
 
 
 def make_console() -> Console:
@@ -33,10 +68,42 @@ def show_table(console: Console, title: str, names, rows, right: tuple[int, ...]
     console.print(out)
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
+class _Lines:
+    """What a rich.progress.Progress is told, as lines: the state each EVERY_S seconds, whatever happens in between."""
+
+    def __init__(self, console: Console):
+        self.console, self.tasks, self.told = console, [], time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_task(self, description: str, total: float | None = None) -> int:
+        self.tasks.append({"description": description, "completed": 0, "total": total})
+        return len(self.tasks) - 1
+
+    def advance(self, task: int, advance: float = 1) -> None:
+        self.update(task, advance=advance)
+
+    def update(self, task: int, advance: float = 0, **changes) -> None:
+        state = self.tasks[task]
+        state |= {k: v for k, v in changes.items() if v is not None}
+        state["completed"] += advance
+        if time.monotonic() < self.told + EVERY_S:
+            return
+        self.told = time.monotonic()
+        count = f"{state['completed']}" + (f" of {state['total']}" if state["total"] else "")
+        self.console.print(f"{state['description']}: {count}", markup=False, highlight=False, soft_wrap=True)
+
+
+def progress_bar(console: Console) -> "Progress | _Lines":
+    """A bar on a terminal, a line now and then elsewhere."""
+    if not console.is_terminal:
+        return _Lines(console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True)
 
 
 def plot_or_say(console: Console, function: Callable, *args):
@@ -50,17 +117,41 @@ def plot_or_say(console: Console, function: Callable, *args):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What the user got wrong or what is missing in one line on stderr, exit code 2; a signal, 128 + its number."""
+    """What the user got wrong or what is missing in one line on stderr, exit code 2; a signal, 128 + its number.
+
+    A fault of hsa-tl's own is one line too, exit code 1; with HSA_TL_TRACEBACK=1 its traceback.
+    """
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+    except (typer.Exit, typer.Abort):
+        raise
+    except UsageError as error:
+        typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        raise typer.Exit(2) from None
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, ArithmeticError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE or os.environ.get(TRACEBACK):
+            raise
         named = isinstance(error, OSError) and error.filename is not None
-        message = f"{error.filename}: {error.strerror}" if named else str(error)
+        message = f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from None
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        message = f"{type(error).__name__}: {error}; {TRACEBACK}=1 shows where"
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
         typer.echo(str(stop) or "interrupted", err=True)
         raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
+
+
+class Commands(TyperGroup):
+    """The commands of hsa-tl, none of which ends in a traceback."""
+
+    def invoke(self, ctx):
+        with one_line_errors():
+            return super().invoke(ctx)
 
 
 def parse_length(text: str) -> int:
@@ -68,8 +159,10 @@ def parse_length(text: str) -> int:
     body = text.strip().lower()
     unit = UNITS.get(body[-1:], 1)
     body = body if unit == 1 else body[:-1]
-    if not body.isdecimal() or int(body) == 0:
+    if not body.isdecimal() or len(body) > 15 or int(body) == 0:
         raise ValueError(f"lengths must be numbers such as 4096, 4k or 1m, got {text!r}")
+    if int(body) * unit > MOST_TOKENS:
+        raise ValueError(f"lengths must be at most {MOST_TOKENS >> 20}m, got {text!r}")
     return int(body) * unit
 
 

@@ -18,7 +18,6 @@ from hsa_tl.model import train as training
 from hsa_tl.model.recipe import load_recipe
 from hsa_tl.terminal import (
     make_console,
-    one_line_errors,
     pick_device,
     progress_bar,
     show_table,
@@ -38,7 +37,7 @@ def prepare(
     held_out: Annotated[float, typer.Option(help="share of the files that training never sees")] = 0.1,
 ) -> None:
     """Text to memory-mapped token files, split by file into train and held-out."""
-    with one_line_errors(), progress_bar(console) as bar:
+    with progress_bar(console) as bar:
         step = bar.add_task("tokenize", total=None)
         files = data.prepare(
             folders or None, out, data.make_tokenizer(tokenizer), held_out=held_out,
@@ -80,7 +79,7 @@ def train(
     rank that dies ends the run; any number of ranks goes on with it.
     """
     console = make_console() if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
-    with one_line_errors(), _lost_ranks():
+    with _lost_ranks():
         device = pick_device(device)
         chosen = load_recipe(recipe)
         chosen = chosen if seed is None else dataclasses.replace(chosen, seed=seed)

@@ -3,26 +3,26 @@
     files = prepare(None, Path("out/data"))          # Python's standard library, one token a byte
     files["train"].tokens[:10]                       # numpy.memmap, uint16
 
-A document is one file of text; an end-of-document token follows each.
+An end-of-document token follows each document.
 """
 
 import hashlib
 import json
-import sysconfig
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from hsa_tl.files import TEMPORARY, atomic_files, locked
+from hsa_tl.model import documents
+from hsa_tl.model.documents import TextFile
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
 BYTE_END = 256  # end of document of the byte-level tokenizer
-NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 BLOCK = 1 << 24
 
 
@@ -158,55 +158,41 @@ def read_sidecar(path: Path) -> Sidecar:
         raise ValueError(f"{sidecar_path(path)} must describe a token file, got {error}") from None
 
 
-def _write(file: BinaryIO, name: str, documents: Iterable[str | bytes], tokenizer: Tokenizer) -> bytes:
-    """Writes documents as tokens; the text of their sidecar."""
-    dtype, digest, tokens, count = token_dtype(tokenizer.vocab_size), hashlib.sha256(), 0, 0
-    end = np.array([tokenizer.end], dtype)
-    for document in documents:
-        data = np.concatenate([tokenizer.encode(document).astype(dtype), end])
-        raw = data.astype(dtype.newbyteorder("<")).tobytes()
-        file.write(raw)
-        digest.update(raw)
-        tokens, count = tokens + len(data), count + 1
-    if not count:
-        raise ValueError(f"{name} must have at least one document, got none")
-    sidecar = Sidecar(
-        tokens, count, dtype.name, tokenizer.vocab_size, tokenizer.name, tokenizer.end, digest.hexdigest()
-    )
-    return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
+class _Writer:
+    """Tokens of documents into a file, and what its sidecar says of them."""
+
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
+        self.file, self.tokenizer, self.dtype = file, tokenizer, token_dtype(tokenizer.vocab_size)
+        self.end = np.array([tokenizer.end], self.dtype)
+        self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
+
+    def add(self, document: str | bytes) -> None:
+        data = np.concatenate([self.tokenizer.encode(document).astype(self.dtype), self.end])
+        raw = data.astype(self.dtype.newbyteorder("<")).tobytes()
+        self.file.write(raw)
+        self.digest.update(raw)
+        self.tokens, self.documents = self.tokens + len(data), self.documents + 1
+
+    def sidecar(self, name: str) -> bytes:
+        """Its text. ValueError: there was no document."""
+        if not self.documents:
+            raise ValueError(f"{name} must have at least one document, got none")
+        t = self.tokenizer
+        values = (self.tokens, self.documents, self.dtype.name, t.vocab_size, t.name, t.end, self.digest.hexdigest())
+        return (json.dumps(asdict(Sidecar(*values)), indent=1) + "\n").encode()
 
 
-def write_tokens(path: Path, documents: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:
-    """Writes documents as one token file and its sidecar, which replace old ones together when all is written."""
+def write_tokens(path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:
+    """Writes texts, each a document, as one token file and its sidecar, which replace old ones together when all is written."""
     with atomic_files(path, sidecar_path(path)) as (file, sidecar):
-        sidecar.write(_write(file, path.stem, documents, tokenizer))
+        writer = _Writer(file, tokenizer)
+        for text in texts:
+            writer.add(text)
+        sidecar.write(writer.sidecar(path.stem))
     return TokenFile(path)
 
 
-class TextFile(NamedTuple):
-    name: str  # relative to its folder
-    path: Path
-
-
-def text_files(folders: list[Path] | None = None) -> list[TextFile]:
-    """Files of the folders in sorted order; by default the *.py files of Python's standard library.
-
-    Token files and their sidecars, and what `prepare` is writing, are no text. ValueError: a folder that is not one.
-    """
-    if folders is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        found = [TextFile(f.relative_to(root).as_posix(), f) for f in root.rglob("*.py")]
-        return sorted(f for f in found if not NOT_CORPUS & set(f.name.split("/")))
-    files = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"a folder of text must be a folder, got {folder}")
-        found = (f for f in folder.rglob("*") if f.is_file() and not _is_output(f))
-        files += sorted(TextFile(f.relative_to(folder).as_posix(), f) for f in found)
-    return files
-
-
-def _is_output(path: Path) -> bool:
+def is_output(path: Path) -> bool:
     """Whether `write_tokens` wrote the file, or is writing it."""
     tokens = path.with_suffix("") if path.suffix == ".json" else path
     if path.name.startswith(TEMPORARY):
@@ -224,42 +210,63 @@ def split_of(name: str, held_out: float) -> str:
     return SPLITS[zlib.crc32(name.encode()) % 10000 < held_out * 10000]
 
 
-def prepare(
-    folders: list[Path] | None, out: Path, tokenizer: Tokenizer | None = None, *, held_out: float = 0.1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, TokenFile]:  # fmt: skip
-    """Writes out/train.bin and out/held_out.bin with their sidecars: no file is in both. Binary files are left out.
+def _one_file(file: TextFile, held_out: float) -> Iterator[tuple[str, bytes]]:
+    """(split, text): the end of a file of text is held out."""
+    size = file.path.stat().st_size
+    long = max(1, min(documents.LONG, int(size * min(held_out, 1 - held_out))))
+    done = 0
+    with file.path.open("rb") as opened:
+        for part in documents.cut(opened, long):
+            if b"\0" in part:
+                raise ValueError(f"a source of text must be text, got {file.path}, which has a byte of 0")
+            middle, done = done + len(part) / 2, done + len(part)
+            yield SPLITS[middle > size * (1 - held_out) or done == size], part
 
-    The four files change together, or none does where the call fails.
-    folders: of text, by default Python's standard library. held_out: share of the files in (0, 1). progress: called
-    with files read and their total. ValueError: no text, or none for one of the splits.
+
+def _split(files: list[TextFile], held_out: float, field: str, alone: bool) -> Iterator[tuple[int, str, bytes]]:
+    """(files read, split, text) of every document."""
+    for i, file in enumerate(files):
+        if alone and file.path.suffix.lower() not in documents.ROWS:
+            found = _one_file(file, held_out)
+        else:
+            found = ((split_of(name, held_out), text) for name, text in documents.documents(file, field))
+        for split, text in found:
+            yield i + 1, split, text
+
+
+def prepare(
+    sources: list[Path] | None, out: Path, tokenizer: Tokenizer | None = None, *, held_out: float = 0.1,
+    field: str = "text", progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, TokenFile]:  # fmt: skip
+    """Writes out/train.bin and out/held_out.bin with their sidecars: no document is in both.
+
+    A file of text in a folder is in one of them whole, of one file alone the end is held out, and rows of JSON lines
+    and Parquet are split one by one. Binary files are left out. The four files change together, or none does where the
+    call fails.
+    sources: folders and files, by default Python's standard library. held_out: share of the files in (0, 1). field: of
+    the rows. progress: called with files read and their total. ValueError: no text, or none for one of the splits; a
+    row without the field. ImportError: Parquet without pyarrow.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie in (0, 1), got {held_out}")
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-    files = text_files(folders)
-    parts = {s: [f for f in files if split_of(f.name, held_out) == s] for s in SPLITS}
-    done = 0
-
-    def documents(part: list[TextFile]):
-        nonlocal done
-        for f in part:
-            data = f.path.read_bytes()
-            done += 1
-            progress(done, len(files))
-            if data and b"\0" not in data:
-                yield data
-
+    files = documents.text_files(sources, is_output)
+    alone = sources is not None and len(files) == len(sources) == 1 and sources[0].is_file()
     paths = [out / f"{split}.bin" for split in SPLITS]
     out.mkdir(parents=True, exist_ok=True)
     # Two calls at once would each replace what the other has just moved.
     with locked(out), atomic_files(*paths, *map(sidecar_path, paths)) as opened:
-        for split, file, sidecar in zip(SPLITS, opened[:2], opened[2:], strict=True):
+        writers = {split: _Writer(file, tokenizer) for split, file in zip(SPLITS, opened[:2], strict=True)}
+        for done, split, text in _split(files, held_out, field, alone):
+            writers[split].add(text)
+            progress(done, len(files))
+        for (split, writer), sidecar in zip(writers.items(), opened[2:], strict=True):
             try:
-                sidecar.write(_write(file, split, documents(parts[split]), tokenizer))
+                sidecar.write(writer.sidecar(split))
             except ValueError as error:
-                where = ", ".join(map(str, folders)) if folders else "the standard library"
-                raise ValueError(f"{error} among {len(parts[split])} of {len(files)} files of {where}") from None
+                where = ", ".join(map(str, sources)) if sources else "the standard library"
+                total = sum(w.documents for w in writers.values())
+                raise ValueError(f"{error} of the {total} in {where}: take another held_out") from None
     return {split: TokenFile(path) for split, path in zip(SPLITS, paths, strict=True)}
 
 

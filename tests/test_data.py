@@ -1,6 +1,8 @@
 """Token files and training batches: what is written is read back, damage is named, and a seed and an index decide."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 from hsa_tl.cli import app
 from hsa_tl.model import data, sources
 from hsa_tl.model.data import ByteTokenizer, FileTokenizer, TokenFile, distinct, prepare, write_tokens
+from hsa_tl.model.documents import cut, text_files
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_a_new_file_moves_no_other(folder, tmp_path):
 
 
 def test_the_default_corpus_is_the_standard_library():
-    names = [f.name for f in data.text_files()]
+    names = [f.name for f in text_files(None, data.is_output)]
     assert {"json/decoder.py", "argparse.py"} < set(names) and names == sorted(names)
     assert not any("test" in n.split("/") or "site-packages" in n for n in names)
     share = sum(data.split_of(n, 0.1) == "held_out" for n in names) / len(names)
@@ -94,7 +97,7 @@ def test_a_failed_prepare_leaves_all_old_files(folder, tmp_path, monkeypatch):
     out = tmp_path / "data"
     prepare([folder], out, held_out=0.5)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(ValueError, match="held_out must have at least one document, got none among 0 of"):
+    with pytest.raises(ValueError, match="held_out must have at least one document, got none of the 60 in"):
         prepare([folder], out, held_out=1e-9)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before and len(before) == 4
 
@@ -107,13 +110,87 @@ def test_prepare_never_reads_what_it_wrote(folder, inside):
     assert first["train"].sidecar == other["train"].sidecar == again["train"].sidecar
 
 
+@pytest.mark.parametrize("held_out", (0.1, 0.5, 0.9))
+def test_of_one_file_the_end_is_held_out(tmp_path, held_out):
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"line {i} of it, naïve\n" for i in range(400)))
+    files = prepare([book], tmp_path / "data", held_out=held_out)
+    texts = [b"".join(documents(f)) for f in files.values()]
+    assert b"".join(texts) == book.read_bytes() and texts[1].startswith(b"line")
+    assert len(texts[1]) / len(book.read_bytes()) == pytest.approx(held_out, abs=0.1)
+    with pytest.raises(ValueError, match="a source of text must be text, got .*train.bin, which hsa-tl prepare wrote"):
+        prepare([tmp_path / "data/train.bin"], tmp_path / "other")
+
+
+@pytest.mark.parametrize("text", ("a b\n\nc d\ne " * 9, "naïve" * 30, "ïï" * 50, "€" * 40, "a" * 99), ids=len)
+def test_long_text_is_cut_between_characters(text):
+    parts = list(cut(io.BytesIO(text.encode()), 16))
+    assert b"".join(parts) == text.encode() and max(map(len, parts)) <= 16 and len(parts) > 5
+    assert [p.decode() for p in parts]
+    assert "\n" not in text or all(p.endswith(b"\n") for p in parts[:-1])
+
+
+def rows_of(tmp_path, kind):
+    texts = [f"document {i}, naïve" for i in range(40)]
+    if kind == "jsonl":
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"id": i, "body": t}) for i, t in enumerate(texts)))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"body": texts}), tmp_path / "rows.parquet")
+    return tmp_path / f"rows.{kind}", [t.encode() for t in texts]
+
+
+@pytest.mark.parametrize("kind", ("jsonl", "parquet"))
+@pytest.mark.parametrize("alone", (True, False))
+def test_rows_are_documents(tmp_path, kind, alone):
+    file, texts = rows_of(tmp_path, kind)
+    files = prepare([file if alone else tmp_path], tmp_path / "out", held_out=0.3, field="body")
+    found = [documents(f) for f in files.values()]
+    assert sorted(found[0] + found[1]) == sorted(texts) and min(map(len, found)) > 3
+    with pytest.raises(ValueError, match=r"rows.*must have (text in the field|the column) 'text', got (id, )?body"):
+        prepare([file], tmp_path / "out")
+
+
+def test_wrong_rows_are_named(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    for text, words in (('{"text": "a"}\n{', "line 2, must be JSON"), ("3", "line 1, must have text"),
+                        ('{"text": 3}', "line 1, must have text in the field 'text', got text")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            prepare([file], tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ImportError, match=r"a.parquet needs the package pyarrow: pip install 'hsa-tl\[parquet\]'"):
+        prepare([tmp_path / "a.parquet"], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_links_are_followed_once(folder, tmp_path):
+    """Into folders too; what has two names is in one split."""
+    (tmp_path / "linked").symlink_to(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "more").symlink_to(folder)
+    (folder / "part0/back").symlink_to(other)
+    for i in range(60):
+        (other / f"again{i}.txt").symlink_to(folder / f"part{i % 7}" / f"file{i}.txt")
+    for sources in ([tmp_path / "linked"], [other], [folder, folder]):
+        found = [documents(f) for f in prepare(sources, tmp_path / "out", held_out=0.3).values()]
+        assert sorted(found[0] + found[1]) == sorted(f.read_bytes() for f in folder.glob("*/*.txt"))
+    target = tmp_path / "disk"
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    prepare([folder], tmp_path / "link", held_out=0.3)
+    assert (tmp_path / "link").is_symlink() and len(list(target.iterdir())) == 4
+
+
 @pytest.mark.parametrize("held_out", (0.0, 1.0))
 def test_no_split_is_a_clear_error(folder, tmp_path, held_out):
     with pytest.raises(ValueError, match="held_out must lie in"):
         prepare([folder], tmp_path / "x", held_out=held_out)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"must have at least one document, got none among . of 1 files"):
+    with pytest.raises(ValueError, match=r"must have at least one document, got none of the 1 in"):
         prepare([tmp_path / "one"], tmp_path / "x", held_out=0.5)
 
 
@@ -222,4 +299,4 @@ def test_prepare_command(folder, tmp_path):
     assert result.exit_code == 0 and "held_out" in result.output, result.output
     TokenFile(tmp_path / "d/held_out.bin").verify()
     result = CliRunner().invoke(app, ["prepare", str(tmp_path / "none"), "--out", str(tmp_path / "d")])
-    assert result.exit_code == 2 and "must be a folder" in result.output
+    assert result.exit_code == 2 and "must be a folder or a file" in result.output
