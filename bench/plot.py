@@ -1,6 +1,7 @@
 """Plots of benchmark rows and of nothing else: time, rates and memory against length, the baselines beside HSA."""
 
 import io
+import itertools
 from pathlib import Path
 
 from hsa_tl.bench import compare, record
@@ -222,3 +223,20 @@ def plot_rows(rows: list[Row], out_dir: Path, stem: str = "speed") -> dict[compa
 def plot_speed(csv_path: Path, out_dir: Path, stem: str = "speed") -> list[Path]:
     """plot_rows of a CSV file: the files."""
     return [p for paths in plot_rows(record.read_rows(csv_path), out_dir, stem).values() for p in paths]
+
+
+def plot_loss(lines: list[dict], title: str, path: Path) -> list[Path]:
+    """Loss by step, and the validation's, of a training run's log."""
+    figure, ax = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o--")):
+        points = [(x["step"] + 1, x[name]) for x in lines if x.get(name) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=label)
+    for before, after in itertools.pairwise(lines):
+        if before["stage"] != after["stage"]:
+            ax.axvline(after["step"], color="#888888", linewidth=0.8, linestyle=":")
+    ax.set_xlabel("steps")
+    ax.set_ylabel("loss, nats per token")
+    ax.set_title(title)
+    ax.legend()
+    return save(figure, path)

@@ -129,7 +129,7 @@ def one_line_errors():
         typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
         raise typer.Exit(2) from None
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError, ArithmeticError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EPIPE or os.environ.get(TRACEBACK):
+        if os.environ.get(TRACEBACK) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
             raise
         named = isinstance(error, OSError) and error.filename is not None
         message = f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -13,34 +14,47 @@ import torch
 import typer
 from rich.console import Console
 
+from hsa_tl.bench.plot import plot_loss
 from hsa_tl.model import checkpoint, data
 from hsa_tl.model import train as training
-from hsa_tl.model.recipe import load_recipe
+from hsa_tl.model.recipe import FOLDER, Recipe, explanation, load_recipe, recipe_names, text_recipe
 from hsa_tl.terminal import (
     make_console,
+    minutes_option,
+    number,
+    parse_length,
     pick_device,
+    plot_or_say,
     progress_bar,
+    seed_option,
     show_table,
+    threads_option,
 )
 
 console = make_console()
 
 
 def prepare(
-    folders: Annotated[
-        Optional[list[Path]], typer.Argument(help="folders of text; by default Python's standard library")
+    sources: Annotated[
+        Optional[list[Path]],
+        typer.Argument(help="folders and files: text, JSON lines, Parquet; by default Python's standard library"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of train.bin and held_out.bin")] = Path("out/data"),
     tokenizer: Annotated[
         Optional[Path], typer.Option(help="a Hugging Face tokenizer.json; by default one token a byte")
     ] = None,
-    held_out: Annotated[float, typer.Option(help="share of the files that training never sees")] = 0.1,
+    held_out: Annotated[float, number(low=1e-6, high=0.999999, help="share that training never sees")] = 0.1,
+    field: Annotated[str, typer.Option(help="what holds the text in JSON lines and Parquet")] = "text",
 ) -> None:
-    """Text to memory-mapped token files, split by file into train and held-out."""
+    """Text to memory-mapped token files, split into train and held-out.
+
+    A file of text in a folder is whole in one of them; of one file alone the end is held out; rows are split one by
+    one. Links are followed, and what this command wrote is never read.
+    """
     with progress_bar(console) as bar:
         step = bar.add_task("tokenize", total=None)
         files = data.prepare(
-            folders or None, out, data.make_tokenizer(tokenizer), held_out=held_out,
+            sources or None, out, data.make_tokenizer(tokenizer), held_out=held_out, field=field,
             progress=lambda done, total: bar.update(step, completed=done, total=total),
         )  # fmt: skip
     rows = [(f.path.stem, f.sidecar.documents, len(f), f.sidecar.dtype) for f in files.values()]
@@ -61,60 +75,152 @@ def _lost_ranks():
         raise typer.Exit(1) from None
 
 
+def recipe_from(
+    name: str | None, text: Path | None, run: Path | None, steps: int | None, length: str | None, batch: int | None,
+    tokenizer: Path | None,
+) -> tuple[Recipe, Path]:  # fmt: skip
+    """The recipe of that name, or one for a token file or a text; and the folder of its run, run if that is given.
+
+    A text is prepared in the run's folder. ValueError: a recipe and options that it has itself, or neither.
+    """
+    if (name is None) == (text is None):
+        got = "neither" if name is None else "both"
+        raise ValueError(f"train must have a recipe, which hsa-tl recipes lists, or --data, got {got}")
+    if text is None:
+        given = {"steps": steps, "length": length, "batch": batch, "tokenizer": tokenizer}
+        if mine := [f"--{k}" for k, v in given.items() if v is not None]:
+            raise ValueError(f"{mine[0]} must stand beside --data, got it beside a recipe, which has its own")
+        recipe = load_recipe(name)
+        return recipe, Path("out/train") / recipe.name if run is None else run
+    title = text.resolve().parent.name if text.stem == "train" else text.stem
+    run = Path("out/train") / title if run is None else run
+    path = text
+    if not data.sidecar_path(text).is_file():
+        path = run / "data" / "train.bin"
+        if path.exists():
+            console.print(f"text: {path} of an earlier call; remove {path.parent} to prepare it anew", soft_wrap=True)
+        else:
+            data.prepare([text], path.parent, data.make_tokenizer(tokenizer))
+    recipe = text_recipe(
+        title, path, steps=steps or 1000, length=parse_length(length or "1k"), batch=batch or 8,
+        vocab_size=data.read_sidecar(path).vocab_size, tokenizer=tokenizer,
+    )  # fmt: skip
+    return recipe, run
+
+
 def train(
-    recipe: Annotated[str, typer.Argument(help="one of hsa-tl's recipes, or a YAML file")],
+    recipe: Annotated[
+        Optional[str], typer.Argument(help="one that hsa-tl recipes lists, or a YAML file; none with --data")
+    ] = None,
+    text: Annotated[
+        Optional[Path], typer.Option("--data", help="instead of a recipe: a token file, or text as prepare takes it")
+    ] = None,
+    steps: Annotated[Optional[int], number(low=1, high=10**9, help="with --data; by default 1000")] = None,
+    length: Annotated[Optional[str], typer.Option(help="tokens of a sample, with --data; by default 1k")] = None,
+    batch: Annotated[
+        Optional[int], number(low=1, high=1 << 16, help="samples of a step, with --data; by default 8")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="with --data, a Hugging Face tokenizer.json; by default one token a byte")
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="folder of the run; by default out/train/RECIPE")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="instead of the recipe's")] = None,
+    seed: Annotated[Optional[int], seed_option("instead of the recipe's")] = None,
+    start: Annotated[Optional[Path], typer.Option(help="a run whose last weights are taken")] = None,
     attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa or nsa")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
-    context_parallel: Annotated[int, typer.Option(help="ranks that share each sequence's tokens")] = 1,
+    context_parallel: Annotated[int, number(low=1, high=4096, help="ranks that share each sequence's tokens")] = 1,
     minutes: Annotated[
-        float, typer.Option(help="ends with a checkpoint behind them; the next call goes on")
-    ] = math.inf,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+        Optional[float], minutes_option("ends with a checkpoint before they are over; the next call goes on")
+    ] = None,
+    threads: Annotated[int, threads_option()] = 2,
 ) -> None:
-    """Trains a recipe. Resumes from the newest whole checkpoint in the folder, to the bit.
+    """Trains a recipe, or a small model on a text. Resumes from the newest whole checkpoint in the folder, to the bit.
 
+    Prints loss, validation loss and tokens per second at each checkpoint, and draws loss.png. With other settings it
+    begins anew: name another folder, and with --start the run whose weights it begins with.
     On many ranks: torchrun --nproc-per-node 4 -m hsa_tl.cli train RECIPE. Parameters are sharded over all ranks. A
     rank that dies ends the run; any number of ranks goes on with it.
     """
-    console = make_console() if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+    begin = time.perf_counter()
+    writes = os.environ.get("RANK", "0") == "0"
+    console = make_console() if writes else Console(quiet=True)
     with _lost_ranks():
         device = pick_device(device)
-        chosen = load_recipe(recipe)
+        chosen, run = recipe_from(recipe, text, out, steps, length, batch, tokenizer)
         chosen = chosen if seed is None else dataclasses.replace(chosen, seed=seed)
+        chosen = chosen if start is None else dataclasses.replace(chosen, start=str(start))
         if attention is not None:
             model = chosen.model | {"attention": attention}
             chosen = dataclasses.replace(chosen, name=f"{chosen.name}-{attention}", model=model)
-        run = Path("out/train") / chosen.name if out is None else out
+            run = run.with_name(chosen.name) if out is None else run
         torch.set_num_threads(threads)
+        done: list[training.Step] = []
         with progress_bar(console) as bar:
             task = bar.add_task("", total=chosen.steps)
 
             def on_step(step: training.Step) -> None:
+                done.append(step)
                 line = f"stage {step.stage + 1}/{len(chosen.stages)} loss {step.loss:.3f}"
                 bar.update(task, completed=step.step + 1, description=line)
+                if step.validation_loss is not None:
+                    at = f"step {step.step + 1}: validation loss {step.validation_loss:.3f}, training {step.loss:.3f}"
+                    console.print(f"{at}, {step.tokens_per_second:.0f} tokens/s", markup=False, highlight=False)
 
             with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", checkpoint.TornCheckpoint)
+                for kind in (checkpoint.TornCheckpoint, training.NoValidation):
+                    warnings.simplefilter("always", kind)
+                seconds = math.inf if minutes is None else 60 * minutes - (time.perf_counter() - begin)
                 training.train(
-                    chosen, run, device=device, context_parallel=context_parallel, seconds=60 * minutes, on_step=on_step
+                    chosen, run, device=device, context_parallel=context_parallel, seconds=seconds, on_step=on_step
                 )
-    for warning in caught:
-        console.print(str(warning.message), markup=False, highlight=False)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        console.print(message, markup=False, highlight=False)
+    if writes:
+        _show_run(console, chosen, run, done)
+
+
+def _show_run(console: Console, recipe: Recipe, run: Path, done: list[training.Step]) -> None:
+    """Prints a finished run's log and draws it."""
     lines = [json.loads(x) for x in (run / training.LOG).read_text().splitlines()]
-    rows = [(x["step"], x["stage"] + 1, f"{x['loss']:.4f}", f"{x['lr']:.2e}", f"{x['seconds']:.2f}") for x in lines]
-    show_table(
-        console,
-        f"{chosen.name}, {chosen.steps} steps",
-        ("step", "stage", "loss", "lr", "seconds"),
-        rows[:: max(1, len(rows) // 10)],
-        right=(0, 1, 2, 3, 4),
-    )
-    console.print(f"wrote {run}")
+    kept = lines[:: max(1, len(lines) // 10)]
+    rows = [
+        (x["step"] + 1, x["stage"] + 1, f"{x['loss']:.4f}",
+         f"{y:.4f}" if (y := x.get("validation_loss")) is not None else "", f"{x['lr']:.2e}",
+         f"{x['tokens'] / x['seconds']:.0f}")
+        for x in (kept if not lines or kept[-1] is lines[-1] else [*kept, lines[-1]])
+    ]  # fmt: skip
+    names = ("step", "stage", "loss", "validation", "lr", "tokens/s")
+    show_table(console, f"{recipe.name}, {recipe.steps} steps", names, rows, right=tuple(range(6)))
+    picture = plot_or_say(console, plot_loss, lines, f"{recipe.name}, seed {recipe.seed}", run / "loss.png")
+    if not done:
+        console.print(f"nothing was left to do: all {recipe.steps} steps are in {run}", soft_wrap=True)
+    elif (last := done[-1].step + 1) < recipe.steps:
+        console.print(f"out of time after {last} of {recipe.steps} steps: the same call goes on", soft_wrap=True)
+    console.print("wrote " + ", ".join(map(str, [run, *picture])), soft_wrap=True)
+
+
+def recipes(
+    name: Annotated[Optional[str], typer.Argument(help="prints this one's file; by default lists them all")] = None,
+) -> None:
+    """The recipes that ship: what each trains, and on what. A YAML file may be `like:` one and give what differs."""
+    if name is not None:
+        if name not in recipe_names():
+            raise ValueError(f"name must be one of {', '.join(recipe_names())}, got {name!r}")
+        typer.echo((FOLDER / f"{name}.yaml").read_text(), nl=False)
+        return
+    rows = []
+    for each in recipe_names():
+        recipe = load_recipe(each)
+        tokens = sum(s.steps * s.tokens for s in recipe.stages)
+        what = (recipe.preset, recipe.steps, f"{tokens / 1e6:.0f}M", max(s.length for s in recipe.stages))
+        rows.append((each, *what, explanation(each)))
+    names = ("recipe", "preset", "steps", "tokens", "longest", "what")
+    show_table(console, f"Recipes in {FOLDER}", names, rows, right=(2, 3, 4))
+    console.print("hsa-tl recipes NAME prints one, hsa-tl train NAME trains it")
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
     app.command()(prepare)
     app.command()(train)
+    app.command()(recipes)

@@ -178,8 +178,9 @@ class _Writer:
         if not self.documents:
             raise ValueError(f"{name} must have at least one document, got none")
         t = self.tokenizer
-        values = (self.tokens, self.documents, self.dtype.name, t.vocab_size, t.name, t.end, self.digest.hexdigest())
-        return (json.dumps(asdict(Sidecar(*values)), indent=1) + "\n").encode()
+        digest = self.digest.hexdigest()
+        sidecar = Sidecar(self.tokens, self.documents, self.dtype.name, t.vocab_size, t.name, t.end, digest)
+        return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
 
 
 def write_tokens(path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:

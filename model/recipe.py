@@ -6,8 +6,9 @@
 model/recipes holds the paper's stages, each a file that starts from the checkpoint of the one before.
 """
 
-from dataclasses import asdict, dataclass, field, fields
-from math import cos, pi
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import takewhile
+from math import cos, inf, pi
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,10 @@ class Recipe:
         _check_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
         rules = (
             ("stages", bool(self.stages), "name at least one stage"),
-            ("lr", self.lr > 0, "be positive"),
+            ("seed", self.seed < 1 << 63, "be below 2^63"),
+            ("lr", 0 < self.lr < inf, "be positive and finite"),
+            ("weight_decay", 0 <= self.weight_decay < inf, "be at least 0 and finite"),
+            ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "be two numbers in [0, 1)"),
             ("decay", 0 <= self.decay <= 1, "lie in [0, 1]"),
             ("final", 0 <= self.final <= 1, "lie in [0, 1]"),
             ("clip", self.clip > 0, "be positive"),
@@ -111,7 +115,8 @@ def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     """config with other fields; lists become tuples. ValueError: a field that it does not have."""
     known = {f.name for f in fields(ModelConfig)}
     if unknown := set(changes) - known:
-        raise ValueError(f"model must change fields of ModelConfig, got {', '.join(sorted(unknown))}")
+        got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
+        raise ValueError(f"model must change fields of ModelConfig, {got}")
     return ModelConfig(**(vars(config) | {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}))
 
 
@@ -122,15 +127,44 @@ def _check_ints(values, **least: int) -> None:
             raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
 
+def _check_fields(kind: type, values: dict[str, Any]) -> None:
+    """ValueError: names a field that kind does not have, or that is missing, and those that it has."""
+    known = [f.name for f in fields(kind)]
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"a {kind.__name__.lower()} must have the fields {', '.join(known)}, got {unknown[0]!r}")
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"a {kind.__name__.lower()} must have the fields {', '.join(needed)}, got no {missing[0]}")
+
+
 def recipe_names() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+
+def explanation(name: str) -> str:
+    """What the first lines of a shipped recipe's file say of it."""
+    lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in takewhile(lambda x: x.startswith("#"), lines))
+
+
+def text_recipe(
+    name: str, path: Path, *, steps: int, length: int, batch: int, vocab_size: int, tokenizer: Path | None = None
+) -> Recipe:
+    """The model `tiny` on a token file, with the settings of the recipe text-tiny and one stage."""
+    data = {"kind": "text", "path": str(path)} | ({"tokenizer": str(tokenizer)} if tokenizer else {})
+    model = {"window": 64, "chunk_size": 64, "topk": 8, "vocab_size": max(vocab_size, preset("tiny").vocab_size)}
+    stage = Stage(steps, length, batch, data)
+    return Recipe(name, "tiny", (stage,), lr=1.5e-3, model=model, warmup=min(50, steps // 4), decay=0.3)
 
 
 def recipe_of(values: dict[str, Any]) -> Recipe:
     """A recipe from plain values. ValueError: a field that is missing, unknown or wrong."""
     values = dict(values)
     try:
-        values["stages"] = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values.get("stages", ()))
+        _check_fields(Recipe, values)
+        for stage in (s for s in values["stages"] if not isinstance(s, Stage)):
+            _check_fields(Stage, stage)
+        values["stages"] = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values["stages"])
         values["betas"] = tuple(values.get("betas", Recipe.betas))
         for name in ("lr", "decay", "final", "weight_decay", "clip"):
             if isinstance(values.get(name), str):  # YAML 1.1 takes 1e-3 for a word

@@ -6,6 +6,8 @@
 labels are input_ids where the loss counts, -100 elsewhere; the model shifts them.
 """
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ from hsa_tl.model import needles, ruler
 from hsa_tl.model.data import ByteTokenizer, Sample, TokenFile, Tokenizer, make_tokenizer
 
 IGNORE = -100
+HELD_OUT = 999  # where a recipe's seed makes one for each stage, those of validation
 INSERTED = ("s-niah", "mk-niah-1", "mq-niah", "vt")  # RULER tasks that are put into training samples
 
 
@@ -128,6 +131,9 @@ def _needles(spec: dict, length: int, seed: int) -> TaskSource:
     """tasks: of NeedleTask's fields and a weight, 1 by default."""
     tasks = [dict(t) for t in spec.pop("tasks")]
     weights = [t.pop("weight", 1.0) for t in tasks]
+    known = [f.name for f in fields(needles.NeedleTask) if f.name != "length"]
+    for name in (name for t in tasks for name in t if name not in known):
+        raise ValueError(f"a task of needles must have the options {', '.join(known)}, weight, got {name!r}")
     made = [needles.NeedleTask(length, **t).sample for t in tasks]
     return TaskSource(made, weights, length, needles.VOCAB, seed, **spec)
 
@@ -144,10 +150,10 @@ def _ruler(spec: dict, length: int, seed: int) -> TaskSource:
 
 
 KINDS = {
-    "text": _text,
-    "self-copy": lambda spec, length, seed: _text(spec, length, seed, self_copy=True),
-    "needles": _needles,
-    "ruler": _ruler,
+    "text": (_text, ("path", "tokenizer", "needles")),
+    "self-copy": (lambda spec, length, seed: _text(spec, length, seed, self_copy=True), ("path", "tokenizer")),
+    "needles": (_needles, ("tasks",)),
+    "ruler": (_ruler, ("tasks", "tokenizer")),
 }
 
 
@@ -160,7 +166,26 @@ def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
     kind = spec.pop("kind", None)
     if kind not in KINDS:
         raise ValueError(f"data's kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    make, known = KINDS[kind]
+    if unknown := [name for name in spec if name not in known]:
+        raise ValueError(f"data of kind {kind} must have the options {', '.join(known)}, got {unknown[0]!r}")
     try:
-        return KINDS[kind](spec, length, seed)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"data of kind {kind} must have the options that it knows, got {error}") from None
+        return make(spec, length, seed)
+    except KeyError as error:
+        raise ValueError(f"data of kind {kind} must have the option {error}, got none") from None
+    except TypeError as error:
+        raise ValueError(f"data of kind {kind} must have options of the right types, got {error}") from None
+
+
+def validation_source(spec: dict[str, Any], length: int, seed: int) -> Source | None:
+    """Samples that training never sees: of the held_out.bin beside a text's file, of another seed of a task.
+
+    None: there is no such file. ValueError: it cannot give samples.
+    """
+    if "path" in spec:
+        path = Path(spec["path"])
+        held_out = path.with_name("held_out.bin")
+        if path.name == held_out.name or not held_out.exists():
+            return None
+        spec = spec | {"path": str(held_out)}
+    return make_source(spec, length, seed * 1000 + HELD_OUT)

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,16 @@ from hsa_tl.model.mlp import MoE
 from hsa_tl.model.model import Model
 from hsa_tl.model.pretrained import load
 from hsa_tl.model.recipe import Recipe, Stage
-from hsa_tl.model.sources import IGNORE, Batch, Source, make_source
+from hsa_tl.model.sources import IGNORE, Batch, Source, make_source, validation_source
 
 LOG, LOCK = "log.jsonl", ".lock"
 PART_TOKENS = 1024  # of a batch on a CPU, which a worker trains on at a time, alone; the same for any number of them
+
+VALIDATION_BATCHES = 4
+
+
+class NoValidation(UserWarning):
+    """There is held-out data, which cannot give samples."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,6 +65,11 @@ class Step:
     grad_norm: float
     tokens: int
     seconds: float
+    validation_loss: float | None = None  # behind the step, where a checkpoint was due
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
 
 
 def reconfigure(model: Model, config: ModelConfig) -> None:
@@ -98,19 +110,25 @@ def train_step(
     return _train_step(module, optimizer, recipe, batches, lr, ranks)
 
 
-def _train_step(module, optimizer, recipe, batches, lr, ranks):
-    total = max(1.0, *ranks.sum(sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)))
+def _labels(*batches: Batch) -> int:
+    return sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
+
+
+def _loss(module: nn.Module, part: Batch, recipe: Recipe, ranks: Ranks) -> torch.Tensor:
     half = recipe.dtype == "bfloat16"
+    with torch.autocast(ranks.device, torch.bfloat16) if half else contextlib.nullcontext():
+        return module(part.input_ids.to(ranks.device), labels=part.labels.to(ranks.device), logits_to_keep=0).loss
+
+
+def _train_step(module, optimizer, recipe, batches, lr, ranks):
+    total = max(1.0, *ranks.sum(_labels(*batches)))
     parameters = [p for p in module.parameters() if p.requires_grad]
     losses = []
 
     def differentiate(part: Batch, _):
-        share = int((part.labels[:, 1:] != IGNORE).sum()) / total
+        share = _labels(part) / total
         with torch.enable_grad():
-            with torch.autocast(ranks.device, torch.bfloat16) if half else contextlib.nullcontext():
-                loss = module(
-                    part.input_ids.to(ranks.device), labels=part.labels.to(ranks.device), logits_to_keep=0
-                ).loss
+            loss = _loss(module, part, recipe, ranks)
             scaled = loss * (share * ranks.data)  # gradients are averaged over the ranks
         if ranks.world > 1:
             scaled.backward()
@@ -137,6 +155,31 @@ def _train_step(module, optimizer, recipe, batches, lr, ranks):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, norm.item()
+
+
+def validate(module: nn.Module, recipe: Recipe, batches: list[Batch], ranks: Ranks) -> float:
+    """The loss over the labels of the batches, over all ranks; changes nothing."""
+    if ranks.device == "cpu" and ranks.world == 1:
+        return workers.call(_validate, module, recipe, batches, ranks)
+    return _validate(module, recipe, batches, ranks)
+
+
+def _validate(module, recipe, batches, ranks):
+    total = max(1.0, *ranks.sum(_labels(*batches)))
+    losses = []
+
+    def measure(part: Batch, _):
+        with torch.no_grad():
+            return _loss(module, part, recipe, ranks).item() * (_labels(part) / total)
+
+    module.eval()
+    try:
+        workers.each(_parts(batches, module, ranks), measure, losses.append)
+    finally:
+        module.train()
+        if ranks.world > 1:
+            module.reshard()  # no backward did
+    return ranks.sum(sum(losses))[0]
 
 
 def _start(recipe: Recipe, device: str) -> Model:
@@ -211,12 +254,14 @@ def train(
     Under torchrun every rank calls it: `context_parallel` of them share each sequence's tokens, the others each
     batch's sequences, and all of them the parameters (FSDP2). Another number of ranks may resume the run.
 
-    Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step. Behind
-    `seconds` it ends with a checkpoint, for another call to go on from; so it does on SIGINT (Ctrl-C) and SIGTERM.
+    Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step. At each
+    checkpoint it validates, on what `sources.validation_source` has. Where another step would end behind `seconds`, it
+    ends with a checkpoint, for another call to go on from; so it does on SIGINT (Ctrl-C) and SIGTERM.
     ValueError: run holds checkpoints of another recipe; data or start that are not there. InUse, a ValueError: another
     process trains in run. FloatingPointError: a gradient that is not finite. Interrupted, a KeyboardInterrupt: a
     signal came, and the checkpoint is written.
     """
+    end = time.perf_counter() + seconds
     ranks = Ranks(device, context_parallel)
     run.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -226,11 +271,11 @@ def train(
             except InUse:
                 raise InUse(f"run must be a folder that no other process trains in, got {run}") from None
         ranks.sum(0.0)  # before another rank reads the run
-        return _train(recipe, run, ranks, seconds, on_step, stack.enter_context(_signals()))
+        return _train(recipe, run, ranks, end, on_step, stack.enter_context(_signals()))
 
 
 def _train(
-    recipe: Recipe, run: Path, ranks: Ranks, seconds: float, on_step: Callable[[Step], None], signals: list[int]
+    recipe: Recipe, run: Path, ranks: Ranks, end: float, on_step: Callable[[Step], None], signals: list[int]
 ) -> Model:
     device = ranks.device
     model = _start(recipe, device)
@@ -240,7 +285,10 @@ def _train(
     if (found := checkpoint.latest(run)) is not None:
         if found.recipe != values:
             differ = sorted(k for k in values if found.recipe.get(k) != values[k])
-            raise ValueError(f"run must hold checkpoints of this recipe, got others in {run}: {', '.join(differ)}")
+            raise ValueError(
+                f"run must hold checkpoints of this recipe, got others in {run}: {', '.join(differ)}; to train its "
+                f"weights on with these settings, take another folder and start: {run}"
+            )
         checkpoint.load(found, model, optimizer)
         _set_rng(found.rng)
         first = found.step
@@ -249,9 +297,9 @@ def _train(
         _keep_log(run / LOG, first)
     writer = _writer(run) if writes else None
     source: Source | None = None
-    stage_number, stopped = None, False
+    held_out: list[Batch] = []
+    stage_number, stopped, saving_s = None, False, 0.0
     model.train()
-    end = time.perf_counter() + seconds
     with (run / LOG if writes else Path(os.devnull)).open("a", buffering=1) as log:
         for step in range(first, recipe.steps):
             begin = time.perf_counter()
@@ -259,22 +307,29 @@ def _train(
             stage = recipe.stages[number]
             if number != stage_number:
                 stage_number, source = number, _source(recipe, stage, number)
+                held_out = _held_out(recipe, stage, ranks)
                 reconfigure(model, recipe.config(stage))
             at, (mine, size) = within * stage.batch * stage.accumulate, ranks.own(stage.batch)
             batches = [source.batch(at + i * stage.batch + mine, size) for i in range(stage.accumulate)]
             lr = recipe.lr_at(step)
             loss, norm = train_step(module, optimizer, recipe, batches, lr, ranks)
             model.update_balance()
-            done = Step(step, number, loss, lr, norm, stage.tokens, time.perf_counter() - begin)
-            if step % recipe.log_every == 0 or step + 1 == recipe.steps:
-                log.write(json.dumps(vars(done)) + "\n")
-                for name in ("loss", "lr", "grad_norm") if writer else ():
-                    writer.add_scalar(name, getattr(done, name), step)
-            late = time.perf_counter() > end
-            late, stopped = (x > 0 for x in ranks.sum(float(late), float(bool(signals))))  # of any rank
+            spent = time.perf_counter() - begin
             first = step + 1
-            if first % recipe.checkpoint_every == 0 or first == recipe.steps or late or stopped:
+            due = first % recipe.checkpoint_every == 0 or first == recipe.steps
+            validation = validate(module, recipe, held_out, ranks) if due and held_out else None
+            done = Step(step, number, loss, lr, norm, stage.tokens, spent, validation)
+            if step % recipe.log_every == 0 or first == recipe.steps or validation is not None:
+                log.write(json.dumps(vars(done)) + "\n")
+                for name in ("loss", "lr", "grad_norm", "tokens_per_second", "validation_loss") if writer else ():
+                    if (value := getattr(done, name)) is not None:
+                        writer.add_scalar(name, value, step)
+            late = time.perf_counter() + spent + saving_s > end
+            late, stopped = (x > 0 for x in ranks.sum(float(late), float(bool(signals))))  # of any rank
+            if due or late or stopped:
+                saved = time.perf_counter()
                 checkpoint.save(run, first, values, model, optimizer, _rng(device), recipe.keep)
+                saving_s = time.perf_counter() - saved
             on_step(done)
             if late or stopped:
                 break
@@ -287,6 +342,17 @@ def _train(
         return load(run, device)
     reconfigure(model, recipe.config())
     return model.eval()
+
+
+def _held_out(recipe: Recipe, stage: Stage, ranks: Ranks) -> list[Batch]:
+    """This rank's batches of a stage's validation, none where there is nothing to validate on."""
+    mine, size = ranks.own(stage.batch)
+    try:
+        source = validation_source(stage.data, stage.length, recipe.seed)
+        return [] if source is None else [source.batch(i * stage.batch + mine, size) for i in range(VALIDATION_BATCHES)]
+    except (ValueError, OSError) as error:
+        warnings.warn(f"no validation in steps of {stage.length} tokens: {error}", NoValidation, stacklevel=2)
+        return []
 
 
 def _source(recipe: Recipe, stage: Stage, number: int) -> Source:

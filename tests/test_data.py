@@ -118,7 +118,7 @@ def test_of_one_file_the_end_is_held_out(tmp_path, held_out):
     texts = [b"".join(documents(f)) for f in files.values()]
     assert b"".join(texts) == book.read_bytes() and texts[1].startswith(b"line")
     assert len(texts[1]) / len(book.read_bytes()) == pytest.approx(held_out, abs=0.1)
-    with pytest.raises(ValueError, match="a source of text must be text, got .*train.bin, which hsa-tl prepare wrote"):
+    with pytest.raises(ValueError, match=r"must be text, got .*train.bin, which hsa-tl prepare wrote"):
         prepare([tmp_path / "data/train.bin"], tmp_path / "other")
 
 
@@ -174,8 +174,8 @@ def test_links_are_followed_once(folder, tmp_path):
     (folder / "part0/back").symlink_to(other)
     for i in range(60):
         (other / f"again{i}.txt").symlink_to(folder / f"part{i % 7}" / f"file{i}.txt")
-    for sources in ([tmp_path / "linked"], [other], [folder, folder]):
-        found = [documents(f) for f in prepare(sources, tmp_path / "out", held_out=0.3).values()]
+    for given in ([tmp_path / "linked"], [other], [folder, folder]):
+        found = [documents(f) for f in prepare(given, tmp_path / "out", held_out=0.3).values()]
         assert sorted(found[0] + found[1]) == sorted(f.read_bytes() for f in folder.glob("*/*.txt"))
     target = tmp_path / "disk"
     target.mkdir()
@@ -278,8 +278,12 @@ def test_the_loss_counts_the_text_around_inserted_needles(file):
     "spec, words",
     (
         ({"kind": "nonsense"}, "kind must be one of text, self-copy, needles, ruler"),
-        ({"kind": "needles", "tasks": [{"needle": 3}]}, "must have the options that it knows"),
-        ({"kind": "needles"}, "must have the options that it knows"),
+        (
+            {"kind": "needles", "tasks": [{"needle": 3}]},
+            "have the options needles, .*, key_symbols, weight, got 'needle'",
+        ),
+        ({"kind": "needles"}, "data of kind needles must have the option 'tasks', got none"),
+        ({"kind": "needles", "task": []}, "data of kind needles must have the options tasks, got 'task'"),
         ({"kind": "needles", "tasks": [{"needles": 500}]}, "needles must lie between"),
     ),
 )
