@@ -184,7 +184,7 @@ class _Writer:
 
 
 def write_tokens(path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:
-    """Writes texts, each a document, as one token file and its sidecar, which replace old ones together when all is written."""
+    """Writes texts, each a document, as one token file and its sidecar; both replace old ones when all is written."""
     with atomic_files(path, sidecar_path(path)) as (file, sidecar):
         writer = _Writer(file, tokenizer)
         for text in texts:
