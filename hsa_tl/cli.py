@@ -1,11 +1,14 @@
 """hsa-tl: what works here, how accurate and how fast it is, and the demo. Thin commands over the library."""
 
+import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
+import torch
 import typer
 
-from hsa_tl import __version__, cases
+from hsa_tl import __version__, api, cases, ops
 from hsa_tl.api import IMPLS
 from hsa_tl.autotune import cli as autotune_cli
 from hsa_tl.autotune import static as static_check
@@ -13,8 +16,11 @@ from hsa_tl.bench import cli as bench_cli
 from hsa_tl.bench import eval_cli, gate, record
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.providers import provider, why_not
+from hsa_tl.bench.suite import error_line
 from hsa_tl.demo import run_demo
+from hsa_tl.files import writable
 from hsa_tl.model import cli as model_cli
+from hsa_tl.problem import Problem
 from hsa_tl.terminal import (
     Commands,
     default_device,
@@ -31,6 +37,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 console = make_console()
 VERDICTS = {True: "pass", False: "FAIL"}
 TOOLS = ("nvcc", "cuobjdump")
+INFO_TOKENS = 128
 
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
 CaseName = Annotated[str, typer.Option("--case", help="a named problem, see hsa_tl/cases.py")]
@@ -54,17 +61,74 @@ def main(
 
 @app.command()
 def info() -> None:
-    """Versions, the device, and which implementations work here or why not."""
+    """Versions, the device, the caches, which implementations work here or why not, and what auto takes.
+
+    Each implementation runs a small call of the operator: what is said to work did.
+    """
     device = default_device()
-    problem = cases.at_length(cases.case("k16-d64").problem, 1024)
-    problem = problem if device == "cuda" else cases.on_cpu(problem)
-    rows = [*record.package_versions().items(), ("commit", record.commit()), ("device", record.device_name(device))]
+    rows = [*record.package_versions().items(), ("commit", record.commit())]
+    rows += [("GPU", gpu()), ("device", record.device_name(device))]
     for name in TOOLS:
         rows.append((name, static_check.find_tool(name) or "not found: kernels are not assembled for sm_90a here"))
-    show_table(console, "Versions and tools", ("what", "here"), rows)
-    rows = [(name, "yes" if (reason := why_not(name, problem)) is None else "no", reason or "") for name in
-            IMPLS]  # fmt: skip
+    rows += caches().items()
+    show_table(console, "Versions, device and tools", ("what", "here"), rows)
+    base = cases.at_length(cases.case("k16-d64").problem, INFO_TOKENS)
+    problem = base if device == "cuda" else cases.on_cpu(base)
+    reasons = {name: try_out(name, problem) for name in IMPLS[1:]}
+    rows = [(name, "yes" if reason is None else "no", reason or "") for name, reason in reasons.items()]
     show_table(console, f"Implementations on {device}, {problem.dtype_name}", ("impl", "works", "why not"), rows)
+    for line in why_auto(problem):
+        console.print(line, markup=False, highlight=False)
+
+
+def gpu() -> str:
+    """The GPU, or why there is none."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+    if torch.version.cuda is None:
+        return f"none: torch {torch.__version__} is built without CUDA"
+    return f"none: torch is built for CUDA {torch.version.cuda}, and sees no device"
+
+
+def caches() -> dict[str, str]:
+    """Where what is compiled and tuned is kept, by the variable that names it."""
+    home = Path(os.path.expanduser("~"))
+    folders = {
+        "XDG_CACHE_HOME": Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "hsa-tl",
+        "TILELANG_CACHE_DIR": Path(os.environ.get("TILELANG_CACHE_DIR") or home / ".tilelang" / "cache"),
+        "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = {name: writable(folder, name) == folder for name, folder in folders.items()}
+    lost = "cannot be written: what is compiled is kept for one process only"
+    return {name: str(folder) if kept[name] else f"{folder} {lost}" for name, folder in folders.items()}
+
+
+def try_out(name: str, problem: Problem) -> str | None:
+    """Why an implementation cannot run the problem here, or None; it runs it."""
+    if reason := why_not(name, problem):
+        return reason
+    try:
+        inputs = selection_inputs(problem, "random")
+        tensors = {k: getattr(inputs, k) for k in ("q", "k", "v", "weights", "indices")}
+        api.hsa_attention(**tensors, chunk_size=problem.S, impl=name)
+    except Exception as error:
+        return error_line(error)
+    return None
+
+
+def why_auto(problem: Problem) -> list[str]:
+    """What impl="auto" takes for attention, and why."""
+    order = ops.preferred(problem)
+    taken = ops.resolve("auto", problem)
+    if problem.device_type == "cpu":
+        why = "on a CPU it is the fastest; tilelang and triton run there for tests"
+    else:
+        passed = [f"{name} cannot: {why_not(name, problem)}" for name in order[: order.index(taken)]]
+        why = "; ".join([f"the first of {', '.join(order)} that can", *passed])
+    return [f"auto takes {taken}: {why}"]
 
 
 @app.command()

@@ -1,15 +1,25 @@
 """The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
 
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 
-import tilelang
-from tilelang import tvm
+from hsa_tl.files import writable
 
-from hsa_tl.kernels_tilelang.config import static_key
-from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
-from hsa_tl.kernels_tilelang.cpu_target import cpu_program
-from hsa_tl.problem import Problem
+# TileLang cannot even be imported where its cache cannot be written, as in many containers.
+_CACHE = "TILELANG_CACHE_DIR"
+_folder = Path(os.environ.get(_CACHE) or os.path.expanduser("~/.tilelang/cache"))
+if writable(_folder, _CACHE) != _folder:
+    os.environ[_CACHE] = str(writable(_folder, _CACHE))
+
+import tilelang  # noqa: E402
+from tilelang import tvm  # noqa: E402
+
+from hsa_tl.kernels_tilelang.config import static_key  # noqa: E402
+from hsa_tl.kernels_tilelang.config_base import blocks_per_sm  # noqa: E402
+from hsa_tl.kernels_tilelang.cpu_target import cpu_program  # noqa: E402
+from hsa_tl.problem import Problem  # noqa: E402
 
 SM_90A = {"kind": "cuda", "arch": "sm_90a"}
 # Tiles are whole chunks and slots are checked in the program, so no access needs a guard, which would cost the copies

@@ -7,6 +7,7 @@ Hopper.
 import functools
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,6 +42,20 @@ def emulating() -> bool:
     return compile is not None and compile.emulator is not None
 
 
+@functools.cache
+def _finds_compiler(named: str | None, path: str | None) -> bool:
+    names = ("g++", "clang++", "c++") if named is None else (named,)
+    return any(shutil.which(name, path=path) for name in names)
+
+
+def _lacks_compiler() -> str | None:
+    """What compiles for the host: TileLang takes CXX, CC or what is on PATH."""
+    named = os.environ.get("CXX") or os.environ.get("CC")
+    if _finds_compiler(named, os.environ.get("PATH")):
+        return None
+    return f"on a CPU it needs a C++ compiler, and there is no {named or 'g++, clang++ or c++ on PATH'}"
+
+
 def targeted(problem: Problem) -> Problem:
     """The problem as its programs are compiled: for CUDA where an emulator runs them on CPU tensors."""
     emulated = problem.device_type == "cpu" and problem.dtype in HALF and emulating()
@@ -53,7 +68,7 @@ def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | Non
         return "the package tilelang is not installed"
     emulated = targeted(problem) != problem
     if problem.device_type == "cpu" and not emulated:
-        return None if problem.dtype == torch.float32 else "the CPU target runs float32 only"
+        return _lacks_compiler() if problem.dtype == torch.float32 else "the CPU target runs float32 only"
     if not emulated and (problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0)):
         return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
     if problem.dtype not in HALF:
