@@ -94,8 +94,7 @@ def static(
         journal = tuner.default_journal()
         rows = static_check.table_rows(chosen, device=device, jobs=jobs, journal=journal, progress=progress)
     if out:
-        static_page.write_csv(rows, out)
-        static_page.write_page(rows, out)
+        static_page.write(rows, out)
     ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
     if out:
         console.print(f"wrote {out}", soft_wrap=True)

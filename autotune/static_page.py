@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from hsa_tl.autotune.static import COLUMNS
-from hsa_tl.files import write_atomic
+from hsa_tl.files import write_together
 
 PAGE = """# Static check of the TileLang programs
 
@@ -20,8 +20,12 @@ beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --
 """
 
 
-def write_page(rows: list[dict], path: Path) -> None:
-    """The rows of write_csv's file `path` as a Markdown table in README.md beside it."""
+def write(rows: list[dict], path: Path) -> None:
+    """The rows as CSV, COLUMNS first line, and as a Markdown table in README.md beside it."""
+    write_together({path: _csv(rows), path.with_name("README.md"): _page(rows, path.name)})
+
+
+def _page(rows: list[dict], name: str) -> str:
     lines = [
         f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['registers']} | {r['spill_bytes']} "
         f"| {r['smem_bytes']} | {r['ctas_per_sm']} | {r['hgmma'] or r['hmma'] or ''} | {r['ns_per_pair']:.3g} "
@@ -31,14 +35,13 @@ def write_page(rows: list[dict], path: Path) -> None:
         for r in rows
     ]
     first = rows[0]
-    head = PAGE.format(device=first["device"].upper(), name=path.name, **{k: first[k] for k in ("versions", "commit")})
-    write_atomic(path.with_name("README.md"), head + "\n".join(lines) + "\n")
+    head = PAGE.format(device=first["device"].upper(), name=name, **{k: first[k] for k in ("versions", "commit")})
+    return head + "\n".join(lines) + "\n"
 
 
-def write_csv(rows: list[dict], path: Path) -> None:
-    """The rows as CSV, COLUMNS first line."""
+def _csv(rows: list[dict]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    return text.getvalue()

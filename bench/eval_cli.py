@@ -1,18 +1,16 @@
 """The commands of hsa-tl that evaluate a trained model."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import torch
 import typer
 
-from hsa_tl.bench import ruler, selections
+from hsa_tl.bench import plot_eval, ruler, selections
 from hsa_tl.bench.lengths import MODELS
 from hsa_tl.bench.needle_demo import make_weights, run_needles
 from hsa_tl.bench.plot import length_label
-from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, data, load
 from hsa_tl.model import train as training
 from hsa_tl.model.longcontext import LongReader
@@ -121,9 +119,13 @@ def evaluate(
                 reader, chosen, tasks.split(","), points, places, samples=samples, generate=generate, on_row=on_row
             )
     written = [out / f"{what}.json"]
-    kept = ruler.write_rows(rows, ruler.Run.of(run, model), device, written[0])
-    draw, drawn = (ruler.plot_ruler, rows) if what == "ruler" else (ruler.plot_perplexity, kept)
-    written += plot_or_say(console, draw, drawn, out / f"{what}.png")
+    about = ruler.Run.of(run, model)
+    kept = ruler.write_rows(rows, about, device, written[0])
+    if what == "ruler":
+        arguments = rows, about.model, about.trained_length, ruler.chance(chosen)
+        written += plot_or_say(console, plot_eval.plot_ruler, *arguments, out / "ruler.png")
+    else:
+        written += plot_or_say(console, plot_eval.plot_perplexity, kept, out / "perplexity.png")
     names = list(vars(rows[0]))
     cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
     show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
@@ -152,8 +154,7 @@ def save_selections(model, file: data.TokenFile, length: int, out: Path, source:
         raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
     indices = selections.trained_selection(model, file.tokens[:length])
     found = selections.statistics(indices, model.config.chunk_size)
-    selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size)
-    write_atomic(out / "selections.json", json.dumps(found | source, indent=1) + "\n")
+    selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size, found | source)
     rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
     chunks = length // found["chunk_size"]
     title = f"{length} tokens, top {found['topk']} of {chunks} chunks, overlap of neighbours {found['overlap']:.2f}"

@@ -17,7 +17,7 @@ import typer
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, measure, static, table, tuner
 from hsa_tl.autotune.journal import Journal
-from hsa_tl.bench import page, record, ruler
+from hsa_tl.bench import page, plot_eval, record, ruler
 from hsa_tl.bench.agenda import Step, read_state, run_agenda
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.decode import Decode
@@ -150,7 +150,7 @@ def needles(
         depths = [i / 4 for i in range(5)]
         rows += ruler.run_ruler(LongReader(model), "needles", ["s-niah", "mq-niah"], [length], depths, samples=4)
         ruler.write_rows(rows, done, device, out / "ruler.json")
-        ruler.plot_ruler(rows, out / "ruler.png")
+        plot_eval.plot_ruler(rows, done.model, done.trained_length, ruler.chance("needles"), out / "ruler.png")
     detail["accuracy"] = {f"{r.task} {length_label(r.length)} {r.depth}": r.accuracy for r in rows}
     return detail | {"finished": done.finished}
 

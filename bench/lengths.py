@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from hsa_tl.bench import record
-from hsa_tl.bench.plot import length_axis, pyplot, save
+from hsa_tl.bench.plot import interval, length_axis, pyplot, save
+from hsa_tl.bench.ruler import chance
 from hsa_tl.files import write_atomic
 from hsa_tl.model import evaluate
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
@@ -37,6 +38,7 @@ STYLES = {
     "nsa": ("#e07b00", "D", "NSA-style, NoPE"),
     "nsa-rope": ("#c2185b", "^", "NSA-style, RoPE"),
 }
+CHANCE = chance("needles")
 TASKS = {"s-niah": "S-NIAH", "mq-niah": "MQ-NIAH (6 needles, 2 queries)", "mk-niah-3": "MK-NIAH 3 (all needles)"}
 
 
@@ -151,7 +153,10 @@ def _trained(recipe: Recipe, run: Path, on_step: Callable[[Step], None]) -> tupl
 
 
 def plot_lengths(rows: list[Row], path: Path) -> list[Path]:
-    """Accuracy against length, a panel for each task: the median of the seeds, a band from the worst to the best."""
+    """Accuracy against length, a panel for each task: the median of the seeds, a band from the worst to the best.
+
+    Of one seed the band is Wilson's interval of its answers.
+    """
     if not rows:
         raise ValueError("rows must hold at least one row, got none")
     plt = pyplot()
@@ -169,16 +174,25 @@ def plot_lengths(rows: list[Row], path: Path) -> list[Path]:
             seeds = len({r.seed for r in rows if r.model == model})
             label = f"{label}, {seeds} seed{'s' if seeds > 1 else ''}"
             ax.plot(points, [v[len(v) // 2] for v in values], color=color, marker=marker, markersize=4, label=label)
-            low, high = zip(*((v[0], v[-1]) for v in values), strict=True)
+            bands = [(v[0], v[-1]) for v in values]
+            if seeds == 1:
+                counts = {r.length: r.answers for r in mine if r.model == model}
+                bands = [interval(v[0] * counts[T], counts[T]) for T, v in zip(points, values, strict=True)]
+            low, high = zip(*bands, strict=True)
             ax.fill_between(points, low, high, color=color, alpha=0.15, linewidth=0)
         length_axis(ax, sorted({r.length for r in mine}))
         ax.set_ylim(-0.03, 1.03)
         ax.set_title(TASKS[task])
         ax.axvline(mine[0].train_length, color="#888888", linewidth=0.8, linestyle=":")
-    axes[0][0].set_ylabel("answers right")
+        ax.axhline(CHANCE, color="#888888", linewidth=0.8, linestyle="--")
+    axes[0][0].set_ylabel("share of answers right")
+    counts = sorted({r.samples for r in rows})
+    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     figure.suptitle(
-        f"Trained at {rows[0].train_length} tokens (dotted); median, worst and best seed; chance is 1/96", fontsize=10
+        f"Trained at {rows[0].train_length} tokens (dotted); median, worst and best seed, or the 95 % interval of one; "
+        f"chance is 1 in {1 / CHANCE:.0f} (dashed); {samples} contexts for each point",
+        fontsize=10,
     )
     return save(figure, path)

@@ -59,6 +59,8 @@ def run_needles(
     name = recipes.load_recipe(options.get("recipe", "needle-tiny")).name
     rows = [r for r in rows if r.recipe == name]
     mine = [r for r in rows if r.model in models and r.seed in seeds and r.task in tasks]
+    if not mine:
+        raise ValueError(f"lengths must hold one that {', '.join(models)} can read, got {', '.join(map(str, lengths))}")
     show_written(console, out, mine, rows)
     return mine
 

@@ -2,11 +2,12 @@
 
 import io
 import itertools
+import math
 from pathlib import Path
 
 from hsa_tl.bench import compare, record
 from hsa_tl.bench.record import Row
-from hsa_tl.files import write_atomic
+from hsa_tl.files import write_together
 
 TITLES = {
     "forward": "Forward", "backward": "Backward", "train": "Forward + backward", "prefill": "Retrieval, all tokens",
@@ -42,14 +43,35 @@ STYLES = {
 }
 OTHER = ("#000000", ".")
 NAMES = {
-    "dense": "dense causal (torch SDPA)",
-    "dense-expanded": "dense causal (torch SDPA, heads expanded)",
+    "dense": "dense causal (SDPA)",
+    "dense-expanded": "dense causal (SDPA, heads expanded)",
     "dense-grouped": "dense (SDPA, heads grouped)",
-    "hsa-auto": "HSA (auto)",
-    "hsa-with-retrieval": "HSA with its retrieval",
+    "dense-math": "dense (SDPA, math)",
+    "dense-cudnn": "dense (SDPA, cuDNN)",
+    "dense-flash": "dense (SDPA, FlashAttention 2)",
+    "dense-flex": "dense (FlexAttention)",
+    "dense-fa3": "dense (FlashAttention 3)",
     "materialise": "materialised scores + torch.topk",
+    "full-attention": "full attention",
+    "swa": "sliding window only",
+    "hsa": "HSA",
+    "hsa-auto": "HSA",
+    "hsa-auto-two-level": "HSA, retrieval in two levels",
+    "hsa-with-retrieval": "HSA with its retrieval",
+    "hsa-reference": "HSA (PyTorch)",
+    "hsa-tilelang": "HSA (TileLang)",
+    "hsa-tilelang-token": "HSA (TileLang, a token a CTA)",
+    "hsa-tilelang-union": "HSA (TileLang, union of chunks)",
+    "hsa-tilelang-chunk": "HSA (TileLang, a chunk a CTA)",
+    "hsa-triton": "HSA (Triton)",
     "retrieve": "HSA's retrieval alone",
+    "ramstorage-triton": "published HSA (Triton)",
+    "ramstorage-tilelang": "published HSA (TileLang)",
+    "hils": "published HiLS",
+    "nsa-fla": "NSA (flash-linear-attention)",
 }
+GRID_COLUMNS = 3  # panels in a line of a figure
+TICKS = 8  # lengths that an axis names, at most one more
 
 
 def pyplot():
@@ -77,23 +99,41 @@ def length_label(T: int) -> str:
     return str(T)
 
 
+def interval(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share, 95 % by default: sound for few samples and for shares of 0 and 1."""
+    share, room = right / n, z * z / n
+    middle = (share + room / 2) / (1 + room)
+    half = math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def length_ticks(lengths: list[int]) -> list[int]:
+    """Those of the lengths, ascending, whose labels do not collide; the longest is one."""
+    kept = lengths[-1:]
+    for T in reversed(lengths[:-1]):
+        if kept[0] / T >= (lengths[-1] / lengths[0]) ** (1 / TICKS) * 0.999:
+            kept.insert(0, T)
+    return kept
+
+
 def length_axis(ax, lengths: list[int]) -> None:
     ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [length_label(T) for T in lengths])
+    ticks = length_ticks(lengths)
+    ax.set_xticks(ticks, [length_label(T) for T in ticks])
     ax.minorticks_off()
     ax.set_xlabel("tokens T")
 
 
 def save(figure, path: Path) -> list[Path]:
     """path, a PNG, and the same as SVG beside it."""
-    out = []
+    files = {}
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
-        out.append(path.with_suffix(f".{kind}"))
-        write_atomic(out[-1], buffer.getvalue())
+        files[path.with_suffix(f".{kind}")] = buffer.getvalue()
+    write_together(files)
     pyplot().close(figure)
-    return out
+    return list(files)
 
 
 def _panel(ax, rows: list[Row], scale: float = 1.0) -> None:
@@ -135,15 +175,18 @@ def _beside_baseline(ax, rows: list[Row], mode: str) -> str:
 
 def _figure(panels: list[tuple], group: compare.Group, path: Path) -> list[Path]:
     """panels: (rows, title, ylabel, scale, decorate(ax) -> more title)."""
-    figure, axes = pyplot().subplots(
-        1, len(panels), figsize=(max(7.2, 3.6 * len(panels)), 3.9), squeeze=False, layout="constrained"
-    )
-    for ax, (rows, title, ylabel, scale, decorate) in zip(axes[0], panels, strict=True):
+    columns = min(GRID_COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (max(7.2, 3.6 * columns), 3.3 * lines + 0.6)
+    figure, axes = pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (rows, title, ylabel, scale, decorate) in zip(axes.flat, panels, strict=False):
         _panel(ax, rows, scale)
         ax.set_title(title + decorate(ax))
         ax.set_ylabel(ylabel)
-    handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     dims = group.config.split(": ", 1)[-1]
     figure.suptitle(f"Hierarchical Sparse Attention, {dims}, {group.selection} selection\n{group.device}", fontsize=10)
     return save(figure, path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hsa_tl.files import write_atomic
+from hsa_tl.files import write_together
 
 GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
@@ -52,8 +52,8 @@ def write_rows(rows: list[Row], folder: Path, name: str = "bench") -> None:
     writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(r) for r in rows)
-    write_atomic(folder / f"{name}.csv", out.getvalue())
-    write_atomic(folder / f"{name}.json", "[\n" + ",\n".join(json.dumps(asdict(r)) for r in rows) + "\n]\n")
+    text = "[\n" + ",\n".join(json.dumps(asdict(r)) for r in rows) + "\n]\n"
+    write_together({folder / f"{name}.csv": out.getvalue(), folder / f"{name}.json": text})
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from hsa_tl.bench import record
-from hsa_tl.bench.plot import length_axis, length_label, pyplot, save
 from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, evaluate, needles, ruler
 from hsa_tl.model.data import TokenFile
@@ -67,6 +66,12 @@ class PerplexityRow:
     bits_per_token: float
     tokens: int
     windows: int
+    standard_error: float | None = None  # of bits_per_token, over the windows
+
+
+def chance(vocabulary: str) -> float:
+    """Of guessing an answer: one of the needles' values; an answer in words cannot be guessed."""
+    return 1 / (needles.VALUES[1] - needles.VALUES[0]) if vocabulary == "needles" else 0.0
 
 
 def has_depth(task: str, vocabulary: str) -> bool:
@@ -122,7 +127,8 @@ def run_perplexity(
     rows = []
     for length in lengths:
         bits = [evaluate.bits_per_token(reader, np.asarray(file.tokens[e - length : e]), last) for e in ends]
-        rows.append(PerplexityRow(length, float(np.mean(bits)), last, windows))
+        error = float(np.std(bits, ddof=1) / windows**0.5) if windows > 1 else None
+        rows.append(PerplexityRow(length, float(np.mean(bits)), last, windows, error))
         on_row(rows[-1])
     return rows
 
@@ -142,49 +148,3 @@ def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
     kept += [asdict(run) | asdict(row) | origin(device) for row in rows]
     write_atomic(path, "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
     return kept
-
-
-def plot_ruler(rows: list[RulerRow], path: Path) -> list[Path]:
-    """A heat map, length by depth, of each task that has depths; and accuracy by length of all."""
-    tasks = list(dict.fromkeys(r.task for r in rows))
-    maps = [t for t in tasks if len({r.depth for r in rows if r.task == t}) > 1]
-    figure, axes = pyplot().subplots(
-        1, len(maps) + 1, figsize=(4.2 * (len(maps) + 1), 3.6), squeeze=False, layout="constrained"
-    )
-    lengths = sorted({r.length for r in rows})
-    for ax, task in zip(axes[0], maps, strict=False):
-        depths = sorted({r.depth for r in rows if r.task == task})
-        at = {(r.depth, r.length): r.accuracy for r in rows if r.task == task}
-        grid = [[at.get((d, T), float("nan")) for T in lengths] for d in depths]
-        image = ax.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper")
-        ax.set_xticks(range(len(lengths)), [length_label(T) for T in lengths])
-        ax.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-        ax.grid(False)
-        ax.set_xlabel("tokens")
-        ax.set_ylabel("depth of the needle")
-        ax.set_title(task)
-        figure.colorbar(image, ax=ax, shrink=0.8, label="answers right")
-    ax = axes[0][-1]
-    for task in tasks:
-        values = [[r for r in rows if r.task == task and r.length == T] for T in lengths]
-        shares = [sum(r.accuracy * r.answers for r in v) / sum(r.answers for r in v) for v in values]
-        ax.plot(lengths, shares, marker="o", markersize=4, label=task)
-    length_axis(ax, lengths)
-    ax.set_ylim(-0.03, 1.03)
-    ax.set_ylabel("answers right")
-    ax.legend()
-    return save(figure, path)
-
-
-def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
-    """Bits per token against context length, a line for each run of write_rows' rows."""
-    figure, ax = pyplot().subplots(figsize=(6, 3.8), layout="constrained")
-    for name, seed in dict.fromkeys((r["model"], r["seed"]) for r in rows):
-        mine = sorted((r for r in rows if (r["model"], r["seed"]) == (name, seed)), key=lambda r: r["length"])
-        label = f"{name}, {mine[0]['parameters'] / 1e6:.2f}M"
-        ax.plot([r["length"] for r in mine], [r["bits_per_token"] for r in mine], marker="o", markersize=4, label=label)
-    ax.axvline(rows[0]["trained_length"], color="#888888", linewidth=0.8, linestyle=":")
-    length_axis(ax, sorted({r["length"] for r in rows}))
-    ax.set_ylabel(f"bits per token, last {rows[0]['tokens']}")
-    ax.legend()
-    return save(figure, path)

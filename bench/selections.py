@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hsa_tl.files import atomic_file
+from hsa_tl.files import write_together
 from hsa_tl.model.model import Model
 from hsa_tl.problem import Problem
 from hsa_tl.text import neighbour_overlap, union_size
@@ -41,12 +41,12 @@ def statistics(indices: torch.Tensor, chunk_size: int) -> dict:
     }  # fmt: skip
 
 
-def save_selection(path: Path, indices: torch.Tensor, chunk_size: int) -> None:
-    """A safetensors file of indices [1, T, R, K]."""
+def save_selection(path: Path, indices: torch.Tensor, chunk_size: int, about: dict) -> None:
+    """A safetensors file of indices [1, T, R, K], and about as JSON beside it."""
     from safetensors.torch import save
 
-    with atomic_file(path) as file:
-        file.write(save({"indices": indices.contiguous()}, {"chunk_size": json.dumps(chunk_size)}))
+    data = save({"indices": indices.contiguous()}, {"chunk_size": json.dumps(chunk_size)})
+    write_together({path: data, path.with_suffix(".json"): json.dumps(about, indent=1) + "\n"})
 
 
 def load_selection(path: Path, problem: Problem) -> torch.Tensor:

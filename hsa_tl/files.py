@@ -115,10 +115,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def write_together(files: dict[Path, str | bytes]) -> None:
+    """Each file's data, as `atomic_files` writes them: all change or none."""
+    with atomic_files(*files) as opened:
+        for file, data in zip(opened, files.values(), strict=True):
+            file.write(data.encode() if isinstance(data, str) else data)
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """All of data, as `atomic_file` writes it."""
-    with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+    write_together({path: data})
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hsa_tl.files import write_atomic
+from hsa_tl.files import write_together
 from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import Recipe, recipe_of
 
@@ -111,6 +111,5 @@ def save_weights(run: Path, folder: Path, name: str, **origin) -> list[Path]:
     data = save({k: v.clone() for k, v in state.items()})  # tied parameters share memory
     about = Shipped(found.recipe, found.step, hashlib.sha256(data).hexdigest(), **origin)
     written = [folder / f"{name}.safetensors", folder / f"{name}.json"]
-    write_atomic(written[0], data)
-    write_atomic(written[1], json.dumps(asdict(about), indent=1) + "\n")
+    write_together({written[0]: data, written[1]: json.dumps(asdict(about), indent=1) + "\n"})
     return written
