@@ -35,7 +35,7 @@ from hsa_tl.model.generate import prefill
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import load_recipe
 from hsa_tl.model.train import train
-from hsa_tl.terminal import parse_lengths
+from hsa_tl.terminal import minutes_option, parse_lengths
 
 PREPARED = Path(".bundle/ranked.jsonl")
 PREPARED_CONFIGS = 2  # of a group and case: a lease has no time for more
@@ -211,7 +211,7 @@ def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Sweep, ...] = SWEEP
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="budget of the whole run")] = 9.0,
+    minutes: Annotated[float, minutes_option("budget of the whole run")] = 9.0,
     out: Annotated[Path, typer.Option(help="a folder for each device is made in it")] = Path("bench/results"),
     prepare_only: Annotated[bool, typer.Option("--prepare", help="only what needs no GPU: rank, compile")] = False,
 ) -> None:

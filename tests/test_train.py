@@ -361,12 +361,12 @@ def test_train_command(tmp_path):
         "preset: tiny\nlr: 1e-3\nlog_every: 1\nstages:\n"
         "  - {steps: 2, length: 64, batch: 2, data: {kind: needles, tasks: [{needles: 2, queries: 2}]}}\n"
     )
-    args = ["train", str(file), "--out", str(tmp_path / "run"), "--seed", "3"]
+    args = ["train", str(file), "--threads", "1", "--out", str(tmp_path / "run"), "--seed", "3"]
     for _ in range(2):
         result = CliRunner().invoke(app, args)
         assert result.exit_code == 0 and "mine, 2 steps" in result.output, result.output
     assert checkpoint.latest(tmp_path / "run").recipe["seed"] == 3
-    other = ["train", str(file), "--out", str(tmp_path / "other"), "--attention", "full"]
+    other = ["train", str(file), "--threads", "1", "--out", str(tmp_path / "other"), "--attention", "full"]
     assert CliRunner().invoke(app, other).exit_code == 0
     assert load(tmp_path / "other").config.attention == "full"
     for bad, words in ((["train", "nonsense"], "recipe must be a .yaml file or one of"), ([*args[:-1], "4"], "seed")):
