@@ -25,6 +25,7 @@ STYLES = {
     "dense-fa3": ("#7a3e00", "^"),
     "materialise": ("#444444", "s"),
     "full-attention": ("#444444", "o"),
+    "swa": ("#9a6fb0", "P"),
     "hsa-auto": ("#0b6fb8", "o"),
     "hsa-auto-two-level": ("#3aa6a0", "d"),
     "hsa-with-retrieval": ("#0b3d66", "v"),

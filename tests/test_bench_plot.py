@@ -1,14 +1,17 @@
 """Plots, verdicts and the page: images are images, and every sentence follows from the rows."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from hsa_tl.bench import compare, page, plot, record
+from hsa_tl.bench import compare, page, plot, plot_eval, record
+from hsa_tl.bench.cli import SUITES
 from hsa_tl.bench.record import Row
+from hsa_tl.bench.ruler import RulerRow
 from hsa_tl.cli import app
 
 
@@ -79,6 +82,74 @@ def test_plots_are_images(tmp_path):
     assert "matmul, measured" in (tmp_path / "roof-rates.svg").read_text()
     with pytest.raises(ValueError, match="rows must hold a measured time, got none"):
         plot.plot_rows([row("dense", "train", 64, None, note="unavailable: x")], tmp_path)
+
+
+def width(path):
+    return int.from_bytes(path.read_bytes()[16:20], "big")  # of a PNG's header
+
+
+def test_many_panels_are_lines_of_a_figure(tmp_path):
+    many = [r for mode in ("retrieve", "attend", "decode") for r in rows(mode=mode) if r.metric != "peak_extra_memory"]
+    files = next(iter(plot.plot_rows(many, tmp_path).values()))
+    assert all(width(p) < 1900 for p in files if p.suffix == ".png")
+
+
+def test_every_provider_has_a_name_and_a_style():
+    suites = (s() for name, s in SUITES.items() if name not in ("roofline", "micro"))
+    known = {name for s in suites for name in s.known()}
+    assert known <= set(plot.NAMES) and known <= set(plot.STYLES)
+
+
+@pytest.mark.parametrize(
+    "lengths", ([256, 4096], [1000, 1024, 2048], [2**k for k in range(8, 25)], [1024], [128 * k for k in range(1, 40)])
+)
+def test_ticks_do_not_collide(lengths):
+    ticks = plot.length_ticks(lengths)
+    assert set(ticks) <= set(lengths) and ticks[-1] == lengths[-1] and ticks == sorted(ticks)
+    share = [math.log(b / a) / math.log(lengths[-1] / lengths[0]) for a, b in itertools.pairwise(ticks)]
+    assert all(x > 0.124 for x in share) and (len(lengths) > 2 or ticks == lengths)
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    ((10, 10, 0.7225, 1.0), (0, 10, 0.0, 0.2775), (50, 100, 0.4038, 0.5962), (1, 4, 0.0456, 0.6994)),
+)
+def test_wilsons_interval(right, n, low, high):
+    """Values of Wilson's formula from tables."""
+    assert plot.interval(right, n) == pytest.approx((low, high), abs=1e-3)
+
+
+def ruler_rows(lengths, depths):
+    return [RulerRow("generated", t, T, d, 0.5, 8, 4, 1.0) for t in ("s-niah", "vt") for T in lengths for d in depths]
+
+
+@pytest.mark.parametrize("lengths", ([1024], [2**k for k in range(8, 25)]), ids=len)
+@pytest.mark.parametrize("depths", ([None], [0.0, 0.5, 1.0]), ids=len)
+def test_a_plot_of_ruler_says_what_it_shows(lengths, depths, tmp_path):
+    png, svg = plot_eval.plot_ruler(ruler_rows(lengths, depths), "text-tiny-swa", 1024, 1 / 96, tmp_path / "r.png")
+    text = svg.read_text()
+    words = ("sliding window only (text-tiny-swa)", "trained at 1K tokens", "generated, 4 contexts", "chance, 1 in 96",
+             "S-NIAH", "variable tracking", "Wilson")  # fmt: skip
+    assert all(word in text for word in words) and ">0.0<" in text and ">1.0<" in text and width(png) < 1900
+
+
+def test_a_plot_of_perplexity_begins_at_0(tmp_path):
+    common = {"parameters": 600000, "trained_length": 1024, "tokens": 512, "windows": 64, "seed": 0}
+    found = [
+        common | {"model": name, "length": T, "bits_per_token": 1.5 + 0.001 * T / 1024, "standard_error": 0.02}
+        for name in ("text-tiny", "mine") for T in (1024, 2048)
+    ]  # fmt: skip
+    text = plot_eval.plot_perplexity(found, tmp_path / "p.png")[1].read_text()
+    words = ("HSA (text-tiny), 0.60M, seed 0", "mine, 0.60M", "last 512 tokens of 64 places", "95 % interval", ">0.0")
+    assert all(word in text for word in words)
+
+
+def test_a_plot_of_the_loss(tmp_path):
+    lines = [
+        {"step": i, "stage": i // 2, "loss": 5.0 - i, "validation_loss": 5.5 if i == 3 else None} for i in range(4)
+    ]
+    png, svg = plot.plot_loss(lines, "toy, seed 0", tmp_path / "loss.png")
+    assert is_image(png) and all(word in svg.read_text() for word in ("toy, seed 0", "training", "validation", "steps"))
 
 
 def test_every_group_has_its_plot(tmp_path):
