@@ -119,9 +119,9 @@ def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
     ax.legend(fontsize=8)
     windows, last = (sorted({r[name] for r in rows}) for name in ("windows", "tokens"))
     bars = (
-        "bars: 95 % of the mean over places"
+        "bars: 95 % interval of the mean"
         if any(r.get("standard_error") for r in rows)
-        else "no intervals in the rows"
+        else "the rows have no intervals"
     )
     trained = " and ".join(length_label(T) for T in sorted({r["trained_length"] for r in rows}))
     ax.set_title(
