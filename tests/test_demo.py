@@ -145,7 +145,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, text):
 def test_bad_numbers_are_one_line(tmp_path, text):
     common = ("--text", text, "--out", tmp_path / "out")
     assert "minutes must be positive, got 0" in refused(tmp_path, *common, "--minutes", 0)
-    assert "minutes must be positive, got nan" in refused(tmp_path, *common, "--minutes", "nan")
+    assert "Invalid value for '--minutes'" in refused(tmp_path, *common, "--minutes", "nan")
     assert "tokens must be at least 1104, got 64" in refused(tmp_path, *common, "--tokens", 64)
     assert "text must hold at least 1048576 bytes" in refused(tmp_path, *common, "--lengths", "1m")
 
