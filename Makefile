@@ -8,7 +8,7 @@ SEED ?= 0
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
 SOURCES := hsa_tl kernels_tilelang autotune model bench tests examples
 
-.PHONY: setup demo test prove mutate lint gpu bundle clean
+.PHONY: setup demo test newest prove mutate lint gpu bundle clean
 
 setup: .venv/.installed
 
@@ -26,6 +26,15 @@ demo: setup
 # Every public promise once: minutes, whatever is cached.
 test: setup
 	$(PYTEST) -m "not prove"
+
+# The quick tests with every dependency at its newest inside pyproject.toml's ranges, in .venv-newest. TESTS=file for
+# others. torch and triton stay the lock's: their newest would bring CUDA's wheels, some gigabytes.
+newest:
+	$(PYTHON) -m venv .venv-newest
+	grep -E '^(torch|triton)==' requirements.lock > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-c .venv-newest/constraints.txt -e '.[test,bench,train,hf]'
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist worksteal -q -m "not prove" $(TESTS)
 
 # Every test there is; make prove TIER=prove for those that make test leaves out.
 prove: setup
@@ -48,4 +57,4 @@ bundle: setup
 	bash bench/gpu.sh --prepare
 
 clean:
-	rm -rf .venv build dist out *.egg-info
+	rm -rf .venv .venv-newest build dist out *.egg-info

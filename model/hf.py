@@ -309,7 +309,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             h_BTC = h_RLC if keep else h_RLC[:, columns]
         elif keep:  # each row's own last tokens; the last columns show no others
             first = torch.tensor(lengths, device=x.device)[:, None] - keep
-            h_BTC = rows._replace(place_BT=(rows.place_BT - first).clamp(min=0)).put(h_RLC, columns)
+            h_BTC = rows._replace(place_BT=(rows.place_BT - first).clamp(0, keep - 1)).put(h_RLC, columns)
         else:
             h_BTC = rows.put(h_RLC, columns)
         logits, loss = model.head(h_BTC), None

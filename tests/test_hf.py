@@ -78,7 +78,7 @@ def test_padding_on_either_side_changes_no_logits_and_no_loss(model):
 def test_save_and_load(changes, tmp_path):
     model = HSAForCausalLM(HSAConfig(replace(SMALL, **changes))).eval()
     model.save_pretrained(tmp_path)
-    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, HSAConfig) and config.model_config == model.config.model_config
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
