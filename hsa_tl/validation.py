@@ -49,6 +49,22 @@ def require_int(name: str, x: object, low: int) -> None:
     require(x >= low, name, f"be at least {low}", lambda: x)
 
 
+def require_integers(name: str, x: torch.Tensor, low: int, stop: int, ignored: int | None = None) -> torch.Tensor:
+    """x of any integer type as int64. Where indices are validated, values must lie in [low, stop), or be `ignored`."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    x = x.long()
+    if not torch.compiler.is_compiling() and validates(x, None):
+        bad = (x < low) | (x >= stop)
+        if ignored is not None:
+            bad &= x != ignored
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            rule = f"lie in [{low}, {stop})" + ("" if ignored is None else f" or be {ignored}")
+            raise ValueError(f"{name} must {rule}, got {int(x[tuple(where)])} at {where}")
+    return x
+
+
 def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
     require_int("chunk_size", chunk_size, 1)
     require(chunk_size in (16, 32, 64, 128), "chunk_size", "be 16, 32, 64 or 128", chunk_size)
@@ -67,9 +83,8 @@ def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
 
 
 def validates(x: torch.Tensor, validate: bool | None) -> bool:
-    if x.device.type == "cpu":
-        return True
-    return os.environ.get("HSA_VALIDATE") == "1" if validate is None else validate
+    """Whether to look at the values of x's call. None: on a CPU; elsewhere, where it waits for the device, if asked."""
+    return x.device.type == "cpu" or os.environ.get("HSA_VALIDATE") == "1" if validate is None else validate
 
 
 def config_json(config: object) -> str:

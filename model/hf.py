@@ -21,6 +21,7 @@ from hsa_tl.model.generate import SEGMENT, prefill
 from hsa_tl.model.hf_batch import Rows, arrange, read_mask, read_positions
 from hsa_tl.model.hf_cache import CACHE_NAME, CACHE_NAMES, HSACache, one_cache
 from hsa_tl.model.model import Model
+from hsa_tl.validation import require_integers
 
 # transformers' names of ModelConfig's fields
 ALIASES = {
@@ -253,7 +254,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             return x
         if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids must have shape [B, T], got shape {list(input_ids.shape)}")
-        return integers("input_ids", input_ids)
+        return require_integers("input_ids", input_ids, 0, self.config.vocab_size)
 
     def _rows(self, inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows | None:
         """None where every sequence is T tokens of one document."""
@@ -324,7 +325,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         B, T = (len(h_RLC), h_RLC.shape[1]) if rows is None else rows.row_BT.shape
         if list(labels.shape) != [B, T]:
             raise ValueError(f"labels must have shape {[B, T]}, got shape {list(labels.shape)}")
-        labels = integers("labels", labels)
+        labels = require_integers("labels", labels, 0, self.config.vocab_size, ignored=-100)
         target_RL = F.pad((labels if rows is None else rows.take_tokens(labels, -100))[:, 1:], (0, 1), value=-100)
         if logits_BTV is None:
             total = self.model.loss_sum(h_RLC, target_RL)
@@ -336,18 +337,12 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         return total / torch.as_tensor(num_items, device=total.device).reshape(())
 
 
-def integers(name: str, x: torch.Tensor) -> torch.Tensor:
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {x.dtype}")
-    return x.long()
-
-
 def kept_columns(logits_to_keep: int | torch.Tensor, T: int) -> tuple[slice | torch.Tensor, int]:
     """The columns to keep, and how many they are if they are the last, 0 for all or others."""
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
         if logits_to_keep.ndim != 1:
             raise ValueError(f"logits_to_keep must be an int or 1-D, got shape {list(logits_to_keep.shape)}")
-        return integers("logits_to_keep", logits_to_keep), 0
+        return require_integers("logits_to_keep", logits_to_keep, -T, T), 0
     n = int(logits_to_keep)
     if n < 0:
         raise ValueError(f"logits_to_keep must be at least 0, got {n}")

@@ -19,7 +19,8 @@ class HSACache(Cache):
         memory_options: of `Model.new_cache`: offload, cache_pages, two_level, directory.
     """
 
-    is_compileable = False
+    is_compileable = is_croppable = False
+    is_linear = is_sliding = (False,)  # transformers asks for each layer; without any it would take all for recurrent
 
     def __init__(self, capacity: int = 1 << 14, **memory_options):
         super().__init__(layers=[])
