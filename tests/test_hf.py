@@ -74,6 +74,65 @@ def test_padding_on_either_side_changes_no_logits_and_no_loss(model):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_padding_by_a_mask_of_any_form(model):
+    """Left padding said by 0 and 1, bool, additive, and by square masks such as transformers makes of it."""
+    _, batch = left_padded()
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    T = ids.shape[1]
+    square = real[:, None, None] & torch.ones(T, T, dtype=torch.bool).tril() | torch.eye(T, dtype=torch.bool)
+    square &= real[:, None, :, None]  # rows of padding see nothing, or everything as for flash attention
+    low = torch.finfo(torch.float32).min
+    want = model(**batch).logits[real]
+    for mask in (
+        real, real.float(), torch.zeros(ids.shape).masked_fill(~real, low), square,
+        torch.zeros(square.shape).masked_fill(~square, low), square | ~real[:, None, :, None],
+    ):  # fmt: skip
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits[real], want)
+
+
+@pytest.mark.parametrize("gradients", (False, True))
+def test_the_usual_decode_loop(model, gradients):
+    """use_cache=True gives a cache, with gradients too, and the next call reads on from it."""
+    ids = torch.randint(50, (2, 40))
+    want = model.generate(ids, attention_mask=ids >= 0, max_new_tokens=6, do_sample=False, pad_token_id=7)[:, 40:]
+    cache, new, got = None, ids, []
+    with torch.set_grad_enabled(gradients):
+        for _ in range(6):
+            out = model(new, past_key_values=cache, use_cache=True)
+            cache, new = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            got.append(new)
+    assert torch.equal(torch.cat(got, 1), want)
+    assert model(ids, use_cache=False).past_key_values is None
+
+
+def test_packed_documents_see_nothing_of_each_other(model):
+    """Packing by position_ids that start again, or by a square mask; the loss too."""
+    lengths = (17, 40, 1, 12)
+    ids, labels = torch.randint(50, (2, 70)), torch.randint(50, (2, 70))
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    document = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+    square = (document[:, None] == document) & torch.ones(70, 70, dtype=torch.bool).tril()
+    alone = [model(x, labels=y) for x, y in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)]
+    loss = sum(o.loss * (n - 1) for o, n in zip(alone, lengths, strict=True) if n > 1) / sum(n - 1 for n in lengths)
+    for packing in ({"position_ids": positions}, {"attention_mask": square.expand(2, 1, 70, 70)}):
+        out = model(ids, labels=labels, use_cache=False, **packing)
+        torch.testing.assert_close(out.logits, torch.cat([o.logits for o in alone], 1))
+        torch.testing.assert_close(out.loss, loss)
+
+
+def test_accumulated_batches_give_the_gradient_of_one(model):
+    """As Trainer does it: the sum over each part, divided by num_items_in_batch."""
+    ids = torch.randint(50, (8, 40))
+    norms = []
+    for parts in ([ids], ids.split(2)):
+        model.zero_grad()
+        items = torch.tensor(sum(x[:, 1:].numel() for x in parts))
+        for x in parts:
+            model(x, labels=x, num_items_in_batch=items).loss.backward()
+        norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*norms)
+
+
 @pytest.mark.parametrize("changes", ({}, {"tied": True}, {"experts": 4, "experts_per_token": 2, "layers": 4}), ids=str)
 def test_save_and_load(changes, tmp_path):
     model = HSAForCausalLM(HSAConfig(replace(SMALL, **changes))).eval()

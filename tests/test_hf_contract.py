@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers, the extra hf")
 
 from test_hf import SMALL
+from tiers import prove
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from hsa_tl.model.hf import HSACache, HSAConfig, HSAForCausalLM
@@ -98,7 +99,7 @@ REFUSED = {
     "unknown": (lambda m, x: m(x, head_mask=None), TypeError, "head_mask"),
     "token out of range": (lambda m, x: m(x + V), ValueError, rf"input_ids must lie in \[0, {V}\), got"),
     "token below 0": (lambda m, x: m(x - V), ValueError, rf"input_ids must lie in \[0, {V}\), got"),
-    "label out of range": (lambda m, x: m(x, labels=x + V), ValueError, rf"labels must lie in \[0, {V}\) or be -100, got"),
+    "label out of range": (lambda m, x: m(x, labels=x + V), ValueError, rf"labels must lie in \[0, {V}\) or be -100"),
     "labels of another length": (lambda m, x: m(x, labels=x[:, 1:]), ValueError, r"labels must have shape \[2, 40\]"),
     "labels of floats": (lambda m, x: m(x, labels=x.float()), TypeError, "labels must be integers"),
     "1-D": (lambda m, x: m(x[0]), ValueError, r"input_ids must have shape \[B, T\], got shape \[40\]"),
@@ -253,6 +254,26 @@ def test_a_cache_with_disk_and_offload(model, ids, tmp_path):
         cache = HSACache(capacity=64, **options)
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache), want)
         assert cache.state.memory.held == [2, 2]
+
+
+@prove
+def test_trainer(model, tmp_path):
+    """A few steps of transformers' own loop, with accumulation and checkpointing, resumed from what it saved."""
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": x, "labels": x} for x in torch.randint(2, V, (16, 24))]
+    options = {
+        "output_dir": tmp_path, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": [],
+        "save_steps": 2, "use_cpu": True, "learning_rate": 1e-2, "disable_tqdm": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False}, "gradient_checkpointing": True,
+    }  # fmt: skip
+    first = Trainer(model, TrainingArguments(max_steps=4, **options), train_dataset=data)
+    first.train()
+    second = Trainer(build(), TrainingArguments(max_steps=4, **options), train_dataset=data)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_lora(model, ids):
