@@ -10,12 +10,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from hsa_tl import fusion, ops, transforms
+from hsa_tl import ops, transforms
 from hsa_tl.decode_retrieval import BLOCK
+from hsa_tl.fusion import fusion_weights as fusion_weights
 from hsa_tl.pairs import Pairs
+from hsa_tl.validation import IMPLS as IMPLS
 from hsa_tl.validation import (
-    FLOATS,
+    check_selection,
     config_json,
+    laid_out,
     require,
     require_common,
     require_cu_seqlens,
@@ -27,7 +30,6 @@ from hsa_tl.validation import (
     shape_of,
     validates,
 )
-from hsa_tl.validation import IMPLS as IMPLS
 
 
 def build_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
@@ -54,56 +56,6 @@ def build_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     return Pairs(*ops.build_pairs(indices, num_chunks, validates(indices, None)))
 
 
-def fusion_weights(
-    scores: torch.Tensor, kind: str = "softmax", swa_lse: torch.Tensor | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Weights of the chosen chunks from their retrieval scores: 0 for an empty slot, all 0 for an empty row.
-
-    Kinds, with s the scores of a row:
-
-    - "softmax": exp(s_k) / sum_j exp(s_j), the paper's;
-    - "softmax1": the same with an extra exp(0) in the denominator, so that a token may attend to nothing;
-    - "stick_breaking": sigmoid(s_k) * prod_{j > k} (1 - sigmoid(s_j)), so that the nearest chunk takes first;
-    - "joint": normalised together with the sliding window, whose log-sum-exp is `swa_lse`.
-
-    Args:
-        scores (Tensor [B, T, R, K]): retrieval scores, -inf in empty slots; 16-bit types are taken to float32.
-        kind (str): one of the above. Default: "softmax".
-        swa_lse (Tensor [B, T, R] or [B, T, HQ], HQ a multiple of R): for "joint" only, the natural log-sum-exp of
-            the window's scaled scores. Default: None.
-
-    Returns:
-        Tensor [B, T, R, K], float32 or float64, differentiable. "joint" returns a pair: weights [B, T, R or HQ, K],
-        and the weight that is left to the window [B, T, R or HQ].
-
-    Raises:
-        ValueError, TypeError: an unknown kind; `swa_lse` missing, superfluous or of another shape.
-
-    Example:
-        >>> fusion_weights(torch.tensor([[[[0.0, 0.0, -torch.inf]]]])).tolist()
-        [[[[0.5, 0.5, 0.0]]]]
-    """
-    if not isinstance(scores, torch.Tensor):
-        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}")
-    require(scores.ndim >= 1, "scores", "have a last dimension of slots", shape_of(scores))
-    require(scores.dtype in FLOATS, "scores", "have a floating dtype", scores.dtype)
-    require(kind in fusion.KINDS, "kind", f"be one of {', '.join(fusion.KINDS)}", repr(kind))
-    require((swa_lse is not None) == (kind == "joint"), "swa_lse", 'be given for kind="joint" only', f"kind={kind!r}")
-    if scores.dtype in (torch.bfloat16, torch.float16):
-        scores = scores.float()
-    if kind != "joint":
-        return fusion.KINDS[kind](scores)
-    require_tensor("swa_lse", swa_lse, scores.ndim - 1, scores)
-    heads, lse_heads = scores.shape[-2], swa_lse.shape[-1]
-    require(
-        all(a == b for a, b in zip(swa_lse.shape[:-1], scores.shape[:-2], strict=True)) and lse_heads % heads == 0,
-        "swa_lse",
-        lambda: f"have shape {list(scores.shape[:-1])} or a multiple of its heads",
-        shape_of(swa_lse),
-    )
-    return fusion.joint(scores.repeat_interleave(lse_heads // heads, -2), swa_lse.to(scores.dtype))
-
-
 def retrieve_chunks(
     q_slc: torch.Tensor,
     landmarks: torch.Tensor,
@@ -115,6 +67,7 @@ def retrieve_chunks(
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    validate: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `topk` visible chunks of highest score s[t, i] = q_slc[t] . landmarks[i] * scale (paper, section 2.2).
 
@@ -135,6 +88,8 @@ def retrieve_chunks(
             chunks within the sequence. It is read on the host. Default: None.
         scale (float): default: 1 / sqrt(D_r).
         impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here.
+        validate (bool): True: landmarks must hold every whole chunk before the last token. Default: None, they may be
+            fewer, and what they do not hold is not chosen.
 
     Returns:
         scores [B, T, R, topk] float32 (float64 for float64 inputs), differentiable in q_slc and landmarks, and
@@ -154,8 +109,9 @@ def retrieve_chunks(
     require_tensor("landmarks", landmarks, 4, q_slc)
     require_float("q_slc", q_slc)
     require_float("landmarks", landmarks, q_slc)
-    B, _T, R, D_r = q_slc.shape
-    require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc")
+    B, T, R, D_r = q_slc.shape
+    require(D_r > 0, "q_slc", "have a D_r of at least 1", shape_of(q_slc))
+    require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc", laid_out(q_slc, landmarks))
     require_int("topk", topk, 1)
     require_int("q_start", q_start, 0)
     require_int("exclude_window", exclude_window, 0)
@@ -163,6 +119,10 @@ def retrieve_chunks(
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens, q_slc)
         require(q_start == 0, "q_start", "be 0 with cu_seqlens", q_start)
+    elif validate and T:
+        whole = (q_start + T - 1) // chunk_size
+        rule = f"hold the {whole} whole chunks before the last token"
+        require(landmarks.shape[1] >= whole, "landmarks", rule, landmarks.shape[1])
     scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
     return transforms.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale, impl)
 
@@ -206,8 +166,9 @@ def hsa_attention(
         impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here.
         config (dict): {program name: its fields} in place of what `impl` would choose. Default: None.
         deterministic (bool): the same gradients to the bit on every call. Default: False.
-        validate (bool): whether indices are checked on CUDA too; on a CPU they always are. Default: the environment's
-            HSA_VALIDATE=1. Unchecked, an index out of range is an empty slot.
+        validate (bool): True: indices must lie in range and name whole chunks in the past, the last query being the
+            last key, and weights must be such as `fusion_weights` gives. False: nothing is checked, and an index out
+            of range is an empty slot. Default: None, the range alone, on CUDA only where HSA_VALIDATE=1 is set.
 
     Returns:
         Tensor [B, T, HQ, D] in q's dtype, differentiable in q, k, v and weights. A chunk that nobody chose has
@@ -232,12 +193,16 @@ def hsa_attention(
     require_float("q", q)
     require_float("k", k, q)
     require_float("v", v, q)
+    hint = laid_out(q, k, indices)
+    require(D > 0, "q", "have a D of at least 1", shape_of(q))
     require_shape("k", k, (B, "T_kv >= 1", "H >= 1", D), "to match q")
     require_shape("v", v, tuple(k.shape), "like k")
-    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k's {H} heads", lambda: f"{HQ} heads")
-    require_selection(q, H, weights, indices)
+    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k's {H} heads", lambda: f"{HQ} heads{hint()}")
+    require_selection(q, H, weights, indices, hint)
     require_common(chunk_size, scale, impl)
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    if validate and not torch.compiler.is_compiling():
+        check_selection(weights, indices, T_kv, chunk_size, cu_seqlens)
     validate = validates(q, validate)
 
     if cu_seqlens is None:
@@ -313,7 +278,8 @@ def retrieve_decode(
     require_float("q_slc", q_slc)
     require_float("landmarks", landmarks, q_slc)
     B, _T, R, D_r = q_slc.shape
-    require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc")
+    require(D_r > 0, "q_slc", "have a D_r of at least 1", shape_of(q_slc))
+    require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc", laid_out(q_slc, landmarks))
     for name, x in (("lengths", lengths), ("chunks", chunks)):
         if x is not None or name == "lengths":
             require_tensor(name, x, 1, q_slc)
@@ -383,6 +349,7 @@ def hsa_decode(
     require_float("q", q)
     require_float("k_pages", k_pages, q)
     require_float("v_pages", v_pages, q)
+    require(D > 0, "q", "have a D of at least 1", shape_of(q))
     require_shape("k_pages", k_pages, ("num_pages >= 1", "S", "H >= 1", D), "to match q")
     require(S in (16, 32, 64, 128), "k_pages", "have pages of 16, 32, 64 or 128 keys", shape_of(k_pages))
     require_shape("v_pages", v_pages, tuple(k_pages.shape), "like k_pages")

@@ -2,19 +2,28 @@
 
 import torch
 
+from hsa_tl.validation import FLOATS, require, require_tensor, shape_of
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    """+inf as the largest number, so that it takes the whole weight, or shares it with others; the limit, not NaN."""
+    return x.clamp(max=torch.finfo(x.dtype).max)
+
 
 def _softmax(scores: torch.Tensor, *extra: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """exp(scores) and each exp(extra) over their common sum; -inf scores give 0, also when nothing is finite."""
+    scores, *extra = map(_finite, (scores, *extra))
     top = scores.amax(-1, keepdim=True)
     for x in extra:
         top = torch.maximum(top, x)
     top = torch.where(torch.isfinite(top), top, 0.0).detach()
     # The inner where keeps -inf out of exp, whose gradient would be 0 * nan.
-    filled = scores > -torch.inf
-    e = torch.where(filled, torch.exp(torch.where(filled, scores, top) - top), 0.0)
-    rest = [torch.where(x > -torch.inf, torch.exp(torch.where(x > -torch.inf, x, top) - top), 0.0) for x in extra]
+    e, *rest = (
+        torch.where(x == -torch.inf, 0.0, torch.exp(torch.where(x == -torch.inf, top, x) - top))
+        for x in (scores, *extra)
+    )
     total = e.sum(-1, keepdim=True) + sum(rest)
-    total = torch.where(total > 0, total, 1.0)
+    total = torch.where(total == 0, 1.0, total)
     return e / total, *(x / total for x in rest)
 
 
@@ -30,11 +39,12 @@ def softmax1(scores: torch.Tensor) -> torch.Tensor:
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:
     """w[k] = sigmoid(s[k]) * prod_{j > k} (1 - sigmoid(s[j])): the nearest chunk (last slot) breaks the stick first."""
-    filled = scores > -torch.inf
-    s = torch.where(filled, scores, 0.0)
+    filled = scores != -torch.inf
+    s = _finite(torch.where(filled, scores, 0.0))
     log_take = torch.nn.functional.logsigmoid(s)
     log_leave = torch.where(filled, torch.nn.functional.logsigmoid(-s), 0.0)
-    later = log_leave.flip(-1).cumsum(-1).flip(-1) - log_leave
+    # Of the later slots alone: taking this one off a sum again would lose the others beside a high score.
+    later = torch.nn.functional.pad(log_leave[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     return torch.where(filled, torch.exp(log_take + later), 0.0)
 
 
@@ -45,3 +55,53 @@ def joint(scores: torch.Tensor, swa_lse: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 KINDS = {"softmax": softmax, "softmax1": softmax1, "stick_breaking": stick_breaking, "joint": joint}
+
+
+def fusion_weights(
+    scores: torch.Tensor, kind: str = "softmax", swa_lse: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the chosen chunks from their retrieval scores: 0 for an empty slot, all 0 for an empty row.
+
+    Kinds, with s the scores of a row:
+
+    - "softmax": exp(s_k) / sum_j exp(s_j), the paper's;
+    - "softmax1": the same with an extra exp(0) in the denominator, so that a token may attend to nothing;
+    - "stick_breaking": sigmoid(s_k) * prod_{j > k} (1 - sigmoid(s_j)), so that the nearest chunk takes first;
+    - "joint": normalised together with the sliding window, whose log-sum-exp is `swa_lse`.
+
+    Args:
+        scores (Tensor [B, T, R, K]): retrieval scores, -inf in empty slots; 16-bit types are taken to float32.
+        kind (str): one of the above. Default: "softmax".
+        swa_lse (Tensor [B, T, R] or [B, T, HQ], HQ a multiple of R): for "joint" only, the natural log-sum-exp of
+            the window's scaled scores. Default: None.
+
+    Returns:
+        Tensor [B, T, R, K], float32 or float64, differentiable. "joint" returns a pair: weights [B, T, R or HQ, K],
+        and the weight that is left to the window [B, T, R or HQ].
+
+    Raises:
+        ValueError, TypeError: an unknown kind; `swa_lse` missing, superfluous or of another shape.
+
+    Example:
+        >>> fusion_weights(torch.tensor([[[[0.0, 0.0, -torch.inf]]]])).tolist()
+        [[[[0.5, 0.5, 0.0]]]]
+    """
+    if not isinstance(scores, torch.Tensor):
+        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}")
+    require(scores.ndim >= 1, "scores", "have a last dimension of slots", shape_of(scores))
+    require(scores.dtype in FLOATS, "scores", "have a floating dtype", scores.dtype)
+    require(kind in KINDS, "kind", f"be one of {', '.join(KINDS)}", repr(kind))
+    require((swa_lse is not None) == (kind == "joint"), "swa_lse", 'be given for kind="joint" only', f"kind={kind!r}")
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()
+    if kind != "joint":
+        return KINDS[kind](scores)
+    require_tensor("swa_lse", swa_lse, scores.ndim - 1, scores)
+    heads, lse_heads = scores.shape[-2], swa_lse.shape[-1]
+    require(
+        all(a == b for a, b in zip(swa_lse.shape[:-1], scores.shape[:-2], strict=True)) and lse_heads % heads == 0,
+        "swa_lse",
+        lambda: f"have shape {list(scores.shape[:-1])} or a multiple of its heads",
+        shape_of(swa_lse),
+    )
+    return joint(scores.repeat_interleave(lse_heads // heads, -2), swa_lse.to(scores.dtype))

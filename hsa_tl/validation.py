@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 
@@ -23,10 +22,31 @@ def shape_of(x: torch.Tensor) -> Callable[[], str]:
     return lambda: f"shape {list(x.shape)}"
 
 
-def require_shape(name: str, x: torch.Tensor, dims: tuple, reason: str) -> None:
-    """dims: numbers, or "N" and "N >= 1" for free ones. Dim by dim: comparing shapes as a whole fixes lengths too."""
+def require_shape(name: str, x: torch.Tensor, dims: tuple, reason: str, hint: Callable[[], str] = str) -> None:
+    """dims: numbers, or "N" and "N >= 1" for free ones. Dim by dim: comparing shapes as a whole fixes lengths too.
+
+    hint: what to add to the message, see `laid_out`.
+    """
     same = all(n >= d.count(">= 1") if isinstance(d, str) else n == d for n, d in zip(x.shape, dims, strict=True))
-    require(same, name, lambda: f"have shape [{', '.join(map(str, dims))}] {reason}", shape_of(x))
+    rule = lambda: f"have shape [{', '.join(map(str, dims))}] {reason}"  # noqa: E731
+    require(same, name, rule, lambda: shape_of(x)() + hint())
+
+
+def laid_out(q: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor | None = None) -> Callable[[], str]:
+    """What to say of shapes that disagree but would agree as [B, heads, T, D]."""
+
+    def hint() -> str:
+        tokens, heads = q.shape[2], keys.shape[1]
+        swapped = heads and q.shape[1] % heads == 0
+        if indices is None:
+            swapped = swapped and q.shape[1] == heads
+        else:
+            swapped = swapped and tuple(indices.shape[1:3]) in ((tokens, heads), (heads, tokens))
+        if not swapped:
+            return ""
+        return "; tensors must be laid out [B, T, heads, D], these look like [B, heads, T, D]: use x.transpose(1, 2)"
+
+    return hint
 
 
 def require_tensor(name: str, x: object, ndim: int, like: torch.Tensor | None = None) -> None:
@@ -71,7 +91,8 @@ def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-        require(math.isfinite(scale) and scale >= 0, "scale", "be finite and at least 0", scale)
+        largest = torch.finfo(torch.float32).max
+        require(0 <= scale <= largest, "scale", "be finite, in float32 too, and at least 0", scale)
     require(impl in IMPLS, "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
 
 
@@ -95,9 +116,11 @@ def config_json(config: object) -> str:
     return json.dumps({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
 
 
-def require_selection(q: torch.Tensor, H: int, weights: torch.Tensor, indices: torch.Tensor) -> None:
+def require_selection(
+    q: torch.Tensor, H: int, weights: torch.Tensor, indices: torch.Tensor, hint: Callable[[], str] = str
+) -> None:
     B, T, HQ, _ = q.shape
-    require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k")
+    require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k", hint)
     require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
     K = indices.shape[3]
     require(
@@ -108,3 +131,31 @@ def require_selection(q: torch.Tensor, H: int, weights: torch.Tensor, indices: t
     )
     weights_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     require(weights.dtype == weights_dtype, "weights", f"have dtype {weights_dtype}", weights.dtype)
+
+
+def check_selection(
+    weights: torch.Tensor, indices: torch.Tensor, T_kv: int, chunk_size: int, cu_seqlens: torch.Tensor | None
+) -> None:
+    """ValueError where a token chose a chunk that is not whole and past, or weights look like raw scores.
+
+    Queries are taken for the last of T_kv tokens, so that no selection of `retrieve_chunks` is refused.
+    """
+    T = indices.shape[1]
+    position = torch.arange(T, device=indices.device)
+    if cu_seqlens is None:
+        position = position + max(0, T_kv - T)
+    else:
+        sequence = torch.searchsorted(cu_seqlens[1:], position.int(), right=True).clamp(max=len(cu_seqlens) - 2)
+        position = position - cu_seqlens[sequence]
+    whole = (position // chunk_size)[None, :, None, None]
+    if (bad := indices >= whole).any():
+        where = bad.nonzero()[0].tolist()
+        rule = f"name whole chunks in the past, below {int(whole[0, where[1]])} for token {where[1]}"
+        require(False, "indices", rule, f"{int(indices[tuple(where)])} at {where}")
+    total = weights.sum(-1)
+    # A comparison with NaN is False.
+    if not bool((weights >= 0).all() & (total <= 1 + 1e-3).all()):
+        bad = ~((weights >= 0).all(-1) & (total <= 1 + 1e-3))
+        where = bad.nonzero()[0].tolist()
+        rule = "be at least 0 and sum to at most 1 for a token, as fusion_weights(scores) gives; are these raw scores?"
+        require(False, "weights", rule, f"{weights[tuple(where)].tolist()[:4]} at {where}")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import tiered
 
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, ops, retrieve_chunks
 
@@ -111,6 +112,41 @@ VALUE_ERRORS = [
         for f in (attention, pairs)
         for i in (-2, 3, 2**31 - 1)
     ),
+    *((f, {"scale": 1e39}, r"scale must be finite, in float32 too.*, got 1e\+39") for f in (attention, retrieve)),
+    # sizes of 0
+    (attention, {"q": zeros(B, T, HQ, 0), "k": zeros(B, T, H, 0)}, r"q must have a D of at least 1, got shape"),
+    (attention, {"q": zeros(B, T, 0, D)}, r"q must have a multiple of k's 2 heads, got 0 heads"),
+    (retrieve, {"q_slc": zeros(B, T, H, 0), "landmarks": zeros(B, N, H, 0)}, r"q_slc must have a D_r of at least 1"),
+    # the layout [B, heads, T, D]
+    *(
+        (f, changes, r"must be laid out \[B, T, heads, D\], these look like \[B, heads, T, D\]")
+        for f, changes in (
+            (attention, {"q": zeros(B, HQ, T, D), "k": zeros(B, H, T, D), "v": zeros(B, H, T, D)}),
+            (
+                attention,
+                {"q": zeros(B, HQ, T, D), "k": zeros(B, H, T, D), "v": zeros(B, H, T, D)}
+                | {"weights": zeros(B, H, T, K), "indices": zeros(B, H, T, K, dtype=torch.int32)},
+            ),
+            (retrieve, {"q_slc": zeros(B, H, T, D), "landmarks": zeros(B, H, N, D)}),
+        )
+    ),
+    # what validate=True finds besides
+    (
+        attention,
+        {"indices": index(1), "validate": True},
+        r"indices must name whole chunks in the past, below 0 for token 0, got 0 at",
+    ),
+    (
+        attention,
+        {"indices": index(0) - 1, "weights": zeros(B, T, H, K) - 0.5, "validate": True},
+        r"weights must be at least 0 and sum to at most 1.*raw scores\?, got \[-0.5",
+    ),
+    (attention, {"indices": index(0) - 1, "weights": zeros(B, T, H, K) + 0.5, "validate": True}, r"weights must .*0.5"),
+    (
+        retrieve,
+        {"landmarks": zeros(B, 1, H, D), "validate": True},
+        r"landmarks must hold the 2 whole chunks before the last token, got 1",
+    ),
     # types
     (attention, {"q": zeros(B, T, HQ, D, dtype=torch.int32)}, r"q must have dtype bfloat16, .*got torch.int32"),
     (attention, {"k": zeros(B, T, H, D, dtype=torch.float16)}, r"k must have dtype torch.float32.*got torch.float16"),
@@ -194,6 +230,29 @@ def test_type_error(case, no_implementation):
     function, changes, message = case
     with pytest.raises(TypeError, match=message):
         function(**changes)
+
+
+@pytest.mark.parametrize("impl", tiered(("auto", "tilelang", "triton"), quick=("auto",)))
+def test_unchecked_an_index_out_of_range_is_an_empty_slot(impl):
+    q, k, v = torch.randn(1, T, HQ, D), torch.randn(1, T, H, D), torch.randn(1, T, H, D)
+    weights, indices = torch.rand(1, T, H, K), torch.zeros(1, T, H, K, dtype=torch.int32)
+    for bad in (-2, 3, 2**31 - 1):
+        indices[..., 1] = bad
+        got = hsa_attention(q, k, v, weights, indices, chunk_size=16, impl=impl, validate=False)
+        indices[..., 1] = -1
+        assert torch.equal(got, hsa_attention(q, k, v, weights, indices, chunk_size=16, impl=impl))
+
+
+def test_no_selection_of_ours_is_refused():
+    """validate=True takes what retrieve_chunks and fusion_weights give, packed and in segments too."""
+    q_slc, q, k = torch.randn(1, 90, H, 8), torch.randn(1, 90, HQ, D), torch.randn(1, 90, H, D)
+    cu_seqlens = int32(0, 41, 41, 90)
+    for kind in ("softmax", "softmax1", "stick_breaking"):
+        for start, packing in ((0, {}), (37, {}), (0, {"cu_seqlens": cu_seqlens})):
+            landmarks = torch.randn(1, 7 if packing else 6, H, 8)
+            options = {"chunk_size": 16, "validate": True} | packing
+            scores, indices = retrieve_chunks(q_slc[:, start:], landmarks, 3, q_start=start, **options)
+            hsa_attention(q[:, start:], k, k, fusion_weights(scores, kind), indices, **options)
 
 
 def test_index_beyond_its_own_packed_sequence(no_implementation):

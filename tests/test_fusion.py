@@ -129,3 +129,38 @@ def test_half_precision_scores_give_float32_weights(dtype):
     scores, _ = make_scores(4, 0)
     weights = fusion_weights(scores.to(dtype))
     assert torch.equal(weights, fusion_weights(scores.to(dtype).float())) and weights.dtype == torch.float32
+
+
+INF = torch.inf
+INFINITE = [  # kind, scores and for joint the window's log-sum-exp, weights: the limit of ever larger scores
+    ("softmax", [INF, 0.0, -INF], [1.0, 0.0, 0.0]),
+    ("softmax", [INF, INF, 1.0], [0.5, 0.5, 0.0]),
+    ("softmax1", [0.0, INF, 3e38], [0.0, 1.0, 0.0]),
+    ("stick_breaking", [INF, 0.0, -INF], [0.5, 0.5, 0.0]),
+    ("stick_breaking", [1e9, 0.0, -INF], [0.5, 0.5, 0.0]),
+    ("stick_breaking", [0.0, INF, -INF], [0.0, 1.0, 0.0]),
+    ("joint", [INF, 0.0, -INF, 0.0], [1.0, 0.0, 0.0, 0.0]),
+    ("joint", [3e38, 0.0, -INF, INF], [0.0, 0.0, 0.0, 1.0]),
+    ("joint", [INF, 0.0, -INF, INF], [0.5, 0.0, 0.0, 0.5]),
+]
+
+
+def of_row(kind, row):
+    if kind != "joint":
+        return fusion_weights(row[None, None, None], kind)[0, 0, 0]
+    weights, window = fusion_weights(row[None, None, None, :-1], kind, row[None, None, -1:])
+    return torch.cat([weights, window[..., None]], -1)[0, 0, 0]
+
+
+@pytest.mark.parametrize("kind, row, want", INFINITE, ids=str)
+def test_infinite_scores(kind, row, want):
+    row = torch.tensor(row, requires_grad=True)
+    got = of_row(kind, row)
+    assert got.tolist() == want
+    assert torch.autograd.grad(got.square().sum(), row)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_not_hidden(kind):
+    """A score of NaN is no empty slot."""
+    assert of_row(kind, torch.tensor([0.0, torch.nan, -INF, 1.0])).isnan().any()

@@ -35,7 +35,7 @@ LAYERS = (
     ("hsa_tl.kernels_tilelang.config_base",),
     ("hsa_tl.kernels_tilelang.config_forward",),
     ("hsa_tl.kernels_tilelang.config_backward", "hsa_tl.kernels_tilelang.config_auxiliary"),
-    ("hsa_tl.kernels_tilelang.config_decode", "hsa_tl.kernels_tilelang.config_retrieval"),
+    ("hsa_tl.kernels_tilelang.config_decode", "hsa_tl.kernels_tilelang.config_retrieval", "hsa_tl.validation"),
     (
         "hsa_tl.kernels_tilelang.config",
         "hsa_tl.cases",
@@ -44,7 +44,7 @@ LAYERS = (
         "hsa_tl.retrieval",
         "hsa_tl.oracle",
     ),
-    ("hsa_tl.decode_retrieval", "hsa_tl.validation"),
+    ("hsa_tl.decode_retrieval",),
     (
         "hsa_tl.kernels_tilelang.macros",
         "hsa_tl.kernels_tilelang.macros_sort",
