@@ -13,7 +13,9 @@ from torch import nn
 
 from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
 from hsa_tl.model.attention import positions, rotate
+from hsa_tl.model.config import FUSIONS
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
+from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
 
 class Memory(Protocol):
@@ -106,6 +108,17 @@ class ChunkMemory(NamedTuple):
         return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=self.chunk_size, impl=impl)
 
 
+def _require_sizes(**sizes: int | None) -> None:
+    for name, n in sizes.items():
+        if n is not None:
+            require_int(name, n, 1)
+
+
+def _require_hidden(x_BTC: torch.Tensor, dim: int) -> None:
+    require_tensor("x_BTC", x_BTC, 3)
+    require_shape("x_BTC", x_BTC, ("B", "T >= 1", dim), "as hidden states")
+
+
 class EncoderBlock(nn.Module):
     """Bidirectional attention and SwiGLU over [B, T, C], all tokens seeing all."""
 
@@ -152,6 +165,10 @@ class ChunkEncoder(nn.Module):
         rope_theta: float | None = None, std: float = 0.02,
     ):  # fmt: skip
         super().__init__()
+        sizes = {"dim": dim, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim, "heads": heads}
+        _require_sizes(**sizes, retrieval_heads=retrieval_heads)
+        require_common(chunk_size, None, "auto")
+        require(dim % heads == 0, "dim", f"be a multiple of heads = {heads}", dim)
         self.chunk_size, self.kv_heads, self.rope_theta = chunk_size, kv_heads, rope_theta
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
         self.cls_C = nn.Parameter(torch.randn(dim) * std)
@@ -173,6 +190,7 @@ class ChunkEncoder(nn.Module):
         Returns:
             ChunkMemory: of N = ceil(T / S) chunks.
         """
+        _require_hidden(x_BTC, len(self.cls_C))
         B, T, C = x_BTC.shape
         S = self.chunk_size
         N = (T + S - 1) // S
@@ -181,11 +199,13 @@ class ChunkEncoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        k, v = self.kv(x[:, :S]).view(B, N * S, 2, self.kv_heads, -1).unbind(2)
+        k, v = self.kv(x[:, :S]).unflatten(-1, (2, self.kv_heads, -1)).unflatten(0, (B, N)).flatten(1, 2).unbind(2)
         k = self.k_norm(k)
         if self.rope_theta is not None:
             k = rotate(k, positions(start, k), self.rope_theta)
-        landmarks = self.landmark_norm(self.landmark(x[:, S]).view(B, N, self.retrieval_heads, -1))
+        landmarks = self.landmark_norm(
+            self.landmark(x[:, S]).unflatten(-1, (self.retrieval_heads, -1)).unflatten(0, (B, N))
+        )
         return ChunkMemory(k.to(v.dtype), v, landmarks.to(v.dtype))
 
 
@@ -215,6 +235,12 @@ class HSALayer(nn.Module):
         rope_theta: float | None = None, impl: str = "auto",
     ):  # fmt: skip
         super().__init__()
+        sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim}
+        _require_sizes(**sizes, retrieval_heads=retrieval_heads, topk=None if topk == "all" else topk)
+        require(heads % kv_heads == 0, "heads", f"be a multiple of kv_heads = {kv_heads}", heads)
+        require(kv_heads % (retrieval_heads or 1) == 0, "retrieval_heads", f"divide {kv_heads}", retrieval_heads)
+        require_int("exclude_window", exclude_window, 0)
+        require(fusion in FUSIONS, "fusion", f"be one of {', '.join(FUSIONS)}", repr(fusion))
         self.heads, self.kv_heads = heads, kv_heads
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
         self.topk, self.exclude_window, self.fusion = topk, exclude_window, fusion
@@ -246,6 +272,7 @@ class HSALayer(nn.Module):
         swa_lse_BTA: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp swa_lse."""
+        _require_hidden(x_BTC, self.q.in_features)
         q_BTAD, q_BTRE = self.queries(x_BTC, start)
         if self.impl == "dense" and isinstance(memory, ChunkMemory):
             scores_BTRK, indices_BTRK = memory.scores(q_BTRE, start, exclude_window=self.exclude_window), None

@@ -20,6 +20,7 @@ from hsa_tl.model.generate import generate, stream
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.nsa import NSALayer
+from hsa_tl.validation import require, require_int, require_integers, require_shape, require_tensor
 
 HEAD_ROWS = 4096  # rows of logits that the loss holds at once
 
@@ -289,9 +290,10 @@ class Model(nn.Module):
         """Logits, and the loss of labels.
 
         Args:
-            input_ids (Tensor [B, T], int64): tokens; with a cache, the next ones of its sequences.
-            labels (Tensor [B, T], int64): -100 is ignored. They are shifted here: labels[:, t] is predicted at t - 1.
-                Default: None.
+            input_ids (Tensor [B, T], any integers): tokens; with a cache, the next ones of its sequences. Or their
+                embeddings [B, T, C].
+            labels (Tensor [B, T], any integers): -100 is ignored. They are shifted here: labels[:, t] is predicted at
+                t - 1. Default: None.
             cache (Cache): what `new_cache` returned; it is updated, and nothing has a gradient. Default: None.
             logits_to_keep (int): only the last so many positions have logits. 0: none, and the head runs at labelled
                 positions only, a block of rows at a time. Default: None, all.
@@ -302,8 +304,10 @@ class Model(nn.Module):
             ModelOutput: logits [B, T, V], the mean cross-entropy `loss` in nats, and the cache.
 
         Raises:
-            ValueError: lengths without a cache.
+            ValueError, TypeError: tokens or labels that are no integers, out of range (checked on a CPU, and wherever
+                HSA_VALIDATE=1) or of another shape; lengths without a cache.
         """
+        input_ids, labels = self._validated(input_ids, labels, cache, logits_to_keep)
         if cache is None and lengths is not None:
             raise ValueError(f"lengths must come with a cache, got {lengths}")
         if cache is not None and torch.is_grad_enabled():
@@ -323,6 +327,24 @@ class Model(nn.Module):
         if labels is not None:
             loss = self._loss(h_BTC[:, :-1], labels[:, 1:], logits if logits_to_keep is None else None)
         return ModelOutput(logits, loss, cache)
+
+    def _validated(self, input_ids, labels, cache, logits_to_keep):
+        if not isinstance(input_ids, torch.Tensor):
+            raise TypeError(f"input_ids must be a torch.Tensor, got {type(input_ids).__name__}")
+        V, C = self.config.vocab_size, self.config.dim
+        if input_ids.is_floating_point() and input_ids.ndim == 3:
+            require_shape("input_ids", input_ids, ("B", "T", C), "as embeddings")
+        else:
+            require_tensor("input_ids", input_ids, 2)
+            input_ids = require_integers("input_ids", input_ids, 0, V)
+        require(cache is not None or input_ids.shape[1] > 0, "input_ids", "hold at least one token", "none")
+        if labels is not None:
+            require_tensor("labels", labels, 2, input_ids)
+            require_shape("labels", labels, tuple(input_ids.shape[:2]), "like input_ids")
+            labels = require_integers("labels", labels, 0, V, ignored=-100)
+        if logits_to_keep is not None:
+            require_int("logits_to_keep", logits_to_keep, 0)
+        return input_ids, labels
 
     def _loss(self, h_BTC, targets_BT, logits):
         if logits is not None:

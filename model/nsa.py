@@ -43,7 +43,7 @@ def attend_selected(
     H, N = k_BPHD.shape[2], k_BPHD.shape[1] // chunk_size
     q = q_BTAD.unflatten(2, (H, A // H))
     k, v = (x.unflatten(1, (N, chunk_size)).transpose(2, 3).flatten(0, 2) for x in (k_BPHD, v_BPHD))
-    block = max(1, BLOCK_KEYS // (B * indices_BTHK.shape[2] * indices_BTHK.shape[3] * chunk_size * D))
+    block = max(1, BLOCK_KEYS // max(1, B * indices_BTHK.shape[2] * indices_BTHK.shape[3] * chunk_size * D))
     parts = [
         checkpoint(_attend_block, q[:, i : i + block], k, v, indices_BTHK[:, i : i + block], N, use_reentrant=False)
         for i in range(0, T, block)

@@ -90,7 +90,15 @@ ONLY = {
     "hsa_tl.kernels_tilelang.compile": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal", "hsa_tl.bench.plot"),
-    "hsa_tl.model*": ("hsa_tl", "hsa_tl.api", "hsa_tl.problem", "hsa_tl.files", "hsa_tl.workers", "hsa_tl.model*"),
+    "hsa_tl.model*": (
+        "hsa_tl",
+        "hsa_tl.api",
+        "hsa_tl.problem",
+        "hsa_tl.files",
+        "hsa_tl.validation",
+        "hsa_tl.workers",
+        "hsa_tl.model*",
+    ),
     "hsa_tl.ops": (
         "hsa_tl.problem",
         "hsa_tl.pairs",
