@@ -9,7 +9,7 @@ An end-of-document token follows each document.
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -27,15 +27,15 @@ BLOCK = 1 << 24
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `end` is the id that ends a document, None where nothing does."""
+    """Text to token ids and back; `encode_all` gives arrays. `end` is the id that ends a document, None without one."""
 
     name: str
     vocab_size: int
     end: int | None
 
-    def encode(self, text: str | bytes) -> np.ndarray: ...
-    def encode_all(self, texts: list[str]) -> list[np.ndarray]: ...
-    def decode(self, tokens: np.ndarray) -> str: ...
+    def encode(self, text: str | bytes) -> list[int]: ...
+    def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]: ...
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str: ...
 
 
 class ByteTokenizer:
@@ -43,13 +43,14 @@ class ByteTokenizer:
 
     name, vocab_size, end = "bytes", 257, BYTE_END
 
-    def encode(self, text: str | bytes) -> np.ndarray:
-        return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.uint16)
+    def encode(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
 
-    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode(t) for t in texts]
+    def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
+        data = (t.encode() if isinstance(t, str) else t for t in texts)
+        return [np.frombuffer(x, np.uint8).astype(np.uint16) for x in data]
 
-    def decode(self, tokens: np.ndarray) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         tokens = np.asarray(tokens)
         return tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -79,14 +80,15 @@ class FileTokenizer:
         self.end = end
         self.dtype = token_dtype(self.vocab_size)
 
-    def encode(self, text: str | bytes) -> np.ndarray:
+    def encode(self, text: str | bytes) -> list[int]:
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return np.array(self.inner.encode(text, add_special_tokens=False).ids, self.dtype)
+        return self.inner.encode(text, add_special_tokens=False).ids
 
-    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
+        texts = [t.decode(errors="replace") if isinstance(t, bytes) else t for t in texts]
         return [np.array(e.ids, self.dtype) for e in self.inner.encode_batch(texts, add_special_tokens=False)]
 
-    def decode(self, tokens: np.ndarray) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self.inner.decode(np.asarray(tokens).tolist())
 
 
@@ -167,7 +169,7 @@ class _Writer:
         self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
 
     def add(self, document: str | bytes) -> None:
-        data = np.concatenate([self.tokenizer.encode(document).astype(self.dtype), self.end])
+        data = np.concatenate([self.tokenizer.encode_all([document])[0].astype(self.dtype), self.end])
         raw = data.astype(self.dtype.newbyteorder("<")).tobytes()
         self.file.write(raw)
         self.digest.update(raw)

@@ -7,6 +7,7 @@ RULER's S-NIAH is one needle and one query, MQ-NIAH 6 needles and 2 queries, MK-
 of needles whose keys have several tokens. A needle may lie anywhere, across the border of two chunks too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,17 +30,17 @@ class NeedleTokenizer:
 
     name, vocab_size, end = "needles", VOCAB, None
 
-    def encode(self, text: str | bytes) -> np.ndarray:
+    def encode(self, text: str | bytes) -> list[int]:
         """ValueError: a word that is none of the vocabulary."""
         words = (text.decode() if isinstance(text, bytes) else text).split()
         if unknown := [w for w in words if w not in IDS]:
             raise ValueError(f"text must be words such as MARK, ASK, n0, k0 and v0, got {unknown[0]!r}")
-        return np.array([IDS[w] for w in words], np.uint16)
+        return [IDS[w] for w in words]
 
-    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode(t) for t in texts]
+    def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
+        return [np.array(self.encode(t), np.uint16) for t in texts]
 
-    def decode(self, tokens: np.ndarray) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return " ".join(WORDS[np.asarray(tokens)])
 
 

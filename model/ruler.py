@@ -74,7 +74,7 @@ def ruler_sample(
         raise ValueError(f"depth must lie in [0, 1] and the task be a needle's, got {depth} for {name}")
     rng = np.random.default_rng([seed, index])
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-    filler = tokenizer.encode(FILLER) if haystack is None else haystack
+    filler = tokenizer.encode_all([FILLER])[0] if haystack is None else haystack
     if name in NIAH:
         return _niah(NIAH[name], length, rng, depth, tokenizer, filler)
     if name == "vt":
@@ -135,7 +135,7 @@ def _question(tokenizer: Tokenizer, asked: list[tuple[str, str]]) -> tuple[np.nd
     """Questions with their answers as tokens, and the answers' spans in them."""
     parts, spans, at = [], [], 0
     for question, answer in asked:
-        q, a = tokenizer.encode(question), tokenizer.encode(answer)
+        q, a = tokenizer.encode_all([question, answer])
         spans.append((at + len(q), at + len(q) + len(a)))
         parts += [q, a]
         at += len(q) + len(a)
@@ -209,5 +209,5 @@ def _frequent(length: int, rng, tokenizer: Tokenizer) -> Sample:
     share = np.arange(1, LEXICON + 1) ** -ZIPF
     counts = (words_in * share / share.sum()).astype(np.int64)
     text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), counts)))
-    rest = np.resize(tokenizer.encode(". "), body - len(text))
+    rest = np.resize(tokenizer.encode_all([". "])[0], body - len(text))
     return Sample(np.concatenate([text, rest, tail]), spans + body)

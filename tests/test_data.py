@@ -304,3 +304,10 @@ def test_prepare_command(folder, tmp_path):
     TokenFile(tmp_path / "d/held_out.bin").verify()
     result = CliRunner().invoke(app, ["prepare", str(tmp_path / "none"), "--out", str(tmp_path / "d")])
     assert result.exit_code == 2 and "must be a folder or a file" in result.output
+
+
+def test_bytes_are_ints():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("aé") == tokenizer.encode(b"a\xc3\xa9") == [97, 195, 169]
+    assert tokenizer.decode([97, 195, 169, 256]) == "aé" and tokenizer.decode([]) == ""
+    assert all(type(i) is int for i in tokenizer.encode("a"))

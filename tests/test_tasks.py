@@ -45,7 +45,7 @@ def solve(text: str) -> list[str]:
 
 @given(st.sampled_from(ruler.TASKS), st.integers(700, 5000), st.integers(0, 1 << 30), st.booleans())
 def test_ruler_answers(name, length, index, real_text):
-    haystack = ByteTokenizer().encode("def f(x):\n    return x\n" * 9) if real_text and name != "fwe" else None
+    haystack = ByteTokenizer().encode_all(["def f(x):\n    return x\n" * 9])[0] if real_text and name != "fwe" else None
     sample = ruler_sample(name, length, 1, index, haystack=haystack)
     text, answers = text_and_answers(sample)
     assert len(sample.tokens) == length and answers and answers == solve(text)
