@@ -8,8 +8,6 @@ hsa_decode for each slab and adds up, since HSA's output is a sum over chunks, a
 slab of landmarks. A memory of the right capacity has one slab, and then neither costs anything.
 """
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,60 +15,18 @@ import torch.nn.functional as F
 
 from hsa_tl import hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode
 from hsa_tl.model import memory_file
+from hsa_tl.model.memory_file import MemorySpec
 from hsa_tl.model.page_cache import PageCache
-from hsa_tl.model.slabs import first_rows, mapped, merge, write_rows
+from hsa_tl.model.slabs import PageCounts, mapped, merge, write_pages, write_rows
 
 BLOCK = 64  # landmarks that share a bound
 
 
-@dataclass(frozen=True)
-class MemorySpec:
-    """Dims and dtype of a memory's entries.
-
-    Args:
-        batch (int): B, sequences.
-        heads (int): H, key/value heads.
-        head_dim (int): D.
-        retrieval_heads (int): R.
-        retrieval_dim (int): D_r.
-        chunk_size (int): S. Default: 64.
-        dtype (torch.dtype): of keys, values and landmarks. Default: torch.float32.
-    """
-
-    batch: int
-    heads: int
-    head_dim: int
-    retrieval_heads: int
-    retrieval_dim: int
-    chunk_size: int = 64
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name != "dtype" and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-
-    @property
-    def page(self) -> tuple[int, int, int]:
-        return self.chunk_size, self.heads, self.head_dim
-
-    @property
-    def landmark(self) -> tuple[int, int]:
-        return self.retrieval_heads, self.retrieval_dim
-
-    def to_json(self) -> str:
-        """The spec as text."""
-        return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
-
-    @classmethod
-    def from_json(cls, text: str) -> "MemorySpec":
-        """The spec of what `to_json` returned."""
-        values = json.loads(text)
-        return cls(**(values | {"dtype": getattr(torch, values["dtype"])}))
-
-
 class PagedMemory:
-    """The chunk memory of decode: append-only keys, values and landmarks of `spec.batch` sequences of any lengths.
+    """The chunk memory of decode: keys, values and landmarks of `spec.batch` sequences of any lengths.
+
+    A stored chunk never changes. Sequences grow (`append`), end (`crop`, `free`) and branch (`fork`, which shares
+    pages); a page is used again when no sequence holds it any more.
 
     Without offload and two_level, `retrieve` and `attend` do not wait for the device, and a captured graph of them
     holds until `append` adds a slab.
@@ -112,7 +68,7 @@ class PagedMemory:
         self.landmark_slabs: list[torch.Tensor] = []  # [B, chunks, R, E], one after the other along the sequences
         self.bound_slabs: list[torch.Tensor] = []  # [B, chunks / BLOCK, 2, R, E]
         self.held = [0] * spec.batch  # chunks
-        self.pages = 0
+        self.counts = PageCounts()
         self.host_table = torch.full((spec.batch, self.first_chunks), -1, dtype=torch.int32)
         self.page_table = self.host_table.to(self.device, copy=True)
         self.chunks = torch.zeros(spec.batch, dtype=torch.int32, device=self.device)
@@ -123,6 +79,11 @@ class PagedMemory:
     def nbytes(self) -> int:
         """Of keys, values and landmarks, with what is reserved."""
         return sum(x.nbytes for x in (*self.k_slabs, *self.v_slabs, *self.landmark_slabs, *self.bound_slabs))
+
+    @property
+    def pages(self) -> int:
+        """Pages in use; one that sequences share counts once."""
+        return self.counts.used
 
     @property
     def longest(self) -> int:
@@ -167,8 +128,7 @@ class PagedMemory:
         Raises:
             ValueError: a sequence that is not there; shapes or dtypes that disagree.
         """
-        if type(sequence) is not int or not 0 <= sequence < self.spec.batch:
-            raise ValueError(f"sequence must be an int in [0, {self.spec.batch}), got {sequence!r}")
+        self._check_sequence("sequence", sequence)
         S, H, D = self.spec.page
         C = landmarks.shape[0]
         for name, x, shape in (("landmarks", landmarks, (C, *self.spec.landmark)), ("k", k, None), ("v", v, None)):
@@ -177,22 +137,81 @@ class PagedMemory:
                 raise ValueError(f"{name} must have shape {list(allowed[0])}, got shape {list(x.shape)}")
             if x.dtype != self.spec.dtype:
                 raise ValueError(f"{name} must have dtype {self.spec.dtype}, got {x.dtype}")
-        first, start = self.pages, self.held[sequence]
-        while sum(map(len, self.k_slabs)) < first + C:
+        pages, start = self.counts.take(C), self.held[sequence]
+        while sum(map(len, self.k_slabs)) < len(self.counts.references):
             self._add_pages()
         while sum(x.shape[1] for x in self.landmark_slabs) < start + C:
             self._add_landmarks()
         for slabs, x in ((self.k_slabs, k), (self.v_slabs, v)):
-            write_rows(slabs, first, x.detach().reshape(C, S, H, D))
+            write_pages(slabs, pages, x.detach().reshape(C, S, H, D))
         rows = [x[sequence] for x in self.landmark_slabs]
         write_rows(rows, start, landmarks.detach())
         if self.two_level:
             self._widen(sequence, start, landmarks.detach().to(self.device))
-        self.host_table[sequence, start : start + C] = torch.arange(first, first + C, dtype=torch.int32)
-        self.page_table[sequence, start : start + C] = self.host_table[sequence, start : start + C].to(self.device)
-        self.chunks[sequence] += C
-        self.pages += C
-        self.held[sequence] += C
+        self._hold(sequence, start, torch.tensor(pages, dtype=torch.int32))
+
+    def _check_sequence(self, name: str, sequence: int) -> None:
+        if type(sequence) is not int or not 0 <= sequence < self.spec.batch:
+            raise ValueError(f"{name} must be an int in [0, {self.spec.batch}), got {sequence!r}")
+
+    def _hold(self, sequence: int, start: int, pages: torch.Tensor) -> None:
+        """From chunk `start` on, the sequence holds these pages and no more."""
+        self.held[sequence] = end = start + len(pages)
+        self.host_table[sequence, start:] = -1
+        self.host_table[sequence, start:end] = pages
+        self.page_table[sequence, start:] = self.host_table[sequence, start:].to(self.device)
+        self.chunks[sequence] = end
+
+    def crop(self, sequence: int, chunks: int) -> None:
+        """Takes a sequence's chunks from `chunks` on away.
+
+        Args:
+            sequence (int): which one, in [0, batch).
+            chunks (int): that it still holds.
+
+        Raises:
+            ValueError: a sequence that is not there, or more chunks than it holds.
+        """
+        self._check_sequence("sequence", sequence)
+        held = self.held[sequence]
+        if type(chunks) is not int or not 0 <= chunks <= held:
+            raise ValueError(f"chunks must be an int from 0 to {held}, what the sequence holds, got {chunks!r}")
+        freed = self.counts.release(self.host_table[sequence, chunks:held].tolist())
+        if self.cache is not None:
+            self.cache.forget(freed)
+        self._hold(sequence, chunks, torch.empty(0, dtype=torch.int32))
+        first = -(-chunks // BLOCK)  # block without a landmark; the bounds of one that keeps some stay wide
+        for bounds in self.bound_slabs:
+            bounds[sequence, max(0, first) :, 0], bounds[sequence, max(0, first) :, 1] = torch.inf, -torch.inf
+            first -= bounds.shape[1]
+
+    def free(self, sequence: int) -> None:
+        """Takes all of a sequence's chunks away, so that another one can take its place.
+
+        Args:
+            sequence (int): which one, in [0, batch).
+        """
+        self.crop(sequence, 0)
+
+    def fork(self, source: int, target: int) -> None:
+        """Lets `target` begin with all that `source` holds: pages are shared, landmarks copied.
+
+        Args:
+            source (int): the sequence that goes on as it is.
+            target (int): an empty one.
+
+        Raises:
+            ValueError: a sequence that is not there, or a target that is not empty.
+        """
+        for name, sequence in (("source", source), ("target", target)):
+            self._check_sequence(name, sequence)
+        if self.held[target]:
+            raise ValueError(f"target must be empty, `free` it first, got {self.held[target]} chunks")
+        pages = self.host_table[source, : self.held[source]]
+        self.counts.share(pages.tolist())
+        for x in (*self.landmark_slabs, *self.bound_slabs):
+            x[target] = x[source]
+        self._hold(target, 0, pages)
 
     def _widen(self, sequence: int, start: int, landmarks: torch.Tensor) -> None:
         first = start // BLOCK * BLOCK
@@ -337,18 +356,7 @@ class PagedMemory:
         Args:
             path (str or Path): the file.
         """
-        longest = max(self.held)
-        memory_file.write(
-            Path(path), self.spec.to_json(),
-            {
-                "chunks": [torch.tensor(self.held, dtype=torch.int32)],
-                "page_table": [self.host_table[:, :longest]],
-                "k": first_rows(self.k_slabs, self.pages),
-                "v": first_rows(self.v_slabs, self.pages),
-                # Chunks first: each slab is then a run of the file.
-                "landmarks": first_rows([x.transpose(0, 1) for x in self.landmark_slabs], longest),
-            },
-        )  # fmt: skip
+        memory_file.write(Path(path), memory_file.contents(self), spec=self.spec.to_json())
 
     @classmethod
     def load(cls, path: Path | str, spec: MemorySpec | None = None, **options) -> "PagedMemory":
@@ -367,29 +375,7 @@ class PagedMemory:
             OSError: it cannot be read.
         """
         with memory_file.read(Path(path)) as file:
-            found = file.spec(MemorySpec.from_json)
+            found = file.spec()
             if spec is not None and found != spec:
                 raise ValueError(f"{path} must hold a memory of {spec}, got {found}")
-            chunks = file.tensor("chunks", (found.batch,), torch.int32)
-            pages, longest = int(chunks.sum()), int(chunks.max())
-            table = file.tensor("page_table", (found.batch, longest), torch.int32)
-            held = torch.arange(longest) < chunks[:, None]
-            if int(chunks.min()) < 0 or not torch.equal(table[held].sort().values, torch.arange(pages).int()):
-                raise ValueError(f"{path} must give each page to one chunk, its page_table does not")
-            for name, shape in (("k", (pages, *found.page)), ("v", (pages, *found.page))):
-                file.expect(name, shape, found.dtype)
-            file.expect("landmarks", (longest, found.batch, *found.landmark), found.dtype)
-            capacity = max(options.pop("capacity", 256), longest)
-            pages = max(options.pop("pages", None) or 1, pages)
-            memory = cls(found, capacity=capacity, pages=pages, **options)
-            file.into("k", memory.k_slabs[0])
-            file.into("v", memory.v_slabs[0])
-            file.into("landmarks", memory.landmark_slabs[0].transpose(0, 1))
-        memory.held, memory.pages = chunks.tolist(), sum(chunks.tolist())
-        memory.host_table[:, :longest] = torch.where(held, table, -1)
-        memory.page_table.copy_(memory.host_table)
-        memory.chunks.copy_(chunks)
-        for sequence, n in enumerate(memory.held if memory.two_level else []):
-            if n:
-                memory._widen(sequence, 0, memory.landmark_slabs[0][sequence, :n])
-        return memory
+            return memory_file.restore(file, found, cls, options)

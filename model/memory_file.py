@@ -3,11 +3,13 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from hsa_tl.files import atomic_file
+from hsa_tl.model.slabs import PageCounts, first_rows
 
 FORMAT = "hsa_tl.memory.1"
 NAMES = ("chunks", "page_table", "k", "v", "landmarks")
@@ -17,15 +19,61 @@ TYPES = {
 BLOCK_BYTES = 64 << 20  # copied at once
 
 
+@dataclass(frozen=True)
+class MemorySpec:
+    """Dims and dtype of a memory's entries.
+
+    Args:
+        batch (int): B, sequences.
+        heads (int): H, key/value heads.
+        head_dim (int): D.
+        retrieval_heads (int): R.
+        retrieval_dim (int): D_r.
+        chunk_size (int): S. Default: 64.
+        dtype (torch.dtype): of keys, values and landmarks. Default: torch.float32.
+    """
+
+    batch: int
+    heads: int
+    head_dim: int
+    retrieval_heads: int
+    retrieval_dim: int
+    chunk_size: int = 64
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name != "dtype" and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+    @property
+    def page(self) -> tuple[int, int, int]:
+        return self.chunk_size, self.heads, self.head_dim
+
+    @property
+    def landmark(self) -> tuple[int, int]:
+        return self.retrieval_heads, self.retrieval_dim
+
+    def to_json(self) -> str:
+        """The spec as text."""
+        return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
+
+    @classmethod
+    def from_json(cls, text: str) -> "MemorySpec":
+        """The spec of what `to_json` returned."""
+        values = json.loads(text)
+        return cls(**(values | {"dtype": getattr(torch, values["dtype"])}))
+
+
 def _blocks(x: torch.Tensor) -> Iterator[torch.Tensor]:
     rows = max(1, BLOCK_BYTES // max(1, x[:1].nbytes))
     for i in range(0, len(x), rows):
         yield x[i : i + rows]
 
 
-def write(path: Path, spec: str, tensors: dict[str, list[torch.Tensor]]) -> None:
+def write(path: Path, tensors: dict[str, list[torch.Tensor]], format: str = FORMAT, **metadata: str) -> None:
     """A tensor is a list of parts, one behind the other. Memory: one block of rows at a time."""
-    header, end = {"__metadata__": {"format": FORMAT, "spec": spec}}, 0
+    header, end = {"__metadata__": {"format": format} | metadata}, 0
     for name, parts in tensors.items():
         shape = [sum(map(len, parts)), *parts[0].shape[1:]]
         begin, end = end, end + sum(x.nbytes for x in parts)
@@ -42,19 +90,18 @@ def write(path: Path, spec: str, tensors: dict[str, list[torch.Tensor]]) -> None
 class Reader:
     """Tensors of an open file; every method raises ValueError where the file is not what it must be."""
 
-    def __init__(self, path: Path, file):
+    def __init__(self, path: Path, file, format: str, names: tuple[str, ...]):
         self.path, self.file = path, file
-        self.metadata = file.metadata() or {}
-        if self.metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} must be a chunk memory ({FORMAT}), got {self.metadata.get('format', 'no format')}"
-            )
-        if set(file.keys()) != set(NAMES):
-            raise ValueError(f"{path} must hold {', '.join(NAMES)}, got {', '.join(sorted(file.keys()))}")
+        self.metadata, self.names = file.metadata() or {}, set(file.keys())
+        if (found := self.metadata.get("format", "no format")) != format:
+            kind = "chunk memory" if format == FORMAT else "cache"
+            raise ValueError(f"{path} must be a {kind} ({format}), got {found}")
+        if not set(names) <= self.names:
+            raise ValueError(f"{path} must hold {', '.join(names)}, got {', '.join(sorted(self.names))}")
 
-    def spec(self, parse: Callable[[str], object]) -> object:
+    def spec(self, parse: Callable[[str], object] = MemorySpec.from_json, name: str = "spec") -> object:
         try:
-            return parse(self.metadata["spec"])
+            return parse(self.metadata[name])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.path} must say the dims of its memory: {error}") from None
 
@@ -79,7 +126,7 @@ class Reader:
 
 
 @contextlib.contextmanager
-def read(path: Path) -> Iterator[Reader]:
+def read(path: Path, format: str = FORMAT, names: tuple[str, ...] = NAMES) -> Iterator[Reader]:
     """ValueError: not a safetensors file, or a truncated one. OSError: it cannot be opened."""
     from safetensors import SafetensorError, safe_open
 
@@ -87,6 +134,45 @@ def read(path: Path) -> Iterator[Reader]:
         pass
     try:
         with safe_open(path, framework="pt") as file:
-            yield Reader(path, file)
+            yield Reader(path, file, format, names)
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+
+
+def contents(memory) -> dict[str, list[torch.Tensor]]:
+    """The tensors of a PagedMemory."""
+    pages, longest = len(memory.counts.references), memory.longest
+    return {
+        "chunks": [torch.tensor(memory.held, dtype=torch.int32)],
+        "page_table": [memory.host_table[:, :longest]],
+        "k": first_rows(memory.k_slabs, pages),
+        "v": first_rows(memory.v_slabs, pages),
+        # Chunks first: each slab is then a run of the file.
+        "landmarks": first_rows([x.transpose(0, 1) for x in memory.landmark_slabs], longest),
+    }
+
+
+def restore(file: Reader, spec: MemorySpec, make: Callable, options: dict):
+    """The PagedMemory of a file, made by make(spec, **options) with room for what the file holds."""
+    chunks = file.tensor("chunks", (spec.batch,), torch.int32)
+    longest, pages = int(chunks.max()), file.file.get_slice("k").get_shape()[0]
+    table = file.tensor("page_table", (spec.batch, longest), torch.int32)
+    held = torch.arange(longest) < chunks[:, None]
+    rows = [row[mine] for row, mine in zip(table, held, strict=True)]
+    whole = all(len(row.unique()) == len(row) for row in rows) and bool(((table >= 0) & (table < pages))[held].all())
+    if int(chunks.min()) < 0 or not whole:
+        raise ValueError(f"{file.path} must give each page to one chunk of a sequence, its page_table does not")
+    for name, shape in (("k", (pages, *spec.page)), ("v", (pages, *spec.page))):
+        file.expect(name, shape, spec.dtype)
+    file.expect("landmarks", (longest, spec.batch, *spec.landmark), spec.dtype)
+    capacity, room = max(options.pop("capacity", 256), longest), max(options.pop("pages", None) or 1, pages)
+    memory = make(spec, capacity=capacity, pages=room, **options)
+    file.into("k", memory.k_slabs[0])
+    file.into("v", memory.v_slabs[0])
+    file.into("landmarks", memory.landmark_slabs[0].transpose(0, 1))
+    memory.counts = PageCounts(torch.bincount(table[held], minlength=pages).tolist())
+    for sequence, row in enumerate(rows):
+        memory._hold(sequence, 0, row)
+        if memory.two_level and len(row):
+            memory._widen(sequence, 0, memory.landmark_slabs[0][sequence, : len(row)])
+    return memory

@@ -6,7 +6,7 @@ import torch
 
 
 class PageCache:
-    """`size` pages on the device. A stored page never changes, so a cached one never goes stale."""
+    """`size` pages on the device. A stored page never changes until it is given back, and then `forget` is told."""
 
     def __init__(self, page: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device):
         self.size = size
@@ -36,6 +36,13 @@ class PageCache:
             with torch.cuda.stream(self.stream):
                 self._copy(missing, k_slabs, v_slabs)
         return [self.slot_of[page] for page in pages]
+
+    def forget(self, pages: list[int]) -> None:
+        """Pages whose content goes: their slots are the next to be used."""
+        for page in pages:
+            if (slot := self.slot_of.pop(page, None)) is not None:
+                self.slot_of[-1 - slot] = slot  # a name that no page has
+                self.slot_of.move_to_end(-1 - slot, last=False)
 
     def wait(self) -> None:
         """The current stream, not the host, waits for all copies that were started."""

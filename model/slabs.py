@@ -41,3 +41,46 @@ def first_rows(slabs: list[torch.Tensor], n: int) -> list[torch.Tensor]:
         parts.append(slab[: max(0, n)])
         n -= len(slab)
     return parts
+
+
+def write_pages(slabs: list[torch.Tensor], pages: list[int], x: torch.Tensor) -> None:
+    """Rows `pages` of the slabs taken together = x, a run of neighbours at a time."""
+    begin = 0
+    for end in range(1, len(pages) + 1):
+        if end == len(pages) or pages[end] != pages[end - 1] + 1:
+            write_rows(slabs, pages[begin], x[begin:end])
+            begin = end
+
+
+class PageCounts:
+    """Which pages are in use, and by how many sequences each."""
+
+    def __init__(self, references: list[int] | None = None):
+        self.references = [] if references is None else references
+        self.free = [page for page, n in enumerate(self.references) if not n]
+
+    @property
+    def used(self) -> int:
+        return len(self.references) - len(self.free)
+
+    def take(self, n: int) -> list[int]:
+        """n pages of one sequence: those that were given back first."""
+        taken, self.free = self.free[:n], self.free[n:]
+        fresh = range(len(self.references), len(self.references) + n - len(taken))
+        self.references.extend(0 for _ in fresh)
+        taken += fresh
+        self.share(taken)
+        return taken
+
+    def share(self, pages: list[int]) -> None:
+        """One more sequence holds them."""
+        for page in pages:
+            self.references[page] += 1
+
+    def release(self, pages: list[int]) -> list[int]:
+        """One sequence less holds them; those that none holds any more."""
+        for page in pages:
+            self.references[page] -= 1
+        freed = [page for page in pages if not self.references[page]]
+        self.free = sorted(self.free + freed)
+        return freed

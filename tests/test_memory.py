@@ -329,3 +329,52 @@ def test_a_layer_decodes_what_it_prefills(topk):
         with torch.no_grad():
             out.append(layer(x[:, t : t + 1], memory, int32([t] * B)))
     torch.testing.assert_close(torch.cat(out, 1), whole)
+
+
+@each_kind
+def test_sequences_share_pages_and_give_them_back(options, tmp_path):
+    """A fork reads as its source did; what is free is used again, and no cached page is stale."""
+    memory, content = filled((5, 0, 70), **options)
+
+    def read(b, length):
+        lengths = int32([length if b == i else 0 for i in range(3)])
+        scores, indices = memory.retrieve(q_slc.expand(3, -1, -1, -1), lengths, K)
+        return memory.attend(q.expand(3, -1, -1, -1), fusion_weights(scores), indices)[b]
+
+    q, q_slc = torch.randn(1, 1, H * G, D), torch.randn(1, 1, H, E)
+    want = [read(2, 70 * S), read(2, 40 * S)]
+    memory.fork(2, 1)
+    assert memory.held == [5, 70, 70] and memory.pages == 75 and memory.counts.references[-1] == 2
+    torch.testing.assert_close(read(1, 70 * S), want[0])
+    memory.free(2)
+    assert memory.pages == 75  # the fork still holds them
+    memory.crop(1, 40)
+    assert memory.held == [5, 40, 0] and memory.pages == 45
+    torch.testing.assert_close(read(1, 40 * S), want[1])
+    new = chunks(33)
+    memory.append(2, *new)
+    assert memory.pages == 78 and len(memory.counts.references) == 78
+    fresh = PagedMemory(SPEC, **options)
+    fresh.append(2, *new)
+    fresh.append(1, *(x[:40] for x in content[2]))
+    memory.save(tmp_path / "m")
+    for again in (memory, PagedMemory.load(tmp_path / "m", **options)):
+        lengths, queries = int32([0, 40 * S, 33 * S]), q_slc.expand(3, -1, -1, -1)
+        (scores, indices), (other, same) = again.retrieve(queries, lengths, K), fresh.retrieve(queries, lengths, K)
+        assert torch.equal(indices[1:], same[1:])
+        torch.testing.assert_close(scores[1:], other[1:])
+        a, b = (m.attend(q.expand(3, -1, -1, -1), fusion_weights(scores), same) for m in (again, fresh))
+        torch.testing.assert_close(a[1:], b[1:])
+        assert again.pages == 78
+
+
+def test_forks_and_crops_that_cannot_be():
+    memory, _ = filled((2, 1))
+    for call, message in (
+        (lambda: memory.fork(0, 1), r"target must be empty, `free` it first, got 1 chunks"),
+        (lambda: memory.fork(0, 2), r"target must be an int in \[0, 2\), got 2"),
+        (lambda: memory.crop(0, 3), r"chunks must be an int from 0 to 2, what the sequence holds, got 3"),
+        (lambda: memory.free(-1), r"sequence must be an int in \[0, 2\), got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
