@@ -9,55 +9,77 @@ on the memory and on the hidden states of at most as many tokens before it as th
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
 retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
 
+Of the tokens before these it holds `undo` more, so that `crop` can take tokens back.
+
 Shape suffixes: B sequences, T tokens, C channels, H key/value heads, D head dim, M chunks, S chunk size.
 """
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
 import torch
 
+from hsa_tl.model import memory_file
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.segment import SegmentMemory
 from hsa_tl.model.tail import Tail, take_rows
+from hsa_tl.validation import require_int
+
+FORMAT = "hsa_tl.cache.1"
+
+
+def _dims(config) -> dict:
+    """What a cache depends on, as JSON has it."""
+    ignored = ("impl", "activation_checkpointing", "topk")
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ignored}))
 
 
 class Cache:
     """What `Model.new_cache` returns. lengths: tokens that each sequence holds. memory: its chunks, None without HSA.
 
-    capacity: tokens of each sequence that the chunk memory reserves at first; more are allowed. memory_options: see
-    PagedMemory (offload, cache_pages, two_level, directory).
+    capacity: tokens of each sequence that the chunk memory reserves at first; more are allowed. undo: tokens of each
+    sequence that `crop` can take back. memory_options: see PagedMemory (offload, cache_pages, two_level, directory).
+    unread: the last token of each sequence that a `stream` gave and nobody read yet, 1-D tensors; the next stream or
+    generate reads it first. None: there is none.
     """
 
     def __init__(
         self, model, batch_size: int, *, device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, **memory_options,
+        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, undo: int = 128, **memory_options,
     ):  # fmt: skip
-        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        for name, value, low in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("undo", undo, 0)):
+            require_int(name, value, low)
         c = self.config = model.config
-        self.lengths = [0] * batch_size
+        self.lengths, self.undo = [0] * batch_size, undo
+        self.undoable = [0] * batch_size  # tokens that crop can take back now
+        self.unread: list[torch.Tensor] | None = None
         self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
-        self.memory, self.chunk = None, None
+        self.memory = self.chunk = None
         if c.attention == "hsa":
             spec = MemorySpec(
                 batch_size, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, c.chunk_size, dtype
             )
             chunks = -(-capacity // c.chunk_size)
             self.memory = PagedMemory(spec, device=device, capacity=chunks, **memory_options)
-            self.chunk = Tail(self.counts, c.chunk_size - 1)
+            self.chunk = Tail(self.counts, c.chunk_size - 1, undo)
         elif memory_options:
             name = next(iter(memory_options))
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.row_counts = [[0] for _ in range(batch_size)]
         self.layers = [self._layer_cache(layer) for layer in model.layers]
         weight = model.embedding.weight
-        self.past = torch.zeros(batch_size, max(0, c.conv - 1), c.dim, dtype=weight.dtype, device=device)
+        self.past = torch.zeros(
+            batch_size, max(0, c.conv - 1) and c.conv - 1 + undo, c.dim, dtype=weight.dtype, device=device
+        )
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
-        self.waiting = Tail(self.counts, upper_reach) if c.attention in ("hsa", "swa") else None
+        self.waiting = Tail(self.counts, upper_reach + undo) if c.attention in ("hsa", "swa") else None
 
     def _layer_cache(self, layer):
         """What a layer's forward takes as its cache."""
         window = layer.attention.window
-        near = Tail(self.counts, None if window is None else window - 1)
+        near = Tail(self.counts, None if window is None else window - 1, self.undo)
         return near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts])
 
     def _count(self, counts: list[int]) -> None:
@@ -95,7 +117,97 @@ class Cache:
             self._remember(model, h_BTC)
         h_BTC = self._upper(model, h_BTC, first_v_BTHD, keep, states)
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
+        self.undoable = [min(self.undo, a + b) for a, b in zip(self.undoable, counts, strict=True)]
         return h_BTC
+
+    def crop(self, lengths: int | list[int]) -> None:
+        """Forgets what each sequence holds behind its first `lengths` tokens.
+
+        Args:
+            lengths (int or list [B]): tokens that each sequence still holds.
+
+        Raises:
+            ValueError: more than it holds, or so few that more than `undo` tokens would go.
+        """
+        B = len(self.lengths)
+        kept = [lengths] * B if isinstance(lengths, int) else list(lengths)
+        if len(kept) != B or not all(type(n) is int and 0 <= n <= m for n, m in zip(kept, self.lengths, strict=True)):
+            raise ValueError(f"lengths must be ints from 0 to {self.lengths}, what the cache holds, got {lengths}")
+        gone = [n - m for n, m in zip(self.lengths, kept, strict=True)]
+        if any(n > m for n, m in zip(gone, self.undoable, strict=True)):
+            rule = f"take back at most the last {self.undoable} tokens, of undo = {self.undo} for a new cache"
+            raise ValueError(f"lengths must {rule}, got {lengths} of {self.lengths}")
+        if not any(gone):
+            return
+        upper = gone  # of the tokens that the upper decoder has read
+        if self.waiting is not None:
+            unread = [min(n, m) for n, m in zip(gone, self.waiting.held, strict=True)]
+            upper = [n - m for n, m in zip(gone, unread, strict=True)]
+            self.waiting.crop(unread)
+        for i, cache in enumerate(self.layers):
+            taken = gone if i < self.config.lower_layers else upper
+            near, far = cache if isinstance(cache, tuple) else (cache, [])
+            near.crop(taken)
+            for tail, n in zip(far, taken, strict=bool(far)):
+                tail.crop([n])
+        self.past = take_rows(self.past, [-n for n in gone], self.past.shape[1])
+        if self.memory is not None:
+            self.chunk.crop(gone)
+            for b, n in enumerate(kept):
+                self.memory.crop(b, n // self.config.chunk_size)
+        self.lengths, self.unread = kept, None
+        self.undoable = [n - m for n, m in zip(self.undoable, gone, strict=True)]
+
+    def _tails(self) -> Iterator[tuple[str, Tail]]:
+        for name in ("chunk", "waiting"):
+            if (tail := getattr(self, name)) is not None:
+                yield name, tail
+        for i, cache in enumerate(self.layers):
+            near, far = cache if isinstance(cache, tuple) else (cache, [])
+            yield from ((f"layers.{i}.{j}", tail) for j, tail in enumerate((near, *far)))
+
+    def save(self, path: Path | str) -> None:
+        """Writes a safetensors file; `path` then holds all of it or what it held before.
+
+        Args:
+            path (str or Path): the file.
+        """
+        tensors = {} if self.memory is None else memory_file.contents(self.memory)
+        tensors["past"] = [self.past]
+        for name, tail in self._tails():
+            tensors |= {f"{name}.{j}": [x] for j, x in enumerate(tail.state())}
+        state = {
+            "config": _dims(self.config), "lengths": self.lengths, "undo": self.undo, "undoable": self.undoable,
+            "unread": None if self.unread is None else [x.tolist() for x in self.unread],
+        }  # fmt: skip
+        spec = {} if self.memory is None else {"spec": self.memory.spec.to_json()}
+        memory_file.write(Path(path), tensors, FORMAT, state=json.dumps(state), **spec)
+
+    @classmethod
+    def load(cls, model, path: Path | str, **options) -> "Cache":
+        """The cache that `save` wrote, see `Model.load_cache`."""
+        with memory_file.read(Path(path), FORMAT, ("past",)) as file:
+            state = file.spec(json.loads, "state")
+            if (dims := _dims(model.config)) != state["config"]:
+                wrong = [f"{k} = {v}" for k, v in state["config"].items() if dims.get(k) != v]
+                raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
+            self = cls(model, len(state["lengths"]), **options | {"undo": state["undo"]})
+            device = self.past.device
+            if self.memory is not None:
+                spec, memory = file.spec(), self.memory
+                if spec != memory.spec:
+                    raise ValueError(f"{path} must hold chunks of {memory.spec}, got {spec}")
+                self.memory = None  # another takes its place
+                self.memory = memory_file.restore(file, spec, PagedMemory, memory.options)
+            self.past = file.file.get_tensor("past").to(self.past)
+            for name, tail in self._tails():
+                parts = (f"{name}.{j}" for j in range(3))
+                held, *buffers = (file.file.get_tensor(x) for x in parts if x in file.names)
+                tail.restore(held, *(x.to(device) for x in buffers))
+        self.lengths, self.undoable = state["lengths"], state["undoable"]
+        if state["unread"] is not None:
+            self.unread = [torch.tensor(x, device=device) for x in state["unread"]]
+        return self
 
     def _start(self, starts: list[int]) -> int | torch.Tensor:
         same = len(set(starts)) == 1
@@ -105,7 +217,7 @@ class Cache:
         n, past = self.past.shape[1], self.past
         if n:
             self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), self.counts, n)
-        return past
+        return past[:, self.undo :]
 
     def _remember(self, model, h_BTC) -> None:
         """Encodes the chunks that the segment completes, those of all sequences at once."""
@@ -145,7 +257,7 @@ class Cache:
         caches = self.layers[self.config.lower_layers :]
         start = self._start(starts)
         if keep is not None and min(self.counts) == h_BTC.shape[1]:
-            out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, max(1, n))
+            out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, max(1, n + self.undo))
             return out[:, out.shape[1] - n :]
         upper = None if states is None else []
         out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, states=upper)

@@ -58,6 +58,10 @@ class PagedMemory:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         self.spec, self.device, self.two_level = spec, torch.device(device), two_level
+        self.options = {  # of another memory like this one
+            "device": device, "capacity": capacity, "pages": pages, "offload": offload, "cache_pages": cache_pages,
+            "two_level": two_level, "directory": directory,
+        }  # fmt: skip
         if directory is not None and self.device.type != "cpu" and not offload:
             raise ValueError(f"directory must come with offload=True on {self.device}, got {directory}")
         self.directory = directory

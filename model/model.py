@@ -6,6 +6,7 @@ Shape suffixes: B batch, T tokens, C channels, A query heads, H key/value heads,
 """
 
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -238,17 +239,36 @@ class Model(nn.Module):
 
         Args:
             batch_size (int): B, sequences of any lengths.
-            options: of `hsa_tl.model.cache.Cache`: capacity, device, dtype, and PagedMemory's offload, cache_pages,
-                two_level and directory.
+            options: of `hsa_tl.model.cache.Cache`: capacity, undo (tokens that `Cache.crop` can take back, by default
+                128), device, dtype, and PagedMemory's offload, cache_pages, two_level and directory.
 
         Returns:
-            Cache: for `forward` and `generate`.
+            Cache: for `forward` and `generate`; `crop` takes tokens back, `save` writes it.
         """
+        return Cache(self, batch_size, **self._cache_options(options))
+
+    def load_cache(self, path: Path | str, **options) -> Cache:
+        """The cache that `Cache.save` wrote.
+
+        Args:
+            path (str or Path): the file.
+            options: as for `new_cache`, but undo, which is as saved.
+
+        Returns:
+            Cache: it goes on where the saved one stood.
+
+        Raises:
+            ValueError: a file that is no cache, damaged, or of another model.
+            OSError: it cannot be read.
+        """
+        return Cache.load(self, path, **self._cache_options(options))
+
+    def _cache_options(self, options: dict) -> dict:
         weight = self.embedding.weight
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        return Cache(self, batch_size, **{"device": device, "dtype": dtype, **options})
+        return {"device": device, "dtype": dtype, **options}
 
     def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
         """Prompts and what follows them, see `hsa_tl.model.generate.generate`.

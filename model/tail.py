@@ -18,13 +18,15 @@ def take_rows(x: torch.Tensor, first: list[int], n: int) -> torch.Tensor:
 class Tail:
     """The last `keep` tokens of each sequence (None: all) of one or more tensors [B, T, ...]; see KeyCache.
 
+    `undo` more are held, so that `crop` can take as many back.
+
     Tokens of a sequence end at the same column in every row. Extending writes in place; the buffer doubles when it is
     full, and moves when a segment was ragged, so that the work for a token is constant either way.
     """
 
-    def __init__(self, counts: list[int], keep: int | None = None):
+    def __init__(self, counts: list[int], keep: int | None = None, undo: int = 0):
         """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`."""
-        self.counts, self.keep = counts, keep
+        self.counts, self.keep, self.undo = counts, keep, undo
         self.clear()
 
     def clear(self) -> None:
@@ -46,13 +48,30 @@ class Tail:
             for buffer, x in zip(self.buffers, old, strict=bool(old)):
                 buffer[:, :before] = take_rows(x[:, : self.end], first, before)
             self.end = before
-        begin, self.end = self.end - before, self.end + T
+        seen = before if self.keep is None else min(before, self.keep)
+        begin, self.end = self.end - seen, self.end + T
         for buffer, x in zip(self.buffers, new, strict=True):
             buffer[:, self.end - T : self.end] = x
         past = None
-        if min(self.held) < before:
-            past = torch.tensor(self.held, dtype=torch.int32, device=new[0].device)
+        if min(self.held) < seen:
+            past = torch.tensor([min(n, seen) for n in self.held], dtype=torch.int32, device=new[0].device)
         held = [n + more for n, more in zip(self.held, counts, strict=True)]
-        self.held = held if self.keep is None else [min(n, self.keep) for n in held]
+        self.held = held if self.keep is None else [min(n, self.keep + self.undo) for n in held]
         self.shift = [T - n for n in counts]
         return *(buffer[:, begin : self.end] for buffer in self.buffers), past
+
+    def crop(self, gone: list[int]) -> None:
+        """Takes back the last so many tokens of each sequence."""
+        self.held = [n - g for n, g in zip(self.held, gone, strict=True)]
+        self.shift = [n + g for n, g in zip(self.shift, gone, strict=True)]
+
+    def state(self) -> list[torch.Tensor]:
+        """What `restore` takes: how much each sequence holds, and the tensors [B, held, ...]."""
+        n = max(self.held)
+        first = [self.end - n - shift for shift in self.shift]
+        return [torch.tensor(self.held, dtype=torch.int32), *(take_rows(x[:, : self.end], first, n) for x in self.buffers)]
+
+    def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
+        self.clear()
+        self.held, self.buffers = held.tolist(), list(buffers)
+        self.end = max(self.held)

@@ -19,7 +19,7 @@ METHODS = {
     model.ChunkEncoder: ("forward",),
     model.ChunkMemory: ("retrieve", "attend"),
     model.HSALayer: ("forward",),
-    model.Model: ("forward", "generate", "stream", "new_cache"),
+    model.Model: ("forward", "generate", "stream", "new_cache", "load_cache"),
     model.PagedMemory: ("append", "crop", "free", "fork", "retrieve", "attend", "save", "load"),
 }
 CALLS = {name: x for name, x in NAMES.items() if callable(x)} | {

@@ -175,7 +175,7 @@ def test_a_prefill_holds_no_more_than_its_chunks_and_windows():
     assert memory.pages == T // c.chunk_size and len(memory.k_slabs) == len(memory.landmark_slabs) == 1
     assert memory.nbytes == 4 * (2 * T * c.head_dim + T // c.chunk_size * c.retrieval_dim)
     tails = [*cache.layers, cache.chunk, cache.waiting]
-    assert max(x.shape[1] for tail in tails for x in tail.buffers) < 2 * (512 + c.window)
+    assert max(x.shape[1] for tail in tails for x in tail.buffers) < 2 * (512 + c.window + cache.undo)
 
 
 def test_rows_do_not_depend_on_each_other():
@@ -275,11 +275,51 @@ def test_errors_name_the_argument():
         (lambda: model(ids[:1], cache=cache), r"input_ids must have the cache's batch size 2, got shape \[1, 5\]"),
         (lambda: model(ids, cache=cache, lengths=[5, 6]), r"lengths must be 2 ints from 0 to 5, got \[5, 6\]"),
         (lambda: model(ids, lengths=[5, 5]), "lengths must come with a cache"),
-        (lambda: model.new_cache(0), "batch_size must be a positive int, got 0"),
-        (lambda: model.new_cache(1, capacity=0), "capacity must be a positive int, got 0"),
+        (lambda: model.new_cache(0), "batch_size must be at least 1, got 0"),
+        (lambda: model.new_cache(1, capacity=0), "capacity must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(ValueError, match="offload must go to a model with a chunk memory, got attention 'swa'"):
         Model(replace(SMALL, attention="swa")).new_cache(1, offload=True)
     assert cache.lengths == [0, 0]
+
+
+@pytest.mark.parametrize("name", tiered(tuple(CONFIGS), quick=("hsa", "joint", "full", "nsa", "window of one")))
+def test_crop_and_save(name, tmp_path):
+    """What was taken back leaves no trace, in a saved cache either; rows of a batch may lose as much as they like."""
+    model, ids, want = whole(name)
+    cache = model.new_cache(2, undo=60, **({"capacity": 16} if CONFIGS[name].get("attention", "hsa") == "hsa" else {}))
+    wrong = (ids + 1) % 50
+    with torch.no_grad():
+        model(ids[:, :70], cache=cache, logits_to_keep=0)  # the upper decoder waits
+        model(wrong[:, 70:101], cache=cache, logits_to_keep=0)
+        cache.crop([64, 70])  # the rows differ
+        model(ids[:, 64:70], cache=cache, lengths=[6, 0], logits_to_keep=0)
+        model(ids[:, 70:90], cache=cache)
+        model(wrong[:, 90:110], cache=cache, logits_to_keep=1)
+        cache.save(tmp_path / "cache")
+        for again in (cache, model.load_cache(tmp_path / "cache")):
+            again.crop(88)
+            assert again.lengths == [88, 88]
+            assert_accurate(name, read(model, again, ids[:, 88:], (20, 1, 41)), want[:, 88:])
+
+
+def test_crop_and_load_refuse(tmp_path):
+    model, ids, _ = whole("hsa")
+    cache = model.new_cache(2, undo=10)
+    model(ids, cache=cache, logits_to_keep=0)
+    cache.save(tmp_path / "cache")
+    other = Model(replace(model.config, window=7))
+    for call, message in (
+        (lambda: cache.crop(139), r"lengths must take back at most the last \[10, 10\] tokens, of undo = 10 for a new"),
+        (lambda: cache.crop([150, 151]), r"lengths must be ints from 0 to \[150, 150\], what the cache holds, got"),
+        (lambda: other.load_cache(tmp_path / "cache"), "must hold a cache of this model, got one of window = 12"),
+        (lambda: PagedMemory.load(tmp_path / "cache"), r"must be a chunk memory .*got hsa_tl.cache.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    data = (tmp_path / "cache").read_bytes()
+    (tmp_path / "cache").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        model.load_cache(tmp_path / "cache")
