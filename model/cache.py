@@ -99,6 +99,7 @@ class Cache:
         unspecified, and finite. states: see Model.hidden.
         """
         B, T = input_ids.shape[:2]
+        self.unread = None
         if len(self.lengths) != B:
             raise ValueError(f"input_ids must have the cache's batch size {len(self.lengths)}, got shape {[B, T]}")
         counts = [T] * B if lengths is None else [int(n) for n in lengths]

@@ -53,12 +53,11 @@ def answers_generated(model: Model, sample: Sample, folder: Path | None = None) 
     """
     tokens, hits = torch.from_numpy(sample.tokens.astype(np.int64)), []
     cache = model.new_cache(1, capacity=len(tokens), **({} if folder is None else {"directory": folder}))
-    before, prompt = 0, tokens[:0]
+    before = 0
     for a, b in sample.answers.tolist():
-        prompt = torch.cat([prompt, tokens[before:a]])
-        new = model.generate([prompt], b - a, cache=cache)[0][len(prompt) :].cpu()
+        new = model.generate([tokens[before:a]], b - a, cache=cache)[0][a - before :].cpu()
         hits.append(torch.equal(new, tokens[a:b]))
-        before, prompt = b, new[-1:]  # all but the last are in the cache
+        before = b
     return np.array(hits)
 
 

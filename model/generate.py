@@ -1,20 +1,30 @@
 """Prefill in segments and sampling, for one prompt or many of different lengths."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from hsa_tl.model.cache import Cache
+from hsa_tl.validation import require, require_int, require_integers
 
 SEGMENT = 4096  # tokens that a prefill reads at once
 Prompts = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
 
 
-def _rows(model, input_ids: Prompts) -> list[torch.Tensor]:
-    device = model.embedding.weight.device
-    rows = [torch.as_tensor(row, dtype=torch.int64, device=device) for row in input_ids]
-    if not rows or any(row.ndim != 1 or not len(row) for row in rows):
-        raise ValueError(f"input_ids must hold prompts of at least one token, got {[list(row.shape) for row in rows]}")
+def _rows(model, input_ids: Prompts, cache: Cache | None = None) -> list[torch.Tensor]:
+    """The prompts. One may be empty where the cache has a token that nobody read."""
+    device, rows = model.embedding.weight.device, []
+    if isinstance(input_ids, str):
+        raise TypeError("input_ids must be token ids, got a str: use model.tokenizer.encode(text)")
+    for row in input_ids:
+        row = torch.as_tensor(row, device=device)
+        row = row.long() if not row.numel() else row  # an empty list has no type
+        rows.append(require_integers("input_ids", row, 0, model.config.vocab_size))
+    least = 1 if cache is None or cache.unread is None else 0
+    if not rows or any(row.ndim != 1 or len(row) < least for row in rows):
+        got = [list(row.shape) for row in rows[:4]]
+        raise ValueError(f"input_ids must hold prompts of at least one token, [B, T] or a list of 1-D ones, got {got}")
     return rows
 
 
@@ -24,11 +34,14 @@ def prefill(model, input_ids: Prompts, cache: Cache | None = None, segment: int 
 
     Returns the logits [B, V] after each prompt's last token, and the cache. All prompts end in the last segment, the
     only one that runs the head and, where the model allows it (see hsa_tl.model.cache), the upper decoder.
-    progress: called with the number of tokens of the longest prompt that are read.
+    A token of the cache that nobody read comes first. progress: called with the number of tokens of the longest prompt
+    that are read.
     """
-    if type(segment) is not int or segment < 1:
-        raise ValueError(f"segment must be a positive int, got {segment!r}")
-    rows = _rows(model, input_ids)
+    require_int("segment", segment, 1)
+    rows = _rows(model, input_ids, cache)
+    if cache is not None and cache.unread is not None:
+        require(len(rows) == len(cache.unread), "input_ids", f"hold {len(cache.unread)} prompts", len(rows))
+        rows = [torch.cat(x) for x in zip(cache.unread, rows, strict=True)]
     total = max(map(len, rows))
     cache = model.new_cache(len(rows), capacity=total) if cache is None else cache
     for begin in range(0, total, segment):
@@ -43,51 +56,118 @@ def prefill(model, input_ids: Prompts, cache: Cache | None = None, segment: int 
 
 
 def sample(
-    logits_BV: torch.Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """[B] tokens: the likeliest at temperature 0; else drawn from the likeliest that together reach top_p."""
+    logits_BV: torch.Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None,
+    top_k: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """[B] tokens: the likeliest at temperature 0; else drawn from the likeliest that together reach top_p.
+
+    top_k: from so many at most; 0: any number.
+    """
     if temperature == 0:
         return logits_BV.argmax(-1)
     p, token = (logits_BV.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        p[:, top_k:] = 0
+        p = p / p.sum(-1, keepdim=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the likeliest always stays
     return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
+def penalize(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits with those of seen tokens divided by the penalty, or multiplied where they are negative (CTRL)."""
+    return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+class Stops:
+    """Which sequences have had one of the stop strings, by the text of their new tokens."""
+
+    def __init__(self, stop: Sequence[str], tokenizer, batch_size: int):
+        self.stop, self.tokenizer = stop, tokenizer
+        # A token may be as little as a byte; some special ones have no text.
+        self.last = 8 + max((len(s.encode()) for s in stop), default=0)
+        self.new: list[list[int]] = [[] for _ in range(batch_size)]
+
+    def had(self, token_B: torch.Tensor) -> list[bool]:
+        """After one more token each."""
+        if not self.stop:
+            return [False] * len(self.new)
+        for row, token in zip(self.new, token_B.tolist(), strict=True):
+            row.append(token)
+            del row[: -self.last]
+        texts = [self.tokenizer.decode(row) for row in self.new]
+        return [any(s in text for s in self.stop) for text in texts]
+
+
 def stream(
     model, input_ids: Prompts, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int | None = None, *, eos_token: int | None = None, segment: int = SEGMENT, cache: Cache | None = None,
+    seed: int | None = None, **options,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """Yields the next token of every prompt, int64 [B], as soon as it is known; see `generate`.
 
-    A prompt that has had eos_token gets eos_token from then on; the stream ends when all have. cache: what the prompts
-    continue, also after the stream: all tokens but the last are in it.
+    A prompt that has ended gets eos_token from then on; the stream ends when all have.
     """
+    steps = _checked(model, input_ids, max_new_tokens, temperature, top_p, seed, **options)
+    return (token for token, _ in steps)
+
+
+def _checked(
+    model, input_ids, max_new_tokens, temperature, top_p, seed, *, top_k: int = 0, repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (), eos_token: int | None = None, segment: int = SEGMENT, cache: Cache | None = None,
+):  # fmt: skip
+    """_stream, with the arguments checked at once."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     for name, value, ok, rule in (
         ("max_new_tokens", max_new_tokens, type(max_new_tokens) is int and max_new_tokens >= 0, "be an int from 0 on"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "be finite and at least 0"),
         ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1"),
+        ("top_k", top_k, type(top_k) is int and top_k >= 0, "be an int from 0 on, 0 for any number"),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "be finite and above 0"),
+        ("stop", stop, all(isinstance(s, str) and s for s in stop), "be strings of at least one character"),
+        ("stop", stop, not stop or model.tokenizer is not None, "go to a model with a tokenizer (model.tokenizer)"),
     ):
-        if not ok:
-            raise ValueError(f"{name} must {rule}, got {value!r}")
-    return _stream(model, _rows(model, input_ids), max_new_tokens, temperature, top_p, seed, eos_token, segment, cache)
+        require(ok, name, rule, repr(value))
+    for name, value, none in (("top_p", top_p, 1), ("top_k", top_k, 0), ("seed", seed, None)):
+        if temperature == 0 and value != none:
+            warnings.warn(f"{name} is ignored at temperature 0, got {value}", stacklevel=3)
+    tokenizer = model.tokenizer
+    end = eos_token if eos_token is not None else getattr(tokenizer, "end", None) or 0
+    rows = _rows(model, input_ids, cache)
+
+    def choose(logits, seen, generator):
+        if repetition_penalty != 1:
+            logits = penalize(logits, seen, repetition_penalty)
+        return sample(logits, temperature, top_p, generator, top_k)
+
+    ended = None if eos_token is None and not stop else Stops(stop, tokenizer, len(rows))
+    return _stream(model, rows, max_new_tokens, choose, seed, eos_token, end, ended, segment, cache)
 
 
-def _stream(model, rows, max_new_tokens, temperature, top_p, seed, eos_token, segment, cache):
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(rows[0].device).manual_seed(seed)
-    done = torch.zeros(len(rows), dtype=torch.bool, device=rows[0].device)
+def _stream(model, rows, max_new_tokens, choose, seed, eos_token, end, stops: Stops | None, segment, cache):
+    """Yields tokens [B], and of which prompts they are: those that have not ended before."""
+    B, device = len(rows), rows[0].device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    alive, unread = [True] * B, [None] * B
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+    for mine, row in zip(seen, rows, strict=True):
+        mine[row] = True
     for i in range(max_new_tokens):
         if i == 0:
             logits, cache = prefill(model, rows, cache, segment)
-        else:
-            logits = model(token[:, None], cache=cache, logits_to_keep=1).logits[:, -1]  # noqa: F821
-        token = sample(logits, temperature, top_p, generator)
-        if eos_token is not None:
-            token = token.masked_fill(done, eos_token)
-            done |= token == eos_token
-        yield token
-        if eos_token is not None and done.all():
+        else:  # what has ended is read no further
+            lengths = None if all(alive) else [int(x) for x in alive]
+            logits = model(token[:, None], cache=cache, lengths=lengths, logits_to_keep=1).logits[:, -1]  # noqa: F821
+        token = choose(logits, seen, generator)
+        if stops is not None and not all(alive):
+            token = token.masked_fill(~torch.tensor(alive, device=device), end)
+        seen.scatter_(1, token[:, None], True)
+        unread = [x if on else old for x, old, on in zip(token.split(1), unread, alive, strict=True)]
+        cache.unread = unread
+        now = list(alive)
+        if stops is not None:
+            over = zip(alive, stops.had(token), token.tolist(), strict=True)
+            alive = [on and not had and x != eos_token for on, had, x in over]
+        yield token, now
+        if not any(alive):
             return
 
 
@@ -97,17 +177,22 @@ def generate(
 ) -> torch.Tensor | list[torch.Tensor]:  # fmt: skip
     """Prompts and what follows: [B, T + new] for a tensor [B, T], a list of 1-D tensors for a list of prompts.
 
-    max_new_tokens: fewer follow when every prompt has had eos_token; one that had it earlier is filled up with it in a
-    tensor, and ends there in a list. temperature: 0 for the likeliest token. top_p: draw from the likeliest tokens that
-    together reach this probability. seed: the same tokens every time; None: from torch's global generator. options:
-    eos_token, segment (tokens that prefill reads at once, 4096) and cache (see `stream`).
-    ValueError: an empty prompt or an argument out of range.
+    max_new_tokens: fewer follow when every prompt has ended; one that ended earlier is filled up with eos_token (or the
+    tokenizer's end) in a tensor, and ends there in a list. temperature: 0 for the likeliest token. top_p: draw from the
+    likeliest tokens that together reach this probability. seed: the same tokens every time; None: from torch's global
+    generator. options:
+
+    top_k: draw from so many of the likeliest at most; 0: any number. repetition_penalty: divides the logits of tokens
+    of these prompts and of what follows. eos_token: ends a prompt. stop: a string or several; one in the new text ends
+    a prompt. segment: tokens that prefill reads at once, 4096. cache: what the prompts continue; it goes on where this
+    call ends, its last token included.
+
+    ValueError: an empty prompt or an argument out of range. UserWarning: an argument that has no effect.
     """
-    rows = _rows(model, input_ids)
-    tokens = list(stream(model, rows, max_new_tokens, temperature, top_p, seed, **options))
-    new = torch.stack(tokens, 1) if tokens else rows[0].new_empty(len(rows), 0)
+    rows = _rows(model, input_ids, options.get("cache"))
+    steps = list(_checked(model, rows, max_new_tokens, temperature, top_p, seed, **options))
+    new = torch.stack([token for token, _ in steps], 1) if steps else rows[0].new_empty(len(rows), 0)
     if isinstance(input_ids, torch.Tensor):
         return torch.cat([torch.stack(rows), new], 1)
-    eos = options.get("eos_token")
-    ends = [len(x) if eos is None else int((x != eos).sum()) + int((x == eos).any()) for x in new]
+    ends = [sum(now[b] for _, now in steps) for b in range(len(rows))]
     return [torch.cat([row, x[:end]]) for row, x, end in zip(rows, new, ends, strict=True)]

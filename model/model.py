@@ -275,11 +275,13 @@ class Model(nn.Module):
 
         Args:
             input_ids (Tensor [B, T], or list of prompts): tokens; prompts of a list may differ in length.
-            max_new_tokens (int): fewer follow when every prompt has had `eos_token`.
+            max_new_tokens (int): fewer follow when every prompt has ended.
             temperature (float): 0 takes the likeliest token. Default: 0.
             top_p (float): draw from the likeliest tokens that together reach this probability. Default: 1.
             seed (int): gives the same tokens every time. Default: None, torch's global generator.
-            more: eos_token (int), segment (int, tokens that the prefill reads at once) and cache.
+            more: top_k (int), repetition_penalty (float), eos_token (int), stop (str or list of str that end a prompt;
+                needs `tokenizer`), segment (int, tokens that the prefill reads at once) and cache, which the next call
+                continues where this one ended.
 
         Returns:
             Tensor [B, T + new] for a tensor, a list of 1-D tensors for a list.

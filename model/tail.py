@@ -69,7 +69,10 @@ class Tail:
         """What `restore` takes: how much each sequence holds, and the tensors [B, held, ...]."""
         n = max(self.held)
         first = [self.end - n - shift for shift in self.shift]
-        return [torch.tensor(self.held, dtype=torch.int32), *(take_rows(x[:, : self.end], first, n) for x in self.buffers)]
+        return [
+            torch.tensor(self.held, dtype=torch.int32),
+            *(take_rows(x[:, : self.end], first, n) for x in self.buffers),
+        ]
 
     def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
         self.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hsa_tl.model import Model, preset
-from hsa_tl.model.generate import prefill, sample
+from hsa_tl.model.generate import penalize, prefill, sample
 
 SMALL = replace(
     preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, vocab_size=50,
@@ -49,7 +49,7 @@ def test_a_stream_can_be_continued(model):
     cache = model.new_cache(1)
     first = torch.stack(list(model.stream(row[None], 5, cache=cache)), 1)
     assert cache.lengths == [44]
-    more = torch.stack(list(model.stream(first[:, -1:], 6, cache=cache)), 1)
+    more = torch.stack(list(model.stream([[]], 6, cache=cache)), 1)  # the last token is read first
     assert torch.cat([row, first[0], more[0]]).tolist() == greedy(model, row, 11).tolist()
 
 
@@ -115,7 +115,77 @@ def test_errors_name_the_argument(model):
         ((ids, -1), {}, "max_new_tokens must be an int from 0 on, got -1"),
         ((ids, 3), {"temperature": -1.0}, "temperature must be finite and at least 0, got -1.0"),
         ((ids, 3), {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ((ids, 3), {"segment": 0}, "segment must be a positive int, got 0"),
+        ((ids, 3), {"segment": 0}, "segment must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(*args, **options)
+
+
+def test_a_second_turn_reads_what_the_first_one_said(model):
+    """Prompts of different lengths, of which one ends early: its padding is never read."""
+    rows, more = prompts((20, 7)), prompts((9, 30))
+    eos = int(greedy(model, rows[0], 3)[-1])
+    cache = model.new_cache(2)
+    first = model.generate(rows, 6, eos_token=eos, cache=cache)
+    second = model.generate(more, 4, cache=cache)
+    for said, new, got in zip(first, more, second, strict=True):
+        assert got.tolist() == greedy(model, torch.cat([said, new]), 4)[len(said) :].tolist()
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    end = 49
+
+    def decode(self, tokens):
+        return "".join(chr(65 + i) for i in tokens)
+
+
+def test_stop_strings(model):
+    model.tokenizer = Letters()
+    rows = prompts()
+    free = [x[len(row) :] for x, row in zip(model.generate(rows, 9), rows, strict=True)]
+    stop = Letters().decode(free[0][2:4].tolist())
+    for stops in (stop, ["never there", stop]):
+        got = model.generate(rows, 9, stop=stops)
+        for row, want, x in zip(rows, free, got, strict=True):
+            text, new = Letters().decode(want.tolist()), Letters().decode(x[len(row) :].tolist())
+            assert new == (text[: text.index(stop) + len(stop)] if stop in text else text)
+    tensor = model.generate(rows[0][None], 9, stop=stop)[0]
+    assert tensor.tolist() == got[0].tolist()  # the stream ends with its last prompt
+
+
+def test_top_k_and_repetition_penalty(model):
+    logits = torch.tensor([[3.0, 2.0, 1.0, -1.0]]).expand(999, -1)
+    assert set(sample(logits, 5.0, top_k=2).tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, top_k=1).tolist()) == {0}
+    seen = torch.tensor([[True, False, True, True]])
+    assert penalize(logits[:1], seen, 2.0).tolist() == [[1.5, 2.0, 0.5, -2.0]]
+    row = prompts((20,))[0]
+    new = model.generate([row], 20, repetition_penalty=1e9)[0][20:]
+    assert len({*new.tolist()}) == 20 and not {*new.tolist()} & {*row.tolist()}
+
+
+def test_what_has_no_effect_is_said(model):
+    with pytest.warns(UserWarning, match="top_k is ignored at temperature 0, got 5"):
+        model.generate(prompts((3,)), 1, top_k=5)
+    with pytest.warns(UserWarning, match="seed is ignored at temperature 0, got 7"):
+        model.generate(prompts((3,)), 1, seed=7)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"top_k": -1}, "top_k must be an int from 0 on, 0 for any number, got -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0, got 0.0"),
+        ({"stop": ["a", ""]}, "stop must be strings of at least one character, got"),
+        ({"stop": "a"}, "stop must go to a model with a tokenizer"),
+        ({"input_ids": torch.zeros(5, dtype=torch.int64)}, r"input_ids must hold prompts of at least one token, \[B, T\] or a list of 1-D ones"),
+        ({"input_ids": [[50]]}, r"input_ids must lie in \[0, 50\), got 50 at \[0\]"),
+        ({"input_ids": [[1.5]]}, "input_ids must be integers, got torch.float32"),
+        ({"input_ids": "text"}, "input_ids must be token ids, got a str"),
+    ],
+)
+def test_options_out_of_range(options, message, model):
+    with pytest.raises((ValueError, TypeError), match=message):
+        model.generate(**{"input_ids": [[1, 2]], "max_new_tokens": 2} | options)
