@@ -36,7 +36,7 @@ sample = task("mq-niah", args.tokens).sample(seed=1, index=0)
 tokens, (first, second) = torch.tensor(sample.tokens.tolist()), sample.answers[:, 0].tolist()
 cache = model.new_cache(1, capacity=args.tokens)
 begin, right = time.perf_counter(), 0
-for a, prompt in ((first, tokens[:first]), (second, tokens[first:second])):
+for a, prompt in ((first, tokens[:first]), (second, tokens[first + 1 : second])):  # its own answer it reads by itself
     value = model.generate([prompt], max_new_tokens=1, cache=cache)[0][-1]
     right += bool(value == tokens[a])
     print(f"{len(prompt)} new tokens, {cache.lengths[0]} in the cache: {1000 * (time.perf_counter() - begin):.0f} ms")

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tiers import prove
 
 tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read with Python 3.11's tomllib")
 
@@ -66,6 +67,7 @@ def test_wheel_holds_hsa_tl_only(wheel):
     metadata = next(wheel.glob("hsa_tl-*.dist-info"))
     assert "hsa-tl = hsa_tl.cli:app" in (metadata / "entry_points.txt").read_text()
     assert list(metadata.rglob("LICENSE"))
+    assert (wheel / "hsa_tl" / "py.typed").exists()
 
 
 def test_wheel_imports(wheel):
@@ -92,3 +94,28 @@ def test_import_is_light(module, tmp_path):
     assert (
         python(f"import sys, torch, {module}; assert not torch.cuda.is_initialized(); {heavy}", tmp_path) == with_torch
     )
+
+
+@prove
+def test_mypy_sees_the_types(wheel, tmp_path):
+    """The wheel is typed (PEP 561): a user's script is checked, right and wrong."""
+    pytest.importorskip("mypy", reason="needs mypy")
+    script = tmp_path / "script.py"
+    script.write_text("""if True:
+        import torch
+        from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks
+        from hsa_tl.model import Model, preset
+        x = torch.randn(1, 32, 1, 16)
+        scores, indices = retrieve_chunks(x, torch.randn(1, 2, 1, 16), 2, chunk_size=16)
+        weights = fusion_weights(scores)
+        assert isinstance(weights, torch.Tensor)
+        out: torch.Tensor = hsa_attention(x, x, x, weights, indices, chunk_size=16)
+        logits: torch.Tensor | None = Model(preset("tiny"))(torch.zeros(1, 4, dtype=torch.int64)).logits
+        wrong: int = retrieve_chunks(x, x, topk="2")
+    """)
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", str(tmp_path), str(script)]
+    env = {"PATH": "/usr/bin:/bin", "MYPYPATH": str(wheel)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    found = [line.split("error: ")[1] for line in result.stdout.splitlines() if "error: " in line]
+    assert len(found) == 2 and all("script.py:11" in x for x in result.stdout.splitlines()[:2]), result.stdout
+    assert any("tuple[Tensor, Tensor]" in x for x in found) and any('"topk"' in x for x in found), found
