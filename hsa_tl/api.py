@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hsa_tl import ops, transforms
 from hsa_tl.decode_retrieval import BLOCK
 from hsa_tl.fusion import fusion_weights as fusion_weights
-from hsa_tl.pairs import Pairs
+from hsa_tl.pairs import Pairs, check_range
 from hsa_tl.validation import IMPLS as IMPLS
 from hsa_tl.validation import (
     check_selection,
@@ -202,6 +202,7 @@ def hsa_attention(
     require_common(chunk_size, scale, impl)
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
     if validate and not torch.compiler.is_compiling():
+        check_range(indices, -(-T_kv // chunk_size))
         check_selection(weights, indices, T_kv, chunk_size, cu_seqlens)
     validate = validates(q, validate)
 

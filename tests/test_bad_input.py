@@ -131,6 +131,7 @@ VALUE_ERRORS = [
         )
     ),
     # what validate=True finds besides
+    (attention, {"indices": index(3), "validate": True}, r"indices must lie in \[-1, 3\), the chunks there are, got 3"),
     (
         attention,
         {"indices": index(1), "validate": True},
