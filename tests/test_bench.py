@@ -20,7 +20,9 @@ METRICS = {"time", "throughput", "bandwidth", "peak_extra_memory"}
 
 def attention(folder, names=("dense", "hsa-reference"), lengths=(64,), modes=("train",), **options):
     options = {"min_repeats": 1, "seconds": 0.0} | options
-    return run_sweep(Attention(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, **options)
+    return run_sweep(
+        Attention(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, **{"threads": 1} | options
+    )
 
 
 def times(rows):

@@ -17,7 +17,16 @@ CASE = dataclasses.replace(
 
 def bench(folder=None, names=None, lengths=(64, 128)):
     return run_sweep(
-        decode.Decode(), [CASE], lengths, None, names, device="cpu", out_dir=folder, min_repeats=1, seconds=0.0
+        decode.Decode(),
+        [CASE],
+        lengths,
+        None,
+        names,
+        device="cpu",
+        out_dir=folder,
+        min_repeats=1,
+        seconds=0.0,
+        threads=1,
     )
 
 
@@ -52,7 +61,21 @@ def test_unavailable_and_unknown():
 
 def test_the_command(tmp_path):
     run = CliRunner().invoke(
-        app, ["bench", "decode", "--device", "cpu", "--lengths", "256", "--seconds", "0", "--out", str(tmp_path)]
+        app,
+        [
+            "bench",
+            "decode",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--lengths",
+            "256",
+            "--seconds",
+            "0",
+            "--out",
+            str(tmp_path),
+        ],
     )
     assert run.exit_code == 0 and (tmp_path / "bench.csv").exists() and "dense-grouped" in run.output
     run = CliRunner().invoke(app, ["bench", "x"])

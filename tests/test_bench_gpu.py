@@ -78,7 +78,7 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
     """A fake device and clock: the second machine has the first one's folder and does what is left, then nothing."""
     monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H200 (a fake)")
     monkeypatch.setattr(roofline, "COPIED_BYTES", 1 << 20)
-    quick = {"min_repeats": 1, "seconds": 0.0}
+    quick = {"min_repeats": 1, "seconds": 0.0, "threads": 1}
     monkeypatch.setattr(gpu, "run_sweep", lambda *x, run=gpu.run_sweep, **options: run(*x, **options | quick))
     clock, done = Clock(), []
 

@@ -15,7 +15,16 @@ CASE = model.model_case("tiny")
 
 def bench(folder=None, names=None, lengths=(64,), modes=None):
     return run_sweep(
-        model.ModelBench(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, min_repeats=1, seconds=0.0
+        model.ModelBench(),
+        [CASE],
+        lengths,
+        modes,
+        names,
+        device="cpu",
+        out_dir=folder,
+        min_repeats=1,
+        seconds=0.0,
+        threads=1,
     )
 
 
@@ -79,7 +88,20 @@ def test_products_are_counted():
 
 
 def test_the_command(tmp_path):
-    words = ["bench", "model", "--device", "cpu", "--lengths", "64", "--mode", "read", "--seconds", "0"]
+    words = [
+        "bench",
+        "model",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--lengths",
+        "64",
+        "--mode",
+        "read",
+        "--seconds",
+        "0",
+    ]
     run = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
     assert run.exit_code == 0 and "full-attention" in run.output, run.output
     run = CliRunner().invoke(app, ["bench", "model", "--case", "paper-d128"])

@@ -18,7 +18,9 @@ CASE = dataclasses.replace(
 
 def bench(folder=None, names=None, lengths=(64, 128), modes=None, **options):
     options = {"min_repeats": 1, "seconds": 0.0} | options
-    return run_sweep(retrieve.Retrieve(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, **options)
+    return run_sweep(
+        retrieve.Retrieve(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, threads=1, **options
+    )
 
 
 def test_rows(monkeypatch, tmp_path):
@@ -82,7 +84,20 @@ def test_what_was_counted_is_what_is_scored():
 
 
 def test_the_command(tmp_path):
-    command = ["bench", "retrieve", "--device", "cpu", "--lengths", "2k", "--seconds", "0", "--out", str(tmp_path)]
+    command = [
+        "bench",
+        "retrieve",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--lengths",
+        "2k",
+        "--seconds",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     run = CliRunner().invoke(app, command)
     assert run.exit_code == 0 and "materialise" in run.output and (tmp_path / "bench.csv").exists()
     run = CliRunner().invoke(app, [*command, "--selection", "full"])

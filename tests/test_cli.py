@@ -42,7 +42,21 @@ def test_check_passes_on_the_reference():
 
 
 def test_bench_writes_rows_and_a_plot(tmp_path):
-    run("bench", "--device", "cpu", "--lengths", "256", "--mode", "train", "--seconds", 0, "--out", tmp_path)
+    run(
+        "bench",
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--lengths",
+        "256",
+        "--mode",
+        "train",
+        "--seconds",
+        0,
+        "--out",
+        tmp_path,
+    )
     rows = list(csv.DictReader((tmp_path / "bench.csv").open()))
     timed = {r["provider"] for r in rows if r["metric"] == "time" and r["p50"]}
     assert timed == set(DEFAULT_PROVIDERS["cpu"]) and json.loads((tmp_path / "bench.json").read_text())
