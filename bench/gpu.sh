@@ -26,8 +26,8 @@ else
   export PYTHONPATH="$PWD/.bundle/package:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 # Checkouts of others' kernels, see bench/published.py.
-[ -d .bundle/ramstorage ] && export HSA_RAMSTORAGE="${HSA_RAMSTORAGE:-$PWD/.bundle/ramstorage}"
-[ -d .bundle/hils ] && export HSA_HILS="${HSA_HILS:-$PWD/.bundle/hils}"
+[ -d .bundle/ramstorage ] && export HSA_TL_RAMSTORAGE="${HSA_TL_RAMSTORAGE:-$PWD/.bundle/ramstorage}"
+[ -d .bundle/hils ] && export HSA_TL_HILS="${HSA_TL_HILS:-$PWD/.bundle/hils}"
 # Kernels compiled by --prepare, on any machine with nvcc, are found here.
 export TILELANG_CACHE_DIR="${TILELANG_CACHE_DIR:-$PWD/.bundle/tilelang-cache}"
 exec "$python" -m hsa_tl.bench.gpu "$@"

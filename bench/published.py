@@ -17,8 +17,8 @@ import torch
 from hsa_tl.bench.baselines import needs_half_on_cuda
 from hsa_tl.problem import Problem
 
-RAMSTORAGE = "HSA_RAMSTORAGE"  # a checkout of github.com/RamstorageAI/long-context-modeling
-HILS = "HSA_HILS"  # a checkout of github.com/Tencent-Hunyuan/HiLS-Attention
+RAMSTORAGE = "HSA_TL_RAMSTORAGE"  # a checkout of github.com/RamstorageAI/long-context-modeling
+HILS = "HSA_TL_HILS"  # a checkout of github.com/Tencent-Hunyuan/HiLS-Attention
 
 
 @functools.cache

@@ -150,9 +150,9 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty and a digest of its local changes; HSA_COMMIT where there is no checkout."""
+    """The checkout's commit, with -dirty and a digest of local changes; HSA_TL_COMMIT where there is no checkout."""
     root = Path(__file__).resolve().parent.parent
-    named = os.environ.get("HSA_COMMIT", "unknown")
+    named = os.environ.get("HSA_TL_COMMIT", "unknown")
     if not (root / ".git").exists():
         return named
 

@@ -24,6 +24,7 @@ from hsa_tl.validation import (
     require_cu_seqlens,
     require_float,
     require_int,
+    require_pairs,
     require_selection,
     require_shape,
     require_tensor,
@@ -52,6 +53,7 @@ def build_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     """
     require_tensor("indices", indices, 4)
     require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    require_pairs(indices)
     require_int("num_chunks", num_chunks, 0)
     return Pairs(*ops.build_pairs(indices, num_chunks, validates(indices, None)))
 
@@ -168,7 +170,7 @@ def hsa_attention(
         deterministic (bool): the same gradients to the bit on every call. Default: False.
         validate (bool): True: indices must lie in range and name whole chunks in the past, the last query being the
             last key, and weights must be such as `fusion_weights` gives. False: nothing is checked, and an index out
-            of range is an empty slot. Default: None, the range alone, on CUDA only where HSA_VALIDATE=1 is set.
+            of range is an empty slot. Default: None, the range alone, on CUDA only where HSA_TL_VALIDATE=1 is set.
 
     Returns:
         Tensor [B, T, HQ, D] in q's dtype, differentiable in q, k, v and weights. A chunk that nobody chose has
@@ -322,7 +324,7 @@ def hsa_decode(
         v_pages (Tensor [num_pages, S, H, D], like q): values.
         weights (Tensor [B, T, H, K] or [B, T, HQ, K], float32): as in `hsa_attention`.
         indices (Tensor [B, T, H, K], int32): chosen chunks, counted within the sequence; -1 is an empty slot. On a
-            CPU, and wherever HSA_VALIDATE=1, an index outside [-1, max_chunks), or whose page is outside
+            CPU, and wherever HSA_TL_VALIDATE=1, an index outside [-1, max_chunks), or whose page is outside
             [0, num_pages), raises; elsewhere it is an empty slot.
         page_table (Tensor [B, max_chunks], int32): the page of each chunk of each sequence.
         scale (float): default: 1 / sqrt(D).

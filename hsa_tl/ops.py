@@ -57,7 +57,7 @@ def preferred(problem: Problem) -> tuple[str, ...]:
     """Implementations for impl="auto", fastest first."""
     if problem.device_type != "cuda" or problem.dtype == torch.float64:
         return ("reference",)
-    if torch.cuda.get_device_capability()[0] == 9:
+    if torch.cuda.get_device_capability(problem.device_index)[0] == 9:
         return ("tilelang", "triton", "reference")
     return ("triton", "reference")
 
@@ -78,10 +78,7 @@ def resolve_retrieval(
     impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, decode: bool = False
 ) -> str:
     """As `resolve`, for retrieval: "reference" is PyTorch, which runs everything, others <name>_retrieval."""
-    B, T, R, D_r = q_slc.shape
-    problem = Problem(
-        B, T, landmarks.shape[1], R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=q_slc.device.type
-    )
+    problem = Problem.of_retrieval(q_slc, landmarks.shape[1], topk, chunk_size)
     names = (impl,)
     if impl == "auto":
         hopper = q_slc.is_cuda and torch.cuda.get_device_capability(q_slc.device) == (9, 0)
@@ -102,7 +99,7 @@ def resolve_retrieval(
 def resolve_dlandmarks(q_slc: Tensor, topk: int) -> str:
     """Whose program sums the landmarks' gradient on CUDA."""
     tilelang = implementation("tilelang_retrieval")
-    problem = Problem(1, 1, 1, 1, 1, q_slc.shape[3], 64, topk, dtype=q_slc.dtype)
+    problem = Problem.of_retrieval(q_slc, 1, topk, 64)
     return "triton" if tilelang.unavailable(problem) else "tilelang"
 
 

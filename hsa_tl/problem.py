@@ -37,6 +37,7 @@ class Problem:
     masked: bool = False
     per_head: bool = False
     device_type: str = "cuda"
+    device_index: int | None = None  # of the CUDA device; None for the current one
 
     @classmethod
     def of(cls, q, k, weights, indices, chunk_len) -> "Problem":
@@ -45,7 +46,7 @@ class Problem:
         _, N, S, H, _ = k.shape
         return cls(
             B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
-            per_head=weights.shape[2] != H, device_type=q.device.type,
+            per_head=weights.shape[2] != H, device_type=q.device.type, device_index=q.device.index,
         )  # fmt: skip
 
     @classmethod
@@ -55,7 +56,16 @@ class Problem:
         _, S, H, _ = k_pages.shape
         return cls(
             B=B, T=T, N=page_table.shape[1], HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype,
-            per_head=weights.shape[2] != H, device_type=q.device.type,
+            per_head=weights.shape[2] != H, device_type=q.device.type, device_index=q.device.index,
+        )  # fmt: skip
+
+    @classmethod
+    def of_retrieval(cls, q_slc, N: int, topk: int, S: int) -> "Problem":
+        """A retrieval's: R for H, D_r for D."""
+        (B, T, R, D_r), device = q_slc.shape, q_slc.device
+        return cls(
+            B=B, T=T, N=N, HQ=R, H=R, D=D_r, S=S, K=topk, dtype=q_slc.dtype, device_type=device.type,
+            device_index=device.index,
         )  # fmt: skip
 
     @property

@@ -105,7 +105,7 @@ def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
 
 def validates(x: torch.Tensor, validate: bool | None) -> bool:
     """Whether to look at the values of x's call. None: on a CPU; elsewhere, where it waits for the device, if asked."""
-    return x.device.type == "cpu" or os.environ.get("HSA_VALIDATE") == "1" if validate is None else validate
+    return x.device.type == "cpu" or os.environ.get("HSA_TL_VALIDATE") == "1" if validate is None else validate
 
 
 def config_json(config: object) -> str:
@@ -116,12 +116,19 @@ def config_json(config: object) -> str:
     return json.dumps({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
 
 
+def require_pairs(indices: torch.Tensor) -> None:
+    """The inverted index counts a head's pairs of token and slot in int32."""
+    T, K = indices.shape[1], indices.shape[3]
+    require(T * K < 2**31, "indices", "have less than 2^31 slots T * K", lambda: f"{T} * {K}")
+
+
 def require_selection(
     q: torch.Tensor, H: int, weights: torch.Tensor, indices: torch.Tensor, hint: Callable[[], str] = str
 ) -> None:
     B, T, HQ, _ = q.shape
     require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k", hint)
     require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    require_pairs(indices)
     K = indices.shape[3]
     require(
         weights.shape[0] == B and weights.shape[1] == T and weights.shape[2] in (H, HQ) and weights.shape[3] == K,

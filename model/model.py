@@ -327,7 +327,7 @@ class Model(nn.Module):
 
         Raises:
             ValueError, TypeError: tokens or labels that are no integers, out of range (checked on a CPU, and wherever
-                HSA_VALIDATE=1) or of another shape; lengths without a cache.
+                HSA_TL_VALIDATE=1) or of another shape; lengths without a cache.
         """
         input_ids, labels = self._validated(input_ids, labels, cache, logits_to_keep)
         if cache is None and lengths is not None:

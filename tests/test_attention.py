@@ -191,3 +191,17 @@ def test_retrieval_to_output(impl):
     assert (actual["out"][:, :16] == 0).all()
     assert (actual["dlandmarks"][:, 0] != 0).any()
     assert_all_accurate(actual, wanted)
+
+
+@each_impl
+def test_unchecked_an_index_out_of_range_is_an_empty_slot(impl):
+    """validate=False holds on a CPU too."""
+    good = make_call(PLAIN)
+    values = torch.tensor([PLAIN.N, -2, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    wild = values[torch.arange(good.indices.numel()).view_as(good.indices) % 4]
+    outside = torch.rand(good.indices.shape) < 0.3
+    empty, bad = (good._replace(indices=torch.where(outside, x, good.indices)) for x in (torch.tensor(-1).int(), wild))
+    a, b = (run(impl, x, validate=False) for x in (empty, bad))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match=r"indices must lie in \[-1, 3\)"):
+        run(impl, bad)

@@ -5,6 +5,7 @@ import torch
 from tiers import tiered
 
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, ops, retrieve_chunks
+from hsa_tl.problem import Problem
 
 B, T, HQ, H, D, K, N = 2, 40, 4, 2, 16, 3, 3
 
@@ -303,3 +304,25 @@ def test_unable_retrieval(impl, dtype, topk, words):
 def test_config_of_another_implementation(impl, config, words):
     with pytest.raises(ValueError, match=words):
         attention(impl=impl, config=config)
+
+
+def test_more_pairs_than_int32_counts_are_refused_by_name():
+    """Before anything is read: these tensors are views of one element."""
+    tokens, slots = 1 << 25, 64
+    indices = torch.zeros(1, dtype=torch.int32).expand(1, tokens, 1, slots)
+    q, kv, weights = (torch.zeros(1).expand(1, n, 1, d) for n, d in ((tokens, 16), (16, 16), (tokens, slots)))
+    words = r"indices must have less than 2\^31 slots T \* K, got 33554432 \* 64"
+    with pytest.raises(ValueError, match=words):
+        attention(q=q, k=kv, v=kv, weights=weights, indices=indices)
+    with pytest.raises(ValueError, match=words):
+        build_pairs(indices, 1)
+
+
+def test_the_device_is_the_tensors(monkeypatch):
+    """The current GPU is an A100, the second one a Hopper."""
+    capability = {None: (8, 0), 0: (8, 0), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[device])
+    for index, first in ((None, "triton"), (0, "triton"), (1, "tilelang")):
+        problem = Problem(1, 64, 1, 16, 1, 128, 64, 4, device_index=index)
+        assert ops.preferred(problem)[0] == first
+        assert (ops.implementation("tilelang").unavailable(problem) is None) == (index == 1)

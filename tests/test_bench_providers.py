@@ -22,9 +22,9 @@ CPU = cases.on_cpu(CUDA)
         ("dense-flex", "FlexAttention has a backward on CUDA only, the problem is on cpu"),
         ("dense-fa3", "needs CUDA tensors, the problem is on cpu"),
         ("nsa-fla", "needs CUDA tensors, the problem is on cpu"),
-        ("ramstorage-triton", "the environment variable HSA_RAMSTORAGE names no checkout"),
-        ("ramstorage-tilelang", "the environment variable HSA_RAMSTORAGE names no checkout"),
-        ("hils", "the environment variable HSA_HILS names no checkout"),
+        ("ramstorage-triton", "the environment variable HSA_TL_RAMSTORAGE names no checkout"),
+        ("ramstorage-tilelang", "the environment variable HSA_TL_RAMSTORAGE names no checkout"),
+        ("hils", "the environment variable HSA_TL_HILS names no checkout"),
     ],
 )
 def test_on_a_cpu(name, words, monkeypatch):
@@ -50,7 +50,7 @@ def test_what_a_provider_needs_of_the_problem():
 
 def test_a_wrong_checkout_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv(published.HILS, str(tmp_path))
-    words = f"HSA_HILS must name a checkout with ops/hils_fwd_bwd_head.py, got {tmp_path}"
+    words = f"HSA_TL_HILS must name a checkout with ops/hils_fwd_bwd_head.py, got {tmp_path}"
     assert provider("hils").unavailable(CUDA) == words
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "hils_fwd_bwd_head.py").write_text("import nothing_of_that_name")

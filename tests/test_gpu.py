@@ -128,7 +128,7 @@ def test_two_runs_are_bitwise_equal(impl, dtype):
 @pytest.mark.parametrize("impl", ("reference", *KERNELS))
 @pytest.mark.device  # on a CPU it raises
 def test_index_out_of_range(impl, monkeypatch):
-    """Unchecked it is an empty slot, never an out-of-bounds read; validate=True or HSA_VALIDATE=1 raises."""
+    """Unchecked it is an empty slot, never an out-of-bounds read; validate=True or HSA_TL_VALIDATE=1 raises."""
     good = make_call(Dims(T=100, T_kv=250, HQ=16, D=64, S=64, K=4))
     outside = torch.rand(good.indices.shape) < 0.3
     values = torch.tensor([4, 5, -2, 2**31 - 1, -(2**31)], dtype=torch.int32)
@@ -144,7 +144,7 @@ def test_index_out_of_range(impl, monkeypatch):
     assert torch.equal(pairs.offsets, build_pairs(empty.indices, 4).offsets)
     with pytest.raises(ValueError, match=r"indices must lie in \[-1, 4\)"):
         hsa_attention(*bad[:5], validate=True, **options)
-    monkeypatch.setenv("HSA_VALIDATE", "1")
+    monkeypatch.setenv("HSA_TL_VALIDATE", "1")
     with pytest.raises(ValueError, match=r"indices must lie in \[-1, 4\)"):
         hsa_attention(*bad[:5], **options)
 
@@ -314,11 +314,11 @@ def test_every_shipped_config_equals_the_oracle(D):
 
 
 def test_windows_of_partials_give_the_same(monkeypatch):
-    """A small HSA_PARTIAL_BYTES makes many windows of tokens: the same forward, dk and dv added up window by window."""
+    """A small HSA_TL_PARTIAL_BYTES makes many windows of tokens: the same forward; dk and dv added up by window."""
     call = on_gpu(make_call(DIMS["paper-d128"]), torch.bfloat16)
     config = {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}
     whole = run_with_gradients(hsa_attention, call, impl="tilelang", config=config, chunk_size=64)
-    monkeypatch.setenv("HSA_PARTIAL_BYTES", str(64 * 16 * 16 * 128 * 2))
+    monkeypatch.setenv("HSA_TL_PARTIAL_BYTES", str(64 * 16 * 16 * 128 * 2))
     check("tilelang", call, chunk_size=64, config=config)
     windows = run_with_gradients(hsa_attention, call, impl="tilelang", config=config, chunk_size=64)
     assert all(torch.equal(whole[name], windows[name]) for name in ("out", "dq", "dweights"))

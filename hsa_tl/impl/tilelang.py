@@ -69,7 +69,8 @@ def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | Non
     emulated = targeted(problem) != problem
     if problem.device_type == "cpu" and not emulated:
         return _lacks_compiler() if problem.dtype == torch.float32 else "the CPU target runs float32 only"
-    if not emulated and (problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0)):
+    hopper = problem.device_type == "cuda" and torch.cuda.get_device_capability(problem.device_index) == (9, 0)
+    if not emulated and not hopper:
         return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
     if problem.dtype not in HALF:
         return "on CUDA it runs bfloat16 and float16"
@@ -150,8 +151,8 @@ def fwd_union(call: Call, config: Config) -> Launch:
 def pair_sums(call: Call, config: Config, program: Callable[[Window, Tensor], object]) -> tuple[Callable, Tensor]:
     """What runs `program(window, partial)`, which leaves a row [G, D] for each pair, and sums each token's rows.
 
-    The partial rows are stored in windows of tokens that fit HSA_PARTIAL_BYTES (2 GiB), or with reduce_add added up in
-    float32. Returns it and the sums [B, T, H, G, D].
+    The partial rows are stored in windows of tokens that fit HSA_TL_PARTIAL_BYTES (2 GiB), or with reduce_add added up
+    in float32. Returns it and the sums [B, T, H, G, D].
     """
     p, out = call.problem, torch.empty_like(call.q)
     pairs = call.pairs or (sort_by_torch if p.device_type == "cpu" else sort_pairs)(call.indices, p.N)
@@ -164,7 +165,7 @@ def pair_sums(call: Call, config: Config, program: Callable[[Window, Tensor], ob
             out.copy_(total)
 
         return add, out
-    tokens = partial_window(p, int(os.environ.get("HSA_PARTIAL_BYTES", 2 << 30)))
+    tokens = partial_window(p, int(os.environ.get("HSA_TL_PARTIAL_BYTES", 2 << 30)))
     partial = call.q.new_empty(p.B, p.H, tokens * p.K, p.G, p.D)
     combine = compiled("hsa_combine", p)
 

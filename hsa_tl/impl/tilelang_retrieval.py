@@ -23,14 +23,12 @@ def decode_unavailable(problem: Problem) -> str | None:
 
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
     """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
-    B, T, R, D_r = q_slc.shape
+    B, T, R, _ = q_slc.shape
     N = landmarks.shape[1]
     scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
     if scores.numel() and N:
-        device_type = q_slc.device.type
-        problem = Problem(B, T, N, R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=device_type)
-        problem = launchers.targeted(problem)
+        problem = launchers.targeted(Problem.of_retrieval(q_slc, N, topk, chunk_size))
         # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
         past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
         bounds = *past, outside[0] + 1, outside[1]
@@ -41,13 +39,12 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
 
 def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale):
     """scores, indices [B, T, R, topk] of a few tokens of each sequence; see hsa_tl.api.retrieve_decode."""
-    B, T, R, D_r = q_slc.shape
-    N, device_type = landmarks.shape[1], q_slc.device.type
+    B, T, R, _ = q_slc.shape
+    N = landmarks.shape[1]
     scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
     if scores.numel() and N:
-        problem = Problem(B, T, N, R, R, D_r, chunk_size, topk, dtype=q_slc.dtype, device_type=device_type)
-        problem = launchers.targeted(problem)
+        problem = launchers.targeted(Problem.of_retrieval(q_slc, N, topk, chunk_size))
         config = table.heuristic("retrieve_split", problem)  # of B, T and N: no table's row is
         splits = -(-N // config.block_N)
         best = torch.empty(B, T, R, splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
@@ -62,12 +59,10 @@ def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude
 
 def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
     """The gradient of landmarks [B, num_chunks, R, D_r], in q_slc's dtype."""
-    B, T, R, D_r = q_slc.shape
+    B, R, D_r = q_slc.shape[0], *q_slc.shape[2:]
     out = q_slc.new_zeros(B, num_chunks, R, D_r)
     if dscores.numel() and num_chunks:
-        K, device_type = dscores.shape[3], q_slc.device.type
-        problem = Problem(B, T, num_chunks, R, R, D_r, 64, K, dtype=q_slc.dtype, device_type=device_type)
-        problem = launchers.targeted(problem)
+        problem = launchers.targeted(Problem.of_retrieval(q_slc, num_chunks, dscores.shape[3], 64))
         kernel = launchers.compiled("retrieve_dlandmarks", problem)
         kernel(dscores.contiguous(), q_slc.contiguous(), *pairs, scale, out)
     return out

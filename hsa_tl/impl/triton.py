@@ -300,9 +300,9 @@ def unavailable(problem, kernels=(forward_kernel, dq_kernel, dkdv_kernel)) -> st
         return "it runs bfloat16, float16 and float32"
     if not torch.cuda.is_available():
         return "no CUDA device is present"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(problem.device_index) < (8, 0):
         return "it needs compute capability 8.0 or newer"
-    limit = _device_shared_bytes()
+    limit = _device_shared_bytes(problem.device_index)
     for kernel in kernels:
         if plan(kernel, problem.G, problem.D, problem.S, problem.dtype.itemsize, limit) is None:
             return f"{kernel.__name__} needs more than the {limit} bytes of shared memory that a block can have"

@@ -120,7 +120,7 @@ def unavailable(problem: Problem) -> str | None:
         return None if problem.dtype == torch.float32 else "the interpreter runs float32 only"
     if problem.device_type != "cuda" or not torch.cuda.is_available():
         return f"it runs on cuda and cpu tensors, not on {problem.device_type}"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(problem.device_index) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     return None if problem.dtype in _DTYPES else "it runs bfloat16, float16 and float32"
 
