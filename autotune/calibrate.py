@@ -21,14 +21,12 @@ ITERATIONS = 60
 
 @dataclass(frozen=True)
 class Sample:
-    """One candidate on one selection: what cost.predict takes, and what was measured."""
+    """One plan on one selection: what cost.predict takes of each of its programs, and what was measured."""
 
-    program: str
-    config: Config
+    strategy: tuple[str, ...]
+    parts: tuple[tuple[Config, int, dict | None], ...]  # config, CTAs of an SM, work
     problem: Problem
-    ctas: int
-    work: dict | None
-    share: dict[int, float]
+    overlap: float
     ns_per_pair: float
 
 
@@ -45,24 +43,24 @@ def samples(journal: Journal, device: str) -> list[Sample]:
     """The measurements of a device that have a static record beside them."""
     found = []
     for name, entry in journal.all(kind="measured", device=device):
-        problem, config = problem_of(name), configs.parse(name["program"], name["config"])
-        read = journal.get({"kind": "static", **static.identity(name["program"], problem, config)})
-        if entry.get("error") or read is None or read["error"] or not entry["rounds"]:
+        problem = problem_of(name)
+        programs = [(program, configs.parse(program, config)) for program, config in name["programs"].items()]
+        read = [journal.get({"kind": "static", **static.identity(x, problem, config)}) for x, config in programs]
+        if entry.get("error") or None in read or any(x["error"] for x in read) or not entry["rounds"]:
             continue
-        shares = measure.shares(problem)
+        parts = tuple((c, max(1, x["ctas_per_sm"]), x["work"]) for (_, c), x in zip(programs, read, strict=True))
+        overlaps = measure.overlaps(problem)
         for selection, rounds in entry["rounds"].items():
             ns = 1e3 * float(np.median(rounds)) / problem.pairs
-            found.append(
-                Sample(
-                    name["program"], config, problem, max(1, read["ctas_per_sm"]), read["work"], shares[selection], ns
-                )
-            )
+            found.append(Sample(tuple(name["programs"]), parts, problem, overlaps[selection], ns))
     return found
 
 
 def predictions(samples: Iterable[Sample], device: cost.Device) -> np.ndarray:
     """ns for each pair of each sample."""
-    return np.array([cost.predict(s.config, s.problem, s.ctas, s.work, device, s.share)[0] for s in samples])
+    return np.array(
+        [sum(cost.predict(c, s.problem, n, work, device, s.overlap)[0] for c, n, work in s.parts) for s in samples]
+    )
 
 
 def _ranks(values) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The tuner's commands of hsa-tl."""
 
+import itertools
 import json
 import math
 import time
@@ -12,7 +13,7 @@ import typer
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate as calibration
-from hsa_tl.autotune import cost, explain, measure, static_page, table, tuner
+from hsa_tl.autotune import cost, explain, measure, plan, static_page, table, tuner
 from hsa_tl.autotune import static as static_check
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.cases import Case
@@ -130,7 +131,7 @@ def autotune(
     case_names: Annotated[
         Optional[list[str]], typer.Option("--case", help=f"a named problem, repeatable; by default {DEFAULT}")
     ] = None,
-    tag: Annotated[Optional[str], typer.Option(help="all cases of a tag: tune, table, ci, bench")] = None,
+    tag: Annotated[Optional[str], typer.Option(help="all cases of a tag: tune, ci, bench")] = None,
     lengths: Annotated[Optional[str], typer.Option("--T", "--lengths", help="tokens: 16k, 4k,64k or 4k..1m")] = None,
     hq: Annotated[Optional[int], number("--HQ", low=1, high=4096, help="query heads")] = None,
     h: Annotated[Optional[int], number("--H", low=1, high=4096, help="key/value heads")] = None,
@@ -147,8 +148,8 @@ def autotune(
     ] = None,
     out: Annotated[
         Optional[Path],
-        typer.Option(help="a table, or a folder of <device>.json, to merge the best rows into; by default what is "
-                     "measured goes to the user's own"),
+        typer.Option(help="a table, or a folder of <device>.json, to merge what is measured into; by default the "
+                     "user's own"),
     ] = None,
     journal_path: Annotated[Optional[Path], typer.Option("--journal", help=JOURNAL)] = None,
     jobs: Annotated[int, number(low=1, high=1024, help="compilations at once")] = 2,
@@ -158,7 +159,7 @@ def autotune(
 
     An interrupted run goes on where it stopped. Exit code 2 if nvcc or cuobjdump is missing.
     """
-    here = table.device_name()
+    here = cost.device_name()
     devices = device or [here or "h200"]
     check_devices(devices)
     programs = tuple(program or configs.TUNED)
@@ -182,35 +183,36 @@ def autotune(
                     show_explanation(explain.explain(name, case, devices[0], journal, jobs=jobs), case, devices[0])
         return
     measured = not device and here is not None
+    if out and not measured:
+        raise ValueError("out must be left out where nothing is measured: a table has no predictions")
     minutes = 9.0 if measured and minutes is None else minutes
-    chosen, shown = run(wanted, devices, programs, journal, jobs, minutes, measured)
-    for name in devices:
-        if out or measured:
-            path = out_file(out, name) if out else table.user_path(name)
-            table.merge(path, name, chosen[name])
-            console.print(f"wrote {path}", soft_wrap=True)
+    chosen, shown = run(wanted, devices[0], programs, journal, jobs, minutes, measured)
+    if measured:
+        path = out_file(out, here) if out else table.user_path(here)
+        table.merge(path, here, chosen)
+        console.print(f"wrote {path}", soft_wrap=True)
     how = f"measured on {here}" if measured else f"static, predicted for {devices[0]}"
     if len(wanted) == 1:
-        show_static(shown, f"{wanted[0].problem}: {how}, best first")
-        for row in chosen[devices[0]]:
-            line = f"{row['program']}: {json.dumps(row['config'])} ({row['source']})"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    else:
-        show_chosen(chosen[devices[0]], f"Best of each program: {how}")
+        us = {"median_us"} if measured else set()
+        parts = [part | {name: row[name] for name in us} for row in shown for part in row["parts"]]
+        show_static(parts, f"{wanted[0].problem}: {how}, best first")
     if measured:
+        show_chosen(chosen, f"Fastest plans: {how}")
         show_agreement(journal, here)
+    else:
+        show_predicted(wanted, devices, f"Plans: {how}")
 
 
 def run(
-    wanted: list[Case], devices: list[str], programs: tuple[str, ...], journal: Journal, jobs: int,
+    wanted: list[Case], device: str, programs: tuple[str, ...], journal: Journal, jobs: int,
     minutes: float | None, measured: bool,
-) -> tuple[dict[str, list[dict]], list[dict]]:  # fmt: skip
-    """Ranks, and measures what is to be measured. The table rows of each device, and all rows of the last case.
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """Ranks, and measures what is to be measured. The table rows of what was measured, and the last case's plans.
 
     ValueError: the minutes are over before all is assembled; what is done is in the journal.
     """
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    chosen, rows = {name: [] for name in devices}, []
+    chosen, rows = [], []
     work = [(n, c.problem, x) for c in wanted for n in programs for x in configs.candidates(n, c.problem)]
     with progress_bar(console) as bar:
         show = progress_of(bar, "lower, assemble, read")
@@ -224,40 +226,59 @@ def run(
                 )
 
         static_check.analyse_all(work, jobs=jobs, journal=journal, progress=progress)
-        for name in devices:
-            for i, case in enumerate(wanted):
-                rows = tuner.rank(case, name, programs=programs, journal=journal)
-                if measured:
-                    seconds = max(0.0, end - time.monotonic()) / (len(wanted) - i)
-                    show = progress_of(bar, f"measure {case.name}")
-                    rows = measure.measure(case, rows, device=name, seconds=seconds, journal=journal, progress=show)
-                    chosen[name] += tuner.best(case, [r for r in rows if r["median_us"]])
-                else:
-                    chosen[name] += tuner.best(case, rows)
+        for i, case in enumerate(wanted):
+            rows = tuner.rank(case, device, programs=programs, journal=journal)
+            if measured:
+                seconds, show = max(0.0, end - time.monotonic()), progress_of(bar, f"measure {case.name}")
+                rows = measure.measure(
+                    case, rows, device=device, seconds=seconds / (len(wanted) - i), journal=journal, progress=show
+                )
+                chosen += tuner.best(case, rows)
     return chosen, rows
 
 
 def show_chosen(rows: list[dict], title: str) -> None:
     """Prints table rows."""
     lines = [
-        (r["program"], r["D"], r["K"], r["T"], short(configs.describe(configs.from_dict(r["program"], r["config"]))),
-         f"{r['ns_per_pair']:.2f}", r["limiter"], r["candidates"], f"{r['median_us']:.0f}" if r["median_us"] else "")
+        (r["direction"], r["D"], r["K"], r["T"][1], r["overlap"][1], plan_text(table.programs(r)),
+         f"{r['ns_per_pair']:.2f}", r["candidates"], f"{r['median_us']:.0f}")
         for r in rows
     ]  # fmt: skip
-    names = ("program", "D", "K", "T", "config", "ns/pair", "limiter", "of", "us")
-    show_table(console, title, names, lines, right=(1, 2, 3, 5, 7, 8))
+    names = ("direction", "D", "K", "T", "overlap", "plan", "ns/pair", "of", "us")
+    show_table(console, title, names, lines, right=(1, 2, 3, 4, 6, 7, 8))
+
+
+def plan_text(programs: tuple) -> str:
+    return "; ".join(f"{name} {short(configs.describe(config))}" for name, config in programs)
+
+
+def show_predicted(wanted: list[Case], devices: list[str], title: str) -> None:
+    """Prints the plans that calls of the cases get on each device, by the class of the selection."""
+    lines = []
+    for device in devices:
+        for case in wanted:
+            for direction, overlap in itertools.product(plan.STRATEGIES, tuner.CLASSES):
+                try:
+                    made = plan.choose(direction, case.problem, json.dumps({"overlap": float(overlap)}), device=device)
+                except NotImplementedError as error:
+                    lines.append((device, case.problem, direction, overlap, str(error), ""))
+                else:
+                    text, ns = plan_text(made.programs), f"{made.ns_per_pair:.2f}"
+                    lines.append((device, case.problem, direction, overlap, text, ns))
+    names = ("device", "problem", "direction", "overlap", "plan", "ns/pair")
+    show_table(console, title, names, lines, right=(3, 5))
 
 
 def show_agreement(journal: Journal, device: str) -> None:
-    """Prints the rank correlation of prediction and measurement, program by program."""
+    """Prints the rank correlation of prediction and measurement, strategy by strategy."""
     found = calibration.samples(journal, device)
-    for program in configs.TUNED:
-        mine = [x for x in found if x.program == program]
+    for strategy in dict.fromkeys(x.strategy for x in found):
+        mine = [x for x in found if x.strategy == strategy]
         if len(mine) > 2:
-            rank = calibration.spearman(
-                calibration.predictions(mine, cost.DEVICES[device]), [x.ns_per_pair for x in mine]
-            )
-            console.print(f"{program}: Spearman of prediction and measurement {rank:.2f} over {len(mine)}")
+            predicted = calibration.predictions(mine, cost.DEVICES[device])
+            rank = calibration.spearman(predicted, [x.ns_per_pair for x in mine])
+            names = " and ".join(strategy)
+            console.print(f"{names}: Spearman of prediction and measurement {rank:.2f} over {len(mine)}")
 
 
 def show_explanation(e: explain.Explanation, case: Case, device: str) -> None:

@@ -6,12 +6,17 @@ the innermost loop of the assembled program. It finds cliffs; it is not a measur
 devices/<name>.json with their unit and source; autotune.calibrate fits those that are assumed to measurements.
 """
 
+import functools
 import json
+import math
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from importlib import resources
 
-from hsa_tl.kernels_tilelang.config_base import Config
+import torch
+
+from hsa_tl.kernels_tilelang.config_base import Config, blocks_per_sm
 from hsa_tl.problem import Problem
 
 FREE = ("assumed", "fitted")  # sources of constants that measurements may change
@@ -59,6 +64,32 @@ def device_text(name: str) -> str:
 
 
 DEVICES = {name: parse_device(device_text(name)) for name in ("h100", "h200", "h800")}
+UNKNOWN = "h100"  # whose constants an unknown GPU borrows
+
+
+def device_name(index: int | None = None) -> str | None:
+    """Which of DEVICES the GPU is by the words of its name, None for none of them or without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(index).lower())
+    return next((name for name in DEVICES if name in words), None)
+
+
+@functools.cache
+def device_here(index: int | None = None) -> Device:
+    """The constants of the GPU, with as many SMs as it has; one that is none of DEVICES borrows UNKNOWN's and says so.
+
+    Without a GPU UNKNOWN's, for the emulator.
+    """
+    if not torch.cuda.is_available():
+        return DEVICES[UNKNOWN]
+    properties, name = torch.cuda.get_device_properties(index), device_name(index)
+    if name is None:
+        warnings.warn(
+            f"{properties.name} has no constants of its own in hsa_tl/autotune/devices: programs are chosen by those "
+            f"of {UNKNOWN} with {properties.multi_processor_count} SMs", stacklevel=2,
+        )  # fmt: skip
+    return replace(DEVICES[name or UNKNOWN], name=name or UNKNOWN, sms=properties.multi_processor_count)
 
 
 def memory_ns(config: Config, problem: Problem, device: Device, read: float = 1.0) -> dict[str, float]:
@@ -178,13 +209,14 @@ def pass_work(config: Config, problem: Problem, sass) -> dict[str, float] | None
 READERS = (parse_sass, count, inner_loops, loop_work, pass_work)
 
 
-def bounds(config: Config, problem: Problem, ctas: int, work: dict | None, device: Device, share=None) -> dict:
-    """ns for each pair by what could set it. ctas: of an SM; work: pass_work's; share: of a union, best without it."""
-    read, multiplied = config.again(problem, share) if share else (1.0, 1.0)
+def bounds(config: Config, problem: Problem, ctas: int, work: dict | None, device: Device, overlap=1.0) -> dict:
+    """ns for each pair by what could set it. ctas: of an SM; work: pass_work's, None if nothing is assembled."""
+    d, (read, multiplied) = device, config.again(problem, overlap)
     memory = memory_ns(config, problem, device, read)
     if work is None:
-        return memory
-    d = device
+        rate = d.tensor_flops_clock * (d.mma_sync if config.tensor_core() == "hmma" else 1.0)
+        flops = multiplied * problem.pair_flops(config.DIRECTION)
+        return memory | ({"tensor": flops / rate * d.ns_for_each_clock} if flops else {})
     tensor = (work["wgmma_flops"] + work["mma_flops"] / d.mma_sync) / d.tensor_flops_clock
     serial = work["issue_warp"] * d.instruction_clocks + work["barriers"] * d.barrier_clocks
     serial += work["waits"] * d.wgmma_wait_clocks + (d.load_clocks if work["loads"] else 0)
@@ -200,8 +232,18 @@ def bounds(config: Config, problem: Problem, ctas: int, work: dict | None, devic
     return memory | {k: multiplied * value / work["pairs"] * d.ns_for_each_clock for k, value in clocks.items()}
 
 
-def predict(config: Config, problem: Problem, ctas: int, work: dict | None, device: Device, share=None):
+def predict(config: Config, problem: Problem, ctas: int, work: dict | None, device: Device, overlap=1.0):
     """(ns for each pair, the limiter): the greatest of the bounds, and more where others come near."""
-    found = bounds(config, problem, ctas, work, device, share)
+    found = bounds(config, problem, ctas, work, device, overlap)
     top = sorted(found, key=found.get, reverse=True)[: 3 if work else 1]
     return sum(found[name] ** 4 for name in top) ** 0.25, top[0]
+
+
+def planned_ns(config: Config, problem: Problem, device: Device, overlap: float) -> float:
+    """What plans are chosen by: predict without an assembled program, on a GPU that the CTAs fill in whole waves.
+
+    A strategy's index building and sums are in its program's pair_bytes.
+    """
+    ns, _ = predict(config, problem, 1, None, device, overlap)
+    slots, ctas = device.sms * max(1, blocks_per_sm(config, problem)), max(1, config.ctas(problem))
+    return ns * math.ceil(ctas / slots) * slots / ctas

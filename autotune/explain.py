@@ -1,10 +1,12 @@
 """Why a config is chosen: where it comes from, what it is predicted and measured to do, and how its neighbours do."""
 
+import json
 from dataclasses import dataclass, fields, replace
 
-from hsa_tl.autotune import cost, static, table
+from hsa_tl.autotune import cost, plan, static
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.autotune.measure import name_of, summary
+from hsa_tl.autotune.tuner import plan_row
 from hsa_tl.cases import Case
 from hsa_tl.kernels_tilelang import config as configs
 
@@ -46,20 +48,23 @@ def neighbours(program: str, problem, config) -> list[tuple[str, object]]:
     return found
 
 
-def chosen_config(program: str, case: Case, device: str) -> tuple[object, str]:
-    """What table.resolve takes on that device without config= and without a rule, and where it comes from."""
-    if table.mode() != "heuristic" and (row := table.lookup(program, case.problem, device)):
-        how = "the same T" if row["T"] == case.problem.T else f"nearest T = {row['T']}"
-        origin = f"{row['source']} row of the table ({how}), best of {row['candidates']} candidates"
-        if row["source"] == "measured":
-            origin += f": {row['median_us']:.4g} us, {row['over_runner_up']:.3f} x to the runner-up"
-        return configs.from_dict(program, row["config"]), origin
-    return table.heuristic(program, case.problem), "the heuristic, first of the space: no row in the table"
+def chosen_plan(program: str, case: Case, device: str) -> tuple[str, plan.Plan, str]:
+    """The direction, the plan that runs the program there on the device by name, and how it came to be."""
+    (direction,) = (d for d, strategies in plan.STRATEGIES.items() if any(program in s for s in strategies))
+    made = plan.choose(direction, case.problem, device=device)
+    if program not in dict(made.programs):
+        others = " and ".join(name for name, _ in made.programs)
+        made = plan.choose(direction, case.problem, json.dumps({program: {}}), device=device)
+        return direction, made, f"the best prediction of its strategy; the {direction} takes {others}"
+    times = "" if made.ns_per_pair is None else f", {made.ns_per_pair:.3g} ns/pair"
+    how = "the best prediction of all strategies" if made.origin == "predicted" else f"measured, {made.origin}'s table"
+    return direction, made, how + times
 
 
 def explain(program: str, case: Case, device: str, journal: Journal, **options) -> Explanation:
     """For a device by name. options: see static.analyse_all; what the journal lacks is assembled."""
-    config, origin = chosen_config(program, case, device)
+    direction, made, origin = chosen_plan(program, case, device)
+    config = dict(made.programs)[program]
     near = [("", config), *neighbours(program, case.problem, config)]
     reasons = [configs.why_illegal(program, case.problem, c) for _, c in near]
     legal = [(program, case.problem, c) for (_, c), reason in zip(near, reasons, strict=True) if reason is None]
@@ -67,7 +72,12 @@ def explain(program: str, case: Case, device: str, journal: Journal, **options) 
     seen = []
     for (change, c), reason in zip(near, reasons, strict=True):
         row = static.row(case.name, program, case.problem, c, found[c], device) if reason is None else None
-        record = journal.get(name_of(row, case.problem, device)) if row else None
+        record = None
+        if row:
+            whole = plan_row(direction, [row]) | {
+                "programs": {name: configs.describe(c if name == program else x) for name, x in made.programs}
+            }
+            record = journal.get(name_of(whole, case.problem, device))
         median = summary(record)["median_us"] if record else None
         seen.append(Neighbour(change, configs.describe(c), reason, row, median))
     read = found[config]

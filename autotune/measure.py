@@ -1,7 +1,7 @@
-"""Measures candidates on a Hopper GPU: checked against the oracle, then timed on real selections, best first.
+"""Measures plans on a Hopper GPU through the public operator: checked, then timed on selections of each class.
 
-First every candidate gets a look, in the order of the static rank: its check, and one round on each selection. Then
-the contenders of each group, those within NEAR of its fastest and the static pick, are timed in interleaved rounds.
+First every plan gets a look, in the order of the static rank: its check, and one round on each selection. Then
+the contenders of each strategy, those within NEAR of its fastest and the static pick, are timed in interleaved rounds.
 A round is the median of TileLang's profiler, which flushes the L2 cache before each run. All is journaled at once.
 """
 
@@ -19,32 +19,23 @@ from multiprocessing import get_context
 
 import torch
 
-from hsa_tl.autotune import static, strategy, table, tuner
+from hsa_tl.autotune import static, table, tuner
 from hsa_tl.autotune.journal import Journal
+from hsa_tl.autotune.plan import STRATEGIES
+from hsa_tl.autotune.tuner import CLASSES, programs_of
 from hsa_tl.cases import Case, at_length
 from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.pairs import selection_overlap
 from hsa_tl.problem import Problem
-from hsa_tl.testing import (
-    SELECTIONS,
-    Inputs,
-    assert_attention,
-    make_inputs,
-    make_selection,
-    run_with_gradients,
-)
+from hsa_tl.testing import Inputs, assert_attention, make_inputs, make_selection, run_with_gradients
 
 CHECK_TOKENS = 512
 ROUNDS = 7
 LOOK_SHARE = 0.6  # of the time, at most, before the contenders' rounds
 NEAR = 1.1  # of the fastest: a contender
-CONTENDERS = 4  # of a group
-MINUTES = 1.0  # HSA_TL_TUNING=tune spends on a program
-QUANTITIES = {  # by direction
-    "forward": ("out",),
-    "dq": ("dq", "dweights"),
-    "dkdv": ("dk", "dv"),
-    "backward": ("dq", "dk", "dv", "dweights"),
-}
+CONTENDERS = 2  # of a strategy and selection
+MINUTES = 1.0  # HSA_TL_TUNING=tune spends on a direction
+QUANTITIES = {"forward": ("out",), "backward": ("dq", "dk", "dv", "dweights")}
 
 
 @contextlib.contextmanager
@@ -52,15 +43,16 @@ def _nothing_ahead(work: list[tuple]) -> Iterator[Callable[[int], None]]:
     yield lambda i: None
 
 
-def _compile(program: str, problem: Problem, config) -> None:
+def _compile(problem: Problem, programs: tuple) -> None:
     from hsa_tl.kernels_tilelang import compile
 
-    compile.kernel(program, problem, config)
+    for program, config in programs:
+        compile.kernel(program, problem, config)
 
 
 @contextlib.contextmanager
 def compile_ahead(work: list[tuple], jobs: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Compiles (program, problem, config)s in other processes, in this order, into TileLang's cache.
+    """Compiles (problem, programs)s in other processes, in this order, into TileLang's cache.
 
     Gives what waits for one of them. One that fails says so where it is next compiled, in this process.
     """
@@ -76,47 +68,49 @@ def compile_ahead(work: list[tuple], jobs: int | None = None) -> Iterator[Callab
 class Rig:
     """What measuring needs of the machine; a test brings its own."""
 
-    check: Callable[[str, Problem, object], None]  # AssertionError unless the config computes the right thing
-    prepare: Callable[[str, Problem, object, str], Callable[[], object]]  # compiles; what runs it on a selection
+    check: Callable[[str, Problem, tuple], None]  # AssertionError unless the plan computes the right thing
+    prepare: Callable[[str, Problem, tuple, str], Callable[[], object]]  # compiles; what runs it on a selection
     time_us: Callable[[Callable[[], object]], float]  # one round
     clock: Callable[[], float] = time.monotonic
     alive: Callable[[], bool] = lambda: True  # whether the device still answers after a failure
     ahead: Callable[[list[tuple]], AbstractContextManager[Callable[[int], None]]] = _nothing_ahead
 
 
-def _run(program: str, config, inputs: Inputs, chunk_size: int) -> dict:
+def _attend(direction: str, programs: tuple, chunk_size: int):
+    """hsa_attention by the plan, and its options."""
     from hsa_tl.api import hsa_attention
 
-    return run_with_gradients(
-        hsa_attention, inputs, chunk_size=chunk_size, impl="tilelang", config={program: vars(config)}
-    )
+    named = {} if direction == "forward" else {"hsa_fwd_token": {}}
+    config = named | {program: vars(config) for program, config in programs}
+    return hsa_attention, {"chunk_size": chunk_size, "impl": "tilelang", "config": config}
 
 
-def check(program: str, problem: Problem, config, device: str = "cuda") -> None:
-    """AssertionError unless the config is as accurate as its arithmetic allows, at a small length."""
+def check(direction: str, problem: Problem, programs: tuple, device: str = "cuda") -> None:
+    """AssertionError unless the plan is as accurate as its arithmetic allows, at a small length."""
     small = at_length(problem, min(problem.T, CHECK_TOKENS))
     inputs = make_inputs(small).to(device)
-    actual = _run(program, config, inputs, small.S)
-    assert_attention({name: actual[name] for name in QUANTITIES[config.DIRECTION]}, inputs, chunk_size=small.S)
+    attend, options = _attend(direction, programs, small.S)
+    if direction == "forward":
+        actual = {"out": attend(*inputs[:5], **options)}
+    else:
+        actual = run_with_gradients(attend, inputs, **options)
+    assert_attention({name: actual[name] for name in QUANTITIES[direction]}, inputs, chunk_size=small.S)
 
 
-@functools.lru_cache(maxsize=len(SELECTIONS))
+@functools.lru_cache(maxsize=len(CLASSES))
 def _inputs(problem: Problem, selection: str) -> Inputs:
-    return make_inputs(problem, kind=selection).to("cuda")
+    return make_inputs(problem, kind="overlap", overlap=float(selection)).to("cuda")
 
 
-def launch(program: str, problem: Problem, config, selection: str) -> Callable[[], object]:
-    """A function that runs the one program on a selection, with what it needs run each time; all else is prepared."""
-    from hsa_tl import ops
-    from hsa_tl.impl.tilelang import LAUNCHERS, Call
-    from hsa_tl.pairs import Pairs
-
+def launch(direction: str, problem: Problem, programs: tuple, selection: str) -> Callable[[], object]:
+    """A function that runs the direction by the plan on a selection, through the public operator."""
     inputs = _inputs(problem, selection)
-    k, v = (x.unflatten(1, (problem.N, problem.S)) for x in (inputs.k, inputs.v))
-    pairs = Pairs(*ops.build_pairs(inputs.indices, problem.N, False))
-    call = Call.of(inputs.q, k, v, inputs.weights, inputs.indices, pairs, None, problem.D**-0.5, inputs.do)
-    run, _ = LAUNCHERS[program](call, config)
-    return run
+    attend, options = _attend(direction, programs, problem.S)
+    if direction == "forward":
+        return lambda: attend(*inputs[:5], **options)
+    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
+    out = attend(*leaves, inputs.indices, **options)
+    return lambda: torch.autograd.grad(out, leaves, inputs.do, retain_graph=True)
 
 
 def _alive() -> bool:
@@ -136,18 +130,18 @@ def gpu_rig() -> Rig:
 
 
 @functools.lru_cache(maxsize=64)
-def shares(problem: Problem) -> dict[str, dict[int, float]]:
-    """The union's share of each selection: what a measurement on it must be compared with."""
+def overlaps(problem: Problem) -> dict[str, float]:
+    """The overlap that each selection has: what a measurement on it must be compared with."""
     p = problem
-    made = {x: make_selection(p.B, p.T, p.H, p.K, p.S, kind=x) for x in SELECTIONS}
-    return {x: strategy.union_share(indices, p.N, p.G) for x, indices in made.items()}
+    made = {x: make_selection(p.B, p.T, p.H, p.K, p.S, kind="overlap", overlap=float(x)) for x in CLASSES}
+    return {x: selection_overlap(indices) for x, indices in made.items()}
 
 
 def name_of(row: dict, problem: Problem, device: str) -> dict:
     """A measurement's identity in the journal."""
     size = {k: getattr(problem, k) for k in ("B", "T", "H")} | configs.static_key(problem)
-    made = {"kind": "measured", "device": device, "program": row["program"], "config": row["config"]}
-    return made | size | {"source": static.source_digest(row["program"])}
+    made = {"kind": "measured", "device": device, "direction": row["direction"], "programs": row["programs"]}
+    return made | size | {"source": {name: static.source_digest(name) for name in row["programs"]}}
 
 
 def unfinished(starts: int) -> dict:
@@ -164,10 +158,10 @@ FAILURES = (AssertionError, RuntimeError, ValueError, NotImplementedError, TypeE
 
 
 def _look(row: dict, problem: Problem, rig: Rig) -> dict:
-    config = configs.parse(row["program"], row["config"])
+    plan = row["direction"], problem, programs_of(row)
     try:
-        rig.check(row["program"], problem, config)
-        runs = {x: rig.prepare(row["program"], problem, config, x) for x in SELECTIONS}
+        rig.check(*plan)
+        runs = {x: rig.prepare(*plan, x) for x in CLASSES}
         return {"error": None, "rounds": {x: [rig.time_us(run)] for x, run in runs.items()}}
     except FAILURES as error:
         return {"error": _say(error), "rounds": {}}
@@ -189,12 +183,7 @@ def summary(record: dict) -> dict:
     rounds = record["rounds"]
     found = {c: statistics.geometric_mean(_quantile(x, q) for x in rounds.values()) for c, q in columns.items()}
     selections = {x: statistics.median(times) for x, times in rounds.items()}
-    return {c: float(f"{value:.4g}") for c, value in found.items()} | {"selections": selections}
-
-
-def _first_look(record: dict) -> float:
-    """As median_us, of each selection's first round: the same in every run that goes on from a journal."""
-    return statistics.geometric_mean(x[0] for x in record["rounds"].values())
+    return {"error": None, **{c: float(f"{value:.4g}") for c, value in found.items()}, "selections": selections}
 
 
 Entry = tuple[dict, dict, dict]  # static row, identity in the journal, record
@@ -206,10 +195,8 @@ def _looks(
     """A look at each candidate, best first, until the time is up; what the journal holds needs none."""
     entries = [(row, name, journal.get(name)) for row in ranked for name in [name_of(row, case.problem, device)]]
     new = [i for i, (*_, record) in enumerate(entries) if record is None or not (record["error"] or record["rounds"])]
-    new = [i for i in new if not static.faults(entries[i][0])]
-    work = [
-        (r["program"], case.problem, configs.parse(r["program"], r["config"])) for r, *_ in (entries[i] for i in new)
-    ]
+    new = [i for i in new if not entries[i][0]["faults"]]
+    work = [(case.problem, programs_of(entries[i][0])) for i in new]
     with rig.ahead(work) if new else contextlib.nullcontext() as ready:
         for place, i in enumerate(new):
             row, name, record = entries[i]
@@ -222,27 +209,29 @@ def _looks(
             if progress:
                 progress(place + 1, len(new))
             if entries[i][2]["error"] and not rig.alive():
-                what = f"{row['program']} {row['config']}"
-                raise RuntimeError(f"{what} lost the device to this process; run again to go on with the next")
+                raise RuntimeError(
+                    f"{row['programs']} lost the device to this process; run again to go on with the next"
+                )
     return [(row, name, r) for row, name, r in entries if r and (r["error"] or r["rounds"])]
 
 
 def _contenders(mine: list[Entry]) -> list[Entry]:
-    """Of one group in ranked order: the fastest at first look, and the static pick."""
-    by_time = sorted(mine, key=lambda x: _first_look(x[2]))
-    limit = NEAR * _first_look(by_time[0][2])
-    chosen = [x for x in by_time[:CONTENDERS] if _first_look(x[2]) <= limit]
+    """Of one strategy in ranked order: the fastest at first look on each selection, and the static pick."""
+    chosen = []
+    for selection in CLASSES:
+        look = lambda x, selection=selection: x[2]["rounds"][selection][0]  # noqa: E731
+        by_time = sorted(mine, key=look)
+        chosen += [x for x in by_time[:CONTENDERS] if look(x) <= NEAR * look(by_time[0]) and x not in chosen]
     return chosen if mine[0] in chosen else [*chosen, mine[0]]
 
 
 def _interleave(contenders: list[Entry], problem: Problem, rig: Rig, journal: Journal, end: float) -> None:
     """Adds rounds to the records until each has ROUNDS of every selection, or the time is up."""
-    for selection in SELECTIONS:
+    for selection in CLASSES:
         times = [record["rounds"][selection] for *_, record in contenders]
         if rig.clock() >= end or all(len(x) >= ROUNDS for x in times):
             continue
-        made = [(row["program"], configs.parse(row["program"], row["config"])) for row, *_ in contenders]
-        runs = [rig.prepare(program, problem, config, selection) for program, config in made]
+        runs = [rig.prepare(row["direction"], problem, programs_of(row), selection) for row, *_ in contenders]
         order = list(range(len(contenders)))
         while rig.clock() < end and any(len(x) < ROUNDS for x in times):
             for i in order:
@@ -279,13 +268,14 @@ def measure(
     return [row | summary(record) | margins.get(id(record), {}) for row, _, record in seen]
 
 
-def tune(program: str, problem: Problem, device: str) -> None:
-    """What HSA_TL_TUNING=tune does on a miss: ranks, measures for MINUTES, and keeps the best in the user's cache."""
+def tune(direction: str, problem: Problem, device: str) -> list[dict]:
+    """What HSA_TL_TUNING=tune does on a miss: ranks, measures for MINUTES; the rows that the user's table then has."""
     case = Case(str(problem), problem, frozenset(), "met at run time")
     journal = tuner.default_journal()
-    ranked = tuner.rank(case, device, programs=(program,), journal=journal)
+    programs = tuple(name for strategy in STRATEGIES[direction] for name in strategy)
+    ranked = tuner.rank(case, device, programs=programs, journal=journal)
     rows = measure(case, ranked, device=device, seconds=60 * MINUTES, journal=journal)
-    timed = [r for r in rows if r["median_us"]]
-    if not timed:
-        raise RuntimeError(f"no candidate of {program} for {problem} passed its check: {[r['error'] for r in rows]}")
-    table.merge(table.user_path(device), device, tuner.best(case, timed))
+    if not (chosen := tuner.best(case, rows)):
+        raise RuntimeError(f"no plan for the {direction} of {problem} passed its check: {[r['error'] for r in rows]}")
+    table.merge(table.user_path(device), device, chosen)
+    return chosen

@@ -1,14 +1,17 @@
-"""Ranks the candidates of a case statically, and makes table rows of what was ranked or measured."""
+"""Ranks the plans of a case by prediction, and makes table rows of what was measured."""
 
 import importlib.metadata
 from dataclasses import asdict
 
-from hsa_tl.autotune import cost, static
+from hsa_tl.autotune import cost, plan, static
 from hsa_tl.autotune.journal import Journal
-from hsa_tl.autotune.table import ruled
 from hsa_tl.cases import Case
 from hsa_tl.files import cache_folder
 from hsa_tl.kernels_tilelang import config as configs
+
+# Overlap of neighbours' selections that is measured -> the overlaps that the measurement stands for.
+CLASSES = {"0.2": (0.0, 0.4), "0.7": (0.5, 0.8), "0.9": (0.9, 1.0)}
+MEASURED = ("over_runner_up", "over_static")  # of a table's row, beside its time
 
 
 def default_journal() -> Journal:
@@ -22,62 +25,59 @@ def versions() -> dict[str, str]:
     return found | ({} if static.missing_tools() else {"nvcc": static.nvcc_release()})
 
 
+def programs_of(row: dict) -> tuple:
+    """((program, config), ...) of a plan's row."""
+    return tuple((name, configs.parse(name, text)) for name, text in row["programs"].items())
+
+
 def group(row: dict) -> tuple:
-    """The program and the fields that the rule chooses from the selection: a table has the best row of each group."""
-    return (row["program"], *ruled(row["program"], asdict(configs.parse(row["program"], row["config"]))))
+    """The strategy."""
+    return tuple(row["programs"])
 
 
-def group_of(table_row: dict) -> tuple:
-    """The group of a table's row."""
-    return (table_row["program"], *ruled(table_row["program"], table_row["config"]))
+def plan_row(direction: str, parts: list[dict]) -> dict:
+    """A plan's row of its programs' static rows, one after the other."""
+    times = [x["ns_per_pair"] for x in parts]
+    return {
+        "direction": direction,
+        "programs": {x["program"]: x["config"] for x in parts},
+        "ns_per_pair": None if None in times else sum(times),
+        "faults": [fault for x in parts for fault in static.faults(x)],
+        "parts": parts,
+    }
 
 
-def in_turns(rows: list[dict]) -> list[dict]:
-    """Every group's best predicted config, then every second best, ...; what has faults last."""
-    order = {name: i for i, name in enumerate(configs.TUNED)}
-    rows = sorted(rows, key=lambda r: (bool(static.faults(r)), r["ns_per_pair"] or float("inf")))
-    seen: dict[tuple, int] = {}
+def rank(case: Case, device: str | cost.Device, *, programs: tuple[str, ...] = configs.TUNED, **options) -> list[dict]:
+    """Rows of the plans of every strategy with one of the programs, in turns: each one's best predicted, then every
+    second best, ...; what has faults last. options: see static.analyse_all."""
+    wanted = [(d, s) for d, strategies in plan.STRATEGIES.items() for s in strategies if set(s) & set(programs)]
+    work = [(name, case.problem, c) for _, s in wanted for name in s for c in configs.candidates(name, case.problem)]
+    rows: dict[str, list[dict]] = {}
+    for x, found in zip(work, static.analyse_all(work, **options), strict=True):
+        rows.setdefault(x[0], []).append(static.row(case.name, *x, found, device))
+    predicted = lambda row: (bool(static.faults(row)), row["ns_per_pair"] or float("inf"))  # noqa: E731
     turns = []
-    for row in rows:
-        turn = seen[group(row)] = seen.get(group(row), -1) + 1
-        turns.append((bool(static.faults(row)), turn, order[row["program"]], len(turns), row))
+    for direction, strategy in wanted:
+        ranked = [sorted(rows.get(name, []), key=predicted) for name in strategy]
+        longest = max(map(len, ranked)) if all(ranked) else 0
+        made = [plan_row(direction, [x[i] if i < len(x) else x[0] for x in ranked]) for i in range(longest)]
+        made.sort(key=lambda row: (bool(row["faults"]), row["ns_per_pair"] or float("inf")))
+        turns += [(bool(row["faults"]), turn, row) for turn, row in enumerate(made)]
     return [row for *_, row in sorted(turns, key=lambda x: x[:-1])]
 
 
-def rank(
-    case: Case, device: str | cost.Device, *, programs: tuple[str, ...] = configs.TUNED, **options
-) -> list[dict]:  # fmt: skip
-    """Static rows of all candidates of the case, in turns among programs. options: see static.analyse_all."""
-    work = [(name, case.problem, c) for name in programs for c in configs.candidates(name, case.problem)]
-    found = static.analyse_all(work, **options)
-    return in_turns([static.row(case.name, *x, f, device) for x, f in zip(work, found, strict=True)])
-
-
-TIE = 1.01  # predictions nearer than this say nothing: the order of preference decides
-MEASURED = ("p20_us", "p80_us", "over_runner_up", "over_static", "selections")  # of a row, where it was measured
-
-
 def best(case: Case, rows: list[dict]) -> list[dict]:
-    """One table row for each group: the fastest measured candidate, else the best predicted one without a fault."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if not static.faults(row):
-            groups.setdefault(group(row), []).append(row)
-    chosen = []
-    for (program, *_), mine in sorted(groups.items()):
-        timed = [r for r in mine if r.get("median_us")]
-        if timed:
-            row = min(timed, key=lambda r: r["median_us"])
-        else:
-            limit = TIE * min(r["ns_per_pair"] for r in mine)
-            order = [configs.describe(c) for c in configs.candidates(program, case.problem)]
-            row = min((r for r in mine if r["ns_per_pair"] <= limit), key=lambda r: order.index(r["config"]))
-        chosen.append(
-            {"program": program, **configs.static_key(case.problem), "T": case.problem.T}
-            | {"config": asdict(configs.parse(program, row["config"])), "source": "measured" if timed else "static"}
-            | {"median_us": row.get("median_us"), "ns_per_pair": float(f"{row['ns_per_pair']:.4g}")}
-            | {"limiter": row["limiter"], "candidates": len(timed or mine)}
-            | {name: row[name] for name in MEASURED if timed}
-            | {"versions": versions()}
-        )
-    return chosen
+    """Table rows: for each direction and class of selections the fastest measured plan without a fault."""
+    found, high = [], plan.bucket(case.problem.T)
+    for direction in plan.STRATEGIES:
+        timed = [r for r in rows if r["direction"] == direction and r.get("median_us") and not r["faults"]]
+        for name, overlaps in CLASSES.items() if timed else ():
+            row = min(timed, key=lambda r: r["selections"][name])
+            us = row["selections"][name]
+            found.append(
+                {"direction": direction, **configs.static_key(case.problem), "T": [high // 2 + 1, high]}
+                | {"overlap": list(overlaps), "programs": {name: asdict(c) for name, c in programs_of(row)}}
+                | {"median_us": us, "ns_per_pair": float(f"{1e3 * us / case.problem.pairs:.4g}")}
+                | {"candidates": len(timed)} | {name: row[name] for name in MEASURED} | {"versions": versions()}
+            )  # fmt: skip
+    return found

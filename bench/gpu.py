@@ -38,7 +38,7 @@ from hsa_tl.model.train import train
 from hsa_tl.terminal import minutes_option, parse_lengths
 
 PREPARED = Path(".bundle/ranked.jsonl")
-PREPARED_CONFIGS = 2  # of a group and case: a lease has no time for more
+PREPARED_CONFIGS = 2  # of a strategy and case: a lease has no time for more
 
 
 def run_tests(seconds: float) -> dict:
@@ -73,8 +73,8 @@ def sanitize(seconds: float) -> dict:
 def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None, jobs: int = 2) -> int:
     """Does without a GPU what tuning would spend a lease on: static ranks to a journal, kernels into TileLang's cache.
 
-    For each case the PREPARED_CONFIGS best predicted configs of each group of each tuned program, and what the others
-    run with. Returns how many kernels were compiled. Needs nvcc.
+    For each case the PREPARED_CONFIGS best predicted plans of each strategy, and what the other programs run with.
+    Returns how many kernels were compiled. Needs nvcc.
     """
     made, journal = {}, Journal(path)
     for case in cases.find("tune") if wanted is None else wanted:
@@ -82,8 +82,8 @@ def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None,
         groups = Counter()
         for row in tuner.rank(case, "h200", journal=journal, jobs=jobs):
             groups[tuner.group(row)] += 1
-            if groups[tuner.group(row)] <= PREPARED_CONFIGS and not static.faults(row):
-                chosen.append((row["program"], configs.parse(row["program"], row["config"])))
+            if groups[tuner.group(row)] <= PREPARED_CONFIGS and not row["faults"]:
+                chosen += tuner.programs_of(row)
         for program, config in chosen:
             made.setdefault(tuple(static.identity(program, case.problem, config).values()), (program, case, config))
     for program, case, config in made.values():
@@ -97,7 +97,7 @@ def tune(out: Path, seconds: float) -> dict:
     out/tuning.jsonl is the journal that the next lease goes on from; it begins as what prepare() left. Beside them the
     constants fitted to what was measured, and the rank correlation of the predictions.
     """
-    device = table.device_name() or "h100"
+    device = cost.device_name() or cost.UNKNOWN
     journal = Journal(out / "tuning.jsonl")
     for name, found in Journal(PREPARED).all(kind="static"):
         if journal.get(name) != found:
@@ -109,7 +109,7 @@ def tune(out: Path, seconds: float) -> dict:
         left = (end - time.monotonic()) / (len(wanted) - i)
         measured = measure.measure(case, ranked, device=device, seconds=left, journal=journal)
         rows += measured
-        chosen += tuner.best(case, [r for r in measured if r["median_us"]])
+        chosen += tuner.best(case, measured)
     write_atomic(out / "tuning.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     table.write(out / "table.json", device, chosen)
     detail = {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
@@ -226,7 +226,7 @@ def main(
         typer.echo("error: make gpu needs a Hopper GPU (compute capability 9.0), and torch sees none here", err=True)
         raise typer.Exit(2)
     name = record.device_name("cuda")
-    folder = out / (table.device_name() or name.lower().replace(" ", "-"))
+    folder = out / (cost.device_name() or name.lower().replace(" ", "-"))
     path = folder / "agenda.json"
     state = read_state(path, name, record.commit(), record.versions())
     ok = run_agenda(agenda(folder), state, path, minutes * 60)

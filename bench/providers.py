@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hsa_tl import api, ops
+from hsa_tl.autotune.plan import STRATEGIES
 from hsa_tl.bench import baselines, published
 from hsa_tl.bench.suite import one_of
 from hsa_tl.kernels_tilelang import config as configs
@@ -65,8 +66,9 @@ def _hsa(impl: str) -> Provider:
     return Provider(f"hsa-{impl}", attention, attention_oracle, functools.partial(why_not, impl))
 
 
-def _strategy(name: str, programs: tuple[str, ...]) -> Provider:
-    """The TileLang programs of one strategy, whatever the rule would choose."""
+def _strategy(forward: str) -> Provider:
+    """The TileLang programs of one forward strategy and a backward, whatever the plan would be."""
+    programs = forward, *STRATEGIES["backward"][0 if forward == "hsa_fwd_token" else -1]
     attention = functools.partial(api.hsa_attention, impl="tilelang", config={program: {} for program in programs})
 
     def unavailable(problem):
@@ -74,7 +76,7 @@ def _strategy(name: str, programs: tuple[str, ...]) -> Provider:
         lacking = [p for p in programs if problem.device_type == "cuda" and not configs.space(p, problem)]
         return reason or (f"no config of {' and '.join(lacking)} suits {problem}" if lacking else None)
 
-    return Provider(f"hsa-tilelang-{name}", attention, attention_oracle, unavailable)
+    return Provider(f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}", attention, attention_oracle, unavailable)
 
 
 def retrieve(q_slc, landmarks, own, *, chunk_size):
@@ -123,9 +125,7 @@ PROVIDERS = {
         _dense("dense-flex", baselines.flex, baselines.flex_unavailable),
         _dense("dense-fa3", baselines.flash3, baselines.flash3_unavailable),
         *(_hsa(impl) for impl in api.IMPLS),
-        _strategy("token", ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk")),
-        _strategy("union", ("hsa_fwd_union", "hsa_bwd_chunk")),
-        _strategy("chunk", ("hsa_fwd_chunk", "hsa_bwd_chunk")),
+        *(_strategy(name) for (name,) in STRATEGIES["forward"]),
         _published("ramstorage-triton", published.ramstorage_triton, _ramstorage),
         _published(
             "ramstorage-tilelang",

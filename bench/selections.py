@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hsa_tl import selection_overlap
 from hsa_tl.files import write_together
 from hsa_tl.model.model import Model
 from hsa_tl.problem import Problem
-from hsa_tl.text import neighbour_overlap, union_size
+from hsa_tl.text import choosing, union_size
 
 TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
 
@@ -36,7 +37,7 @@ def statistics(indices: torch.Tensor, chunk_size: int) -> dict:
     K = indices.shape[3]
     return {
         "tokens": indices.shape[1], "heads": indices.shape[2], "topk": K, "chunk_size": chunk_size,
-        "overlap": neighbour_overlap(indices, chunk_size), "union_chunks": unions,
+        "overlap": selection_overlap(choosing(indices, chunk_size)), "union_chunks": unions,
         "union_share": {n: u / (int(n) * K) for n, u in unions.items()},
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ from hsa_tl.api import (
     retrieve_decode,
 )
 from hsa_tl.decode_retrieval import landmark_bounds
-from hsa_tl.pairs import Pairs
+from hsa_tl.pairs import Pairs, selection_overlap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "landmark_bounds",
     "retrieve_chunks",
     "retrieve_decode",
+    "selection_overlap",
 ]

@@ -166,8 +166,11 @@ def hsa_attention(
         cu_seqlens (Tensor [n + 1], int32): offsets of packed sequences, with B = 1 and T_kv = T. Chunks start at each
             sequence's own start and indices count within the sequence. Default: None.
         impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here.
-        config (dict): {program name: its fields} in place of what `impl` would choose. Default: None.
-        deterministic (bool): the same gradients to the bit on every call. Default: False.
+        config (dict): {program name: its fields} in place of what `impl` would choose; {"overlap": x} says what
+            `selection_overlap` is about, by which TileLang's programs are chosen, 0.9 unless told: what trained models
+            show on text with K = 16. Default: None.
+        deterministic (bool): no program that adds atomically: the same bits on every call, which other programs may
+            not give. Default: False.
         validate (bool): True: indices must lie in range and name whole chunks in the past, the last query being the
             last key, and weights must be such as `fusion_weights` gives. False: nothing is checked, and an index out
             of range is an empty slot. Default: None, the range alone, on CUDA only where HSA_TL_VALIDATE=1 is set.

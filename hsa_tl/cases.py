@@ -1,7 +1,6 @@
 """Named problems with tags: the one list that tests, tuner and benchmarks read.
 
-Tags: ci (lowered and assembled for sm_90a by the tests), tune (measured by the GPU run), table (in the shipped tables),
-bench (swept over length).
+Tags: ci (lowered and assembled for sm_90a by the tests), tune (measured by the GPU run), bench (swept over length).
 """
 
 from dataclasses import dataclass, replace
@@ -28,14 +27,10 @@ def _case(name: str, why: str, tags: str, **dims) -> Case:
 
 
 CASES = (
-    _case("paper-d128", "the paper's head ratio and selection: K * S = 4096", "ci tune bench table"),
-    _case("paper-d64", "head dimension 64", "ci tune bench table", D=64),
-    _case("k16-d128", "a small selection: K * S = 1024", "tune bench table", K=16),
-    _case("k16-d64", "the CPU benchmark's case", "tune bench table", D=64, K=16),
-    _case("k32-d128", "half the paper's selection", "table", K=32),
-    _case("k32-d64", "half the paper's selection", "table", D=64, K=32),
-    _case("k8-d128", "the smallest selection", "table", K=8),
-    _case("k8-d64", "the smallest selection", "table", D=64, K=8),
+    _case("paper-d128", "the paper's head ratio and selection: K * S = 4096", "ci tune bench"),
+    _case("paper-d64", "head dimension 64", "ci tune bench", D=64),
+    _case("k16-d128", "a small selection: K * S = 1024", "tune bench", K=16),
+    _case("k16-d64", "the CPU benchmark's case", "tune bench", D=64, K=16),
     _case("g4", "4 query heads a key/value head: rows pad to 16", "bench", HQ=16, H=4, K=16),
     _case("g1", "multi-head attention: one query head a key/value head", "bench", HQ=4, H=4, K=16),
     _case("g32-s32", "rows and chunk size off the paper's", "ci", HQ=32, S=32, K=16),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hsa_tl import api, cases, text
+from hsa_tl import api, cases, selection_overlap, text
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import compare, gate, needle_demo, plot, plot_text, record
 from hsa_tl.bench.attention import Attention
@@ -91,7 +91,8 @@ def selections(corpus: text.Corpus, problem: Problem, topks) -> tuple[list[dict]
                 "selection": kind, "K": K, "tokens": problem.T, "chunks": problem.N,
                 "retrieve_seconds": seconds if kind == "text" else None,
                 "message": "; ".join(wrong) if kind == "text" else "",
-                "overlap": text.neighbour_overlap(indices, problem.S), "union_chunks": unions, "union_share": share,
+                "overlap": selection_overlap(text.choosing(indices, problem.S)),
+                "union_chunks": unions, "union_share": share,
                 "union_pays_from_tokens": next((int(n) for n, s in share.items() if s < UNION_PAYS), None),
                 "best_chunk_found": text.best_chunk_found(corpus.data, indices, problem.S),
             })  # fmt: skip

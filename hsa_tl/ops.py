@@ -5,7 +5,6 @@ An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `f
 """
 
 import importlib
-import json
 from typing import Optional
 
 import torch
@@ -170,7 +169,7 @@ def attention(
     if pair is None and module.FORWARD_NEEDS_PAIRS:
         pair, offsets = sort_pairs(indices, N)
     index = None if pair is None else Pairs(pair, offsets)
-    return module.forward(q, k, v, weights, indices, index, chunk_len, scale, json.loads(config or "null"))
+    return module.forward(q, k, v, weights, indices, index, chunk_len, scale, config, deterministic)
 
 
 @torch.library.register_fake("hsa_tl::attention")
@@ -184,10 +183,7 @@ def attention_backward(
     chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     module = implementation(resolve(impl, Problem.of(q, k, weights, indices, chunk_len)))
-    return module.backward(
-        do, q, k, v, weights, indices, Pairs(pair, offsets), chunk_len, scale, json.loads(config or "null"),
-        deterministic,
-    )  # fmt: skip
+    return module.backward(do, q, k, v, weights, indices, Pairs(pair, offsets), chunk_len, scale, config, deterministic)
 
 
 @torch.library.register_fake("hsa_tl::attention_backward")

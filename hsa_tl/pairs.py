@@ -7,6 +7,9 @@ import torch
 
 from hsa_tl import workers
 from hsa_tl.problem import Problem
+from hsa_tl.validation import require, require_tensor
+
+COMPARED = 1 << 26  # slots with slots at once, by selection_overlap
 
 
 class Pairs(NamedTuple):
@@ -37,6 +40,39 @@ def sort_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     if B * H > 1:
         order %= max(1, T * K)
     return Pairs(order.int(), offsets)
+
+
+@workers.one_thread
+def selection_overlap(indices: torch.Tensor) -> float:
+    """The share of a token's chunks that its predecessor chose too: how much neighbours' selections are alike.
+
+    It tells how often a tile of neighbouring tokens reads a chunk, hence which program is fast, see `hsa_attention`'s
+    config={"overlap": x}. Read on the host.
+
+    Args:
+        indices (Tensor [B, T, H, K], int32): chosen chunks; -1 is an empty slot and does not count.
+
+    Returns:
+        float: from 0 to 1, over all tokens but each sequence's first; 0 if these chose none.
+
+    Raises:
+        ValueError, TypeError: indices of another dtype or shape.
+
+    Example:
+        >>> selection_overlap(torch.tensor([[[[0, 1]], [[1, 2]], [[1, 2]]]], dtype=torch.int32))
+        0.75
+    """
+    require_tensor("indices", indices, 4)
+    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    shared = chosen = 0
+    block = max(1, COMPARED // max(1, indices[:, :1].numel() * indices.shape[3]))  # tokens
+    for start in range(1, indices.shape[1], block):
+        now = indices[:, start : start + block]
+        before = indices[:, start - 1 : start - 1 + now.shape[1]]
+        valid = now >= 0
+        shared += int(((now[..., :, None] == before[..., None, :]).any(-1) & valid).sum())
+        chosen += int(valid.sum())
+    return shared / max(1, chosen)
 
 
 def first_segment(indices: torch.Tensor, num_chunks: int) -> torch.Tensor:

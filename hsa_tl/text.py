@@ -157,27 +157,17 @@ def text_inputs(problem: Problem, corpus: Corpus | None = None, *, window: int =
     return Inputs(q, k, v, weights.to(torch.promote_types(torch.float32, p.dtype)), indices, do)
 
 
-def _choosing(indices: torch.Tensor, S: int) -> torch.Tensor:
-    """[1, T, H, K] -> [H, T', K]: the rows of the tokens that see more than K chunks, so that they have a choice."""
+def choosing(indices: torch.Tensor, S: int) -> torch.Tensor:
+    """indices [1, T', H, K] of the tokens that see more than K chunks, so that they have a choice."""
     first = (indices.shape[3] + 1) * S
     if indices.shape[1] < first + 16:
         raise ValueError(f"indices must hold at least {first + 16} tokens for K = {indices.shape[3]}, S = {S}")
-    return indices[0, first:].transpose(0, 1)
-
-
-def neighbour_overlap(indices: torch.Tensor, S: int) -> float:
-    """The share of a token's chunks that its predecessor chose too, over the tokens that see more than K chunks."""
-    rows = _choosing(indices, S)
-    shared, block = 0, 4096
-    for a in range(1, rows.shape[1], block):
-        now, before = rows[:, a : a + block], rows[:, a - 1 : a - 1 + min(block, rows.shape[1] - a)]
-        shared += int((now[..., :, None] == before[..., None, :]).any(-1).sum())
-    return shared / rows[:, 1:].numel()
+    return indices[:1, first:]
 
 
 def union_size(indices: torch.Tensor, S: int, tokens: int) -> float:
     """The mean number of distinct chunks that `tokens` neighbouring tokens choose, who see more than K chunks each."""
-    rows = _choosing(indices, S)
+    rows = choosing(indices, S)[0].transpose(0, 1)  # [H, T', K]
     groups = rows.shape[1] // tokens
     tile = rows[:, : groups * tokens].reshape(rows.shape[0] * groups, -1).sort(dim=-1).values
     distinct = 1 + (tile[:, 1:] != tile[:, :-1]).sum(-1)

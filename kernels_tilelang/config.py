@@ -1,5 +1,6 @@
 """The one door to the programs' configs: names, search spaces, and the one statement of what is illegal."""
 
+import functools
 from dataclasses import asdict, fields
 
 from hsa_tl.kernels_tilelang.config_auxiliary import (
@@ -72,6 +73,16 @@ def candidates(program: str, problem: Problem) -> list:
     """The tuner's search space: space() first, then the program's legal variants."""
     usual = space(program, problem)
     return usual + [c for c in CONFIGS[program].variants(problem) if c not in usual and refused(c, problem) is None]
+
+
+@functools.lru_cache(maxsize=1024)
+def default(program: str, problem: Problem):
+    """The config of a program that no plan names: the first of its space; on the CPU target a small tile."""
+    if problem.device_type == "cpu":
+        return CONFIGS[program].on_cpu(problem)
+    if not (legal := space(program, problem)):
+        raise NotImplementedError(f"{program} has no config for {problem}; name another program in config=")
+    return legal[0]
 
 
 def from_dict(program: str, values: dict):

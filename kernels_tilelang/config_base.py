@@ -29,7 +29,6 @@ class Config:
     working_registers: ClassVar[int] = WORKING_REGISTERS
     own_barriers: ClassVar[bool] = False  # the program places every barrier itself, TileLang adds none
     blocks: ClassVar[int] = 0  # CTAs of an SM; 0: as many as fit
-    RULED: ClassVar[tuple[str, ...]] = ()  # fields that autotune.strategy chooses from the selection
     threads: int  # that compute
 
     def total_threads(self) -> int:
@@ -48,8 +47,8 @@ class Config:
         """Times that a chunk's keys and values are read for one pair, at best."""
         return 1 / self.pairs(p)
 
-    def again(self, p: Problem, share: dict[int, float]) -> tuple[float, float]:
-        """How often a chunk is read, and rows multiplied, beyond the best case; share: see strategy.union_share."""
+    def again(self, p: Problem, overlap: float) -> tuple[float, float]:
+        """How often a chunk is read, and rows multiplied, beyond the best case, by the selection's overlap."""
         return 1.0, 1.0
 
     def ctas(self, p: Problem) -> int:
@@ -116,6 +115,18 @@ class ChunkConfig(Config):
 
     def ctas(self, p):
         return p.B * p.H * p.N
+
+
+def union_chunks(p: Problem, tokens: int, overlap: float) -> float:
+    """Distinct chunks of neighbouring tokens, over the K of one: (V - (V - K) (1 - (1 - x) K / (V - K))^(n - 1)) / K.
+
+    n tokens, V = N / 2 chunks that a token sees on average, x the share of its K that its predecessor chose too; the
+    others are drawn from those that the predecessor did not choose. With x = K / V that is a random selection.
+    """
+    K, others = p.K, p.N / 2 - p.K
+    if others <= 0:
+        return 1.0
+    return (K + others * (1 - max(0.0, 1 - (1 - overlap) * K / others) ** (tokens - 1))) / K
 
 
 def row_bytes(p: Problem) -> int:

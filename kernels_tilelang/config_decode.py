@@ -7,13 +7,11 @@ from hsa_tl.kernels_tilelang.config_auxiliary import AuxiliaryConfig, next_power
 from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, first_legal, row_bytes
 from hsa_tl.kernels_tilelang.config_forward import FwdTokenConfig
 
-TARGET_CTAS = 2 * 132  # two for each SM of an H100 or H200
 
-
-def preferred_splits(p) -> int:
-    """The least power of two that gives the GPU TARGET_CTAS CTAs, or the most that leaves each CTA a slot."""
+def preferred_splits(p, sms: int = 132) -> int:
+    """The least power of two that gives each SM two CTAs, or the most that leaves each CTA a slot."""
     splits = 1
-    while 2 * splits <= p.K and splits * p.B * p.T * p.H < TARGET_CTAS:
+    while 2 * splits <= p.K and splits * p.B * p.T * p.H < 2 * sms:
         splits *= 2
     return splits
 

@@ -13,6 +13,7 @@ from hsa_tl.kernels_tilelang.config_base import (
     first_legal,
     padded_rows,
     row_bytes,
+    union_chunks,
     warps_refusal,
 )
 
@@ -88,7 +89,6 @@ class FwdUnionConfig(Config):
     q_registers: int = 0
     blocks: int = 0
     DIRECTION: ClassVar[str] = "forward"
-    RULED: ClassVar[tuple[str, ...]] = ("block_M", "specialised")
     moves_registers: ClassVar[bool] = True
 
     @property
@@ -107,9 +107,9 @@ class FwdUnionConfig(Config):
     def pairs(self, p):
         return self.block_M // p.G  # when all tokens of the tile chose the chunk
 
-    def again(self, p, share):
-        read = share[self.block_M] * self.pairs(p)
-        return read, share[64] * (64 // p.G) if self.specialised else read
+    def again(self, p, overlap):
+        read = union_chunks(p, self.pairs(p), overlap)
+        return read, union_chunks(p, 64 // p.G, overlap) if self.specialised else read
 
     def pair_bytes(self, p):
         moved = 2 * row_bytes(p) / p.K

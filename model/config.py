@@ -53,6 +53,7 @@ class ModelConfig:
         dense_layers (int): first layers without a mixture. Default: 1.
         activation_checkpointing (bool): whether layers are computed again in the backward. Default: False.
         impl (str): of the operators; "dense" as in `HSALayer`. Default: "auto".
+        selection_overlap (float): of neighbouring tokens, by which programs are chosen. Default: 0.9.
 
     Raises:
         ValueError: names the field, the rule and the value.
@@ -96,6 +97,7 @@ class ModelConfig:
     dense_layers: int = 1
     activation_checkpointing: bool = False
     impl: str = "auto"
+    selection_overlap: float = 0.9
 
     def __post_init__(self):
         for field in fields(self):
@@ -121,6 +123,7 @@ class ModelConfig:
                 f"divide kv_heads = {self.kv_heads}",
             ),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
+            ("selection_overlap", 0 <= self.selection_overlap <= 1, "lie in [0, 1]"),
             ("experts_per_token", not self.experts or self.experts_per_token <= self.experts, "be at most experts"),
         )
         for name, ok, rule in rules:

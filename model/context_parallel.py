@@ -103,12 +103,12 @@ class ShardedMemory:
             q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, exclude_window=exclude_window
         )
 
-    def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
+    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         everyone = gather(indices, self.group) - self.first
         mine = torch.where((everyone >= 0) & (everyone < self.own.longest), everyone, -1).int()
         out = hsa_attention(
             gather(q, self.group), self.own.k, self.own.v, gather(weights, self.group), mine,
-            chunk_size=self.own.chunk_size, impl=impl,
+            chunk_size=self.own.chunk_size, impl=impl, config={"overlap": overlap},
         )  # fmt: skip
         return scatter_sum(out.float(), self.group).to(q.dtype)  # W 16-bit sums would lose what one process keeps
 

@@ -28,8 +28,8 @@ class Memory(Protocol):
     def retrieve(self, q_slc, start, topk: int, *, exclude_window: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """scores, indices [B, T, R, topk]; start: position of the first query, int or int32 [B]."""
 
-    def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
-        """out [B, T, A, D]."""
+    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
+        """out [B, T, A, D]; overlap: of neighbouring tokens' selections, by which programs are chosen."""
 
 
 class ChunkMemory(NamedTuple):
@@ -93,7 +93,7 @@ class ChunkMemory(NamedTuple):
         out = (p * w[..., None].to(p.dtype)).flatten(-2) @ v
         return out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
+    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         """`hsa_tl.hsa_attention` over the chosen chunks.
 
         Args:
@@ -101,11 +101,13 @@ class ChunkMemory(NamedTuple):
             weights (Tensor [B, T, H or HQ, K], float32): of the slots.
             indices (Tensor [B, T, H, K], int32): chosen chunks.
             impl (str): default: "auto".
+            overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
 
         Returns:
             Tensor [B, T, HQ, D].
         """
-        return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=self.chunk_size, impl=impl)
+        config, S = {"overlap": overlap}, self.chunk_size
+        return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=S, impl=impl, config=config)
 
 
 def _require_sizes(**sizes: int | None) -> None:
@@ -227,12 +229,13 @@ class HSALayer(nn.Module):
         rope_theta (float): base of RoPE on the queries. Default: None, no positions.
         impl (str): of the operators. "dense", for topk="all", takes masked products over every chunk of a ChunkMemory,
             which is fast for some hundred tokens; another memory is read by the operators. Default: "auto".
+        selection_overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, retrieval_dim: int, *, topk: int | str = 64,
         exclude_window: int = 0, fusion: str = "softmax", retrieval_heads: int | None = None,
-        rope_theta: float | None = None, impl: str = "auto",
+        rope_theta: float | None = None, impl: str = "auto", selection_overlap: float = 0.9,
     ):  # fmt: skip
         super().__init__()
         sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim}
@@ -244,7 +247,7 @@ class HSALayer(nn.Module):
         self.heads, self.kv_heads = heads, kv_heads
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
         self.topk, self.exclude_window, self.fusion = topk, exclude_window, fusion
-        self.rope_theta, self.impl = rope_theta, impl
+        self.rope_theta, self.impl, self.selection_overlap = rope_theta, impl, selection_overlap
         self.norm = RMSNorm(dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.q_slc = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
@@ -291,7 +294,7 @@ class HSALayer(nn.Module):
             indices_BTRK = indices_BTRK.repeat_interleave(share, 2)
             weights = weights if self.fusion == "joint" else weights.repeat_interleave(share, 2)
         impl = "auto" if self.impl == "dense" else self.impl
-        out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=impl)
+        out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=impl, overlap=self.selection_overlap)
         return self.out(out_BTAD.flatten(2)), window_BTA
 
     def forward(self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0) -> torch.Tensor:

@@ -61,7 +61,7 @@ class FlatMemory:
             q_slc, self.landmarks, lengths, topk, chunk_size=self.chunk_size, exclude_window=exclude_window
         )
 
-    def attend(self, q, weights, indices, *, impl: str = "auto") -> torch.Tensor:
+    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         return hsa_decode(q, self.k, self.v, weights, indices, self.table, impl=impl)
 
 

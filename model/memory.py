@@ -283,7 +283,7 @@ class PagedMemory:
 
     def attend(
         self, q: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None,
-        impl: str = "auto",
+        impl: str = "auto", overlap: float = 0.9,
     ) -> torch.Tensor:  # fmt: skip
         """`hsa_tl.hsa_decode` over the chosen chunks.
 
@@ -292,6 +292,7 @@ class PagedMemory:
             weights (Tensor [B, T, H or HQ, K], float32): of the slots.
             indices (Tensor [B, T, H, K], int32): chosen chunks.
             scale, impl: as there.
+            overlap (float): as in a `ChunkMemory`; decoding shares no chunk between tokens. Default: 0.9.
 
         Returns:
             Tensor [B, T, HQ, D].

@@ -8,7 +8,7 @@ from tuning import FakeGpu, fake_compiler
 from typer.testing import CliRunner
 
 from hsa_tl import cases
-from hsa_tl.autotune import cost, measure, static, table, tuner
+from hsa_tl.autotune import cost, measure, plan, static, table, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.bench.providers import DEFAULT_PROVIDERS
 from hsa_tl.cli import app, parse_lengths
@@ -78,6 +78,7 @@ def test_static_prints_writes_and_fails_on_spills(monkeypatch, tmp_path):
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
     """Candidates are read back by the fake compiler, into a fresh cache folder."""
+    plan.clear()
     analyse_all = static.analyse_all
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(static, "missing_tools", lambda: None)
@@ -87,31 +88,29 @@ def compiler(monkeypatch, tmp_path):
     return tmp_path / "cache" / "hsa-tl" / "tuning.jsonl"
 
 
-def test_autotune_writes_the_best_rows_and_merges(compiler, tmp_path):
-    out = tmp_path / "tables"
+def test_autotune_ranks_and_says_what_calls_get(compiler, tmp_path):
     for _ in range(2):
-        output = run("autotune", "--device", "h200", "--device", "h100", "--out", out)
-        for name in ("h200", "h100"):
-            rows = table.read(out / f"{name}.json")
-            assert {r["program"] for r in rows} == set(TUNED) and all(r["source"] == "static" for r in rows)
-            assert len({table.identity(r) for r in rows}) == len(rows)
+        output = run("autotune", "--device", "h200", "--device", "h100")
     assert "nvcc refused the program" in output and "16 bytes of spills" in output and "one CTA on an SM" in output
+    assert all(word in output for word in ("h100", "forward", "backward", "0.9", "ns/pair"))
     lines = compiler.read_text().splitlines()
     assert len(lines) == sum(len(candidates(p, cases.case("paper-d128").problem)) for p in TUNED), "once each"
-    sweep = ("autotune", "--tag", "tune", "--T", "4k,64k", "--device", "h200", "--program", "hsa_fwd_union", "--out")
-    output = run(*sweep, out)
-    rows = [r for r in table.read(out / "h200.json") if r["program"] == "hsa_fwd_union"]
-    assert {(r["D"], r["K"], r["T"]) for r in rows} == {
-        (D, K, T) for D in (64, 128) for K in (16, 64) for T in (4096, 65536)
-    } | {(128, 64, 16384)}
-    assert "limiter" in output
+    assert "a table has no predictions" in run("autotune", "--device", "h200", "--out", tmp_path / "t", code=2)
 
 
-def test_autotune_takes_dims(compiler, tmp_path):
-    dims = ("--HQ", 8, "--H", 2, "--D", 64, "--S", 32, "--K", 8, "--T", 1000, "--dtype", "float16")
-    run("autotune", *dims, "--device", "h800", "--program", "hsa_fwd_token", "--out", tmp_path / "t.json")
-    (row,) = table.read(tmp_path / "t.json")
-    assert [row[k] for k in ("G", "D", "S", "K", "T", "masked", "dtype")] == [4, 64, 32, 8, 1000, True, "float16"]
+def test_autotune_writes_what_it_measures(compiler, tmp_path, monkeypatch):
+    """The fastest plan of each class, into the user's table or a file; dims and lengths as they were given."""
+    monkeypatch.setattr(cost, "device_name", lambda index=None: "h200")
+    monkeypatch.setattr(measure, "gpu_rig", lambda: FakeGpu().rig())
+    dims = ("--HQ", 8, "--H", 2, "--D", 64, "--S", 32, "--K", 8, "--T", "1000,4k", "--dtype", "float16")
+    out = tmp_path / "t.json"
+    output = run("autotune", *dims, "--program", "hsa_fwd_token", "--minutes", 5e5, "--out", out)
+    rows = table.read(out)
+    assert len(rows) == 2 * len(tuner.CLASSES) and {next(iter(r["programs"])) for r in rows} == {"hsa_fwd_token"}
+    assert {tuple(r["T"]) for r in rows} == {(513, 1024), (2049, 4096)} and "Spearman" in output
+    assert {(r["G"], r["D"], r["S"], r["K"], r["dtype"]) for r in rows} == {(4, 64, 32, 8, "float16")}
+    run("autotune", "--program", "hsa_bwd_chunk", "--minutes", 5e5)
+    assert {r["direction"] for r in table.read(table.user_path("h200"))} == {"backward"}
 
 
 def test_autotune_explains(compiler):
@@ -161,7 +160,7 @@ def test_a_missing_nvcc_is_one_line_and_exit_code_2(command, tmp_path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_suffix(".cache")))
     monkeypatch.setattr(static, "find_tool", lambda name: None)
     monkeypatch.chdir(tmp_path)
-    output = run(command, "--out", tmp_path / "x", code=2)
+    output = run(command, *(("--out", tmp_path / "x") if command == "static" else ()), code=2)
     assert "nvcc" in output and len(output.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 

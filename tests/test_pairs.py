@@ -1,5 +1,6 @@
 """The pair index: every way to sort it against a plain loop, and the windows of tokens over it."""
 
+import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from hsa_tl import build_pairs, cases
+from hsa_tl import build_pairs, cases, pairs, selection_overlap
 from hsa_tl.impl import tilelang
 from hsa_tl.pairs import partial_window, sort_pairs, windows
 
@@ -155,3 +156,20 @@ def test_the_counting_sort_equals_the_torch_sort_on_a_gpu(shape, num_chunks):
     expected = windows(valid, num_chunks, sort_pairs(valid, num_chunks), 100)
     for window, other in zip(windows(valid.cuda(), num_chunks, index, 100), expected, strict=True):
         assert_same((window.begin.cpu(), window.end.cpu()), (other.begin, other.end))
+
+
+@pytest.mark.parametrize("compared", (1, 500, pairs.COMPARED))
+def test_selection_overlap_counts_chosen_chunks(monkeypatch, compared):
+    """Of both heads and sequences, slot by slot; empty slots do not count, nor does the first token."""
+    monkeypatch.setattr(pairs, "COMPARED", compared)
+    indices = torch.randint(-1, 6, (2, 40, 2, 4), dtype=torch.int32)
+    shared = chosen = 0
+    for b, t, h in itertools.product(range(2), range(1, 40), range(2)):
+        now, before = (indices[b, i, h].tolist() for i in (t, t - 1))
+        shared += sum(c >= 0 and c in before for c in now)
+        chosen += sum(c >= 0 for c in now)
+    assert selection_overlap(indices) == shared / chosen
+    assert selection_overlap(indices[:, :1]) == 0 and selection_overlap(torch.full_like(indices, -1)) == 0
+    assert selection_overlap(torch.arange(4).int().expand(2, 40, 2, 4)) == 1
+    with pytest.raises(ValueError, match="indices must have dtype int32"):
+        selection_overlap(indices.long())

@@ -26,10 +26,10 @@ CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in 
 def shipped() -> dict[tuple, list]:
     """(program, static key) -> the configs that the tables of any device have for it."""
     found: dict[tuple, list] = {}
-    for row in (r for device in table.DEVICES for r in table.shipped(device)):
-        configs = found.setdefault((row["program"], *(row[k] for k in table.KEY)), [])
-        if (c := config.from_dict(row["program"], row["config"])) not in configs:
-            configs.append(c)
+    for row in (r for device in cost.DEVICES for r in table.shipped(device)):
+        for program, c in table.programs(row):
+            configs = found.setdefault((program, *(row[k] for k in table.KEY)), [])
+            configs += [c] if c not in configs else []
     return found
 
 

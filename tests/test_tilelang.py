@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hsa_tl import cases, hsa_attention
-from hsa_tl.autotune import table
 from hsa_tl.impl.tilelang import BASE
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
@@ -96,15 +95,3 @@ def test_every_shape_of_the_contract_has_a_config_or_is_listed_here():
     expected = {("hsa_bwd_dkdv_chunk", D, 128, G) for D in (192, 256) for G in (1, 3, 5, 16, 32)}
     expected |= {(program, D, 16, 32) for D in (192, 256) for program in ("hsa_fwd_token", "hsa_bwd_dq_token")}
     assert lacking == expected | {("hsa_bwd_dq_token", 16, 128, 32)}
-
-
-@pytest.mark.parametrize(
-    "config, words",
-    [
-        ({"hsa_fwd_token": {"warps": 4}}, r"must have fields among threads, num_stages, got \['warps'\]"),
-        ({"hsa_fwd_token": {"threads": 96}}, "config of hsa_fwd_token must suit"),
-    ],
-)
-def test_a_bad_config_is_refused(config, words):
-    with pytest.raises(ValueError, match=words):
-        table.resolve("hsa_fwd_token", PAPER, config)

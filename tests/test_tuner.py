@@ -14,7 +14,7 @@ import pytest
 from tuning import FakeGpu, fake_compiler
 
 from hsa_tl import cases
-from hsa_tl.autotune import calibrate, cost, explain, measure, static, table, tuner
+from hsa_tl.autotune import calibrate, cost, explain, measure, plan, static, table, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.kernels_tilelang import config as configs
 
@@ -24,6 +24,7 @@ UNION = ("hsa_fwd_union",)
 
 @pytest.fixture(autouse=True)
 def no_machine(monkeypatch, tmp_path):
+    plan.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(static, "missing_tools", lambda: None)
     monkeypatch.setattr(static, "nvcc_release", lambda: "13.0")
@@ -38,7 +39,8 @@ def run(gpu, rows, seconds=1e6, journal=None, case=CASE):
 
 
 def config_of(row):
-    return configs.parse(row["program"], row["config"])
+    """Of the plan's first program."""
+    return tuner.programs_of(row)[0][1]
 
 
 def test_the_union_has_enough_candidates():
@@ -54,8 +56,8 @@ def test_the_union_has_enough_candidates():
 def test_a_failing_candidate_is_a_recorded_result(tmp_path):
     journal = Journal(tmp_path / "j.jsonl")
     rows = ranked(journal=journal)
-    failed = [r for r in rows if static.faults(r)]
-    assert {static.faults(r)[0] for r in failed} == {"RuntimeError: nvcc refused the program", "16 bytes of spills"}
+    failed = [r for r in rows if r["faults"]]
+    assert {r["faults"][0] for r in failed} == {"RuntimeError: nvcc refused the program", "16 bytes of spills"}
     assert rows[-len(failed) :] == failed, "last"
     assert len(Journal(tmp_path / "j.jsonl").records) == len(rows) == len(configs.candidates(*UNION, CASE.problem))
 
@@ -70,19 +72,20 @@ def test_a_compiler_that_dies_is_a_recorded_result():
         return fake_compiler(program, problem, config)
 
     rows = tuner.rank(CASE, "h200", programs=UNION, compiler=compiler)
-    assert [r["error"] for r in rows if config_of(r) == deadly] == ["BrokenProcessPool: the compiler's process died"]
+    error = "BrokenProcessPool: the compiler's process died"
+    assert [r["faults"] for r in rows if config_of(r) == deadly] == [[error]]
     others = [r for r in ranked() if config_of(r) != deadly]
-    assert sorted(r["config"] for r in rows if r["error"]) == sorted(
-        [r["config"] for r in others if r["error"]] + [configs.describe(deadly)]
+    assert sorted(map(str, (config_of(r) for r in rows if r["faults"]))) == sorted(
+        map(str, [deadly, *(config_of(r) for r in others if r["faults"])])
     )
 
 
 def test_ranks_take_turns_among_groups():
-    """A short tuning sees the best of every program and tile before any second best."""
-    rows = [r for r in ranked(configs.TUNED) if not static.faults(r)]
+    """A short tuning sees the best of every strategy before any second best."""
+    rows = [r for r in ranked(configs.TUNED) if not r["faults"]]
     groups = [tuner.group(r) for r in rows]
     first = len(set(groups))
-    assert len(set(groups[:first])) == first and groups[0][0] == configs.TUNED[0]
+    assert len(set(groups[:first])) == first and groups[0][0] == configs.TUNED[0] and first == 5
     for g in set(groups):
         ns = [r["ns_per_pair"] for r, x in zip(rows, groups, strict=True) if x == g]
         assert ns == sorted(ns)
@@ -130,7 +133,7 @@ def test_without_nvcc_a_journal_that_was_carried_along_ranks(monkeypatch):
 def test_best_first_until_the_time_is_up():
     rows, gpu = ranked(), FakeGpu()
     seen = run(gpu, rows, seconds=40)
-    good = [r for r in rows if not static.faults(r)]
+    good = [r for r in rows if not r["faults"]]
     assert 3 < len(seen) < len(good) and gpu.checked() == [config_of(r) for r in good[: len(seen)]]
     assert all(r["median_us"] for r in seen) and gpu.now < 60
 
@@ -141,7 +144,7 @@ def test_kernels_are_compiled_ahead_of_their_looks(tmp_path):
 
     @contextlib.contextmanager
     def ahead(work):
-        given.append([config for _, _, config in work])
+        given.append([programs[0][1] for _, programs in work])
         yield lambda i: gpu.log.append(("ready", given[-1][i]))
 
     journal = Journal(tmp_path / "j.jsonl")
@@ -149,7 +152,7 @@ def test_kernels_are_compiled_ahead_of_their_looks(tmp_path):
     gpu.log.clear()
     rig = replace(gpu.rig(), ahead=ahead)
     measure.measure(CASE, rows, device="h200", seconds=1e6, rig=rig, journal=journal)
-    good = [config_of(r) for r in rows if not static.faults(r)]
+    good = [config_of(r) for r in rows if not r["faults"]]
     assert given == [good[len(seen) :]]
     assert [x[:2] for x in gpu.log if x[0] != "time"] == [(what, c) for c in given[0] for what in ("ready", "check")]
 
@@ -162,11 +165,11 @@ def test_nothing_is_timed_unless_it_is_right():
     assert seen[wrong]["error"] == "AssertionError: out: max error 1 above 0.1" and seen[wrong]["median_us"] is None
     assert seen[refused]["error"] == "RuntimeError: nvcc refused the program"
     assert not {wrong, refused} & {x[1] for x in gpu.log if x[0] == "time"}
-    assert tuner.best(CASE, [r for r in seen.values() if r["median_us"]])
+    assert tuner.best(CASE, list(seen.values()))
 
 
 def test_contenders_are_timed_in_turns_and_margins_reported():
-    rows = [r for r in ranked() if not static.faults(r)]
+    rows = [r for r in ranked() if not r["faults"]]
     groups = [tuner.group(r) for r in rows]
     largest = max(groups, key=groups.count)
     mine = [config_of(r) for r, group in zip(rows, groups, strict=True) if group == largest]
@@ -176,18 +179,17 @@ def test_contenders_are_timed_in_turns_and_margins_reported():
     late = [x[1] for x in gpu.log if x[0] == "time" and x[1] in mine][3 * len(mine) :]
     assert set(late) == {pick, fast, near} and late[:6] == [fast, near, pick, pick, near, fast]
     times = {c: [x for x in gpu.log if x[0] == "time" and x[1] == c] for c in mine}
-    assert len(times[fast]) == 3 * measure.ROUNDS and len(times[rest[0]]) == 3
+    assert len(times[fast]) == 3 * measure.ROUNDS and len(times[rest[-1]]) == 3
     best = seen[fast]
     assert best["median_us"] == pytest.approx(100.0 * 1.01, rel=0.02)  # geometric mean of 2, 1 and 1/2 times 100
     assert best["p20_us"] <= best["median_us"] <= best["p80_us"]
     assert best["over_runner_up"] == pytest.approx(1.05, rel=0.02) and best["over_static"] == pytest.approx(
         1.3, rel=0.02
     )
-    (row,) = [r for r in tuner.best(CASE, list(seen.values())) if tuner.group_of(r) == largest]
-    assert row["source"] == "measured" and row["median_us"] == best["median_us"] and set(row["selections"]) == {
-        "random", "overlap", "full",
-    }  # fmt: skip
-    assert row["candidates"] == len(mine)
+    rows = tuner.best(CASE, list(seen.values()))
+    assert [r["overlap"] for r in rows] == [[0.0, 0.4], [0.5, 0.8], [0.9, 1.0]]
+    assert all(table.programs(r) == tuner.programs_of(best) and r["T"] == [8193, 16384] for r in rows)
+    assert [r["median_us"] for r in rows] == list(best["selections"].values()) and rows[0]["candidates"] == len(mine)
 
 
 def test_measuring_goes_on_from_the_journal(tmp_path):
@@ -245,16 +247,16 @@ def test_resume_after_kill_9(tmp_path):
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     journal = Journal(path)
-    done = {name["config"] for name, r in journal.all(kind="measured") if r["rounds"]}
+    done = {name["programs"]["hsa_fwd_union"] for name, r in journal.all(kind="measured") if r["rounds"]}
     rows, gpu = ranked(journal=journal), FakeGpu()
     seen = run(gpu, rows, journal=journal)
-    assert 4 <= len(done) < len(seen) == sum(not static.faults(r) for r in rows)
+    assert 4 <= len(done) < len(seen) == sum(not r["faults"] for r in rows)
     assert not done & {configs.describe(c) for c in gpu.checked()} and len(gpu.checked()) == len(seen) - len(done)
 
 
 def test_two_processes_tune_at_once(tmp_path):
     path, out, context = tmp_path / "j.jsonl", tmp_path / "t.json", multiprocessing.get_context("spawn")
-    halves = (UNION, ("hsa_fwd_token", "hsa_fwd_union"))
+    halves = (UNION, ("hsa_bwd_chunk",))
     children = [context.Process(target=_tune_slowly, args=(path, out, programs)) for programs in halves]
     for child in children:
         child.start()
@@ -263,8 +265,8 @@ def test_two_processes_tune_at_once(tmp_path):
     assert [child.exitcode for child in children] == [0, 0]
     assert all(json.loads(line)["record"] for line in path.read_text().splitlines())
     rows = table.read(out)
-    assert {r["program"] for r in rows} == {"hsa_fwd_token", "hsa_fwd_union"}
-    assert len({table.identity(r) for r in rows}) == len(rows) and all(r["source"] == "measured" for r in rows)
+    assert {r["direction"] for r in rows} == {"forward", "backward"}
+    assert len({table.identity(r) for r in rows}) == len(rows) == 6
 
 
 def test_tune_keeps_the_best_in_the_users_cache(monkeypatch):
@@ -272,12 +274,12 @@ def test_tune_keeps_the_best_in_the_users_cache(monkeypatch):
     monkeypatch.setattr(measure, "gpu_rig", gpu.rig)
     rank = tuner.rank
     monkeypatch.setattr(tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=fake_compiler))
-    measure.tune("hsa_fwd_token", CASE.problem, "h200")
-    (row,) = table.read(table.user_path("h200"))
-    assert row["program"] == "hsa_fwd_token" and row["source"] == "measured" and row["T"] == CASE.problem.T
-    gpu.wrong = configs.candidates("hsa_bwd_chunk", CASE.problem)
-    with pytest.raises(RuntimeError, match=r"no candidate of hsa_bwd_chunk .* passed its check"):
-        measure.tune("hsa_bwd_chunk", CASE.problem, "h200")
+    rows = measure.tune("forward", CASE.problem, "h200")
+    assert table.read(table.user_path("h200")) == rows and {r["direction"] for r in rows} == {"forward"}
+    assert plan.choose("forward", CASE.problem, device="h200").programs == table.programs(rows[-1])
+    gpu.wrong = [c for name in ("hsa_bwd_chunk", "hsa_bwd_dq_token") for c in configs.candidates(name, CASE.problem)]
+    with pytest.raises(RuntimeError, match=r"no plan for the backward .* passed its check"):
+        measure.tune("backward", CASE.problem, "h200")
 
 
 def test_spearman():
@@ -295,11 +297,12 @@ def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path):
     for name in ("k16-d128", "k16-d64"):
         case = replace(CASE, problem=cases.at_length(cases.case(name).problem, 4096))
         for row in ranked(("hsa_fwd_token", "hsa_fwd_chunk", "hsa_bwd_chunk"), case, journal):
-            if row["error"]:
+            if row["ns_per_pair"] is None:
                 continue
             rounds = {}
-            for selection, share in measure.shares(case.problem).items():
-                ns, _ = cost.predict(config_of(row), case.problem, row["ctas_per_sm"], row["work"], true, share)
+            (part,) = row["parts"]
+            for selection, overlap in measure.overlaps(case.problem).items():
+                ns, _ = cost.predict(config_of(row), case.problem, part["ctas_per_sm"], part["work"], true, overlap)
                 rounds[selection] = [ns * case.problem.pairs / 1e3]
             name = measure.name_of(row, case.problem, "h200")
             journal.add(name, {"error": None, "rounds": rounds})
@@ -319,34 +322,18 @@ def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path):
 
 def test_explain_says_why(monkeypatch, tmp_path):
     """Constraint, prediction, measurement and the neighbours of the config that the lookup takes."""
-    monkeypatch.setattr(table, "shipped", lambda device: ())
     journal = Journal(tmp_path / "j.jsonl")
     e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
-    assert e.origin == "the heuristic, first of the space: no row in the table"
-    assert e.chosen.config == configs.describe(configs.space("hsa_fwd_union", CASE.problem)[0])
+    assert e.origin == "the best prediction of all strategies, 0.746 ns/pair"
+    chosen = plan.choose("forward", CASE.problem, device="h200").programs
+    assert e.chosen.config == configs.describe(dict(chosen)["hsa_fwd_union"])
     near = {n.change: n for n in e.neighbours}
     assert near["block_M 192 -> 256"].illegal == "threads must be 32 to 384 in whole warps, got 512"
     assert near["num_stages 2 -> 3"].row["ns_per_pair"] and near["num_stages 2 -> 3"].median_us is None
     assert list(e.bounds.values()) == sorted(e.bounds.values(), reverse=True)
     rows = run(FakeGpu(), ranked(journal=journal), journal=journal)
     table.merge(table.user_path("h200"), "h200", tuner.best(CASE, rows))
+    plan.clear()
     e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
-    assert "measured row of the table (the same T), best of" in e.origin and "x to the runner-up" in e.origin
+    assert e.origin.startswith("measured, user's table, ")
     assert e.chosen.median_us and any(n.median_us for n in e.neighbours)
-
-
-def static_row(config, ns, us=None, spills=0):
-    made = {"program": "hsa_fwd_token", "config": config, "ns_per_pair": ns, "median_us": us, "error": None}
-    made |= dict.fromkeys(("p20_us", "p80_us", "over_runner_up", "over_static", "selections"), us)
-    return made | {"limiter": "l2", "spill_bytes": spills, "ctas_per_sm": 1, "hmma": 1, "hgmma": 0}
-
-
-def test_the_best_row_prefers_measurement_over_prediction_and_what_is_usual_over_a_tie():
-    usual, other = "threads=128,num_stages=2", "threads=64,num_stages=4"
-    (chosen,) = tuner.best(CASE, [static_row(usual, 2.0), static_row(other, 1.0, spills=4)])
-    assert chosen["config"] == {"threads": 128, "num_stages": 2} and chosen["source"] == "static"
-    for ns, threads in ((1.995, 128), (1.9, 64)):
-        (chosen,) = tuner.best(CASE, [static_row(other, ns), static_row(usual, 2.0)])
-        assert chosen["config"]["threads"] == threads and chosen["candidates"] == 2
-    (chosen,) = tuner.best(CASE, [static_row(usual, 1.0, us=9.0), static_row(other, 2.0, us=8.0)])
-    assert chosen["config"] == {"threads": 64, "num_stages": 4} and chosen["source"] == "measured"

@@ -17,12 +17,16 @@ def fake_compiler(program, problem, config):
 
 
 class FakeGpu:
-    """A rig whose time passes only where it works: 1 s for a check, 1 s for a preparation, 0.1 s for a round."""
+    """A rig whose time passes only where it works: 1 s for a check, 1 s for a preparation, 0.1 s for a round.
+
+    wrong, refused, slow and dies name configs of a plan's first program.
+    """
 
     def __init__(self, wrong=(), refused=(), slow=None, dies=()):
         self.now, self.log, self.wrong, self.refused, self.slow, self.dies = 0.0, [], wrong, refused, slow or {}, dies
 
-    def check(self, program, problem, config):
+    def check(self, direction, problem, programs):
+        config = programs[0][1]
         self.now += 1
         self.log.append(("check", config))
         if config in self.dies:
@@ -30,7 +34,8 @@ class FakeGpu:
         if config in self.wrong:
             raise AssertionError("out: max error 1 above 0.1\nand more")
 
-    def prepare(self, program, problem, config, selection):
+    def prepare(self, direction, problem, programs, selection):
+        config = programs[0][1]
         self.now += 1
         if config in self.refused:
             raise RuntimeError("nvcc refused the program")
@@ -41,7 +46,7 @@ class FakeGpu:
         self.log.append(("time", *run))
         config, selection = run
         wobble = 1 + 0.01 * (len(self.log) % 3)
-        return self.slow.get(config, 100.0) * {"random": 2.0, "overlap": 1.0, "full": 0.5}[selection] * wobble
+        return self.slow.get(config, 100.0) * {"0.2": 2.0, "0.7": 1.0, "0.9": 0.5}[selection] * wobble
 
     def rig(self):
         return measure.Rig(self.check, self.prepare, self.time_us, lambda: self.now)

@@ -10,6 +10,7 @@ On a CPU several workers compute such steps at once; what the steps add, they ad
 """
 
 import itertools
+import json
 import math
 
 import torch
@@ -132,10 +133,10 @@ def _product(a, b):
 
 
 @workers.one_thread
-def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
+def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] of q [B, T, HQ, D], k and v [B, N, S, H, D], weights [B, T, HW, K], indices [B, T, H, K]."""
-    if config:
-        raise ValueError(f"config must be None for impl='reference', which has no programs, got {sorted(config)}")
+    if config and (named := json.loads(config).keys() - {"overlap"}):
+        raise ValueError(f"config must name nothing for impl='reference', which has no programs, got {sorted(named)}")
     if not pairs.offsets[-1]:
         return q.new_zeros(q.shape)
     plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
@@ -168,7 +169,7 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
 
 
 @workers.one_thread
-def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
+def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv, dweights), shaped and typed as q, k, v, weights; always deterministic."""
     if not pairs.offsets[-1]:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v, weights))

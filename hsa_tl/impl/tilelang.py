@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hsa_tl.autotune import strategy, table
+from hsa_tl.autotune import plan
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 from hsa_tl.kernels_tilelang.config_base import Config
@@ -82,10 +82,10 @@ def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | Non
 
 
 def compiled(program: str, problem: Problem, config: Config | None = None) -> Callable:
-    """The program for the problem's static dims, with the table's config or the heuristic's if none is given."""
+    """The program for the problem's static dims, with its first config if none is given."""
     from hsa_tl.kernels_tilelang import compile
 
-    return compile.kernel(program, problem, config or table.resolve(program, problem))
+    return compile.kernel(program, problem, config or configs.default(program, problem))
 
 
 @dataclass(frozen=True)
@@ -255,26 +255,29 @@ def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     return Pairs(pair, offsets)
 
 
-def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
+def run_plan(direction: str, call: Call, config: str, deterministic: bool) -> dict[str, Tensor]:
+    """Runs the programs of the call's plan, one after the other; their outputs."""
+    results = {}
+    for program, chosen in plan.choose(direction, call.problem, config, deterministic).programs:
+        run, outputs = LAUNCHERS[program](call, chosen)
+        run()
+        results |= outputs
+    return results
+
+
+def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
     if not q.numel():
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     call = Call.of(q, k, v, weights, indices, pairs, chunk_len, scale)
-    ((program, chosen),) = strategy.programs("forward", call.problem, indices, config)
-    run, outputs = LAUNCHERS[program](call, chosen)
-    run()
-    return outputs["out"].flatten(2, 3)
+    return run_plan("forward", call, config, deterministic)["out"].flatten(2, 3)
 
 
-def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
+def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """dq, dk, dv, dweights. See hsa_tl.ops for the arguments."""
     if not q.numel():
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
     call = Call.of(q, k, v, weights, indices, pairs, chunk_len, scale, do)
-    gradients = {}
-    for program, chosen in strategy.programs("backward", call.problem, indices, config, deterministic):
-        run, outputs = LAUNCHERS[program](call, chosen)
-        run()
-        gradients |= outputs
+    gradients = run_plan("backward", call, config, deterministic)
     dq, dweights = gradients["dq"].flatten(2, 3), gradients["dweights"].flatten(2, 3)
     return dq, gradients["dk"], gradients["dv"], dweights

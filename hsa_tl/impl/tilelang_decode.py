@@ -1,9 +1,13 @@
 """Launcher of the TileLang decode programs: on Hopper, and on the CPU through TileLang's C target (float32)."""
 
+import functools
+from dataclasses import replace
+
 import torch
 
-from hsa_tl.autotune import table
+from hsa_tl.autotune import cost
 from hsa_tl.impl import tilelang as launchers
+from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig, preferred_splits
 from hsa_tl.problem import Problem
 
@@ -15,12 +19,13 @@ def unavailable(problem: Problem) -> str | None:
     return launchers.unavailable(problem, (PROGRAM,))
 
 
+@functools.lru_cache(maxsize=1024)
 def chosen_config(problem: Problem) -> DecodeSplitConfig:
-    """Of the table or the heuristic, with as many ranges of slots as fill this GPU: a row of another B fits as well."""
-    config = table.resolve(PROGRAM, problem)
+    """The first of the space, with as many ranges of slots as fill the problem's GPU."""
+    config = configs.default(PROGRAM, problem)
     if problem.device_type == "cpu":
         return config
-    return DecodeSplitConfig(config.threads, config.num_stages, preferred_splits(problem))
+    return replace(config, num_splits=preferred_splits(problem, cost.device_here(problem.device_index).sms))
 
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):

@@ -2,8 +2,8 @@
 
 import torch
 
-from hsa_tl.autotune import table
 from hsa_tl.impl import tilelang as launchers
+from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_retrieval import MAX_TOPK
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
@@ -45,7 +45,7 @@ def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
     if scores.numel() and N:
         problem = launchers.targeted(Problem.of_retrieval(q_slc, N, topk, chunk_size))
-        config = table.heuristic("retrieve_split", problem)  # of B, T and N: no table's row is
+        config = configs.default("retrieve_split", problem)
         splits = -(-N // config.block_N)
         best = torch.empty(B, T, R, splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
         chunks = torch.full_like(lengths, N) if chunks is None else chunks

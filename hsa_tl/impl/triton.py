@@ -13,6 +13,7 @@ delta = rowsum(p * dp) is the gradient of the weight. CPU tensors run under Trit
 
 from __future__ import annotations
 
+import json
 import math
 
 import torch
@@ -264,12 +265,13 @@ def plan(kernel, G: int, D: int, S: int, itemsize: int, shared_limit: int = _HOP
     return None
 
 
-def _overrides(config, kernel, G: int) -> dict:
-    """The fields of `config`, {kernel name: fields}, for one kernel; ValueError names what is wrong."""
+def _overrides(config: str, kernel, G: int) -> dict:
+    """The fields of `config`, JSON of {kernel name: fields}, for one kernel; ValueError names what is wrong."""
+    named = json.loads(config or "{}")
     kernels = tuple(f.__name__ for f in (forward_kernel, dq_kernel, dkdv_kernel))
-    if unknown := set(config or ()) - set(kernels):
+    if unknown := named.keys() - {*kernels, "overlap"}:
         raise ValueError(f"config must name kernels among {', '.join(kernels)}, got {sorted(unknown)}")
-    fields = (config or {}).get(kernel.__name__, {})
+    fields = named.get(kernel.__name__, {})
     least = _next_power_of_two(max(16, G))
     for key, value in fields.items():
         if key not in _CONFIG_KEYS:
@@ -335,7 +337,7 @@ def _default_splits(device, programs: int, blocks: int) -> int:
     return max(1, min(wanted, blocks // (8 * programs)))
 
 
-def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
+def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     B, T, _, _ = q.shape
     N, H = k.shape[1], k.shape[3]
     if 0 in (q.numel(), k.numel(), indices.numel()):
@@ -348,7 +350,7 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config=None):
     return out
 
 
-def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config=None, deterministic=False):
+def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv, dweights). Always deterministic."""
     B, T, _, _ = q.shape
     _, N, S, H, _ = k.shape

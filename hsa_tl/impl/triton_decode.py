@@ -90,7 +90,7 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     P, _, H, _ = k_pages.shape
     K, G = indices.shape[3], HQ // H
     splits = default_splits(q.device, B * T * H, K)
-    constants, _ = base._setup(decode_kernel, q, k_pages[None], weights, indices, None)
+    constants, _ = base._setup(decode_kernel, q, k_pages[None], weights, indices, "")
     del constants["BLOCK_K"]
     out = torch.empty_like(q) if splits == 1 else q.new_empty(B, T, H, splits, G, D, dtype=torch.float32)
     launch(
