@@ -7,7 +7,6 @@ A round is the median of TileLang's profiler, which flushes the L2 cache before 
 
 import contextlib
 import functools
-import math
 import os
 import statistics
 import time
@@ -167,23 +166,13 @@ def _look(row: dict, problem: Problem, rig: Rig) -> dict:
         return {"error": _say(error), "rounds": {}}
 
 
-def _quantile(rounds: list[float], q: float) -> float:
-    """By linear interpolation."""
-    rounds = sorted(rounds)
-    at = q * (len(rounds) - 1)
-    low = math.floor(at)
-    return rounds[low] + (at - low) * (rounds[min(low + 1, len(rounds) - 1)] - rounds[low])
-
-
 def summary(record: dict) -> dict:
-    """Geometric means over the selections of median, p20 and p80, and the selections' medians."""
-    columns = {"median_us": 0.5, "p20_us": 0.2, "p80_us": 0.8}
+    """The median of each selection's rounds, and their geometric mean."""
     if record["error"]:
-        return {"error": record["error"], **dict.fromkeys(columns)}
-    rounds = record["rounds"]
-    found = {c: statistics.geometric_mean(_quantile(x, q) for x in rounds.values()) for c, q in columns.items()}
-    selections = {x: statistics.median(times) for x, times in rounds.items()}
-    return {"error": None, **{c: float(f"{value:.4g}") for c, value in found.items()}, "selections": selections}
+        return {"error": record["error"], "median_us": None}
+    selections = {x: statistics.median(times) for x, times in record["rounds"].items()}
+    median = statistics.geometric_mean(selections.values())
+    return {"error": None, "median_us": float(f"{median:.4g}"), "selections": selections}
 
 
 Entry = tuple[dict, dict, dict]  # static row, identity in the journal, record
@@ -245,7 +234,7 @@ def measure(
     case: Case, ranked: list[dict], *, device: str, seconds: float, rig: Rig | None = None,
     journal: Journal | None = None, progress: Callable | None = None,
 ) -> list[dict]:  # fmt: skip
-    """The ranked rows that there was time for, with median_us and its spread; a failure is recorded in error.
+    """The ranked rows that there was time for, with median_us; a failure is recorded in error.
 
     over_runner_up and over_static are the next fastest's and the static pick's time over a row's own, in its group.
     What the journal holds of this device, problem and source is not measured again. progress(done, total) after each

@@ -17,7 +17,7 @@ import functools
 import importlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -51,11 +51,6 @@ def mode() -> str:
     return value
 
 
-def bucket(length: int) -> int:
-    """The next power of two: what stands for all lengths down to half of it."""
-    return 1 << max(0, length - 1).bit_length()
-
-
 def choose(
     direction: str, problem: Problem, config: str = "", deterministic: bool = False, device: str | None = None
 ) -> Plan:
@@ -63,9 +58,7 @@ def choose(
 
     ValueError: config names an unknown program or field, two strategies, or fields that do not suit the problem.
     """
-    p = problem
-    same = replace(p, T=bucket(p.T), N=bucket(p.N)) if p.T & (p.T - 1) or p.N & (p.N - 1) else p
-    return _choose(direction, same, config, deterministic, device, mode())
+    return _choose(direction, problem.bucketed(), config, deterministic, device, mode())
 
 
 @functools.lru_cache(maxsize=4096)

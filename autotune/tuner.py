@@ -68,7 +68,7 @@ def rank(case: Case, device: str | cost.Device, *, programs: tuple[str, ...] = c
 
 def best(case: Case, rows: list[dict]) -> list[dict]:
     """Table rows: for each direction and class of selections the fastest measured plan without a fault."""
-    found, high = [], plan.bucket(case.problem.T)
+    found, high = [], case.problem.bucketed().T
     for direction in plan.STRATEGIES:
         timed = [r for r in rows if r["direction"] == direction and r.get("median_us") and not r["faults"]]
         for name, overlaps in CLASSES.items() if timed else ():

@@ -9,6 +9,7 @@ import typer
 from hsa_tl.bench import compare, page, plot, record
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.decode import Decode
+from hsa_tl.bench.dispatch import Dispatch
 from hsa_tl.bench.micro import Micro
 from hsa_tl.bench.model import ModelBench
 from hsa_tl.bench.retrieve import Retrieve
@@ -34,6 +35,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "model": ModelBench,
     "roofline": Roofline,
     "micro": Micro,
+    "dispatch": Dispatch,
 }
 WHATS = (*SUITES, *DIRECTIONS)  # a direction is the attention suite in that mode
 console = make_console()
@@ -86,8 +88,9 @@ def bench(
 
     retrieve: streaming retrieval of a prefill against materialised scores and torch.topk. decode: one new token over a
     cache, retrieval and attention. model: a training step, a prefill and a token, beside full attention. roofline: a
-    matrix product and a copy. micro: on Hopper, what the cost model's constants stand for. Exit code 1 if a provider is
-    refused by the correctness gate or fails, or nothing has a time.
+    matrix product and a copy. micro: on Hopper, what the cost model's constants stand for. dispatch: on a CPU, what a
+    call for Hopper takes to its launches. Exit code 1 if a provider is refused by the correctness gate or fails, or
+    nothing has a time.
     """
     one_of("what to bench", what, WHATS)
     suite = SUITES.get(what, Attention)()

@@ -1,6 +1,7 @@
 """Problem: the static description of one attention call; what configs, tables, cost models and cases are keyed by."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +17,11 @@ GEMMS = {
     "retrieve": 1,
     "scan": 0,
 }
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,15 @@ class Problem:
             B=B, T=T, N=N, HQ=R, H=R, D=D_r, S=S, K=topk, dtype=q_slc.dtype, device_type=device.type,
             device_index=device.index,
         )  # fmt: skip
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def bucketed(self) -> "Problem":
+        """The problem of lengths up to the next powers of two: what is decided once for all in between."""
+        return replace(self, T=power_of_two(self.T), N=power_of_two(self.N))
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def on_cuda(self) -> "Problem":
+        return replace(self, device_type="cuda")
 
     @property
     def G(self) -> int:

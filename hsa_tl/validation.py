@@ -27,9 +27,10 @@ def require_shape(name: str, x: torch.Tensor, dims: tuple, reason: str, hint: Ca
 
     hint: what to add to the message, see `laid_out`.
     """
-    same = all(n >= d.count(">= 1") if isinstance(d, str) else n == d for n, d in zip(x.shape, dims, strict=True))
-    rule = lambda: f"have shape [{', '.join(map(str, dims))}] {reason}"  # noqa: E731
-    require(same, name, rule, lambda: shape_of(x)() + hint())
+    for n, d in zip(x.shape, dims, strict=True):
+        if n < d.count(">= 1") if isinstance(d, str) else n != d:
+            rule = f"have shape [{', '.join(map(str, dims))}] {reason}"
+            require(False, name, rule, shape_of(x)() + hint())
 
 
 def laid_out(q: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor | None = None) -> Callable[[], str]:
@@ -52,21 +53,23 @@ def laid_out(q: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor | None =
 def require_tensor(name: str, x: object, ndim: int, like: torch.Tensor | None = None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    require(x.ndim == ndim, name, f"have {ndim} dimensions", shape_of(x))
-    if like is not None:
-        require(x.device == like.device, name, f"be on {like.device} like the other tensors", x.device)
+    if x.ndim != ndim:
+        require(False, name, f"have {ndim} dimensions", shape_of(x))
+    if like is not None and x.device != like.device:
+        require(False, name, f"be on {like.device} like the other tensors", x.device)
 
 
 def require_float(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
-    if like is not None:
-        require(x.dtype == like.dtype, name, f"have dtype {like.dtype} like the query", x.dtype)
+    if like is not None and x.dtype != like.dtype:
+        require(False, name, f"have dtype {like.dtype} like the query", x.dtype)
     require(x.dtype in FLOATS, name, "have dtype bfloat16, float16, float32 or float64", x.dtype)
 
 
 def require_int(name: str, x: object, low: int) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(x).__name__}")
-    require(x >= low, name, f"be at least {low}", lambda: x)
+    if x < low:
+        require(False, name, f"be at least {low}", lambda: x)
 
 
 def require_integers(name: str, x: torch.Tensor, low: int, stop: int, ignored: int | None = None) -> torch.Tensor:
@@ -93,7 +96,8 @@ def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
             raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
         largest = torch.finfo(torch.float32).max
         require(0 <= scale <= largest, "scale", "be finite, in float32 too, and at least 0", scale)
-    require(impl in IMPLS, "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
+    if impl not in IMPLS:
+        require(False, "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
 
 
 def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
@@ -145,7 +149,8 @@ def require_selection(
         shape_of(weights),
     )
     weights_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    require(weights.dtype == weights_dtype, "weights", f"have dtype {weights_dtype}", weights.dtype)
+    if weights.dtype != weights_dtype:
+        require(False, "weights", f"have dtype {weights_dtype}", weights.dtype)
 
 
 def check_selection(

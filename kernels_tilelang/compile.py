@@ -1,5 +1,6 @@
 """The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -50,6 +51,11 @@ def _static_dims(problem: Problem, config) -> dict:
     return {name: value for name, value in static_key(problem).items() if name in config.KEY}
 
 
+@functools.lru_cache(maxsize=4096)
+def _key(program: str, problem: Problem, config) -> tuple:
+    return (program, problem.device_type, config, *_static_dims(problem, config).values())
+
+
 def lower(program: str, problem: Problem, config):
     """The artifact for sm_90a: CUDA source and device module. Needs neither a GPU nor nvcc."""
     return lower_ir(build(program, problem, config), _pass_configs(config))
@@ -73,8 +79,7 @@ def compile_ir(ir: tvm.tirx.PrimFunc, device_type: str, pass_configs: dict = PAS
 
 def kernel(program: str, problem: Problem, config):
     """A callable kernel for the problem's device; compiled once for each static key and config, any B, T, N and H."""
-    runner = emulator if problem.device_type == "cuda" else None
-    key = (program, problem.device_type, runner, config, *_static_dims(problem, config).values())
+    key = (*_key(program, problem, config), emulator if problem.device_type == "cuda" else None)
     if key not in _KERNELS:
         _KERNELS[key] = compile_ir(build(program, problem, config), problem.device_type, _pass_configs(config))
     return _KERNELS[key]

@@ -182,7 +182,6 @@ def test_contenders_are_timed_in_turns_and_margins_reported():
     assert len(times[fast]) == 3 * measure.ROUNDS and len(times[rest[-1]]) == 3
     best = seen[fast]
     assert best["median_us"] == pytest.approx(100.0 * 1.01, rel=0.02)  # geometric mean of 2, 1 and 1/2 times 100
-    assert best["p20_us"] <= best["median_us"] <= best["p80_us"]
     assert best["over_runner_up"] == pytest.approx(1.05, rel=0.02) and best["over_static"] == pytest.approx(
         1.3, rel=0.02
     )

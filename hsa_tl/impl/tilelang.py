@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def _lacks_compiler() -> str | None:
 def targeted(problem: Problem) -> Problem:
     """The problem as its programs are compiled: for CUDA where an emulator runs them on CPU tensors."""
     emulated = problem.device_type == "cpu" and problem.dtype in HALF and emulating()
-    return replace(problem, device_type="cuda") if emulated else problem
+    return problem.on_cuda() if emulated else problem
 
 
 def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | None:
@@ -74,6 +74,12 @@ def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | Non
         return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
     if problem.dtype not in HALF:
         return "on CUDA it runs bfloat16 and float16"
+    return misfit(problem.bucketed(), programs)
+
+
+@functools.lru_cache(maxsize=4096)
+def misfit(problem: Problem, programs: tuple[str, ...]) -> str | None:
+    """Which of the programs has no config for the problem and why, or None."""
     for program in programs:
         if not configs.space(program, problem):
             reason = configs.why_illegal(program, problem, configs.CONFIGS[program]())
@@ -106,8 +112,7 @@ class Call:
     @classmethod
     def of(cls, q, k, v, weights, indices, pairs, chunk_len, scale, do=None) -> "Call":
         problem = targeted(Problem.of(q, k, weights, indices, chunk_len))
-        H = k.shape[3]
-        q, weights = (x.unflatten(2, (H, x.shape[2] // H)).contiguous() for x in (q, weights))
+        q, weights = (x.contiguous().view(*x.shape[:2], k.shape[3], -1, x.shape[3]) for x in (q, weights))
         if chunk_len is None:
             chunk_len = torch.empty(k.shape[1], dtype=torch.int32, device=k.device)  # not read
         do = None if do is None else do.contiguous().view_as(q)

@@ -35,7 +35,7 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     problem = launchers.targeted(Problem.of_decode(q, k_pages, weights, indices, page_table))
     config = chosen_config(problem)
     splits, H = config.num_splits, k_pages.shape[2]
-    q, weights = (x.unflatten(2, (H, x.shape[2] // H)).contiguous() for x in (q, weights))
+    q, weights = (x.contiguous().view(*x.shape[:2], H, -1, x.shape[3]) for x in (q, weights))
     k_pages, v_pages, indices, page_table = (x.contiguous() for x in (k_pages, v_pages, indices, page_table))
     out = torch.empty_like(q)
     B, T, _, G, D = q.shape
