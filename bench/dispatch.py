@@ -8,18 +8,18 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from hsa_tl import api, cases, ops
 from hsa_tl.autotune import plan
+from hsa_tl.bench.providers import D_R
 from hsa_tl.bench.suite import Suite, Work
 from hsa_tl.problem import Problem
 from hsa_tl.testing import make_inputs
 
-D_R = 128  # dimension of the retrieval heads
 PLANNED_TOKENS = 16384
 CHUNKS = 64  # that a decode step retrieves from
 LIMITS_US = {"forward": 100, "backward": 150, "decode": 120}  # at most, of the modes that have a goal
@@ -31,6 +31,20 @@ def programs(p: Problem) -> dict:
     return {
         name: {} for direction in plan.STRATEGIES for name, _ in plan.choose(direction, long, device="h100").programs
     }
+
+
+def decoding(p: Problem) -> Callable[[], torch.Tensor]:
+    """A token's retrieval, fusion weights and attention."""
+    half = functools.partial(torch.randn, dtype=torch.bfloat16)
+    q_slc, landmarks, q = half(1, 1, p.H, D_R), half(1, CHUNKS, p.H, D_R), half(1, 1, p.HQ, p.D)
+    pages, lengths = half(CHUNKS, p.S, p.H, p.D), torch.tensor([CHUNKS * p.S], dtype=torch.int32)
+    table = torch.arange(CHUNKS, dtype=torch.int32)[None]
+
+    def step():
+        scores, chosen = api.retrieve_decode(q_slc, landmarks, lengths, p.K, chunk_size=p.S, impl="tilelang")
+        return api.hsa_decode(q, pages, pages, api.fusion_weights(scores), chosen, table, impl="tilelang")
+
+    return step
 
 
 class Dispatch(Suite):
@@ -108,7 +122,7 @@ class Dispatch(Suite):
 
     def call(self, name, problem, inputs, mode):
         if mode == "decode":
-            function = self.decode(problem)
+            function = decoding(problem)
         else:
             train = mode != "forward"
             leaves = [x.detach().requires_grad_(train) for x in inputs[:4]]
@@ -128,21 +142,6 @@ class Dispatch(Suite):
             seen.append([(program, 1e6 * (at - start)) for program, at in self.launches])
 
         return run
-
-    def decode(self, p: Problem):
-        """A token's retrieval, fusion weights and attention."""
-        half = functools.partial(torch.randn, dtype=torch.bfloat16)
-        q_slc, landmarks = half(1, 1, p.H, D_R), half(1, CHUNKS, p.H, D_R)
-        q, pages = half(1, 1, p.HQ, p.D), half(CHUNKS, p.S, p.H, p.D)
-        lengths = torch.tensor([CHUNKS * p.S], dtype=torch.int32)
-        page_table = torch.arange(CHUNKS, dtype=torch.int32)[None]
-
-        def step():
-            scores, chosen = api.retrieve_decode(q_slc, landmarks, lengths, p.K, chunk_size=p.S, impl="tilelang")
-            weights = api.fusion_weights(scores)
-            return api.hsa_decode(q, pages, pages, weights, chosen, page_table, impl="tilelang")
-
-        return step
 
     def work(self, name, problem, mode):
         calls = self.seen.get((problem, mode))

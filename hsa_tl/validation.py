@@ -112,19 +112,13 @@ def validates(x: torch.Tensor, validate: bool | None) -> bool:
     return x.device.type == "cpu" or os.environ.get("HSA_TL_VALIDATE") == "1" if validate is None else validate
 
 
-def require_share(name: str, x: object) -> None:
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(x).__name__}")
-    require(0 <= x <= 1, name, "lie in [0, 1]", x)
-
-
 def config_json(config: object) -> str:
     if config is None:
         return ""
     if not isinstance(config, dict):
         raise TypeError(f"config must be a dict from program name to its config, got {type(config).__name__}")
-    if "overlap" in config:
-        require_share("config['overlap']", config["overlap"])
+    x = config.get("overlap", 0)
+    require(isinstance(x, (int, float)) and 0 <= x <= 1, "config['overlap']", "be a number in [0, 1]", repr(x))
     return json.dumps({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
 
 

@@ -326,3 +326,14 @@ def test_the_device_is_the_tensors(monkeypatch):
         problem = Problem(1, 64, 1, 16, 1, 128, 64, 4, device_index=index)
         assert ops.preferred(problem)[0] == first
         assert (ops.implementation("tilelang").unavailable(problem) is None) == (index == 1)
+
+
+@pytest.mark.parametrize("overlap", (-0.1, 1.5, "high", None))
+def test_an_overlap_is_a_share(overlap):
+    with pytest.raises(ValueError, match=r"config\['overlap'\] must be a number in \[0, 1\], got "):
+        attention(config={"overlap": overlap})
+
+
+@pytest.mark.parametrize("impl", ("auto", "reference", "tilelang", "triton"))
+def test_every_implementation_takes_an_overlap(impl):
+    assert attention(impl=impl, config={"overlap": 0.5}).shape == (B, T, HQ, D)

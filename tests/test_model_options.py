@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hsa_tl import fusion_weights
-from hsa_tl.model import Model, ModelConfig, baseline, preset
+from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset, segment
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.nsa import NSALayer, attend_selected
 
@@ -241,3 +241,19 @@ def test_moe_sizes_are_the_papers():
 def test_head_ratio_of_presets(name):
     c = preset(name)
     assert c.heads == (4 if name == "tiny" else 16) * c.kv_heads
+
+
+def test_the_layer_says_what_overlap_it_expects(monkeypatch):
+    """In a forward over a ChunkMemory and in a prefill over pages; a share, or the config is refused."""
+    asked = []
+    for module in (hsa, segment):
+        run = module.hsa_attention
+        monkeypatch.setattr(module, "hsa_attention", lambda *x, run=run, **y: asked.append(y["config"]) or run(*x, **y))
+    model = Model(dataclasses.replace(SMALL, selection_overlap=0.4)).eval()
+    ids = torch.randint(50, (1, T))
+    with torch.no_grad():
+        model(ids)
+        model(ids, cache=model.new_cache(1))
+    assert asked and all(config == {"overlap": 0.4} for config in asked) and len(asked) > 1
+    with pytest.raises(ValueError, match=r"selection_overlap must lie in \[0, 1\], got 1.5"):
+        dataclasses.replace(SMALL, selection_overlap=1.5)

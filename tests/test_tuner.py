@@ -16,7 +16,10 @@ from tuning import FakeGpu, fake_compiler
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, explain, measure, plan, static, table, tuner
 from hsa_tl.autotune.journal import Journal
+from hsa_tl.impl import tilelang
 from hsa_tl.kernels_tilelang import config as configs
+from hsa_tl.problem import Problem
+from hsa_tl.testing import make_inputs
 
 CASE = cases.case("paper-d128")
 UNION = ("hsa_fwd_union",)
@@ -336,3 +339,26 @@ def test_explain_says_why(monkeypatch, tmp_path):
     e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
     assert e.origin.startswith("measured, user's table, ")
     assert e.chosen.median_us and any(n.median_us for n in e.neighbours)
+
+
+SMALL = cases.on_cpu(Problem(B=1, T=48, N=3, HQ=2, H=1, D=16, S=16, K=2))
+
+
+@pytest.mark.parametrize("direction", plan.STRATEGIES)
+def test_a_plan_is_checked_and_run_through_the_public_operator(monkeypatch, direction):
+    """On the CPU target. What computes the wrong thing is told."""
+    programs = plan.choose(direction, SMALL).programs
+    monkeypatch.setattr(measure, "_inputs", lambda problem, selection: make_inputs(problem))
+    result = measure.launch(direction, SMALL, programs, "0.9")()
+    assert len([result] if direction == "forward" else result) == {"forward": 1, "backward": 4}[direction]
+    measure.check(direction, SMALL, programs, "cpu")
+    ran = []
+
+    def doubled(direction, call, config, deterministic, run=tilelang.run_plan):
+        ran.append((direction, json.loads(config)))
+        return {name: 2 * x for name, x in run(direction, call, config, deterministic).items()}
+
+    monkeypatch.setattr(tilelang, "run_plan", doubled)
+    with pytest.raises(AssertionError, match=r"error"):
+        measure.check(direction, SMALL, programs, "cpu")
+    assert ran[-1][0] == direction and all(ran[-1][1][name] == vars(config) for name, config in programs)
