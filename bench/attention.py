@@ -1,10 +1,11 @@
 """`hsa-tl bench forward | backward | train`: HSA's attention, its retrieval and both, beside dense attention."""
 
+import functools
 from pathlib import Path
 
 import torch
 
-from hsa_tl import api, cases
+from hsa_tl import api, cases, selection_overlap
 from hsa_tl.bench import gate
 from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider
 from hsa_tl.bench.selections import load_selection
@@ -115,15 +116,18 @@ class Attention(Suite):
 
     def call(self, name, problem, inputs, mode):
         p = provider(name)
-        tensors, S = {n: inputs[n] for n in p.uses}, problem.S
+        tensors, attend = {n: inputs[n] for n in p.uses}, functools.partial(p.attention, chunk_size=problem.S)
+        if p.config is not None:
+            overlap = selection_overlap(inputs["own" if "own" in p.uses else "indices"])
+            attend = functools.partial(attend, config=p.config | {"overlap": overlap})
         if mode == "forward":
-            return torch.no_grad()(lambda: p.attention(**tensors, chunk_size=S))
+            return torch.no_grad()(lambda: attend(**tensors))
         leaves = {n: tensors[n].detach().requires_grad_() for n in p.leaves}
         wanted, incoming = list(leaves.values()), p.incoming(inputs)
         tensors |= leaves
         if mode == "train":
-            return lambda: torch.autograd.grad(p.attention(**tensors, chunk_size=S), wanted, incoming)
-        out = p.attention(**tensors, chunk_size=S)
+            return lambda: torch.autograd.grad(attend(**tensors), wanted, incoming)
+        out = attend(**tensors)
         return lambda: torch.autograd.grad(out, wanted, incoming, retain_graph=True)
 
     def work(self, name, problem, mode):

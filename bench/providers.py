@@ -37,6 +37,7 @@ class Provider:
     ours: bool = True
     backward: bool = True
     note: str = ""  # in each of its rows
+    config: dict | None = None  # of hsa_attention, to which a sweep adds its selection's overlap; None if it takes none
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -63,20 +64,22 @@ def why_not(impl: str, problem: Problem) -> str | None:
 
 def _hsa(impl: str) -> Provider:
     attention = functools.partial(api.hsa_attention, impl=impl)
-    return Provider(f"hsa-{impl}", attention, attention_oracle, functools.partial(why_not, impl))
+    return Provider(f"hsa-{impl}", attention, attention_oracle, functools.partial(why_not, impl), config={})
 
 
 def _strategy(forward: str) -> Provider:
     """The TileLang programs of one forward strategy and a backward, whatever the plan would be."""
     programs = forward, *STRATEGIES["backward"][0 if forward == "hsa_fwd_token" else -1]
-    attention = functools.partial(api.hsa_attention, impl="tilelang", config={program: {} for program in programs})
+    config = {program: {} for program in programs}
+    attention = functools.partial(api.hsa_attention, impl="tilelang", config=config)
 
     def unavailable(problem):
         reason = why_not("tilelang", problem)
         lacking = [p for p in programs if problem.device_type == "cuda" and not configs.space(p, problem)]
         return reason or (f"no config of {' and '.join(lacking)} suits {problem}" if lacking else None)
 
-    return Provider(f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}", attention, attention_oracle, unavailable)
+    name = f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}"
+    return Provider(name, attention, attention_oracle, unavailable, config=config)
 
 
 def retrieve(q_slc, landmarks, own, *, chunk_size):
@@ -91,9 +94,9 @@ def retrieve_oracle(q_slc, landmarks, own, *, chunk_size):
     return api.fusion_weights(s.to(torch.promote_types(torch.float32, s.dtype)))
 
 
-def with_retrieval(q, k, v, q_slc, landmarks, own, *, chunk_size):
+def with_retrieval(q, k, v, q_slc, landmarks, own, *, chunk_size, config=None):
     scores, chosen = api.retrieve_chunks(q_slc, landmarks, own.shape[3], chunk_size=chunk_size)
-    return api.hsa_attention(q, k, v, api.fusion_weights(scores), chosen, chunk_size=chunk_size)
+    return api.hsa_attention(q, k, v, api.fusion_weights(scores), chosen, chunk_size=chunk_size, config=config)
 
 
 def with_retrieval_oracle(q, k, v, q_slc, landmarks, own, *, chunk_size):
@@ -114,6 +117,7 @@ _hils = functools.partial(published.checkout_unavailable, published.HILS, "hils_
 _nsa_note = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
 _d_r = f"D_r={D_R}"
 _auto = functools.partial(why_not, "auto")
+_layer = with_retrieval, with_retrieval_oracle, _auto, LAYER
 PROVIDERS = {
     p.name: p
     for p in (
@@ -144,9 +148,7 @@ PROVIDERS = {
             note=_nsa_note,
         ),
         Provider("retrieve", retrieve, retrieve_oracle, _auto, RETRIEVAL, "retrieval", note=_d_r),
-        Provider(
-            "hsa-with-retrieval", with_retrieval, with_retrieval_oracle, _auto, LAYER, "hsa_with_retrieval", note=_d_r
-        ),
+        Provider("hsa-with-retrieval", *_layer, "hsa_with_retrieval", note=_d_r, config={}),
     )
 }
 DEFAULT_PROVIDERS = {

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from hsa_tl import cases
+from hsa_tl import cases, selection_overlap
 from hsa_tl.bench import providers, record, sweep, timing
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.sweep import run_sweep
@@ -145,3 +145,19 @@ def test_bad_options(options, words, tmp_path):
 
 def test_metrics_name_their_units():
     assert set(sweep.METRICS) == METRICS
+
+
+@pytest.mark.parametrize("name", ["hsa-reference", "hsa-with-retrieval"])
+def test_a_sweep_says_how_alike_its_selection_is(name, monkeypatch, tmp_path):
+    """By which TileLang's programs are chosen: what the layer's default says of a model is not true of random rows."""
+    asked, run = [], providers.api.hsa_attention
+    right = providers.PROVIDERS[name]
+    record = lambda *x, **y: asked.append(y["config"]) or run(*x, **y)  # noqa: E731
+    monkeypatch.setattr(providers.api, "hsa_attention", record)
+    if name == "hsa-reference":
+        monkeypatch.setitem(providers.PROVIDERS, name, dataclasses.replace(right, attention=record))
+    suite, problem = Attention(), cases.on_cpu(cases.at_length(CASE.problem, 256))
+    inputs = suite.inputs(problem, "random")
+    suite.call(name, problem, inputs, "train")()
+    chosen = inputs["indices" if name == "hsa-reference" else "own"]
+    assert asked == [{"overlap": selection_overlap(chosen)}] and 0 < asked[0]["overlap"] <= 1
