@@ -36,6 +36,15 @@ def test_length():
     assert len(README.read_text().splitlines()) <= 110
 
 
+def test_every_variable_of_the_environment_is_listed():
+    """In one table, with one prefix."""
+    listed = set(re.findall(r"HSA_\w+", (ROOT / "docs" / "operator.md").read_text()))
+    folders = ("hsa_tl", "kernels_tilelang", "autotune", "model", "bench", "tests")
+    sources = (f.read_text() for folder in folders for f in (ROOT / folder).rglob("*.py"))
+    read = {name for text in sources for name in re.findall(r"\"(HSA_[A-Z_]+)\"", text)}
+    assert read == listed and all(name.startswith("HSA_TL_") for name in read)
+
+
 def test_docs_are_linked():
     """Every page of docs/ can be reached from the README."""
     text = README.read_text()
