@@ -103,7 +103,7 @@ def _named(strategy: tuple[str, ...], p: Problem, overlap: float, deterministic:
         else:
             here = cost.DEVICES[device] if device else cost.device_here(p.device_index)
             chosen |= predicted(((name,),), p, overlap, deterministic, here).programs
-    if deterministic and any(getattr(c, "reduce_add", 0) for c in chosen.values()):
+    if deterministic and any(c.reduce_add for c in chosen.values()):
         raise ValueError("config must have reduce_add=0 with deterministic=True, got 1")
     return Plan(tuple(chosen.items()), "caller")
 
@@ -112,10 +112,9 @@ def _fastest(origin: str, rows, direction: str, p: Problem, overlap: float, dete
     """Of the table's rows that suit the call."""
     found = []
     for row in rows:
-        if table.suits(row, direction, p, overlap):
+        if table.suits(row, direction, p, overlap, deterministic):
             programs = table.programs(row)
-            adds = deterministic and any(getattr(c, "reduce_add", 0) for _, c in programs)
-            if not adds and all(configs.why_illegal(name, p, c) is None for name, c in programs):
+            if all(configs.why_illegal(name, p, c) is None for name, c in programs):
                 found.append(Plan(programs, origin, row["ns_per_pair"]))
     return min(found, key=lambda plan: plan.ns_per_pair, default=None)
 
@@ -126,7 +125,7 @@ def predicted(strategies, p: Problem, overlap: float, deterministic: bool, devic
     for strategy in strategies:
         total, chosen = 0.0, []
         for name in strategy:
-            legal = [c for c in configs.space(name, p) if not (deterministic and getattr(c, "reduce_add", 0))]
+            legal = [c for c in configs.space(name, p) if not (deterministic and c.reduce_add)]
             times = [(cost.planned_ns(c, p, device, overlap), i) for i, c in enumerate(legal)]
             if not times:
                 break

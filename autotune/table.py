@@ -1,7 +1,8 @@
 """Measured tables: one JSON for each device, a readable row a line. The order of choice is in autotune.plan.
 
 A row is a plan of a direction, whole: timed through the public operator with its index building and sums. It serves
-lengths T[0] to T[1] and overlaps overlap[0] to overlap[1] of its static key. Tables are read once a process.
+lengths T[0] to T[1] and overlaps overlap[0] to overlap[1] of its static key, and deterministic=True if it adds nothing
+atomically. Tables are read once a process.
 """
 
 import functools
@@ -27,14 +28,14 @@ def programs(row: dict) -> tuple[tuple[str, Config], ...]:
 
 def identity(row: dict) -> tuple:
     """A table has one row for each of these."""
-    return (row["direction"], *(row[k] for k in KEY), *row["T"], *row["overlap"])
+    return (row["direction"], *(row[k] for k in KEY), row["deterministic"], *row["T"], *row["overlap"])
 
 
-def suits(row: dict, direction: str, problem: Problem, overlap: float) -> bool:
+def suits(row: dict, direction: str, problem: Problem, overlap: float, deterministic: bool) -> bool:
     """Whether the row serves the problem."""
     key, (low, high), (least, most) = static_key(problem), row["T"], row["overlap"]
     same = row["direction"] == direction and all(row[k] == key[k] for k in KEY)
-    return same and low <= problem.T <= high and least <= overlap <= most
+    return same and low <= problem.T <= high and least <= overlap <= most and row["deterministic"] >= deterministic
 
 
 def read(path: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """Ranks the plans of a case by prediction, and makes table rows of what was measured."""
 
 import importlib.metadata
+import itertools
 from dataclasses import asdict
 
 from hsa_tl.autotune import cost, plan, static
@@ -28,6 +29,11 @@ def versions() -> dict[str, str]:
 def programs_of(row: dict) -> tuple:
     """((program, config), ...) of a plan's row."""
     return tuple((name, configs.parse(name, text)) for name, text in row["programs"].items())
+
+
+def adds(row: dict) -> bool:
+    """Whether one of the plan's programs adds atomically."""
+    return any(config.reduce_add for _, config in programs_of(row))
 
 
 def group(row: dict) -> tuple:
@@ -67,16 +73,21 @@ def rank(case: Case, device: str | cost.Device, *, programs: tuple[str, ...] = c
 
 
 def best(case: Case, rows: list[dict]) -> list[dict]:
-    """Table rows: for each direction and class of selections the fastest measured plan without a fault."""
+    """Table rows: for each direction and class of selections the fastest measured plan without a fault.
+
+    Where that adds atomically, the fastest that does not as well, for deterministic=True.
+    """
     found, high = [], case.problem.bucketed().T
-    for direction in plan.STRATEGIES:
+    for direction, selection in itertools.product(plan.STRATEGIES, CLASSES):
         timed = [r for r in rows if r["direction"] == direction and r.get("median_us") and not r["faults"]]
-        for name, overlaps in CLASSES.items() if timed else ():
-            row = min(timed, key=lambda r: r["selections"][name])
-            us = row["selections"][name]
+        timed.sort(key=lambda r: r["selections"][selection])
+        ordered = [r for r in timed if not adds(r)]
+        for row in (x[0] for x in (timed, ordered) if x and (x is ordered or adds(x[0]))):
+            us = row["selections"][selection]
             found.append(
-                {"direction": direction, **configs.static_key(case.problem), "T": [high // 2 + 1, high]}
-                | {"overlap": list(overlaps), "programs": {name: asdict(c) for name, c in programs_of(row)}}
+                {"direction": direction, **configs.static_key(case.problem), "deterministic": not adds(row)}
+                | {"T": [high // 2 + 1, high], "overlap": list(CLASSES[selection])}
+                | {"programs": {name: asdict(c) for name, c in programs_of(row)}}
                 | {"median_us": us, "ns_per_pair": float(f"{1e3 * us / case.problem.pairs:.4g}")}
                 | {"candidates": len(timed)} | {name: row[name] for name in MEASURED} | {"versions": versions()}
             )  # fmt: skip

@@ -29,6 +29,7 @@ class Config:
     working_registers: ClassVar[int] = WORKING_REGISTERS
     own_barriers: ClassVar[bool] = False  # the program places every barrier itself, TileLang adds none
     blocks: ClassVar[int] = 0  # CTAs of an SM; 0: as many as fit
+    reduce_add: ClassVar[int] = 0  # adds into its output atomically, in no fixed order
     threads: int  # that compute
 
     def total_threads(self) -> int:

@@ -20,6 +20,7 @@ NAMES = {FwdTokenConfig: "hsa_fwd_token", FwdUnionConfig: "hsa_fwd_union", FwdCh
 
 def make_row(T=PAPER.T, config=TOKEN, ns=4.0, problem=PAPER, overlap=(0.9, 1.0)):
     made = {"direction": "forward", **static_key(problem), "T": [T // 2 + 1, T], "overlap": list(overlap)}
+    made |= {"deterministic": not config.reduce_add}
     made |= {"programs": {NAMES[type(config)]: asdict(config)}, "median_us": 9.0, "ns_per_pair": ns}
     return made | {"candidates": 2, "versions": {}}
 
