@@ -70,11 +70,11 @@ def _choose(direction: str, p: Problem, config: str, deterministic: bool, device
     strategies = [s for s in STRATEGIES[direction] if any(program in named for program in s)]
     if len(strategies) > 1:
         raise ValueError(f"config must name one strategy for the {direction}, got {' and '.join(map(str, strategies))}")
+    here = cost.DEVICES[device] if device else None if p.device_type == "cpu" else cost.device_here(p.device_index)
     if strategies:
-        return _named(strategies[0], p, overlap, deterministic, named, device)
+        return _named(strategies[0], p, overlap, deterministic, named, here)
     if p.device_type == "cpu":
         return Plan(tuple((name, configs.default(name, p)) for name in STRATEGIES[direction][0]), "cpu")
-    here = cost.DEVICES[device] if device else cost.device_here(p.device_index)
     if setting != "heuristic":
         known = device or cost.device_name(p.device_index)
         for origin, rows in (("user", table.users), ("shipped", table.shipped)) if known else ():
@@ -90,7 +90,7 @@ def _choose(direction: str, p: Problem, config: str, deterministic: bool, device
     return predicted(STRATEGIES[direction], p, overlap, deterministic, here)
 
 
-def _named(strategy: tuple[str, ...], p: Problem, overlap: float, deterministic: bool, named: dict, device) -> Plan:
+def _named(strategy: tuple[str, ...], p: Problem, overlap: float, deterministic: bool, named: dict, here) -> Plan:
     """The caller's strategy, with the caller's fields where it gives any."""
     chosen = {}
     for name in strategy:
@@ -101,7 +101,6 @@ def _named(strategy: tuple[str, ...], p: Problem, overlap: float, deterministic:
         elif p.device_type == "cpu":
             chosen[name] = configs.default(name, p)
         else:
-            here = cost.DEVICES[device] if device else cost.device_here(p.device_index)
             chosen |= predicted(((name,),), p, overlap, deterministic, here).programs
     if deterministic and any(c.reduce_add for c in chosen.values()):
         raise ValueError("config must have reduce_add=0 with deterministic=True, got 1")
