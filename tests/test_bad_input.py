@@ -198,6 +198,7 @@ TYPE_ERRORS = [
     (packed, {"cu_seqlens": [0, T]}, r"cu_seqlens must be a torch.Tensor, got list"),
     (retrieve, {"topk": 2.0}, r"topk must be an int, got float"),
     (retrieve, {"topk": True}, r"topk must be an int, got bool"),
+    (retrieve, {"q_slc": None}, r"q_slc must be a torch.Tensor, got NoneType"),
     (retrieve, {"landmarks": None}, r"landmarks must be a torch.Tensor, got NoneType"),
     (weights, {"scores": [1.0]}, r"scores must be a torch.Tensor, got list"),
     (pairs, {"indices": [[0]]}, r"indices must be a torch.Tensor, got list"),

@@ -6,6 +6,8 @@ only the tuner tries is checked by the arithmetic of legality, and assembled bef
 assembled of the same source and versions is not assembled again.
 """
 
+import csv
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from hsa_tl.kernels_tilelang import compile, config
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
 from hsa_tl.problem import Problem
 
+ROOT = Path(__file__).parent.parent
 CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.PROGRAMS]
 
 
@@ -98,6 +101,32 @@ def test_the_first_config_of_every_program_assembles(programs):
         sass = cost.parse_sass(made.sass)
         claim = c.tensor_core()
         assert made.spill_bytes == 0 and (not claim or cost.count(sass, claim.upper())), program
+
+
+SMEM_SLACK = 4608  # bytes, and a tenth: what aligning tiles to each other may add
+
+
+def test_the_published_table_is_of_todays_spaces():
+    """The committed table holds every config of the usual spaces, and the arithmetic of each agrees with what ptxas
+    and the driver said of it. A changed space or roofline needs `hsa-tl static --out bench/results/static/h200.csv`.
+    """
+    with (ROOT / "bench/results/static/h200.csv").open() as file:
+        published = {(r["case"], r["program"], r["config"]): r for r in csv.DictReader(file)}
+    spaces = {
+        (case.name, program, config.describe(c)): (case.problem, c)
+        for case, program in (param.values for param in CI)
+        for c in config.space(program, case.problem)
+    }
+    assert spaces.keys() == published.keys()
+    device = cost.DEVICES["h200"]
+    for key, (problem, c) in spaces.items():
+        row = published[key]
+        smem, ctas = int(row["smem_bytes"]), int(row["ctas_per_sm"])
+        assert smem <= c.smem_bytes(problem) <= 1.1 * smem + SMEM_SLACK, key
+        assert ctas >= blocks_per_sm(c, problem) >= (ctas - 1 if key[1] in config.TUNED else 1), key
+        bound, _ = cost.roofline(c, problem, device)
+        assert bound == pytest.approx(float(row["roofline_ns"]), rel=1e-9), key
+        assert not c.tensor_core() or int(row[c.tensor_core()]), key
 
 
 @prove  # 4 s of two cores each
