@@ -1,7 +1,6 @@
 """What the public functions require of their arguments: each check raises "name must rule, got value"."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 
@@ -119,7 +118,19 @@ def config_json(config: object) -> str:
         raise TypeError(f"config must be a dict from program name to its config, got {type(config).__name__}")
     x = config.get("overlap", 0)
     require(isinstance(x, (int, float)) and 0 <= x <= 1, "config['overlap']", "be a number in [0, 1]", repr(x))
-    return json.dumps({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
+    return _json({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
+
+
+def _json(x: object) -> str:
+    """Names and numbers as JSON; torch.compile cannot trace json.dumps."""
+    if isinstance(x, dict):
+        return "{" + ", ".join([f"{_json(k)}: {_json(v)}" for k, v in x.items()]) + "}"
+    if isinstance(x, bool):
+        return "true" if x else "false"
+    if isinstance(x, (int, float)):
+        return repr(x)
+    require(isinstance(x, str) and x.isidentifier(), "config", "hold names and numbers", lambda: repr(x))
+    return f'"{x}"'
 
 
 def require_pairs(indices: torch.Tensor) -> None:

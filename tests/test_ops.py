@@ -95,7 +95,8 @@ def layer(q_slc, landmarks, q, k, v, cu_seqlens=None):
     """Retrieval to output, the way a model calls it."""
     scores, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=S, cu_seqlens=cu_seqlens)
     weights = fusion_weights(scores)
-    return hsa_attention(q, k, v, weights, indices, chunk_size=S, cu_seqlens=cu_seqlens)
+    config = {"overlap": 0.5}
+    return hsa_attention(q, k, v, weights, indices, chunk_size=S, cu_seqlens=cu_seqlens, config=config)
 
 
 def _layer_inputs(T, chunks=None):
