@@ -78,11 +78,7 @@ def resolve_retrieval(
 ) -> str:
     """As `resolve`, for retrieval: "reference" is PyTorch, which runs everything, others <name>_retrieval."""
     problem = Problem.of_retrieval(q_slc, landmarks.shape[1], topk, chunk_size)
-    names = (impl,)
-    if impl == "auto":
-        hopper = q_slc.is_cuda and torch.cuda.get_device_capability(q_slc.device) == (9, 0)
-        names = ("tilelang", "reference") if hopper else ("reference",)
-    for name in names:
+    for name in preferred(problem) if impl == "auto" else (impl,):
         if name == "reference":
             return name
         module = implementation(f"{name}_retrieval")

@@ -340,3 +340,13 @@ def test_triton_kernels_compile_for_hopper(D_r, K):
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert "st.local" not in made.asm["ptx"]
         assert kernel is not module.topk_kernel or "mma" in made.asm["ptx"]
+
+
+def test_auto_takes_the_first_that_can(monkeypatch):
+    monkeypatch.setattr(ops, "preferred", lambda problem: ("tilelang", "triton", "reference"))
+    arguments = torch.randn(1, 4, 1, 16), torch.randn(1, 3, 1, 16), 2, 16
+    for name in ("tilelang", "triton", "reference"):
+        assert ops.resolve_retrieval("auto", *arguments) == name
+        if name != "reference":
+            module = ops.implementation(f"{name}_retrieval")
+            monkeypatch.setattr(module, "unavailable", lambda *_: "a reason")
