@@ -43,7 +43,7 @@ ACTS = {
     "plots": ("what was measured, as pictures", 5),
     "needles": ("a model of 0.6M parameters, trained at 256 tokens, finds needles in noise at up to 1M", 45),
 }
-TRAIN_S = 600
+TRAIN_S = 300
 WRITES = (".json", ".csv", ".png", ".svg")
 
 

@@ -94,7 +94,7 @@ def test_an_act_is_announced_before_it_starts(stopped, monkeypatch, tmp_path, te
     "options, names, words",
     (
         ({}, ACTS, "trained at 256"),
-        ({"needles": "train"}, ACTS, "11 minutes"),
+        ({"needles": "train"}, ACTS, "6 minutes"),
         ({"needles": None}, ACTS[:-1], "as pictures"),
         ({"device": "cuda"}, ACTS, "not timed on a GPU"),
     ),
