@@ -117,6 +117,8 @@ def retrieve_chunks(
     require_int("topk", topk, 1)
     require_int("q_start", q_start, 0)
     require_int("exclude_window", exclude_window, 0)
+    for name, value in (("q_start", q_start), ("exclude_window", exclude_window)):
+        require(value < 2**62, name, "be less than 2^62", value)
     require_common(chunk_size, scale, impl)
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens, q_slc)

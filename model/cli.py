@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from hsa_tl.bench.plot import plot_loss
+from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, data
 from hsa_tl.model import train as training
 from hsa_tl.model.recipe import FOLDER, Recipe, explanation, load_recipe, recipe_names, text_recipe
@@ -75,6 +76,13 @@ def _lost_ranks():
         raise typer.Exit(1) from None
 
 
+def _identity(text: Path, tokenizer: Path | None) -> str:
+    """JSON of what tells a text or folder of texts, and how it is read, from another. OSError: there is none."""
+    files = sorted(p for p in text.rglob("*") if p.is_file()) if text.is_dir() else [text]
+    states = {str(p.resolve()): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+    return json.dumps({"files": states, "tokenizer": None if tokenizer is None else str(tokenizer.resolve())})
+
+
 def recipe_from(
     name: str | None, text: Path | None, run: Path | None, steps: int | None, length: str | None, batch: int | None,
     tokenizer: Path | None,
@@ -97,10 +105,15 @@ def recipe_from(
     path = text
     if not data.sidecar_path(text).is_file():
         path = run / "data" / "train.bin"
-        if path.exists():
-            console.print(f"text: {path} of an earlier call; remove {path.parent} to prepare it anew", soft_wrap=True)
-        else:
+        made_of, source = path.parent / "source.json", _identity(text, tokenizer)
+        if not path.exists():
             data.prepare([text], path.parent, data.make_tokenizer(tokenizer))
+            write_atomic(made_of, source)
+        elif not made_of.exists() or made_of.read_text() != source:
+            raise ValueError(
+                f"--data must be what {path} was made of, got another text, state of it or tokenizer: give another "
+                f"--out, or remove {path.parent} to prepare it anew"
+            )
     recipe = text_recipe(
         title, path, steps=steps or 1000, length=parse_length(length or "1k"), batch=batch or 8,
         vocab_size=data.read_sidecar(path).vocab_size, tokenizer=tokenizer,

@@ -122,6 +122,12 @@ def _checked(
         ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1"),
         ("top_k", top_k, type(top_k) is int and top_k >= 0, "be an int from 0 on, 0 for any number"),
         ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "be finite and above 0"),
+        (
+            "eos_token",
+            eos_token,
+            eos_token is None or 0 <= eos_token < model.config.vocab_size,
+            f"be a token, 0 to {model.config.vocab_size - 1}",
+        ),
         ("stop", stop, all(isinstance(s, str) and s for s in stop), "be strings of at least one character"),
         ("stop", stop, not stop or model.tokenizer is not None, "go to a model with a tokenizer (model.tokenizer)"),
     ):

@@ -6,6 +6,7 @@
 Importing this module registers both classes. `model.model` is the hsa_tl.model.Model.
 """
 
+import difflib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -53,6 +54,9 @@ class HSAConfig(PretrainedConfig):
             if name in options:
                 chosen[field] = options.pop(name)
         self._set_model(chosen)
+        for name in options.keys() - vars(PretrainedConfig()).keys():
+            if meant := difflib.get_close_matches(name, FIELDS, 1, 0.8):
+                raise ValueError(f"{name} must be a field of ModelConfig or PretrainedConfig, such as {meant[0]}")
         super().__init__(**options)
         if self.output_attentions:
             raise ValueError("output_attentions must be False: HSA never holds attention weights, got True")
@@ -70,7 +74,7 @@ class HSAConfig(PretrainedConfig):
 
     def to_dict(self) -> dict:
         """Also under transformers' names, for what reads the dict or config.json."""
-        return super().to_dict() | {name: self.model[field] for name, field in FIELDS.items() if name in PROPERTIES}
+        return super().to_dict() | {name: self.model[FIELDS[name]] for name in (*ALIASES, "vocab_size", "head_dim")}
 
 
 def _field(field: str) -> property:
@@ -78,8 +82,7 @@ def _field(field: str) -> property:
 
 
 FIELDS = ALIASES | {field.name: field.name for field in fields(ModelConfig)}
-PROPERTIES = (*ALIASES, "vocab_size", "head_dim")
-for _name in PROPERTIES:
+for _name in FIELDS:
     setattr(HSAConfig, _name, _field(FIELDS[_name]))
 
 
@@ -223,6 +226,10 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         inputs, config = self._inputs(input_ids, inputs_embeds), self.config
         if output_attentions or (output_attentions is None and config.output_attentions):
             raise ValueError("output_attentions must not be True: HSA never holds attention weights, got True")
+        if labels is not None:
+            if labels.shape != inputs.shape[:2]:
+                raise ValueError(f"labels must have shape {list(inputs.shape[:2])}, got shape {list(labels.shape)}")
+            labels = require_integers("labels", labels, 0, config.vocab_size, ignored=-100)
         given = one_cache(past_key_values, cache)
         rows = self._rows(inputs, attention_mask, position_ids, given)
         cache, through = self._choose_cache(given, use_cache, inputs, rows)
@@ -322,10 +329,6 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         return loss, logits, states
 
     def _loss(self, labels, num_items, rows: Rows | None, h_RLC, logits_BTV) -> torch.Tensor:
-        B, T = (len(h_RLC), h_RLC.shape[1]) if rows is None else rows.row_BT.shape
-        if list(labels.shape) != [B, T]:
-            raise ValueError(f"labels must have shape {[B, T]}, got shape {list(labels.shape)}")
-        labels = require_integers("labels", labels, 0, self.config.vocab_size, ignored=-100)
         target_RL = F.pad((labels if rows is None else rows.take_tokens(labels, -100))[:, 1:], (0, 1), value=-100)
         if logits_BTV is None:
             total = self.model.loss_sum(h_RLC, target_RL)

@@ -81,7 +81,7 @@ def read_mask(mask: torch.Tensor, B: int, T: int, past: list[int], columns: int)
 
     Two dimensions [B, T] or [B, columns + T], columns being those that were read before: bool or 0 and 1, or additive
     (0 and negative). Three or four, [B, (1,) T, ...], where they say what the model does: each token sees its own
-    document's tokens up to itself. ValueError: anything else.
+    document's tokens up to itself; or [B, 1, 1, T], padding alone. ValueError: anything else.
     """
     shape = list(getattr(mask, "shape", ()))
     if not isinstance(mask, torch.Tensor) or len(shape) not in (2, 3, 4):
@@ -90,6 +90,8 @@ def read_mask(mask: torch.Tensor, B: int, T: int, past: list[int], columns: int)
         rule = f"[{B}, {T}]" + (f" or [{B}, {columns + T}]" if columns else "")
         raise ValueError(f"attention_mask must have shape {rule}, or its square, got shape {shape}")
     seen = _seen(mask)
+    if shape[1:-1] == [1, 1] and T > 1:
+        seen = seen[:, 0, 0]
     if seen.ndim == 2:
         real, before = seen[:, -T:].expand(B, T), seen[:, :-T].sum(1)
         if shape[-1] > T and (before.expand(B)).tolist() != past:

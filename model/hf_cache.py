@@ -10,13 +10,15 @@ from hsa_tl.model.model import Model
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the argument in 5.24
 CACHE_NAME = CACHE_NAMES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 
+MEMORY_OPTIONS = ("undo", "offload", "cache_pages", "two_level", "directory")
+
 
 class HSACache(Cache):
     """An hsa_tl.model.cache.Cache where transformers expects past_key_values. It only grows.
 
     Args:
         capacity (int): tokens of a sequence to make room for at first. Default: 16384.
-        memory_options: of `Model.new_cache`: offload, cache_pages, two_level, directory.
+        memory_options: of `Model.new_cache`: undo, offload, cache_pages, two_level, directory.
     """
 
     is_compileable = is_croppable = False
@@ -24,6 +26,8 @@ class HSACache(Cache):
 
     def __init__(self, capacity: int = 1 << 14, **memory_options):
         super().__init__(layers=[])
+        if unknown := memory_options.keys() - MEMORY_OPTIONS:
+            raise TypeError(f"memory_options must be among {', '.join(MEMORY_OPTIONS)}, got {min(unknown)}")
         self.options = {"capacity": capacity, **memory_options}
         self.state, self.columns = None, 0  # columns: of the batch that were read
         self.unread = None  # what a forward with gradients saw: inputs [B, T], lengths

@@ -64,6 +64,8 @@ class PagedMemory:
         }  # fmt: skip
         if directory is not None and self.device.type != "cpu" and not offload:
             raise ValueError(f"directory must come with offload=True on {self.device}, got {directory}")
+        if directory is not None:
+            Path(directory).mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.first_pages, self.first_chunks = pages, -(-capacity // BLOCK) * BLOCK
         self.cache = PageCache(spec.page, cache_pages, spec.dtype, self.device) if offload else None

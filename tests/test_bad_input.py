@@ -149,6 +149,7 @@ VALUE_ERRORS = [
         {"landmarks": zeros(B, 1, H, D), "validate": True},
         r"landmarks must hold the 2 whole chunks before the last token, got 1",
     ),
+    (retrieve, {"exclude_window": 10**30}, r"exclude_window must be less than 2\^62, got 10"),
     # types
     (attention, {"q": zeros(B, T, HQ, D, dtype=torch.int32)}, r"q must have dtype bfloat16, .*got torch.int32"),
     (attention, {"k": zeros(B, T, H, D, dtype=torch.float16)}, r"k must have dtype torch.float32.*got torch.float16"),

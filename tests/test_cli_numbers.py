@@ -110,6 +110,15 @@ def test_a_text_trains_without_a_recipe(toy, tmp_path):
     output = invoke("train", "--data", toy / "book.txt", *common, "--out", tmp_path / "a", code=0)
     assert "book, 2 steps" in output and "validation loss" in output
     assert (tmp_path / "a/data/held_out.bin").is_file()
+    # The run's text is that one and no other.
+    again = invoke("train", "--data", toy / "book.txt", *common, "--out", tmp_path / "a", code=0)
+    assert "nothing was left to do" in again
+    other = tmp_path / "book.txt"
+    other.write_text("another book\n" * 2000)
+    words = " ".join(invoke("train", "--data", other, *common, "--out", tmp_path / "a", code=2).split())
+    assert "--data must be what" in words and "got another text" in words
+    missing = invoke("train", "--data", tmp_path / "nowhere.txt", *common, "--out", tmp_path / "a", code=2)
+    assert "No such file or directory" in missing
     output = invoke(
         "train", "--data", toy / "data/train.bin", *common, "--out", tmp_path / "b", "--start", tmp_path / "a",
         "--minutes", 0, code=0,

@@ -155,6 +155,11 @@ def test_stop_strings(model):
     assert tensor.tolist() == got[0].tolist()  # the stream ends with its last prompt
 
 
+def test_an_end_that_cannot_come_is_refused(model):
+    with pytest.raises(ValueError, match="eos_token must be a token, 0 to"):
+        model.generate([[1, 2, 3]], 2, eos_token=model.config.vocab_size)
+
+
 def test_top_k_and_repetition_penalty(model):
     logits = torch.tensor([[3.0, 2.0, 1.0, -1.0]]).expand(999, -1)
     assert set(sample(logits, 5.0, top_k=2).tolist()) == {0, 1}

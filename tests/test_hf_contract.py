@@ -70,6 +70,7 @@ MASKS = {
     "additive row": torch.zeros(1, 1, 40, 40).masked_fill(torch.ones(40, 40).triu(1) > 0, -torch.inf),
     "additive square": ADDITIVE.expand(2, 1, 40, 40),
     "bool square": (ADDITIVE == 0).expand(2, 1, 40, 40),
+    "additive padding": torch.zeros(2, 1, 1, 40),
     "3-D": (ADDITIVE == 0).expand(2, 40, 40),
 }
 
@@ -195,6 +196,29 @@ def test_every_parameter_trains(ids):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("labels", ([[V]], [[1, 2]]), ids=("out of range", "another length"))
+def test_a_refused_call_leaves_the_cache_as_it_was(labels, model, ids):
+    with torch.no_grad():
+        cache = model(ids[:1], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="labels must"):
+            model(ids[1:, :1], past_key_values=cache, labels=torch.tensor(labels))
+        got = model(ids[1:, :1], past_key_values=cache).logits[:, -1]
+        want = model(torch.cat([ids[:1], ids[1:, :1]], 1)).logits[:, -1]
+    torch.testing.assert_close(got, want)
+
+
+def test_fields_of_the_config_are_set_read_and_misspelt(model, tmp_path):
+    config = HSAConfig(SMALL)
+    config.topk, config.num_hidden_layers = 5, 4
+    assert config.topk == config.model_config.topk == 5 and HSAForCausalLM(config).model.config.layers == 4
+    model.save_pretrained(tmp_path)
+    assert HSAForCausalLM.from_pretrained(tmp_path, topk=3).model.config.topk == 3
+    with pytest.raises(ValueError, match="windw must be a field of ModelConfig or PretrainedConfig, such as window"):
+        HSAConfig(SMALL, windw=8)
+    with pytest.raises(TypeError, match=r"memory_options must be among undo, offload, .*got ofload"):
+        HSACache(ofload=True)
+
+
 def test_config_has_what_other_libraries_ask_for():
     config = HSAConfig(hidden_size=64, num_hidden_layers=3, vocab_size=99, num_attention_heads=8)
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (64, 3, 99)
@@ -250,7 +274,11 @@ def test_auto_classes_without_an_import(model, tmp_path):
 def test_a_cache_with_disk_and_offload(model, ids, tmp_path):
     """The options reach the chunk memory, and change no token."""
     want = model.generate(ids, max_new_tokens=6, do_sample=False)
-    for options in ({"directory": str(tmp_path)}, {"offload": True, "cache_pages": 4}, {"two_level": True}):
+    for options in (
+        {"directory": str(tmp_path / "new" / "kv")},
+        {"offload": True, "cache_pages": 4},
+        {"two_level": True},
+    ):
         cache = HSACache(capacity=64, **options)
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache), want)
         assert cache.state.memory.held == [2, 2]

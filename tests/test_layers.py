@@ -90,7 +90,7 @@ ONLY = {
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_*", "hsa_tl.kernels_tilelang.macros*")),
     "hsa_tl.kernels_tilelang.compile": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
-    "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal", "hsa_tl.bench.plot"),
+    "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal", "hsa_tl.files", "hsa_tl.bench.plot"),
     "hsa_tl.model*": (
         "hsa_tl",
         "hsa_tl.api",
