@@ -186,9 +186,7 @@ def demo(
     tokens: Annotated[str, typer.Option(help="tokens whose selections are measured, one a byte")] = "16k",
     lengths: Annotated[Optional[str], typer.Option(help="lengths of the speed comparison")] = None,
     device: Device = None,
-    minutes: Annotated[
-        float, minutes_option("of the speed comparison, most; the other acts take what they say")
-    ] = 0.75,
+    minutes: Annotated[Optional[float], minutes_option("begin no act when so many are over")] = None,
     needles: Annotated[
         bool, typer.Option(help="ask the weights that ship with the package at a million tokens")
     ] = True,
@@ -201,7 +199,7 @@ def demo(
     device = pick_device(device)
     points = parse_lengths(lengths or ("1k,4k" if device == "cpu" else "4k..64k"))
     last = None if not needles else "train" if train else "ask"
-    ok = run_demo(text, out, parse_length(tokens), points, device, minutes * 60, console, last)
+    ok = run_demo(text, out, parse_length(tokens), points, device, minutes, console, last)
     if not ok:
         raise typer.Exit(1)
 

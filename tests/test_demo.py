@@ -100,7 +100,7 @@ def test_an_act_is_announced_before_it_starts(stopped, monkeypatch, tmp_path, te
     ),
 )
 def test_the_plan_tells_what_will_run(options, names, words):
-    plan = demo._plan(**({"device": "cpu", "speed_s": 45, "needles": "ask"} | options))
+    plan = demo._plan(**({"device": "cpu", "needles": "ask"} | options))
     assert list(plan) == names and words in str(list(plan.values())[-1])
 
 
@@ -145,6 +145,8 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, text):
 def test_bad_numbers_are_one_line(tmp_path, text):
     common = ("--text", text, "--out", tmp_path / "out")
     assert "minutes must be positive, got 0" in refused(tmp_path, *common, "--minutes", 0)
+    late = run("--tokens", 2048, "--lengths", 512, *common, "--minutes", 1e-9, code=2)
+    assert "minutes must suffice for every act, got 1e-09, over before accuracy" in late.stderr
     assert "Invalid value for '--minutes'" in refused(tmp_path, *common, "--minutes", "nan")
     assert "tokens must be at least 1104, got 64" in refused(tmp_path, *common, "--tokens", 64)
     assert "text must hold at least 1048576 bytes" in refused(tmp_path, *common, "--lengths", "1m")
