@@ -174,19 +174,25 @@ def _beside_baseline(ax, rows: list[Row], mode: str) -> str:
     return f"\n{NAMES.get(name, name)}: {text} at {length_label(last)}"
 
 
+def grid(count: int, least: float, width: float, height: float, more: float):
+    """A figure and its `count` axes, GRID_COLUMNS in a line; inches: least and each one's width, height, and more."""
+    columns = min(GRID_COLUMNS, count)
+    lines = -(-count // columns)
+    size = (max(least, width * columns), height * lines + more)
+    figure, axes = pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
 def _figure(panels: list[tuple], group: compare.Group, path: Path) -> list[Path]:
     """panels: (rows, title, ylabel, scale, decorate(ax) -> more title)."""
-    columns = min(GRID_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (max(7.2, 3.6 * columns), 3.3 * lines + 0.6)
-    figure, axes = pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    for ax, (rows, title, ylabel, scale, decorate) in zip(axes.flat, panels, strict=False):
+    figure, axes = grid(len(panels), 7.2, 3.6, 3.3, 0.6)
+    for ax, (rows, title, ylabel, scale, decorate) in zip(axes, panels, strict=True):
         _panel(ax, rows, scale)
         ax.set_title(title + decorate(ax))
         ax.set_ylabel(ylabel)
-    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     dims = group.config.split(": ", 1)[-1]
     figure.suptitle(f"Hierarchical Sparse Attention, {dims}, {group.selection} selection\n{group.device}", fontsize=10)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hsa_tl.bench.plot import GRID_COLUMNS, interval, length_axis, length_label, pyplot, save
+from hsa_tl.bench.plot import grid, interval, length_axis, length_label, pyplot, save
 from hsa_tl.model.recipe import load_recipe, recipe_names
 
 TASKS = {
@@ -69,13 +69,8 @@ def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path:
     panels = (["length"] if len(lengths) > 1 or not deep else []) + (
         deep if len(lengths) > 1 else ["depth"] * bool(deep)
     )
-    columns = min(GRID_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (max(5.6, 3.7 * columns), 3.6 * lines + 0.5)
-    figure, axes = pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    for ax, panel in zip(axes.flat, panels, strict=False):
+    figure, axes = grid(len(panels), 5.6, 3.7, 3.6, 0.5)
+    for ax, panel in zip(axes, panels, strict=True):
         if panel in deep:
             _heat_map(figure, ax, [r for r in rows if r.task == panel], panel)
             continue

@@ -44,6 +44,10 @@ class Dims(NamedTuple):
         return -(-self.T_kv // self.S)
 
 
+# Of a sweep in a test: one repetition, and one thread, since two would spin beside whatever else runs.
+SWEEP = {"device": "cpu", "min_repeats": 1, "seconds": 0.0, "threads": 1}
+
+
 def emulable(d: Dims) -> Dims:
     """The dims for a GPU, with fewer tokens where it is emulated."""
     return d._replace(T=-(-d.T // 5)) if emulating() else d

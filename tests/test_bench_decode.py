@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from strategies import SWEEP
 from typer.testing import CliRunner
 
 from hsa_tl import cases
@@ -16,18 +17,7 @@ CASE = dataclasses.replace(
 
 
 def bench(folder=None, names=None, lengths=(64, 128)):
-    return run_sweep(
-        decode.Decode(),
-        [CASE],
-        lengths,
-        None,
-        names,
-        device="cpu",
-        out_dir=folder,
-        min_repeats=1,
-        seconds=0.0,
-        threads=1,
-    )
+    return run_sweep(decode.Decode(), [CASE], lengths, None, names, out_dir=folder, **SWEEP)
 
 
 def test_rows(tmp_path):

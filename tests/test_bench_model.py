@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from strategies import SWEEP
 from typer.testing import CliRunner
 
 from hsa_tl import cases
@@ -14,18 +15,7 @@ CASE = model.model_case("tiny")
 
 
 def bench(folder=None, names=None, lengths=(64,), modes=None):
-    return run_sweep(
-        model.ModelBench(),
-        [CASE],
-        lengths,
-        modes,
-        names,
-        device="cpu",
-        out_dir=folder,
-        min_repeats=1,
-        seconds=0.0,
-        threads=1,
-    )
+    return run_sweep(model.ModelBench(), [CASE], lengths, modes, names, out_dir=folder, **SWEEP)
 
 
 def test_rows(tmp_path):
