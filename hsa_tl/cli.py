@@ -143,7 +143,7 @@ def check(
 ) -> None:
     """Numerical comparison: out and every gradient against float64, for each implementation.
 
-    Exit code 1 if one is less accurate than twice the eager equations in the same dtype, 2 if something is missing.
+    Exit code 1 if one is less accurate than its arithmetic allows (hsa_tl.accuracy), 2 if something is missing.
     """
     device = pick_device(device)
     T = parse_length(tokens or ("512" if device == "cpu" else "2k"))
@@ -190,11 +190,11 @@ def demo(
     needles: Annotated[
         bool, typer.Option(help="ask the weights that ship with the package at a million tokens")
     ] = True,
-    train: Annotated[bool, typer.Option("--train", help="train them here first: 3 to 10 minutes more")] = False,
+    train: Annotated[bool, typer.Option("--train", help="train them here first: some 5 minutes more")] = False,
 ) -> None:
     """The main job on real text: retrieve, attend, backward on every implementation; accuracy, overlap, speed, needles.
 
-    Exit code 1 if an implementation is inaccurate.
+    Exit code 1 if an implementation or a selection is inaccurate.
     """
     device = pick_device(device)
     points = parse_lengths(lengths or ("1k,4k" if device == "cpu" else "4k..64k"))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hsa_tl.bench.plot import plot_loss
 from hsa_tl.files import write_atomic
-from hsa_tl.model import checkpoint, data
+from hsa_tl.model import checkpoint, data, documents
 from hsa_tl.model import train as training
 from hsa_tl.model.recipe import FOLDER, Recipe, explanation, load_recipe, recipe_names, text_recipe
 from hsa_tl.terminal import (
@@ -76,10 +76,11 @@ def _lost_ranks():
         raise typer.Exit(1) from None
 
 
-def _identity(text: Path, tokenizer: Path | None) -> str:
-    """JSON of what tells a text or folder of texts, and how it is read, from another. OSError: there is none."""
-    files = sorted(p for p in text.rglob("*") if p.is_file()) if text.is_dir() else [text]
-    states = {str(p.resolve()): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+def _identity(text: Path, tokenizer: Path | None, run: Path) -> str:
+    """JSON of what tells a text or folder of texts, and how it is read, from another; run: whose files do not count."""
+    mine = run.resolve()
+    files = documents.text_files([text], lambda path: data.is_output(path) or mine in path.resolve().parents)
+    states = {str(x.path.resolve()): [(s := x.path.stat()).st_size, s.st_mtime_ns] for x in files}
     return json.dumps({"files": states, "tokenizer": None if tokenizer is None else str(tokenizer.resolve())})
 
 
@@ -105,7 +106,7 @@ def recipe_from(
     path = text
     if not data.sidecar_path(text).is_file():
         path = run / "data" / "train.bin"
-        made_of, source = path.parent / "source.json", _identity(text, tokenizer)
+        made_of, source = path.parent / "source.json", _identity(text, tokenizer, run)
         if not path.exists():
             data.prepare([text], path.parent, data.make_tokenizer(tokenizer))
             write_atomic(made_of, source)

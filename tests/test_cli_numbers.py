@@ -118,12 +118,21 @@ def test_a_text_trains_without_a_recipe(toy, tmp_path):
     words = " ".join(invoke("train", "--data", other, *common, "--out", tmp_path / "a", code=2).split())
     assert "--data must be what" in words and "got another text" in words
     missing = invoke("train", "--data", tmp_path / "nowhere.txt", *common, "--out", tmp_path / "a", code=2)
-    assert "No such file or directory" in missing
+    assert "a source of text must be a folder or a file, got" in missing
     output = invoke(
         "train", "--data", toy / "data/train.bin", *common, "--out", tmp_path / "b", "--start", tmp_path / "a",
         "--minutes", 0, code=0,
     )  # fmt: skip
     assert "out of time after 1 of 2 steps: the same call goes on" in output and "data, 2 steps" in output
+
+
+def test_a_folder_trains_beside_its_own_run(tmp_path):
+    """What the run wrote into the folder is none of its text."""
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"file {i} hello world " * 60)
+    call = ("train", "--data", tmp_path, "--steps", 1, "--length", 64, "--batch", 2, "--device", "cpu", "--threads", 1)
+    invoke(*call, "--out", tmp_path / "run", code=0)
+    assert "nothing was left to do" in invoke(*call, "--out", tmp_path / "run", code=0)
 
 
 def test_recipes_are_listed_and_explained():
