@@ -167,7 +167,9 @@ def hsa_attention(
         scale (float): default: 1 / sqrt(D).
         cu_seqlens (Tensor [n + 1], int32): offsets of packed sequences, with B = 1 and T_kv = T. Chunks start at each
             sequence's own start and indices count within the sequence. Default: None.
-        impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here.
+        impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here. On Hopper
+            that may be TileLang's union tile, in which an inf or NaN in v reaches other tokens of its tile; for such
+            values name another program, config={"hsa_fwd_token": {}}.
         config (dict): {program name: its fields} in place of what `impl` would choose; {"overlap": x} says what
             `selection_overlap` is about, by which TileLang's programs are chosen, 0.9 unless told: what trained models
             show on text with K = 16. Default: None.
