@@ -23,7 +23,7 @@ from hsa_tl.terminal import make_console, minutes_option, number, parse_lengths,
 
 console = make_console()
 SHORT = {  # in a terminal's table
-    "threads=": "t=", "num_stages=": "s=", "block_M=": "M=", ",specialised=0": "", "specialised=1": "ws",
+    "threads=": "t=", "num_stages=": "s=", "block_M=": "M=",
     ",reduce_add=0": "", "reduce_add=1": "add", ",q_registers=0": "", "q_registers=1": "q", ",blocks=0": "",
     "blocks=": "b=",
 }  # fmt: skip
@@ -162,9 +162,9 @@ def autotune(
     here = cost.device_name()
     devices = device or [here or "h200"]
     check_devices(devices)
-    programs = tuple(program or configs.TUNED)
-    if unknown := set(programs) - set(configs.TUNED):
-        raise ValueError(f"program must be one of {', '.join(configs.TUNED)}, got {min(unknown)!r}")
+    programs = tuple(program or configs.tuned())
+    if unknown := set(programs) - set(configs.tuned()):
+        raise ValueError(f"program must be one of {', '.join(configs.tuned())}, got {min(unknown)!r}")
     named = [cases.case(name) for name in case_names or ()] + list(cases.find(tag) if tag else ())
     if tag and not cases.find(tag):
         raise ValueError(f"tag must be one that a case has, got {tag!r}")
@@ -173,7 +173,7 @@ def autotune(
     wanted = [x for c in named or [cases.case(DEFAULT)] for x in given(c, points, dims, dtype)]
     for case in wanted:
         if not any(configs.space(name, case.problem) for name in programs):
-            reason = configs.why_illegal(programs[0], case.problem, configs.CONFIGS[programs[0]]())
+            reason = configs.why_illegal(programs[0], case.problem, configs.config_of(programs[0])())
             raise ValueError(f"problem must suit one of {', '.join(programs)}, got {case.problem}: {reason}")
     journal = Journal(journal_path) if journal_path else tuner.default_journal()
     if explained:
@@ -257,7 +257,7 @@ def show_predicted(wanted: list[Case], devices: list[str], title: str) -> None:
     lines = []
     for device in devices:
         for case in wanted:
-            for direction, overlap in itertools.product(plan.STRATEGIES, tuner.CLASSES):
+            for direction, overlap in itertools.product(plan.DIRECTIONS, tuner.CLASSES):
                 try:
                     made = plan.choose(direction, case.problem, json.dumps({"overlap": float(overlap)}), device=device)
                 except NotImplementedError as error:

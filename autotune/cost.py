@@ -98,10 +98,10 @@ def memory_ns(config: Config, problem: Problem, device: Device, read: float = 1.
     Keys and values that the L2 cache cannot hold come from HBM.
     """
     p, moved = problem, config.pair_bytes(problem)
-    chunks = config.chunk_reads(p) * p.chunk_bytes()
-    missed = 1 - min(1.0, device.l2_bytes / max(1, p.B * p.N * p.H * p.chunk_bytes()))
-    moved["l2"] = moved.get("l2", 0.0) + (read - 1) * chunks
-    moved["hbm"] = moved.get("hbm", 0.0) + read * missed * chunks
+    if reads := config.chunk_reads(p):
+        missed = 1 - min(1.0, device.l2_bytes / max(1, p.B * p.N * p.H * p.chunk_bytes()))
+        moved["l2"] = moved.get("l2", 0.0) + (read - 1) * reads * p.chunk_bytes()
+        moved["hbm"] = moved.get("hbm", 0.0) + read * missed * reads * p.chunk_bytes()
     rates = {"l2": device.l2, "hbm": device.hbm, "reduce": device.reduce}
     return {level: amount / rates[level] * 1e9 for level, amount in moved.items()}
 
@@ -189,7 +189,7 @@ def pass_work(config: Config, problem: Problem, sass) -> dict[str, float] | None
         raise ValueError("no matrix products in the SASS")
     warps = config.threads // 32
     wgmma, mma = f["wgmma_flops"] * warps / 4 * config.loop_share(problem), f["mma_flops"] * warps
-    tile_flops = problem.pair_flops(config.DIRECTION) / problem.G * config.rows(problem)
+    tile_flops = problem.row_flops(config.DIRECTION) * config.rows(problem)
     return {
         "pairs": (wgmma + mma) / tile_flops * config.pairs(problem),  # the compiler may have unrolled the loop
         "issue": f["issue"] * warps,

@@ -50,7 +50,7 @@ def neighbours(program: str, problem, config) -> list[tuple[str, object]]:
 
 def chosen_plan(program: str, case: Case, device: str) -> tuple[str, plan.Plan, str]:
     """The direction, the plan that runs the program there on the device by name, and how it came to be."""
-    (direction,) = (d for d, strategies in plan.STRATEGIES.items() if any(program in s for s in strategies))
+    (direction,) = (d for d in plan.DIRECTIONS if any(program in s for s in plan.strategies(d)))
     made = plan.choose(direction, case.problem, device=device)
     if program not in dict(made.programs):
         others = " and ".join(name for name, _ in made.programs)

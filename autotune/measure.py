@@ -20,10 +20,9 @@ import torch
 
 from hsa_tl.autotune import static, table, tuner
 from hsa_tl.autotune.journal import Journal
-from hsa_tl.autotune.plan import STRATEGIES
+from hsa_tl.autotune.plan import strategies
 from hsa_tl.autotune.tuner import CLASSES, programs_of
 from hsa_tl.cases import Case, at_length
-from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.pairs import selection_overlap
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_attention, make_inputs, make_selection, run_with_gradients
@@ -138,7 +137,7 @@ def overlaps(problem: Problem) -> dict[str, float]:
 
 def name_of(row: dict, problem: Problem, device: str) -> dict:
     """A measurement's identity in the journal."""
-    size = {k: getattr(problem, k) for k in ("B", "T", "H")} | configs.static_key(problem)
+    size = {k: getattr(problem, k) for k in ("B", "T", "H")} | problem.static_key()
     made = {"kind": "measured", "device": device, "direction": row["direction"], "programs": row["programs"]}
     return made | size | {"source": {name: static.source_digest(name) for name in row["programs"]}}
 
@@ -261,7 +260,7 @@ def tune(direction: str, problem: Problem, device: str) -> list[dict]:
     """What HSA_TL_TUNING=tune does on a miss: ranks, measures for MINUTES; the rows that the user's table then has."""
     case = Case(str(problem), problem, frozenset(), "met at run time")
     journal = tuner.default_journal()
-    programs = tuple(name for strategy in STRATEGIES[direction] for name in strategy)
+    programs = tuple(name for strategy in strategies(direction) for name in strategy)
     ranked = tuner.rank(case, device, programs=programs, journal=journal)
     rows = measure(case, ranked, device=device, seconds=60 * MINUTES, journal=journal)
     if not (chosen := tuner.best(case, rows)):

@@ -8,13 +8,14 @@ The order, in which the first that has a plan gives it:
 3. shipped: the package's table of this device has one.
 4. predicted: the strategy of least cost.planned_ns.
 
-On the CPU target, where nothing but the arithmetic is of interest, the first strategy of STRATEGIES runs.
+On the CPU target, where nothing but the arithmetic is of interest, the first strategy runs.
 HSA_TL_TUNING=table (the default) is this order; heuristic skips 2 and 3; error raises where they have no row; tune
 measures where they have none, on a GPU, and keeps the best in the user's table.
 """
 
 import functools
 import importlib
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -26,12 +27,17 @@ from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
-STRATEGIES = {
-    "forward": (("hsa_fwd_token",), ("hsa_fwd_union",), ("hsa_fwd_chunk",)),
-    "backward": (("hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk"), ("hsa_bwd_chunk",)),
-}
+DIRECTIONS = {"forward": (("forward",),), "backward": (("dq", "dkdv"), ("backward",))}  # by what programs compute
 OVERLAP = 0.9  # of neighbouring tokens' selections where config= says nothing: trained models on text, K = 16
 MODES = ("table", "heuristic", "tune", "error")
+
+
+@functools.cache
+def strategies(direction: str) -> tuple[tuple[str, ...], ...]:
+    """The programs that compute a direction together, of what is registered; in the order of preference."""
+    does = {name: configs.config_of(name).DIRECTION for name in configs.tuned()}
+    parts = [[[name for name in does if does[name] == part] for part in parts] for parts in DIRECTIONS[direction]]
+    return tuple(strategy for names in parts for strategy in itertools.product(*names))
 
 
 @dataclass(frozen=True)
@@ -67,14 +73,14 @@ def _choose(direction: str, p: Problem, config: str, deterministic: bool, device
     overlap = round(named.pop("overlap", OVERLAP), 1)
     for program, fields in named.items():
         configs.from_dict(program, fields)
-    strategies = [s for s in STRATEGIES[direction] if any(program in named for program in s)]
-    if len(strategies) > 1:
-        raise ValueError(f"config must name one strategy for the {direction}, got {' and '.join(map(str, strategies))}")
+    asked = [s for s in strategies(direction) if any(program in named for program in s)]
+    if len(asked) > 1:
+        raise ValueError(f"config must name one strategy for the {direction}, got {' and '.join(map(str, asked))}")
     here = cost.DEVICES[device] if device else None if p.device_type == "cpu" else cost.device_here(p.device_index)
-    if strategies:
-        return _named(strategies[0], p, overlap, deterministic, named, here)
+    if asked:
+        return _named(asked[0], p, overlap, deterministic, named, here)
     if p.device_type == "cpu":
-        return Plan(tuple((name, configs.default(name, p)) for name in STRATEGIES[direction][0]), "cpu")
+        return Plan(tuple((name, configs.default(name, p)) for name in strategies(direction)[0]), "cpu")
     if setting != "heuristic":
         known = device or cost.device_name(p.device_index)
         for origin, rows in (("user", table.users), ("shipped", table.shipped)) if known else ():
@@ -87,13 +93,15 @@ def _choose(direction: str, p: Problem, config: str, deterministic: bool, device
                 f"HSA_TL_TUNING=error: the table of {known or 'this GPU'} must have a row of the {direction} for {p} "
                 f"at overlap {overlap}, got none; make one by hsa-tl autotune"
             )
-    return predicted(STRATEGIES[direction], p, overlap, deterministic, here)
+    return predicted(strategies(direction), p, overlap, deterministic, here)
 
 
 def _named(strategy: tuple[str, ...], p: Problem, overlap: float, deterministic: bool, named: dict, here) -> Plan:
     """The caller's strategy, with the caller's fields where it gives any."""
     chosen = {}
     for name in strategy:
+        if p.device_type == "cpu" and (reason := configs.cpu_refusal(name)):
+            raise NotImplementedError(reason)
         if fields := named.get(name):
             chosen[name] = configs.from_dict(name, fields)
             if p.device_type == "cuda" and (reason := configs.why_illegal(name, p, chosen[name])):
@@ -118,10 +126,10 @@ def _fastest(origin: str, rows, direction: str, p: Problem, overlap: float, dete
     return min(found, key=lambda plan: plan.ns_per_pair, default=None)
 
 
-def predicted(strategies, p: Problem, overlap: float, deterministic: bool, device: cost.Device) -> Plan:
+def predicted(among, p: Problem, overlap: float, deterministic: bool, device: cost.Device) -> Plan:
     """The strategy of least predicted time, each of its programs with its best config."""
     plans = []
-    for strategy in strategies:
+    for strategy in among:
         total, chosen = 0.0, []
         for name in strategy:
             legal = [c for c in configs.space(name, p) if not (deterministic and c.reduce_add)]
@@ -133,7 +141,7 @@ def predicted(strategies, p: Problem, overlap: float, deterministic: bool, devic
         else:
             plans.append(Plan(tuple(chosen), "predicted", total))
     if not plans:
-        names = " or ".join(" and ".join(s) for s in strategies)
+        names = " or ".join(" and ".join(s) for s in among)
         raise NotImplementedError(f"{names} has no config for {p}; name another program in config=")
     return min(plans, key=lambda plan: plan.ns_per_pair)
 

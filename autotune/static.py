@@ -23,7 +23,7 @@ from hsa_tl.autotune.journal import Journal, key_of
 from hsa_tl.bench import record
 from hsa_tl.cases import Case
 from hsa_tl.files import cache_folder, write_atomic
-from hsa_tl.kernels_tilelang.config import PROGRAMS, describe, parse, space, static_key
+from hsa_tl.kernels_tilelang.config import PROGRAMS, config_of, describe, parse, space
 from hsa_tl.problem import Problem
 
 COLUMNS = (
@@ -238,7 +238,7 @@ def _read(problem: Problem, config, made: Assembled | Exception, dynamic: int) -
 def row(case: str, program: str, problem: Problem, config, found: dict, device: str | cost.Device = "h200") -> dict:
     """One row of the static table: what analyse() found, and the prediction for a device."""
     gpu = cost.DEVICES[device] if isinstance(device, str) else device
-    made = {"case": case, "program": program, "direction": config.DIRECTION, **static_key(problem), **found}
+    made = {"case": case, "program": program, "direction": config.DIRECTION, **problem.static_key(), **found}
     made |= {"config": describe(config), "threads": config.threads, "device": gpu.name}
     made |= {"roofline_ns": cost.roofline(config, problem, gpu)[0], "ns_per_pair": None, "limiter": None}
     if not found["error"]:
@@ -277,7 +277,7 @@ def cliffs(row: dict) -> list[str]:
 
 def identity(program: str, problem: Problem, config) -> dict:
     """What analyse() depends on, beside the versions and the programs' source."""
-    return {"program": program, "config": describe(config), **static_key(problem)}
+    return {"program": program, "config": describe(config), **problem.static_key()}
 
 
 def made_with(program: str) -> dict[str, str]:
@@ -290,14 +290,14 @@ def made_with(program: str) -> dict[str, str]:
 def source_digest(program: str) -> str:
     """Of the source of the program, of what it imports, of the compiler's door and of what reads it back."""
     (folder,) = importlib.util.find_spec("hsa_tl.kernels_tilelang").submodule_search_locations
-    files, found = [Path(folder) / f"{program}.py", Path(folder) / "sm90a" / f"{program}.py"], {}
+    files, found = [Path(folder) / f"{program}.py"], {}
     while files:
         if (file := files.pop()).is_file() and file not in found:
             found[file] = file.read_text()
             imported = re.findall(r"^from hsa_tl\.kernels_tilelang\.(\w+) import", found[file], re.MULTILINE)
             files += [Path(folder) / f"{name}.py" for name in imported]
     sources = [found[file] for file in sorted(found)] + [(Path(folder) / "compile.py").read_text()]
-    sources += [inspect.getsource(f) for f in (static_key, _nvcc, _lower, _read, *cost.READERS)]
+    sources += [inspect.getsource(f) for f in (Problem.static_key, _nvcc, _lower, _read, *cost.READERS)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
@@ -311,7 +311,7 @@ def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict
     """(place in todo, what analyse() finds) as they are ready. A process that dies costs only what killed it."""
     batches: dict[tuple, list[int]] = {}
     for i, (program, problem, _) in enumerate(todo):
-        batches.setdefault((program, *static_key(problem).values()), []).append(i)
+        batches.setdefault((program, *problem.static_key().values()), []).append(i)
     batches = [x[i : i + BATCH] for x in batches.values() for i in range(0, len(x), BATCH)]
     alone = []
 
@@ -379,9 +379,10 @@ def table_rows(cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, fir
     work = {}
     for case in cases:
         for program in programs:
-            for config in space(program, case.problem)[: 1 if first_only else None]:
-                key = tuple(identity(program, case.problem, config).values())
-                work.setdefault(key, (case.name, program, case.problem, config))
+            problem = config_of(program).problem_of(case.problem)
+            for config in space(program, problem)[: 1 if first_only else None]:
+                key = tuple(identity(program, problem, config).values())
+                work.setdefault(key, (case.name, program, problem, config))
     found = analyse_all([x[1:] for x in work.values()], **options)
     source = {"versions": f"{record.versions()}, nvcc {nvcc_release()}", "commit": record.commit()}
     return [row(*x, f, device) | source for x, f in zip(work.values(), found, strict=True)]

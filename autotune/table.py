@@ -14,11 +14,11 @@ from importlib import resources
 from pathlib import Path
 
 from hsa_tl.files import cache_folder, locked, write_atomic
-from hsa_tl.kernels_tilelang.config import from_dict, static_key
+from hsa_tl.kernels_tilelang.config import from_dict
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
-KEY = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of static_key
+KEY = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of Problem.static_key
 
 
 def programs(row: dict) -> tuple[tuple[str, Config], ...]:
@@ -33,7 +33,7 @@ def identity(row: dict) -> tuple:
 
 def suits(row: dict, direction: str, problem: Problem, overlap: float, deterministic: bool) -> bool:
     """Whether the row serves the problem."""
-    key, (low, high), (least, most) = static_key(problem), row["T"], row["overlap"]
+    key, (low, high), (least, most) = problem.static_key(), row["T"], row["overlap"]
     same = row["direction"] == direction and all(row[k] == key[k] for k in KEY)
     return same and low <= problem.T <= high and least <= overlap <= most and row["deterministic"] >= deterministic
 

@@ -53,10 +53,11 @@ def plan_row(direction: str, parts: list[dict]) -> dict:
     }
 
 
-def rank(case: Case, device: str | cost.Device, *, programs: tuple[str, ...] = configs.TUNED, **options) -> list[dict]:
+def rank(case: Case, device: str | cost.Device, *, programs: tuple[str, ...] | None = None, **options) -> list[dict]:
     """Rows of the plans of every strategy with one of the programs, in turns: each one's best predicted, then every
     second best, ...; what has faults last. options: see static.analyse_all."""
-    wanted = [(d, s) for d, strategies in plan.STRATEGIES.items() for s in strategies if set(s) & set(programs)]
+    asked = set(programs or configs.tuned())
+    wanted = [(d, s) for d in plan.DIRECTIONS for s in plan.strategies(d) if asked & set(s)]
     work = [(name, case.problem, c) for _, s in wanted for name in s for c in configs.candidates(name, case.problem)]
     rows: dict[str, list[dict]] = {}
     for x, found in zip(work, static.analyse_all(work, **options), strict=True):
@@ -78,14 +79,14 @@ def best(case: Case, rows: list[dict]) -> list[dict]:
     Where that adds atomically, the fastest that does not as well, for deterministic=True.
     """
     found, high = [], case.problem.bucketed().T
-    for direction, selection in itertools.product(plan.STRATEGIES, CLASSES):
+    for direction, selection in itertools.product(plan.DIRECTIONS, CLASSES):
         timed = [r for r in rows if r["direction"] == direction and r.get("median_us") and not r["faults"]]
         timed.sort(key=lambda r: r["selections"][selection])
         ordered = [r for r in timed if not adds(r)]
         for row in (x[0] for x in (timed, ordered) if x and (x is ordered or adds(x[0]))):
             us = row["selections"][selection]
             found.append(
-                {"direction": direction, **configs.static_key(case.problem), "deterministic": not adds(row)}
+                {"direction": direction, **case.problem.static_key(), "deterministic": not adds(row)}
                 | {"T": [high // 2 + 1, high], "overlap": list(CLASSES[selection])}
                 | {"programs": {name: asdict(c) for name, c in programs_of(row)}}
                 | {"median_us": us, "ns_per_pair": float(f"{1e3 * us / case.problem.pairs:.4g}")}

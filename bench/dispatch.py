@@ -29,7 +29,7 @@ def programs(p: Problem) -> dict:
     """What PLANNED_TOKENS run, as config= names it, for fewer tokens."""
     long = cases.at_length(replace(p, dtype=torch.bfloat16, device_type="cuda"), PLANNED_TOKENS)
     return {
-        name: {} for direction in plan.STRATEGIES for name, _ in plan.choose(direction, long, device="h100").programs
+        name: {} for direction in plan.DIRECTIONS for name, _ in plan.choose(direction, long, device="h100").programs
     }
 
 

@@ -78,16 +78,18 @@ def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None,
     """
     made, journal = {}, Journal(path)
     for case in cases.find("tune") if wanted is None else wanted:
-        chosen = [(program, c) for program in configs.PROGRAMS for c in configs.space(program, case.problem)[:1]]
+        problems = {program: configs.config_of(program).problem_of(case.problem) for program in configs.PROGRAMS}
+        chosen = [(program, c) for program, p in problems.items() for c in configs.space(program, p)[:1]]
         groups = Counter()
         for row in tuner.rank(case, "h200", journal=journal, jobs=jobs):
             groups[tuner.group(row)] += 1
             if groups[tuner.group(row)] <= PREPARED_CONFIGS and not row["faults"]:
                 chosen += tuner.programs_of(row)
         for program, config in chosen:
-            made.setdefault(tuple(static.identity(program, case.problem, config).values()), (program, case, config))
-    for program, case, config in made.values():
-        compile.kernel(program, case.problem, config)
+            work = program, problems[program], config
+            made.setdefault(tuple(static.identity(*work).values()), work)
+    for work in made.values():
+        compile.kernel(*work)
     return len(made)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from hsa_tl import api, ops
-from hsa_tl.autotune.plan import STRATEGIES
 from hsa_tl.bench import baselines, published
 from hsa_tl.bench.suite import one_of
 from hsa_tl.kernels_tilelang import config as configs
@@ -69,13 +68,16 @@ def _hsa(impl: str) -> Provider:
 
 def _strategy(forward: str) -> Provider:
     """The TileLang programs of one forward strategy and a backward, whatever the plan would be."""
-    programs = forward, *STRATEGIES["backward"][0 if forward == "hsa_fwd_token" else -1]
+    chunk = ("hsa_bwd_chunk_sm90a",) if forward.endswith("_sm90a") else ("hsa_bwd_chunk",)
+    programs = forward, *(("hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk") if forward == "hsa_fwd_token" else chunk)
     config = {program: {} for program in programs}
     attention = functools.partial(api.hsa_attention, impl="tilelang", config=config)
 
     def unavailable(problem):
         reason = why_not("tilelang", problem)
-        lacking = [p for p in programs if problem.device_type == "cuda" and not configs.space(p, problem)]
+        if problem.device_type == "cpu":
+            return reason or configs.cpu_refusal(forward)
+        lacking = [p for p in programs if not configs.space(p, problem)]
         return reason or (f"no config of {' and '.join(lacking)} suits {problem}" if lacking else None)
 
     name = f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}"
@@ -129,7 +131,7 @@ PROVIDERS = {
         _dense("dense-flex", baselines.flex, baselines.flex_unavailable),
         _dense("dense-fa3", baselines.flash3, baselines.flash3_unavailable),
         *(_hsa(impl) for impl in api.IMPLS),
-        *(_strategy(name) for (name,) in STRATEGIES["forward"]),
+        *(_strategy(name) for name in configs.tuned() if name.startswith("hsa_fwd_")),
         _published("ramstorage-triton", published.ramstorage_triton, _ramstorage),
         _published(
             "ramstorage-tilelang",

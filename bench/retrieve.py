@@ -67,11 +67,6 @@ def first_query(problem: Problem, mode: str) -> int:
     return 0 if mode == "prefill" else max(0, problem.T - SEGMENT)
 
 
-def as_problem(p: Problem) -> Problem:
-    """The same dims as an attention problem whose heads are the retrieval heads."""
-    return Problem(p.B, p.T, p.N, p.H, p.H, p.D, p.S, p.K, dtype=p.dtype, device_type=p.device_type)
-
-
 class Retrieve(Suite):
     name = "retrieve"
     modes = ("prefill", "segment")
@@ -94,7 +89,7 @@ class Retrieve(Suite):
         if impl in ("materialise", "auto", "reference"):
             return None
         try:
-            return ops.implementation(f"{impl}_retrieval").unavailable(as_problem(problem))
+            return ops.implementation(f"{impl}_retrieval").unavailable(problem.retrieval())
         except Exception as error:
             return f"hsa_tl.impl.{impl}_retrieval does not import: {type(error).__name__}: {error}"
 

@@ -28,7 +28,7 @@ from hsa_tl.testing import RESULTS, check_retrieval, make_selection
 TOPKS = (16, 64)
 ACCURACY_TOKENS = {"cpu": 256, "cuda": 2048}
 STATIC_CASE = "paper-d128"
-STATIC_PROGRAMS = ("hsa_fwd_union", "hsa_fwd_chunk", "hsa_bwd_chunk", "hsa_decode_split")
+STATIC_PROGRAMS = ("hsa_fwd_union_sm90a", "hsa_fwd_chunk_sm90a", "hsa_bwd_chunk_sm90a", "hsa_decode_split")
 THREADS = 1  # a thread that waits for another one's core costs more than two save
 JUDGED_TOKENS = 1024  # the last ones, which see most; float64 takes its time
 TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hsa_tl import decode_retrieval, pairs, retrieval
 from hsa_tl.pairs import Pairs, check_pages, check_range
-from hsa_tl.problem import Problem
+from hsa_tl.problem import Problem, Retrieval
 
 LIBRARY = torch.library.Library("hsa_tl", "DEF")
 
@@ -77,7 +77,7 @@ def resolve_retrieval(
     impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, decode: bool = False
 ) -> str:
     """As `resolve`, for retrieval: "reference" is PyTorch, which runs everything, others <name>_retrieval."""
-    problem = Problem.of_retrieval(q_slc, landmarks.shape[1], topk, chunk_size)
+    problem = Retrieval.of(q_slc, landmarks.shape[1], topk)
     for name in preferred(problem) if impl == "auto" else (impl,):
         if name == "reference":
             return name
@@ -94,7 +94,7 @@ def resolve_retrieval(
 def resolve_dlandmarks(q_slc: Tensor, topk: int) -> str:
     """Whose program sums the landmarks' gradient on CUDA."""
     tilelang = implementation("tilelang_retrieval")
-    problem = Problem.of_retrieval(q_slc, 1, topk, 64)
+    problem = Retrieval.of(q_slc, 1, topk)
     return "triton" if tilelang.unavailable(problem) else "tilelang"
 
 

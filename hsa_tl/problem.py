@@ -1,7 +1,8 @@
-"""Problem: the static description of one attention call; what configs, tables, cost models and cases are keyed by."""
+"""Problems: the static description of one call; what configs, tables, cost models and cases are keyed by."""
 
 import functools
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -24,8 +25,75 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+class _Tensors:
+    """What the dims B, T, N, K, the dtype and the device of any problem give."""
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def bucketed(self):
+        """The problem of lengths up to the next powers of two: what is decided once for all in between."""
+        return replace(self, T=power_of_two(self.T), N=power_of_two(self.N))
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def on_cuda(self):
+        return replace(self, device_type="cuda")
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
 @dataclass(frozen=True)
-class Problem:
+class Selection(_Tensors):
+    """Chosen chunks [B, T, H, K] among N, for the programs that index them."""
+
+    B: int
+    T: int
+    N: int
+    H: int
+    K: int
+    device_type: str = "cuda"
+    device_index: int | None = None  # of the CUDA device; None for the current one
+    dtype: ClassVar[None] = None
+
+    def static_key(self) -> dict:
+        return {"K": self.K}
+
+
+@dataclass(frozen=True)
+class Retrieval(_Tensors):
+    """Dims of one `retrieve_chunks` call: N landmarks of D_r = D, R retrieval heads, K chunks wanted."""
+
+    B: int
+    T: int
+    N: int
+    R: int
+    D: int
+    K: int
+    dtype: torch.dtype = torch.bfloat16
+    device_type: str = "cuda"
+    device_index: int | None = None
+
+    @classmethod
+    def of(cls, q_slc, N: int, topk: int) -> "Retrieval":
+        B, T, R, D_r = q_slc.shape
+        return cls(B, T, N, R, D_r, topk, q_slc.dtype, q_slc.device.type, q_slc.device.index)
+
+    def static_key(self) -> dict:
+        return {"D": self.D, "K": self.K, "dtype": self.dtype_name}
+
+    def row_flops(self, direction: str) -> int:
+        """FLOPs of a token's score of one landmark."""
+        return GEMMS[direction] * 2 * self.D
+
+    pair_flops = row_flops
+
+
+@dataclass(frozen=True)
+class Problem(_Tensors):
     """Dims of one `hsa_attention` call. Legend in hsa_tl.api; N chunks, each of S key slots.
 
     masked: a chunk may hold fewer than S keys. per_head: weights per query head (else per key/value head).
@@ -65,36 +133,22 @@ class Problem:
             per_head=weights.shape[2] != H, device_type=q.device.type, device_index=q.device.index,
         )  # fmt: skip
 
-    @classmethod
-    def of_retrieval(cls, q_slc, N: int, topk: int, S: int) -> "Problem":
-        """A retrieval's: R for H, D_r for D."""
-        (B, T, R, D_r), device = q_slc.shape, q_slc.device
-        return cls(
-            B=B, T=T, N=N, HQ=R, H=R, D=D_r, S=S, K=topk, dtype=q_slc.dtype, device_type=device.type,
-            device_index=device.index,
-        )  # fmt: skip
+    def retrieval(self) -> Retrieval:
+        """The retrieval that chooses the chunks, with R = H heads of D_r = D."""
+        p = self
+        return Retrieval(p.B, p.T, p.N, p.H, p.D, p.K, p.dtype, p.device_type, p.device_index)
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def bucketed(self) -> "Problem":
-        """The problem of lengths up to the next powers of two: what is decided once for all in between."""
-        return replace(self, T=power_of_two(self.T), N=power_of_two(self.N))
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def on_cuda(self) -> "Problem":
-        return replace(self, device_type="cuda")
+    def static_key(self) -> dict:
+        """What a program is compiled for. B, T, N, H and the pair count are free."""
+        return {
+            "G": self.G, "D": self.D, "S": self.S, "K": self.K, "heads_w": self.G if self.per_head else 1,
+            "masked": self.masked, "dtype": self.dtype_name,
+        }  # fmt: skip
 
     @property
     def G(self) -> int:
         """Query heads for each key/value head."""
         return self.HQ // self.H
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
 
     @property
     def pairs(self) -> int:
@@ -103,9 +157,13 @@ class Problem:
         per_head = self.S * sum(min(self.K, i) for i in range(full)) + tail * min(self.K, full)
         return self.B * self.H * per_head
 
+    def row_flops(self, direction: str) -> int:
+        """FLOPs of one query head and chunk: 2 * S * D for each matrix product."""
+        return GEMMS[direction] * 2 * self.S * self.D
+
     def pair_flops(self, direction: str = "forward") -> int:
-        """FLOPs of one pair: 2 * G * S * D for each matrix product."""
-        return GEMMS[direction] * 2 * self.G * self.S * self.D
+        """FLOPs of one pair, G rows."""
+        return self.G * self.row_flops(direction)
 
     def flops(self, direction: str = "forward") -> int:
         return self.pairs * self.pair_flops(direction)

@@ -1,26 +1,14 @@
 """The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
 
 import functools
-import importlib
-import os
 from collections.abc import Callable
-from pathlib import Path
 
-from hsa_tl.files import writable
+import tilelang
+from tilelang import tvm
 
-# TileLang cannot even be imported where its cache cannot be written, as in many containers.
-_CACHE = "TILELANG_CACHE_DIR"
-_folder = Path(os.environ.get(_CACHE) or os.path.expanduser("~/.tilelang/cache"))
-if writable(_folder, _CACHE) != _folder:
-    os.environ[_CACHE] = str(writable(_folder, _CACHE))
-
-import tilelang  # noqa: E402
-from tilelang import tvm  # noqa: E402
-
-from hsa_tl.kernels_tilelang.config import static_key  # noqa: E402
-from hsa_tl.kernels_tilelang.config_base import blocks_per_sm  # noqa: E402
-from hsa_tl.kernels_tilelang.cpu_target import cpu_program  # noqa: E402
-from hsa_tl.problem import Problem  # noqa: E402
+from hsa_tl.kernels_tilelang.config import builder
+from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
+from hsa_tl.kernels_tilelang.cpu_target import cpu_program
 
 SM_90A = {"kind": "cuda", "arch": "sm_90a"}
 # Tiles are whole chunks and slots are checked in the program, so no access needs a guard, which would cost the copies
@@ -35,28 +23,26 @@ _KERNELS: dict = {}
 tilelang.set_log_level("WARNING")
 
 
-def build(program: str, problem: Problem, config) -> tvm.tirx.PrimFunc:
+def build(program: str, problem, config) -> tvm.tirx.PrimFunc:
     """The program's IR for a problem's static dims."""
-    folder = "sm90a." if config.specialised and problem.device_type == "cuda" else ""
-    module = importlib.import_module(f"hsa_tl.kernels_tilelang.{folder}{program}")
     blocks = max(1, blocks_per_sm(config, problem))
-    return getattr(module, program)(**_static_dims(problem, config), min_blocks=blocks, config=config)
+    return builder(program)(**_static_dims(problem, config), min_blocks=blocks, config=config)
 
 
 def _pass_configs(config) -> dict:
     return PASS_CONFIGS | ({"tl.disable_thread_storage_sync": True} if config.own_barriers else {})
 
 
-def _static_dims(problem: Problem, config) -> dict:
-    return {name: value for name, value in static_key(problem).items() if name in config.KEY}
+def _static_dims(problem, config) -> dict:
+    return {name: value for name, value in problem.static_key().items() if name in config.KEY}
 
 
 @functools.lru_cache(maxsize=4096)
-def _key(program: str, problem: Problem, config) -> tuple:
+def _key(program: str, problem, config) -> tuple:
     return (program, problem.device_type, config, *_static_dims(problem, config).values())
 
 
-def lower(program: str, problem: Problem, config):
+def lower(program: str, problem, config):
     """The artifact for sm_90a: CUDA source and device module. Needs neither a GPU nor nvcc."""
     return lower_ir(build(program, problem, config), _pass_configs(config))
 
@@ -77,7 +63,7 @@ def compile_ir(ir: tvm.tirx.PrimFunc, device_type: str, pass_configs: dict = PAS
     return tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=pass_configs)
 
 
-def kernel(program: str, problem: Problem, config):
+def kernel(program: str, problem, config):
     """A callable kernel for the problem's device; compiled once for each static key and config, any B, T, N and H."""
     key = (*_key(program, problem, config), emulator if problem.device_type == "cuda" else None)
     if key not in _KERNELS:

@@ -1,85 +1,85 @@
-"""The one door to the programs' configs: names, search spaces, and the one statement of what is illegal."""
+"""The registry of the programs, and the one door to their configs: search spaces, and why one is illegal.
+
+A program is the module of its name: the class of its config, and its builder, which names that class in its signature.
+"""
 
 import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import asdict, fields
 
-from hsa_tl.kernels_tilelang.config_auxiliary import (
-    CombineConfig,
-    PairsCountConfig,
-    PairsPlaceConfig,
-    UnionIndexConfig,
-)
-from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig, BwdDkdvChunkConfig, BwdDqTokenConfig
-from hsa_tl.kernels_tilelang.config_base import refused
-from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig
-from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
-from hsa_tl.kernels_tilelang.config_retrieval import (
-    RetrieveCombineConfig,
-    RetrieveDlandmarksConfig,
-    RetrieveSplitConfig,
-    RetrieveTopkConfig,
-)
-from hsa_tl.problem import Problem
+from hsa_tl.kernels_tilelang.config_base import Config, refused
 
-CONFIGS = {
-    "hsa_fwd_token": FwdTokenConfig,
-    "hsa_fwd_union": FwdUnionConfig,
-    "hsa_fwd_chunk": FwdChunkConfig,
-    "hsa_bwd_dq_token": BwdDqTokenConfig,
-    "hsa_bwd_dkdv_chunk": BwdDkdvChunkConfig,
-    "hsa_bwd_chunk": BwdChunkConfig,
-    "hsa_combine": CombineConfig,
-    "pairs_count": PairsCountConfig,
-    "pairs_place": PairsPlaceConfig,
-    "union_index": UnionIndexConfig,
-    "hsa_decode_split": DecodeSplitConfig,
-    "hsa_decode_combine": DecodeCombineConfig,
-    "retrieve_topk": RetrieveTopkConfig,
-    "retrieve_dlandmarks": RetrieveDlandmarksConfig,
-    "retrieve_split": RetrieveSplitConfig,
-    "retrieve_combine": RetrieveCombineConfig,
+# Program -> the function of hsa_tl.impl.tilelang that launches it for `hsa_attention`, None for those that others
+# launch. Where predictions tie, the first of a direction is taken; on the CPU target always.
+PROGRAMS = {
+    "hsa_fwd_token": "fwd_token",
+    "hsa_fwd_union_sm90a": "fwd_union",
+    "hsa_fwd_union": "fwd_union",
+    "hsa_fwd_chunk_sm90a": "fwd_chunk",
+    "hsa_fwd_chunk": "fwd_chunk",
+    "hsa_bwd_dq_token": "bwd_dq_token",
+    "hsa_bwd_dkdv_chunk": "bwd_dkdv_chunk",
+    "hsa_bwd_chunk_sm90a": "bwd_chunk",
+    "hsa_bwd_chunk": "bwd_chunk",
+    "hsa_combine": None,
+    "pairs_count": None,
+    "pairs_place": None,
+    "union_index": None,
+    "hsa_decode_split": None,
+    "hsa_decode_combine": None,
+    "retrieve_topk": None,
+    "retrieve_dlandmarks": None,
+    "retrieve_split": None,
+    "retrieve_combine": None,
 }
-PROGRAMS = tuple(CONFIGS)
-# Those of `hsa_attention` with matrix products: the tuner runs a program through it.
-TUNED = tuple(name for name in CONFIGS if name.startswith(("hsa_fwd_", "hsa_bwd_")))
 
 
-def static_key(problem: Problem) -> dict:
-    """What a program is compiled for. B, T, N, H and the pair count are free."""
-    return {
-        "G": problem.G,
-        "D": problem.D,
-        "S": problem.S,
-        "K": problem.K,
-        "heads_w": problem.G if problem.per_head else 1,
-        "masked": problem.masked,
-        "dtype": problem.dtype_name,
-    }
+def tuned() -> tuple[str, ...]:
+    """The programs of `hsa_attention`, which the tuner runs through it."""
+    return tuple(name for name, launcher in PROGRAMS.items() if launcher)
 
 
-def why_illegal(program: str, problem: Problem, config) -> str | None:
+def builder(program: str) -> Callable:
+    """The program's builder: static dims and a config give its IR."""
+    return getattr(importlib.import_module(f"hsa_tl.kernels_tilelang.{program}"), program)
+
+
+def config_of(program: str) -> type[Config]:
+    """The class of the program's config."""
+    return builder(program).__annotations__["config"]
+
+
+def cpu_refusal(program: str) -> str | None:
+    """Why the CPU target cannot run the program, or None."""
+    if not config_of(program).sm_90a_only:
+        return None
+    return f"{program} runs on Hopper alone; on a CPU name {program.removesuffix('_sm90a')}"
+
+
+def why_illegal(program: str, problem, config) -> str | None:
     """Why this config cannot run this problem on Hopper, or None. The space, the tables and the launcher all ask it."""
-    if type(config) is not CONFIGS[program]:
-        return f"{program} takes a {CONFIGS[program].__name__}, got {type(config).__name__}"
+    if type(config) is not config_of(program):
+        return f"{program} takes a {config_of(program).__name__}, got {type(config).__name__}"
     return refused(config, problem)
 
 
-def space(program: str, problem: Problem) -> list:
+def space(program: str, problem) -> list:
     """The legal configs that may run without a table, in order of preference; the tests assemble all of them."""
-    return [c for c in CONFIGS[program].options(problem) if refused(c, problem) is None]
+    return [c for c in config_of(program).options(problem) if refused(c, problem) is None]
 
 
-def candidates(program: str, problem: Problem) -> list:
+def candidates(program: str, problem) -> list:
     """The tuner's search space: space() first, then the program's legal variants."""
     usual = space(program, problem)
-    return usual + [c for c in CONFIGS[program].variants(problem) if c not in usual and refused(c, problem) is None]
+    return usual + [c for c in config_of(program).variants(problem) if c not in usual and refused(c, problem) is None]
 
 
 @functools.lru_cache(maxsize=1024)
-def default(program: str, problem: Problem):
+def default(program: str, problem):
     """The config of a program that no plan names: the first of its space; on the CPU target a small tile."""
     if problem.device_type == "cpu":
-        return CONFIGS[program].on_cpu(problem)
+        return config_of(program).on_cpu(problem)
     if not (legal := space(program, problem)):
         raise NotImplementedError(f"{program} has no config for {problem}; name another program in config=")
     return legal[0]
@@ -87,13 +87,13 @@ def default(program: str, problem: Problem):
 
 def from_dict(program: str, values: dict):
     """The program's config from a mapping; ValueError names unknown programs and fields."""
-    if program not in CONFIGS:
+    if program not in PROGRAMS:
         raise ValueError(f"config must name programs among {', '.join(PROGRAMS)}, got {program!r}")
-    known = [f.name for f in fields(CONFIGS[program])]
+    known = [f.name for f in fields(config_of(program))]
     unknown = set(values) - set(known)
     if unknown:
         raise ValueError(f"config of {program} must have fields among {', '.join(known)}, got {sorted(unknown)}")
-    return CONFIGS[program](**values)
+    return config_of(program)(**values)
 
 
 def describe(config) -> str:

@@ -1,9 +1,13 @@
-"""What every config states of its program's tile, and the arithmetic of shared memory and registers on sm_90."""
+"""What every program's config states of its tile, and the arithmetic of shared memory and registers on sm_90.
+
+A config stands in its program's file, above the builder; what two of them share stands here.
+"""
 
 from dataclasses import replace
+from itertools import product
 from typing import ClassVar
 
-from hsa_tl.problem import Problem
+from hsa_tl.problem import Problem, power_of_two
 
 SMEM_LIMIT = 227 * 1024  # bytes a CTA may ask for on sm_90
 SMEM_SM = 228 * 1024  # bytes of an SM, SMEM_RESERVED of them for each CTA
@@ -16,6 +20,9 @@ WGMMA_REGISTERS = 30  # beside its accumulator
 WARPGROUP = 128  # threads
 PRODUCER_REGISTERS = 24  # a thread of the producer warpgroup keeps, when it gives the rest to the consumers
 CONSUMER_REGISTERS = 240  # a thread at most, then
+KEY_BYTES = 8  # a score and its chunk, which the programs of retrieval sort
+MAX_TOPK = 128
+MIN_PLACES = 16  # that the sort's network takes
 
 
 class Config:
@@ -23,7 +30,8 @@ class Config:
 
     DIRECTION: ClassVar[str]  # what it computes: a key of hsa_tl.problem.GEMMS
     KEY: ClassVar[tuple[str, ...]] = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of static_key: its builder's
-    specialised: ClassVar[bool] = False  # on a GPU run sm90a/<program>.py, its hand-specialised twin
+    sm_90a_only: ClassVar[bool] = False  # thread-level code, which the CPU target cannot run
+    producer: ClassVar[bool] = False  # a warpgroup that only copies, the program's own or TileLang's
     moves_registers: ClassVar[bool] = False  # from the producer warpgroup to the consumers
     producer_registers: ClassVar[int] = PRODUCER_REGISTERS  # where moves_registers
     working_registers: ClassVar[int] = WORKING_REGISTERS
@@ -34,7 +42,7 @@ class Config:
 
     def total_threads(self) -> int:
         """Threads of a CTA, with those that only copy."""
-        return self.threads
+        return self.threads + WARPGROUP * self.producer
 
     def rows(self, p: Problem) -> int:
         """Rows of the tile that the tensor cores multiply."""
@@ -75,6 +83,11 @@ class Config:
     def refusal(self, p: Problem) -> str | None:
         """Why the program cannot run this problem, beside threads, shared memory and registers, or None."""
         raise NotImplementedError
+
+    @staticmethod
+    def problem_of(p: Problem):
+        """What the program is given where an attention's problem is p."""
+        return p
 
     @classmethod
     def options(cls, p: Problem) -> list:
@@ -118,6 +131,94 @@ class ChunkConfig(Config):
         return p.B * p.H * p.N
 
 
+class TokenConfig(Config):
+    """Of a program whose CTA owns one token and key/value head; num_stages chunks are in flight."""
+
+    threads: int
+    num_stages: int
+    TILES: ClassVar[int] = 1  # of [rows, D] in shared memory beside q
+    SCORES: ClassVar[int] = 1  # fragments [rows, S]
+    MOVED: ClassVar[int] = 2  # rows [G, D] to and from memory for a token
+    producer: ClassVar[bool] = True
+
+    def rows(self, p):
+        return padded_rows(p.G)
+
+    def ctas(self, p):
+        return p.B * p.H * p.T
+
+    def pair_bytes(self, p):
+        moved = self.MOVED * row_bytes(p) / p.K
+        return {"l2": p.chunk_bytes() + moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        rows = self.rows(p)
+        tiles = 2 * self.num_stages * p.S * p.D + rows * p.S + self.TILES * rows * p.D
+        weights = 4 * p.K * ((p.G if p.per_head else 1) + (rows if self.SCORES > 1 else 0))
+        reductions = 4 * self.threads * (1 + self.SCORES)
+        return tiles * p.itemsize + weights + reductions + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.rows(p) * (p.D + p.S * self.SCORES)
+
+    def refusal(self, p):
+        columns = self.threads // 2  # 16 for each warp
+        if p.S % columns or p.D % columns:
+            return f"{self.threads // 32} warps need S and D to be multiples of {columns}, got {p.S} and {p.D}"
+        return at_least_one("num_stages", self.num_stages)
+
+    @classmethod
+    def options(cls, p):
+        usual = [cls(*x) for x in ((128, 2), (128, 3), (64, 2))]
+        # A lone warp and an unpipelined loop are for shapes that nothing better fits.
+        return first_legal(p, usual, [cls(*x) for x in ((128, 1), (64, 1), (32, 2), (32, 1))])
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(*x) for x in product((128, 64), (2, 3, 4, 1))]
+
+    def tensor_core(self):
+        return "hmma"  # a token's tile has too few rows for wgmma
+
+
+class AuxiliaryConfig(Config):
+    """Of a program without matrix products."""
+
+    def rows(self, p):
+        return 0
+
+    def chunk_reads(self, p):
+        return 0.0
+
+    def smem_bytes(self, p):
+        return 0
+
+    def refusal(self, p):
+        return None
+
+    def tensor_core(self):
+        return None
+
+
+class SelectConfig(AuxiliaryConfig):
+    """Of a program that sorts keys in shared memory, and so places its own barriers."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
+    own_barriers: ClassVar[bool] = True
+
+    @staticmethod
+    def problem_of(p):
+        return p.retrieval()
+
+    @staticmethod
+    def places(K: int) -> int:
+        """Of a row's K best: a power of two."""
+        return max(MIN_PLACES, power_of_two(K))
+
+    def refusal(self, p):
+        return f"topk must be at most {MAX_TOPK}, got {p.K}" if p.K > MAX_TOPK else None
+
+
 def union_chunks(p: Problem, tokens: int, overlap: float) -> float:
     """Distinct chunks of neighbouring tokens, over the K of one: (V - (V - K) (1 - (1 - x) K / (V - K))^(n - 1)) / K.
 
@@ -128,6 +229,11 @@ def union_chunks(p: Problem, tokens: int, overlap: float) -> float:
     if others <= 0:
         return 1.0
     return (K + others * (1 - max(0.0, 1 - (1 - overlap) * K / others) ** (tokens - 1))) / K
+
+
+def at_least_one(name: str, value: int) -> str | None:
+    """The refusal of a field that counts."""
+    return None if value >= 1 else f"{name} must be at least 1, got {value}"
 
 
 def row_bytes(p: Problem) -> int:
@@ -173,7 +279,7 @@ def blocks_per_sm(config: Config, problem: Problem) -> int:
 
 def refused(config: Config, p: Problem) -> str | None:
     """Why this config cannot run this problem on Hopper, or None."""
-    if p.D % 16:
+    if "D" in config.KEY and p.D % 16:
         return f"D must be a multiple of 16, got {p.D}"
     if config.threads % 32 or not 32 <= config.threads <= MAX_THREADS:
         return f"threads must be 32 to {MAX_THREADS} in whole warps, got {config.threads}"

@@ -8,10 +8,74 @@ goes to a row of its own, which a later program sums for each token (reduce_add:
 are added to what is there, so that windows of tokens accumulate in a fixed order.
 """
 
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig
+from hsa_tl.kernels_tilelang.config_base import (
+    SMEM_ALIGNMENT,
+    WARPGROUP,
+    ChunkConfig,
+    first_legal,
+    gradient_refusal,
+    row_bytes,
+)
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
+
+
+@dataclass(frozen=True)
+class BwdChunkConfig(ChunkConfig):
+    """A CTA owns one chunk and key/value head: dk and dv in its registers, block_M gathered rows at a time.
+
+    reduce_add: dq by float32 atomics, else a row for each pair.
+    """
+
+    block_M: int = 64
+    threads: int = 128
+    reduce_add: int = 0
+    DIRECTION: ClassVar[str] = "backward"
+
+    def pair_bytes(self, p):
+        dq = {"reduce": 4 * p.G * p.D, "hbm": 0} if self.reduce_add else {"hbm": 2 * row_bytes(p)}
+        return {"l2": 2 * row_bytes(p)} | dq | {"hbm": dq["hbm"] + 4 * row_bytes(p) / p.K}
+
+    def smem_bytes(self, p):
+        tiles = 2 * (self.block_M * p.D + p.S * p.D + self.block_M * p.S)
+        reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
+        return tiles * p.itemsize + 4 * 3 * self.block_M + SMEM_ALIGNMENT + reductions  # slots, heads, delta
+
+    def accumulators(self, p):
+        # The scores and dP are dead where dq is. The four threads of a row keep what its atomics' addresses share.
+        return 2 * p.S * p.D + self.block_M * (max(2 * p.S, p.D) + 16 * self.reduce_add)
+
+    def refusal(self, p):
+        if p.D not in (64, 128):
+            return f"D must be 64 or 128, got {p.D}"
+        if p.S * p.D > 64 * 128:
+            return f"S must be at most {64 * 128 // p.D} at D = {p.D}, got {p.S}"
+        return gradient_refusal(self, p)
+
+    @classmethod
+    def options(cls, p):
+        plain = [cls(m, t) for t, m in product((128, 256), (128, 64))]
+        if p.S < 64:
+            plain.remove(cls(128, 128))  # spills
+        adding = [replace(c, reduce_add=1) for c in plain[-2:]]
+        # Less than a warpgroup is for shapes that nothing better fits.
+        return first_legal(p, plain + adding, [cls(m, 64) for m in (64, 32, 16)])
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(m, t, add) for t, m in product((128, 256), (128, 64, 192)) for add in (0, 1)]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=max(16, p.G))
+
+    def tensor_core(self):
+        return "hgmma" if self.threads >= WARPGROUP else "hmma"
 
 
 def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkConfig):

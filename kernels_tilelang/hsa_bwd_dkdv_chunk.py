@@ -6,10 +6,61 @@ One CTA owns a chunk and a key/value head. Its keys and values stay in shared me
 no (T, N) mask: the pair index says who chose the chunk, in stable order, so the result is deterministic.
 """
 
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_backward import BwdDkdvChunkConfig
+from hsa_tl.kernels_tilelang.config_base import (
+    SMEM_ALIGNMENT,
+    WARPGROUP,
+    ChunkConfig,
+    first_legal,
+    gradient_refusal,
+    row_bytes,
+)
 from hsa_tl.kernels_tilelang.macros import LOG2E, softmax_and_delta
+
+
+@dataclass(frozen=True)
+class BwdDkdvChunkConfig(ChunkConfig):
+    """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads."""
+
+    block_M: int = 64
+    threads: int = 128
+    DIRECTION: ClassVar[str] = "dkdv"
+
+    def pair_bytes(self, p):
+        return {"l2": 2 * row_bytes(p), "hbm": 2 * row_bytes(p) / p.K}
+
+    def smem_bytes(self, p):
+        tiles = 2 * (self.block_M * p.D + p.S * p.D + self.block_M * p.S)
+        reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
+        return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + reductions
+
+    def accumulators(self, p):
+        return 2 * p.S * p.D + 2 * self.block_M * p.S
+
+    def refusal(self, p):
+        return gradient_refusal(self, p)
+
+    @classmethod
+    def options(cls, p):
+        every = [cls(*x) for x in product((64, 128, 32, 16), (128, 256, 64))]
+        # Less than a warpgroup is for shapes that nothing better fits.
+        return first_legal(p, [c for c in every if c.threads >= WARPGROUP], every)
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(*x) for x in product((64, 128, 192, 256), (128, 256))]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=max(16, p.G))
+
+    def tensor_core(self):
+        return "hgmma" if self.threads >= WARPGROUP else "hmma"
 
 
 def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdDkdvChunkConfig):

@@ -5,9 +5,69 @@ num_stages of them in flight in registers; the sum stays in registers as float32
 empty slot was never written: it is not read. A token without a valid slot gets 0.
 """
 
+from dataclasses import dataclass, replace
+from math import gcd, lcm
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_auxiliary import CombineConfig
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, at_least_one, power_of_two, row_bytes
+
+
+def _shared_out(vectors: int, threads: int) -> bool:
+    """Whether whole rows give each thread as much, a power of two of vectors."""
+    each = lcm(vectors, threads) // threads
+    return each == power_of_two(each)
+
+
+@dataclass(frozen=True)
+class CombineConfig(AuxiliaryConfig):
+    """A CTA sums the partial rows of one token and key/value head, or of a few tokens; num_stages rows in flight."""
+
+    threads: int = 256
+    num_stages: int = 4
+    DIRECTION: ClassVar[str] = "combine"
+    KEY: ClassVar[tuple[str, ...]] = ("G", "D", "K", "dtype")
+
+    def lanes(self, vectors: int) -> int:
+        """A row's 16-byte vectors, padded to a power of two where whole rows do not share out among the threads."""
+        return vectors if _shared_out(vectors, self.threads) else power_of_two(vectors)
+
+    def tile(self, vectors: int) -> int:
+        """Tokens of a CTA: the fewest that give every thread as much."""
+        return self.threads // gcd(self.threads, self.lanes(vectors))
+
+    def elements(self, p) -> int:
+        """Elements of a thread in a row's fragment."""
+        vectors = row_bytes(p) // 16
+        return self.tile(vectors) * self.lanes(vectors) * 16 // p.itemsize // self.threads
+
+    def pair_bytes(self, p):
+        moved = row_bytes(p) * (1 + 1 / p.K)
+        return {"hbm": moved, "l2": moved}
+
+    def smem_bytes(self, p):
+        return 4 * self.tile(row_bytes(p) // 16) * p.K + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.threads * self.elements(p) * (4 + self.num_stages * p.itemsize) // 4
+
+    def refusal(self, p):
+        return at_least_one("num_stages", self.num_stages)
+
+    @classmethod
+    def options(cls, p):
+        def effort(config):
+            """nvcc splits the 16-byte stores where a CTA has several tokens."""
+            vectors = row_bytes(p) // 16
+            return config.elements(p), config.lanes(vectors) > vectors, config.tile(vectors) > 1, -config.threads
+
+        best = sorted((cls(32 * warps) for warps in range(2, 9)), key=effort)[:2]
+        return [replace(c, num_stages=n) for c in best for n in ((4, 8) if c.elements(p) <= 32 else (2, 1))]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(threads=32, num_stages=2)
 
 
 def hsa_combine(*, G, D, K, dtype, min_blocks, config: CombineConfig):

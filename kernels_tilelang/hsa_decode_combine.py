@@ -4,14 +4,44 @@ One CTA owns one query head of one token: a decode step has few tokens, and so f
 must be in flight at once. The sum is float32 and is cast once.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_auxiliary import next_power_of_two
-from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, at_least_one, power_of_two, row_bytes
+from hsa_tl.kernels_tilelang.hsa_decode_split import split_counts
+
+
+@dataclass(frozen=True)
+class DecodeCombineConfig(AuxiliaryConfig):
+    """A CTA sums the num_splits partial rows of one query head of a token."""
+
+    num_splits: int = 2
+    threads: int = 256
+    DIRECTION: ClassVar[str] = "combine"
+    KEY: ClassVar[tuple[str, ...]] = ("G", "D", "dtype")
+
+    def pair_bytes(self, p):
+        moved = (p.G * p.D * 4 * self.num_splits + row_bytes(p)) / p.K
+        return {"l2": moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        return 4 * self.threads + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return (self.num_splits + 1) * power_of_two(p.D)
+
+    def refusal(self, p):
+        return at_least_one("num_splits", self.num_splits)
+
+    @classmethod
+    def options(cls, p):
+        return [cls(n) for n in split_counts(p)]
 
 
 def hsa_decode_combine(*, G, D, dtype, min_blocks, config: DecodeCombineConfig):
-    splits, columns = config.num_splits, next_power_of_two(D)
+    splits, columns = config.num_splits, power_of_two(D)
     B, tokens, H = T.dynamic("B, tokens, H")
 
     @T.prim_func

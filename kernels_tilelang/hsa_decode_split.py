@@ -7,11 +7,74 @@ more a float32 partial that `hsa_decode_combine` sums.
 An empty slot reads `spare`, the page of another slot of the range, with weight 0.
 """
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import padded_rows
-from hsa_tl.kernels_tilelang.config_decode import DecodeSplitConfig
+from hsa_tl.kernels_tilelang.config_base import TokenConfig, first_legal, padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows
+
+
+def preferred_splits(p, sms: int = 132) -> int:
+    """The least power of two that gives each SM two CTAs, or the most that leaves each CTA a slot."""
+    splits = 1
+    while 2 * splits <= p.K and splits * p.B * p.T * p.H < 2 * sms:
+        splits *= 2
+    return splits
+
+
+def most_splits(p) -> int:
+    """The largest power of two of at most K."""
+    return 1 << (p.K.bit_length() - 1)
+
+
+def split_counts(p) -> tuple[int, ...]:
+    """Those worth having a program for, the preferred one first."""
+    return tuple(dict.fromkeys((preferred_splits(p), 1, min(8, most_splits(p)), most_splits(p))))
+
+
+@dataclass(frozen=True)
+class DecodeSplitConfig(TokenConfig):
+    """A CTA owns a num_splits-th of the slots of one token and key/value head; num_stages pages are in flight."""
+
+    threads: int = 128
+    num_stages: int = 2
+    num_splits: int = 1
+    DIRECTION: ClassVar[str] = "decode"
+    KEY: ClassVar[tuple[str, ...]] = ("G", "D", "S", "K", "heads_w", "dtype")
+
+    def ctas(self, p):
+        return p.B * p.H * p.T * self.num_splits
+
+    def chunk_reads(self, p):
+        return 0.0  # pair_bytes has them, from HBM
+
+    def pair_bytes(self, p):
+        out = p.itemsize if self.num_splits == 1 else 4 * self.num_splits
+        moved = p.chunk_bytes() + p.G * p.D * (p.itemsize * self.num_splits + out) / p.K
+        return {"l2": moved, "hbm": moved}  # no token shares a page with another
+
+    def refusal(self, p):
+        if not 1 <= self.num_splits <= p.K:
+            return f"num_splits must be 1 to K = {p.K}, got {self.num_splits}"
+        return super().refusal(p)
+
+    @classmethod
+    def options(cls, p):
+        first, *others = split_counts(p)
+        usual = [cls(*x, first) for x in ((128, 2), (128, 3), (64, 2))] + [cls(128, 2, n) for n in others]
+        # A lone warp and an unpipelined loop are for shapes that nothing better fits.
+        rest = [cls(*x, n) for n in (first, *others) for x in ((128, 1), (64, 1), (32, 2), (32, 1))]
+        return first_legal(p, usual, rest)
+
+    def filling(self, p, sms: int) -> "DecodeSplitConfig":
+        """With as many ranges of slots as fill a GPU of so many SMs."""
+        return replace(self, num_splits=preferred_splits(p, sms))
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(num_splits=2 if p.T == 1 < p.K else 1)
 
 
 def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSplitConfig):

@@ -6,10 +6,57 @@ reduce_add = 0 stores it in `partial` at row (t - start) * K + k, for another pr
 reduce_add = 1 adds it to token t of a zeroed float32 `partial`.
 """
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, ChunkConfig, first_legal, row_bytes, warps_refusal
 from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, store_pairs, weighted_output
+
+
+@dataclass(frozen=True)
+class FwdChunkConfig(ChunkConfig):
+    """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads.
+
+    reduce_add: float32 reduce-add into the output, not a partial for each pair.
+    """
+
+    block_M: int = 64
+    threads: int = 128
+    reduce_add: int = 0
+    DIRECTION: ClassVar[str] = "forward"
+
+    def pair_bytes(self, p):
+        read = row_bytes(p)
+        if self.reduce_add:  # q, and the output in float32, stay in L2 while a chunk's neighbours use them
+            return {"l2": read, "reduce": p.G * p.D * 4, "hbm": (read + p.G * p.D * 4) / p.K}
+        return {"l2": read, "hbm": 2 * read + 2 * read / p.K}  # a partial is written and read back
+
+    def smem_bytes(self, p):
+        tiles = 2 * p.S * p.D + self.block_M * p.D
+        reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
+        return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + reductions
+
+    def accumulators(self, p):
+        # P, in 16 bits, stands beside the output or the scores; the other half of S is for the gather's addresses.
+        return self.block_M * max(p.D + p.S, p.S + p.S // 2)
+
+    def refusal(self, p):
+        return warps_refusal(self, p)
+
+    @classmethod
+    def options(cls, p):
+        plain = [cls(*x) for x in ((64, 128), (128, 128), (128, 256))]
+        return first_legal(p, plain + [replace(c, reduce_add=1) for c in plain[::2]])
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(*x, add) for x in ((64, 128), (128, 128), (128, 256), (192, 128)) for add in (0, 1)]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=max(16, p.G))
 
 
 def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkConfig):

@@ -9,11 +9,90 @@ token its slots in ascending order. A row keeps a cursor into its own slots: the
 Keys and values must be finite: 0 * inf would reach the tokens of the tile that did not choose the chunk.
 """
 
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import PRODUCER_REGISTERS, registers_left
-from hsa_tl.kernels_tilelang.config_forward import FwdUnionConfig
+from hsa_tl.kernels_tilelang.config_base import (
+    PRODUCER_REGISTERS,
+    SMEM_ALIGNMENT,
+    Config,
+    at_least_one,
+    first_legal,
+    registers_left,
+    row_bytes,
+    union_chunks,
+)
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, load_slots, union_weights
+
+
+@dataclass(frozen=True)
+class FwdUnionConfig(Config):
+    """A CTA owns block_M // G neighbouring tokens, a warpgroup 64 rows; num_stages chunks of their union in flight.
+
+    q_registers: q stays in registers, since a wgmma of 64 keys with both operands in shared memory takes all of its
+    bandwidth. blocks: CTAs of an SM, 0 for as many as fit.
+    """
+
+    block_M: int = 128
+    num_stages: int = 2
+    q_registers: int = 0
+    blocks: int = 0
+    DIRECTION: ClassVar[str] = "forward"
+    producer: ClassVar[bool] = True
+    moves_registers: ClassVar[bool] = True
+
+    @property
+    def threads(self):
+        return 2 * self.block_M
+
+    def rows(self, p):
+        return self.block_M
+
+    def ctas(self, p):
+        return p.B * p.H * -(-p.T // self.pairs(p))
+
+    def pairs(self, p):
+        return self.block_M // p.G  # when all tokens of the tile chose the chunk
+
+    def again(self, p, overlap):
+        read = union_chunks(p, self.pairs(p), overlap)
+        return read, read
+
+    def pair_bytes(self, p):
+        moved = 2 * row_bytes(p) / p.K
+        return {"l2": p.chunk_bytes() / self.pairs(p) + moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        tiles = self.block_M * p.D + 2 * self.num_stages * p.S * p.D
+        slots = self.pairs(p) * p.K * 4 * (2 + (p.G if p.per_head else 1))
+        return tiles * p.itemsize + slots + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.block_M * (p.D + p.S + p.D * p.itemsize // 4 * self.q_registers)
+
+    def largest(self, p):
+        return self.block_M * max(p.D, p.S)
+
+    def refusal(self, p):
+        if self.block_M not in (64, 128, 192) or self.block_M < p.G:
+            return f"block_M must be 64, 128 or 192 and at least G = {p.G}, got {self.block_M}"
+        return at_least_one("num_stages", self.num_stages)
+
+    @classmethod
+    def options(cls, p):
+        usual = [cls(*x) for x in ((192, 2), (128, 2), (64, 2), (64, 3))]
+        return first_legal(p, usual, [cls(block_M, 1) for block_M in (128, 64)])
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(*x) for x in product((192, 128, 64), (2, 3, 4, 1), (0, 1), (0, 1, 2))]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=64)
 
 
 def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionConfig):
@@ -30,7 +109,7 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
         indices: T.Tensor((B, tokens, H, K), "int32"),
         order: T.Tensor((B, tokens, H, K), "int32"),
         union_chunks: T.Tensor((B, tiles, H, tile * K), "int32"),
-        union_groups: T.Tensor((B, tiles, H, tile * K), "int32"),  # read by the specialised twin
+        union_groups: T.Tensor((B, tiles, H, tile * K), "int32"),  # read by hsa_fwd_union_sm90a
         union_len: T.Tensor((B, tiles, H), "int32"),
         chunk_len: T.Tensor((N,), "int32"),
         scale: T.float32,

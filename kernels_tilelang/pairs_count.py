@@ -5,10 +5,33 @@ One CTA owns a block of consecutive tokens of one batch and key/value head and a
 integers, so the counts are exact and the same in every run. counts must be zero before.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_auxiliary import PairsCountConfig
+from hsa_tl.kernels_tilelang.config_base import AuxiliaryConfig
 from hsa_tl.kernels_tilelang.macros import segment_of
+
+
+@dataclass(frozen=True)
+class PairsCountConfig(AuxiliaryConfig):
+    """A CTA owns a block of tokens and takes block_M of them at a time."""
+
+    block_M: int = 8
+    threads: int = 256
+    DIRECTION: ClassVar[str] = "index"
+    KEY: ClassVar[tuple[str, ...]] = ("K",)
+
+    def pair_bytes(self, p):
+        return {"hbm": 4, "reduce": 4}
+
+    def accumulators(self, p):
+        return 0
+
+    @classmethod
+    def options(cls, p):
+        return [cls(max(1, 256 // p.K))]
 
 
 def pairs_count(*, K, min_blocks, config: PairsCountConfig):

@@ -6,15 +6,42 @@ the sort is stable; the K slots of a token go in parallel, each behind the equal
 need no cursor: they are found for block_M tokens at once.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_auxiliary import PairsPlaceConfig, next_power_of_two
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, power_of_two
 from hsa_tl.kernels_tilelang.macros import segment_of
+
+
+@dataclass(frozen=True)
+class PairsPlaceConfig(AuxiliaryConfig):
+    """A CTA owns a block of tokens; it ranks the slots of block_M of them at a time."""
+
+    block_M: int = 8
+    threads: int = 128
+    DIRECTION: ClassVar[str] = "index"
+    KEY: ClassVar[tuple[str, ...]] = ("K",)
+
+    def pair_bytes(self, p):
+        return {"hbm": 4 + 4, "l2": 4 + 8 + 8 + 4}  # index, cursor read and written, pair
+
+    def smem_bytes(self, p):
+        return 3 * 4 * self.block_M * power_of_two(p.K) + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return (2 * self.block_M + 2) * power_of_two(p.K)
+
+    @classmethod
+    def options(cls, p):
+        # More threads than a token has slots only wait at the barriers.
+        return [cls(8, min(256, max(64, power_of_two(p.K))))]
 
 
 def pairs_place(*, K, min_blocks, config: PairsPlaceConfig):
     tile = config.block_M  # tokens
-    slots = next_power_of_two(K)  # past K: padding
+    slots = power_of_two(K)  # past K: padding
     B, tokens, H = T.dynamic("B, tokens, H")
     segments, blocks, pairs = T.dynamic("segments, blocks, pairs")
 

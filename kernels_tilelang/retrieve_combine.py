@@ -4,11 +4,51 @@ One CTA owns a token and retrieval head. It holds `rows` sorted rows of P >= K k
 batch of `rows` after the other, and then the rows each other.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_retrieval import RetrieveCombineConfig
-from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, descend, halve_rows
+from hsa_tl.kernels_tilelang.config_base import KEY_BYTES, SMEM_ALIGNMENT, SelectConfig
+from hsa_tl.kernels_tilelang.macros_sort import BARRIER, RADIX, at, descend, halve_rows
 from hsa_tl.kernels_tilelang.macros_topk import EMPTY, by_chunk, slot_chunk, slot_score
+
+
+@dataclass(frozen=True)
+class RetrieveCombineConfig(SelectConfig):
+    """A CTA owns a token and a retrieval head; its threads hold RADIX keys each."""
+
+    threads: int = 256
+    DIRECTION: ClassVar[str] = "combine"
+    KEY: ClassVar[tuple[str, ...]] = ("K",)
+
+    def rows_of(self, K: int) -> int:
+        """Ranges' rows that the CTA holds at a time."""
+        return max(1, self.threads * RADIX // self.places(K))
+
+    def pair_bytes(self, p):
+        moved = KEY_BYTES * self.places(p.K) / p.K
+        return {"l2": moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        return KEY_BYTES * self.places(p.K) * (self.rows_of(p.K) + 1) + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return 0
+
+    def refusal(self, p):
+        if reason := super().refusal(p):
+            return reason
+        threads = self.threads
+        return f"threads must be a power of two, got {threads}" if threads & (threads - 1) else None
+
+    @classmethod
+    def options(cls, p):
+        return [cls()]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(threads=32)
 
 
 def retrieve_combine(*, K, min_blocks, config: RetrieveCombineConfig):

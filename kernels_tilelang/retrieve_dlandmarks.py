@@ -5,15 +5,49 @@ block_M-th of them in float32 and at the end the rows are summed. No atomics, an
 token chose gets 0; an empty slot stands in no segment, so whatever gradient it has reaches no chunk.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_auxiliary import next_power_of_two
-from hsa_tl.kernels_tilelang.config_retrieval import RetrieveDlandmarksConfig
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, first_legal, power_of_two
+
+
+@dataclass(frozen=True)
+class RetrieveDlandmarksConfig(AuxiliaryConfig):
+    """A CTA owns a chunk of a retrieval head; it adds up block_M gathered rows of q_slc at a time."""
+
+    block_M: int = 32
+    threads: int = 128
+    DIRECTION: ClassVar[str] = "index"
+    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
+
+    @staticmethod
+    def problem_of(p):
+        return p.retrieval()
+
+    def pair_bytes(self, p):
+        return {"l2": p.D * p.itemsize + 8, "hbm": 4 + 32}  # pair; a sector of dscores
+
+    def smem_bytes(self, p):
+        columns = power_of_two(p.D)
+        return 8 * self.block_M + 4 * self.threads + 4 * columns * self.threads // 32 + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return (self.block_M + 1) * power_of_two(p.D)
+
+    @classmethod
+    def options(cls, p):
+        return first_legal(p, [cls(), cls(16)])
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=8)
 
 
 def retrieve_dlandmarks(*, D, K, dtype, min_blocks, config: RetrieveDlandmarksConfig):
     block_M = config.block_M
-    columns = next_power_of_two(D)  # every block_M and thread count has a layout for that
+    columns = power_of_two(D)  # every block_M and thread count has a layout for that
     B, tokens, N, R = T.dynamic("B, tokens, N, R")
     pairs, bounds = T.dynamic("pairs, bounds")
 

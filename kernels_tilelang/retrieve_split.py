@@ -6,11 +6,65 @@ token, its keys are sorted in groups of P >= K, and halves of the groups meet un
 `retrieve_combine` takes the best of all ranges. A range that the sequence does not reach is not read.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_retrieval import TILE, TOKENS, RetrieveSplitConfig
+from hsa_tl.kernels_tilelang.config_base import KEY_BYTES, SMEM_ALIGNMENT, SelectConfig, at_least_one
 from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, halve_rows, sort_rows
 from hsa_tl.kernels_tilelang.macros_topk import EMPTY, key_of, ordered, visible_chunks
+
+TILE = 64  # landmarks that it multiplies at once
+TOKENS = 8  # of that product: the fewest columns that wgmma takes
+RANGES = (1024, 256, 128)  # landmarks of a CTA
+FILL = 120  # CTAs that keep the most of 132 SMs busy
+
+
+@dataclass(frozen=True)
+class RetrieveSplitConfig(SelectConfig):
+    """A CTA owns block_N landmarks and TOKENS tokens of a retrieval head; num_stages tiles are in flight."""
+
+    block_N: int = 1024
+    threads: int = 128
+    num_stages: int = 3
+    DIRECTION: ClassVar[str] = "scan"  # of landmarks: bytes are what it costs
+    producer: ClassVar[bool] = True
+    working_registers: ClassVar[int] = 80  # the sort's keys; with 72 ptxas spilled
+
+    def ctas(self, p):
+        return p.B * p.R * -(-p.T // TOKENS) * -(-p.N // self.block_N)
+
+    def pair_bytes(self, p):
+        moved = p.D * p.itemsize  # for one token; others of the tile read nothing more
+        return {"l2": moved, "hbm": moved}
+
+    def smem_bytes(self, p):
+        tiles = (TOKENS + self.num_stages * min(TILE, self.block_N)) * p.D * p.itemsize
+        return tiles + self.block_N * (4 * TOKENS + KEY_BYTES) + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return TILE * TOKENS
+
+    def refusal(self, p):
+        if reason := super().refusal(p):
+            return reason
+        if self.block_N & (self.block_N - 1) or self.block_N < max(TILE, self.places(p.K)):
+            return f"block_N must be a power of two of at least {max(TILE, self.places(p.K))}, got {self.block_N}"
+        return at_least_one("num_stages", self.num_stages)
+
+    @classmethod
+    def options(cls, p):
+        def effort(config):
+            """The longest ranges that keep the GPU busy, or the shortest."""
+            n = config.ctas(p)
+            return n < FILL, n if n >= FILL else -n
+
+        return sorted((cls(block_N) for block_N in RANGES), key=effort)
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_N=max(32, cls.places(p.K)), num_stages=1)
 
 
 def retrieve_split(*, D, K, dtype, min_blocks, config: RetrieveSplitConfig):

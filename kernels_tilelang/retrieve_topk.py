@@ -9,11 +9,74 @@ Places are taken in any order, but keys (score, then the lower chunk) are unique
 tile's scores that equal the K-th best come behind it, for they are of later chunks.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_retrieval import RetrieveTopkConfig
+from hsa_tl.kernels_tilelang.config_base import (
+    KEY_BYTES,
+    SMEM_ALIGNMENT,
+    WARPGROUP,
+    SelectConfig,
+    at_least_one,
+    first_legal,
+)
 from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, keep_best
 from hsa_tl.kernels_tilelang.macros_topk import EMPTY, NONE, by_chunk, key_of, ordered, score_of, slot_chunk, slot_score
+
+
+@dataclass(frozen=True)
+class RetrieveTopkConfig(SelectConfig):
+    """A CTA owns block_M tokens of a retrieval head; num_stages tiles of block_N landmarks are in flight."""
+
+    block_M: int = 128
+    block_N: int = 128
+    threads: int = 256
+    num_stages: int = 2
+    DIRECTION: ClassVar[str] = "retrieve"
+    producer: ClassVar[bool] = True
+    working_registers: ClassVar[int] = 72  # the sort's keys; with 52 ptxas spilled
+
+    def rows(self, p):
+        return self.block_M
+
+    def pairs(self, p):
+        return self.block_M  # a score is a pair
+
+    def ctas(self, p):
+        return p.B * p.R * -(-p.T // self.block_M)
+
+    def pair_bytes(self, p):
+        return {"l2": p.D * p.itemsize / self.block_M}
+
+    def smem_bytes(self, p):
+        tiles = (self.block_M + self.num_stages * self.block_N) * p.D * p.itemsize
+        return tiles + self.block_M * (2 * KEY_BYTES * self.places(p.K) + 4) + 8 + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.block_M * self.block_N
+
+    def refusal(self, p):
+        if self.block_M % 64 or self.block_M // 64 * WARPGROUP != self.threads:
+            return f"block_M must be 64 for each of the warpgroups, got {self.block_M} and {self.threads} threads"
+        if reason := super().refusal(p):
+            return reason
+        if self.block_N % 8:
+            return f"block_N must be a multiple of 8, got {self.block_N}"
+        return at_least_one("num_stages", self.num_stages)
+
+    @classmethod
+    def options(cls, p):
+        tiles = [(128, 64, 256), (64, 64, 128)]
+        return first_legal(p, [cls(*x, 2) for x in tiles], [cls(*x, 1) for x in tiles])
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=16, block_N=32, num_stages=1)
+
+    def tensor_core(self):
+        return "hgmma"
 
 
 @T.macro

@@ -9,12 +9,49 @@ comparison; the tile's keys are sorted in shared memory by a bitonic network, ne
 prefix sum says where.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, power_of_two
 
 EMPTY = 2**31 - 1  # sorts behind every key
 GROUP_ROWS = 64  # of a warpgroup
+
+
+@dataclass(frozen=True)
+class UnionIndexConfig(AuxiliaryConfig):
+    """A CTA owns the tokens of one tile of hsa_fwd_union with the same block_M."""
+
+    block_M: int = 128
+    threads: int = 128
+    DIRECTION: ClassVar[str] = "index"
+    KEY: ClassVar[tuple[str, ...]] = ("G", "K")
+
+    def padded_keys(self, G: int, K: int) -> int:
+        """Slots of the tile, up to a power of two and one for each thread: else several threads would add for one."""
+        return max(power_of_two(self.threads), power_of_two(self.block_M // G * K))
+
+    def pair_bytes(self, p):
+        return {"hbm": 16.0}  # the index read; order, union_chunks and union_groups written
+
+    def smem_bytes(self, p):
+        return 4 * 4 * self.padded_keys(p.G, p.K) + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return 3 * self.padded_keys(p.G, p.K)
+
+    def refusal(self, p):
+        return None if self.block_M >= p.G else f"block_M must be at least G = {p.G}, got {self.block_M}"
+
+    @classmethod
+    def options(cls, p):
+        return [cls(block_M) for block_M in (192, 128, 64)]
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=64)
 
 
 def leads(key_shared, m, groups):

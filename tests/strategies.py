@@ -14,13 +14,18 @@ from tiers import prove, tiered
 from hsa_tl import hsa_attention
 from hsa_tl.accuracy import Expected, assert_accurate
 from hsa_tl.impl.tilelang import emulating
+from hsa_tl.kernels_tilelang.config import PROGRAMS
 from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
+# Other strategies of an implementation, by the config that names them: those that the CPU target can run.
+STRATEGIES = {
+    name.replace("hsa_fwd_", "tilelang-"): {x: {} for x in (name, name.replace("_fwd_", "_bwd_")) if x in PROGRAMS}
+    for name in PROGRAMS
+    if name.startswith("hsa_fwd_") and not name.endswith(("_token", "_sm90a"))
+}
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
-EXAMPLES = {"reference": 25, "tilelang": 10, "tilelang-union": 10, "tilelang-chunk": 10, "triton": 3}
-QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, "tilelang-union": 2, "tilelang-chunk": 2, "triton": 1}
-# Other strategies of an implementation, by the config that names them.
-STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}, "tilelang-chunk": {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}}
+EXAMPLES = {"reference": 25, "tilelang": 10, **dict.fromkeys(STRATEGIES, 10), "triton": 3}
+QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, **dict.fromkeys(STRATEGIES, 2), "triton": 1}
 IMPLS = (*EXAMPLES, "auto")
 # Each strategy compiles two more programs for each static key, so the quick tests have them in the properties.
 each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=("reference", "tilelang", "triton")))

@@ -13,9 +13,9 @@ from hsa_tl.kernels_tilelang import compile
 
 PROBLEM = cases.on_cpu(cases.at_length(cases.case("k16-d128").problem, 128))
 LAUNCHES = {
-    "forward": ["union_index", "hsa_fwd_union"],
-    "train": ["pairs_count", "pairs_place", "union_index", "hsa_fwd_union"],
-    "backward": ["hsa_bwd_chunk", "hsa_combine"],
+    "forward": ["union_index", "hsa_fwd_union_sm90a"],
+    "train": ["pairs_count", "pairs_place", "union_index", "hsa_fwd_union_sm90a"],
+    "backward": ["hsa_bwd_chunk_sm90a", "hsa_combine"],
     "decode": ["retrieve_split", "retrieve_combine", "hsa_decode_split", "hsa_decode_combine"],
 }
 

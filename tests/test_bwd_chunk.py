@@ -15,7 +15,8 @@ from hsa_tl.autotune import static
 from hsa_tl.impl.tilelang import targeted
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import space, why_illegal
-from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig
+from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
+from hsa_tl.kernels_tilelang.hsa_bwd_chunk_sm90a import BwdChunkSm90aConfig
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_attention
@@ -145,27 +146,28 @@ def test_the_tile_size_only_regroups_the_pairs():
 
 
 PAPER = cases.case("paper-d128").problem
-TWIN = BwdChunkConfig(block_M=128, threads=256, num_stages=2, specialised=1)
+TWIN = BwdChunkSm90aConfig()
 
 
 @pytest.mark.parametrize(
     "changes, config, words",
     [
         ({"D": 96}, BwdChunkConfig(), "D must be 64 or 128, got 96"),
-        ({}, replace(TWIN, specialised=0), "num_stages must be 1 without specialised, got 2"),
-        ({"S": 32}, TWIN, "specialised needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got 128, 32 and 16"),
+        ({}, replace(TWIN, num_stages=0), "num_stages must be at least 1, got 0"),
+        ({"S": 32}, TWIN, "it needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got 128, 32 and 16"),
         ({"HQ": 4}, TWIN, "S = 64 and G of 8, 16, 32 or 64, got 128, 64 and 4"),
-        ({}, replace(TWIN, block_M=64), "specialised needs block_M = 128, threads = 256"),
+        ({}, replace(TWIN, block_M=64), "it needs block_M = 128 and threads = 256"),
         ({}, replace(TWIN, num_stages=3), "shared memory must be at most 232448 bytes"),
     ],
 )
 def test_why_illegal_says_what_and_why(changes, config, words):
-    assert words in why_illegal("hsa_bwd_chunk", replace(PAPER, **changes), config)
+    program = "hsa_bwd_chunk" if type(config) is BwdChunkConfig else "hsa_bwd_chunk_sm90a"
+    assert words in why_illegal(program, replace(PAPER, **changes), config)
 
 
-def test_the_twin_is_preferred_where_it_is_legal():
-    assert space("hsa_bwd_chunk", PAPER)[0] == TWIN
-    assert not any(c.specialised for c in space("hsa_bwd_chunk", replace(PAPER, HQ=4)))
+def test_the_twin_begins_with_two_stages_and_has_no_config_for_few_heads():
+    assert space("hsa_bwd_chunk_sm90a", PAPER)[0] == TWIN
+    assert not space("hsa_bwd_chunk_sm90a", replace(PAPER, HQ=4))
 
 
 def _branch(source: str, opening: str) -> str:
@@ -188,7 +190,7 @@ def test_the_twin_keeps_to_its_protocol(D, G, per_head, masked, reduce_add):
     """What can be read without a GPU: who meets at which barrier, who stores, and the registers that change hands."""
     problem = replace(PAPER, D=D, HQ=G, per_head=per_head, masked=masked)
     config = replace(TWIN, reduce_add=reduce_add)
-    source = compile.lower("hsa_bwd_chunk", problem, config).kernel_source
+    source = compile.lower("hsa_bwd_chunk_sm90a", problem, config).kernel_source
     assert not static.barrier_in_elected_branch(source)
     producer = _branch(source, "if (256 <= ((int)threadIdx.x)) {")
     consumers = source[source.index(producer) + len(producer) :]
@@ -203,8 +205,8 @@ def test_the_twin_keeps_to_its_protocol(D, G, per_head, masked, reduce_add):
     for name in ("dk", "dv"):
         assert re.search(rf"\*\(float2\*\)\({name} \+ .* = ", consumers)
     if not static.missing_tools():
-        found = static.analyse("hsa_bwd_chunk", problem, config)
-        row = static.row("twin", "hsa_bwd_chunk", problem, config, found)
+        found = static.analyse("hsa_bwd_chunk_sm90a", problem, config)
+        row = static.row("twin", "hsa_bwd_chunk_sm90a", problem, config, found)
         assert static.faults(row) == [] and row["registers"] == 168, row  # 384 * 168 = 128 * 56 + 256 * 224
 
 
@@ -226,7 +228,7 @@ def test_every_config_agrees_with_the_oracle_on_a_gpu(d, dtype):
         *(x.to("cuda", dtype) for x in call[:3]), call.weights.cuda(), call.indices.cuda(), call.do.to("cuda", dtype)
     )
     problem = replace(PAPER, HQ=d.HQ, H=d.H, D=d.D, K=d.K, per_head=d.per_head, masked=d.T_kv % d.S != 0, dtype=dtype)
-    for config in space("hsa_bwd_chunk", problem):
+    for config in space("hsa_bwd_chunk", problem) + space("hsa_bwd_chunk_sm90a", problem):
         for window in (None, 64):
             actual = _gradients(call, S=d.S, config=config, window=window)
             assert_attention(actual, call, chunk_size=d.S)

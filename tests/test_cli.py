@@ -12,7 +12,7 @@ from hsa_tl.autotune import cost, measure, plan, static, table, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.bench.providers import DEFAULT_PROVIDERS
 from hsa_tl.cli import app, parse_lengths
-from hsa_tl.kernels_tilelang.config import CONFIGS, PROGRAMS, TUNED, candidates, describe
+from hsa_tl.kernels_tilelang.config import PROGRAMS, candidates, config_of, describe, tuned
 
 
 def run(*args, code=0):
@@ -23,7 +23,7 @@ def run(*args, code=0):
 
 def static_row(program="hsa_fwd_token", **changes):
     row = dict.fromkeys(static.COLUMNS) | {
-        "case": "paper-d128", "program": program, "config": describe(CONFIGS[program]()), "threads": 128,
+        "case": "paper-d128", "program": program, "config": describe(config_of(program)()), "threads": 128,
         "device": "h200",
         "registers": 64, "spill_bytes": 0, "smem_bytes": 1024, "ctas_per_sm": 3, "hgmma": 4, "hmma": 4, "copies": 4,
         "ns_per_pair": 4.5, "limiter": "l2", "roofline_ns": 4.0,
@@ -94,7 +94,7 @@ def test_autotune_ranks_and_says_what_calls_get(compiler, tmp_path):
     assert "nvcc refused the program" in output and "16 bytes of spills" in output and "one CTA on an SM" in output
     assert all(word in output for word in ("h100", "forward", "backward", "0.9", "ns/pair"))
     lines = compiler.read_text().splitlines()
-    assert len(lines) == sum(len(candidates(p, cases.case("paper-d128").problem)) for p in TUNED), "once each"
+    assert len(lines) == sum(len(candidates(p, cases.case("paper-d128").problem)) for p in tuned()), "once each"
     assert "a table has no predictions" in run("autotune", "--device", "h200", "--out", tmp_path / "t", code=2)
 
 
@@ -114,7 +114,7 @@ def test_autotune_writes_what_it_measures(compiler, tmp_path, monkeypatch):
 
 
 def test_autotune_explains(compiler):
-    output = run("autotune", "--explain", "--device", "h200", "--program", "hsa_fwd_union")
+    output = run("autotune", "--explain", "--device", "h200", "--program", "hsa_fwd_union_sm90a")
     words = ("chosen: block_M=192", "because: ", "predicted: ", "roofline: ", "measured: not yet", "num_stages 2 -> 3")
     assert all(word in output for word in words) and "threads must be 32 to 384" in " ".join(output.split())
 

@@ -16,7 +16,8 @@ from hsa_tl.impl.tilelang import Call
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import why_illegal
 from hsa_tl.kernels_tilelang.config_base import WARPGROUP, blocks_per_sm, launch_registers, registers_left
-from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig
+from hsa_tl.kernels_tilelang.hsa_fwd_chunk import FwdChunkConfig
+from hsa_tl.kernels_tilelang.hsa_fwd_chunk_sm90a import FwdChunkSm90aConfig
 from hsa_tl.pairs import Pairs, sort_pairs
 from hsa_tl.testing import Inputs, assert_attention
 
@@ -54,7 +55,7 @@ def partials(
     chunk_len = (d.T_kv - d.S * torch.arange(d.N)).clamp(max=d.S).int() if masked else None
     pair, offsets = sort_pairs(call.indices, d.N)
     c = Call.of(call.q, k, v, call.weights, call.indices, Pairs(pair, offsets), chunk_len, d.D**-0.5)
-    config = FwdChunkConfig(block_M=block_M, threads=128, num_stages=1, specialised=0, reduce_add=reduce_add)
+    config = FwdChunkConfig(block_M=block_M, threads=128, reduce_add=reduce_add)
     kernel = compile.kernel("hsa_fwd_chunk", c.problem, config)
     partial, results = torch.zeros(c.q.shape), []
     segment = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
@@ -112,23 +113,24 @@ def test_nobody_chose_anything():
 @pytest.mark.parametrize(
     "changes, config, words",
     [
-        ({"HQ": 4}, FwdChunkConfig(), "the specialised program needs G % 8 == 0, D 64 or 128, 16 bits, got 4, 128"),
-        ({"D": 96}, FwdChunkConfig(), "got 16, 96, bfloat16"),
-        ({"dtype": torch.float32}, FwdChunkConfig(), "got 16, 128, float32"),
-        ({}, FwdChunkConfig(block_M=64), "needs block_M 128 >= G, threads 256, got 64, 256"),
-        ({}, FwdChunkConfig(num_stages=0), "num_stages must be at least 1, got 0"),
-        ({"HQ": 256}, FwdChunkConfig(), "needs block_M 128 >= G, threads 256, got 128, 256"),
-        ({}, FwdChunkConfig(block_M=32, threads=128, specialised=0), "a multiple of 64, got 32"),
+        ({"HQ": 4}, FwdChunkSm90aConfig(), "it needs G % 8 == 0, D 64 or 128, 16 bits, got 4, 128"),
+        ({"D": 96}, FwdChunkSm90aConfig(), "got 16, 96, bfloat16"),
+        ({"dtype": torch.float32}, FwdChunkSm90aConfig(), "got 16, 128, float32"),
+        ({}, FwdChunkSm90aConfig(block_M=64), "needs block_M 128 >= G, threads 256, got 64, 256"),
+        ({}, FwdChunkSm90aConfig(num_stages=0), "num_stages must be at least 1, got 0"),
+        ({"HQ": 256}, FwdChunkSm90aConfig(), "needs block_M 128 >= G, threads 256, got 128, 256"),
+        ({}, FwdChunkConfig(block_M=32), "a multiple of 64, got 32"),
     ],
 )
 def test_why_illegal_says_what_and_why(changes, config, words):
-    assert words in why_illegal("hsa_fwd_chunk", replace(PAPER, **changes), config)
+    program = "hsa_fwd_chunk" if type(config) is FwdChunkConfig else "hsa_fwd_chunk_sm90a"
+    assert words in why_illegal(program, replace(PAPER, **changes), config)
 
 
 @pytest.mark.parametrize("D, blocks", [(128, 1), (64, 2)])
 def test_registers_that_the_producer_gives_back_are_the_consumers_gain(D, blocks):
     """setmaxnreg waits for ever if a CTA's warpgroups ask for more than it was launched with."""
-    problem, config = replace(PAPER, D=D), FwdChunkConfig()
+    problem, config = replace(PAPER, D=D), FwdChunkSm90aConfig()
     assert blocks_per_sm(config, problem) == blocks
     launched = launch_registers(config, blocks)
     kept = config.threads * registers_left(config, blocks) + WARPGROUP * config.producer_registers
@@ -141,9 +143,9 @@ def test_registers_that_the_producer_gives_back_are_the_consumers_gain(D, blocks
 @pytest.mark.parametrize("reduce_add", [0, 1])
 def test_the_specialised_program_assembles_off_the_papers_shape(changes, reduce_add):
     """The cases tagged ci reach it with whole chunks and a weight for each key/value head only."""
-    problem, config = replace(PAPER, **changes), FwdChunkConfig(reduce_add=reduce_add)
+    problem, config = replace(PAPER, **changes), FwdChunkSm90aConfig(reduce_add=reduce_add)
     if static.missing_tools():
-        assert not static.barrier_in_elected_branch(compile.lower("hsa_fwd_chunk", problem, config).kernel_source)
+        assert not static.barrier_in_elected_branch(compile.lower("hsa_fwd_chunk_sm90a", problem, config).kernel_source)
     else:
-        found = static.analyse("hsa_fwd_chunk", problem, config)
-        assert static.faults(static.row("", "hsa_fwd_chunk", problem, config, found)) == []
+        found = static.analyse("hsa_fwd_chunk_sm90a", problem, config)
+        assert static.faults(static.row("", "hsa_fwd_chunk_sm90a", problem, config, found)) == []

@@ -9,7 +9,7 @@ from strategies import Dims, emulable, make_call
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.autotune import cost, table
-from hsa_tl.kernels_tilelang.config import TUNED, space
+from hsa_tl.kernels_tilelang.config import space, tuned
 from hsa_tl.oracle import retrieve_oracle
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
@@ -288,7 +288,7 @@ STRATEGY_DIMS = (
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("program", TUNED)
+@pytest.mark.parametrize("program", tuned())
 @pytest.mark.parametrize("name", STRATEGY_DIMS)
 def test_every_config_of_every_program_equals_the_oracle(name, program, dtype):
     """So each strategy, and each hand-specialised program beside its tile-level twin, which the CPU tests prove."""
@@ -314,7 +314,7 @@ def test_every_shipped_plan_equals_the_oracle(D):
 def test_windows_of_partials_give_the_same(monkeypatch):
     """A small HSA_TL_PARTIAL_BYTES makes many windows of tokens: the same forward; dk and dv added up by window."""
     call = on_gpu(make_call(DIMS["paper-d128"]), torch.bfloat16)
-    config = {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}
+    config = {"hsa_fwd_chunk_sm90a": {}, "hsa_bwd_chunk_sm90a": {}}
     whole = run_with_gradients(hsa_attention, call, impl="tilelang", config=config, chunk_size=64)
     monkeypatch.setenv("HSA_TL_PARTIAL_BYTES", str(64 * 16 * 16 * 128 * 2))
     check("tilelang", call, chunk_size=64, config=config)

@@ -12,7 +12,6 @@ MAPPED = ("kernels_tilelang", "autotune", "model", "bench")
 
 PROGRAMS = (
     "hsa_tl.kernels_tilelang.hsa_*",
-    "hsa_tl.kernels_tilelang.sm90a.*",
     "hsa_tl.kernels_tilelang.*_index",
     "hsa_tl.kernels_tilelang.pairs_*",
     "hsa_tl.kernels_tilelang.retrieve_*",
@@ -28,15 +27,10 @@ LAYERS = (
         "hsa_tl.workers",
         "hsa_tl.validation",
         "hsa_tl.impl",
-        "hsa_tl.kernels_tilelang",
         "hsa_tl.autotune",
         "hsa_tl.bench",
-        "hsa_tl.kernels_tilelang.sm90a",
     ),  # empty packages
-    ("hsa_tl.kernels_tilelang.config_base",),
-    ("hsa_tl.kernels_tilelang.config_forward",),
-    ("hsa_tl.kernels_tilelang.config_backward", "hsa_tl.kernels_tilelang.config_auxiliary"),
-    ("hsa_tl.kernels_tilelang.config_decode", "hsa_tl.kernels_tilelang.config_retrieval", "hsa_tl.validation"),
+    ("hsa_tl.kernels_tilelang", "hsa_tl.kernels_tilelang.config_base"),
     (
         "hsa_tl.kernels_tilelang.config",
         "hsa_tl.cases",
@@ -54,6 +48,7 @@ LAYERS = (
         "hsa_tl.testing",
     ),
     ("hsa_tl.autotune.cost", "hsa_tl.kernels_tilelang.macros_topk"),
+    tuple(f"hsa_tl.kernels_tilelang.{x}" for x in ("hsa_?wd_chunk", "hsa_fwd_union", "hsa_decode_split")),
     (*PROGRAMS, "hsa_tl.autotune.plan"),
     ("hsa_tl.kernels_tilelang.compile",),
     ("hsa_tl.impl.triton_launch",),
@@ -87,7 +82,11 @@ ONLY = {
     ),
     "hsa_tl.impl.reference": ("hsa_tl.workers",),
     "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
-    **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_*", "hsa_tl.kernels_tilelang.macros*")),
+    "hsa_tl.kernels_tilelang": ("hsa_tl.files",),
+    # A hand-specialised program extends the config of the tile-level one.
+    "hsa_tl.kernels_tilelang.hsa_*_sm90a": ("hsa_tl.kernels_tilelang.*",),
+    "hsa_tl.kernels_tilelang.hsa_decode_combine": ("hsa_tl.kernels_tilelang.*",),  # of what hsa_decode_split splits
+    **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_base", "hsa_tl.kernels_tilelang.macros*")),
     "hsa_tl.kernels_tilelang.compile": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal", "hsa_tl.files", "hsa_tl.bench.plot"),

@@ -26,6 +26,10 @@ ROOT = Path(__file__).parent.parent
 CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.PROGRAMS]
 
 
+def problem_of(program: str, case: cases.Case):
+    return config.config_of(program).problem_of(case.problem)
+
+
 def shipped() -> dict[tuple, list]:
     """(program, static key) -> the configs that the tables of any device have for it."""
     found: dict[tuple, list] = {}
@@ -40,9 +44,8 @@ def usual() -> dict[tuple, list]:
     """The same of the spaces of the cases tagged ci."""
     found: dict[tuple, list] = {}
     for case, program in (param.values for param in CI):
-        found.setdefault((program, *config.static_key(case.problem).values()), []).extend(
-            config.space(program, case.problem)
-        )
+        problem = problem_of(program, case)
+        found.setdefault((program, *problem.static_key().values()), []).extend(config.space(program, problem))
     return found
 
 
@@ -89,11 +92,11 @@ KINDS = {"attention": [p for p in config.PROGRAMS if p not in SELECTIONS], "sele
 @pytest.mark.parametrize("programs", tiered(KINDS, quick=("attention",)))
 def test_the_first_config_of_every_program_assembles(programs):
     """All in one run of nvcc, which reads the headers once."""
-    problem = cases.case("paper-d64").problem
-    chosen = {program: config.space(program, problem)[0] for program in programs}
+    problems = {program: problem_of(program, cases.case("paper-d64")) for program in programs}
+    chosen = {program: config.space(program, problem)[0] for program, problem in problems.items()}
     sources = {}
     for program, c in chosen.items():
-        sources[program] = compile.lower(program, problem, c).kernel_source
+        sources[program] = compile.lower(program, problems[program], c).kernel_source
         assert program in sources[program] and not static.barrier_in_elected_branch(sources[program])
     if reason := static.missing_tools():
         pytest.skip(f"lowered, not assembled: {reason}")
@@ -113,9 +116,9 @@ def test_the_published_table_is_of_todays_spaces():
     with (ROOT / "bench/results/static/h200.csv").open() as file:
         published = {(r["case"], r["program"], r["config"]): r for r in csv.DictReader(file)}
     spaces = {
-        (case.name, program, config.describe(c)): (case.problem, c)
+        (case.name, program, config.describe(c)): (problem_of(program, case), c)
         for case, program in (param.values for param in CI)
-        for c in config.space(program, case.problem)
+        for c in config.space(program, problem_of(program, case))
     }
     assert spaces.keys() == published.keys()
     device = cost.DEVICES["h200"]
@@ -123,7 +126,7 @@ def test_the_published_table_is_of_todays_spaces():
         row = published[key]
         smem, ctas = int(row["smem_bytes"]), int(row["ctas_per_sm"])
         assert smem <= c.smem_bytes(problem) <= 1.1 * smem + SMEM_SLACK, key
-        assert ctas >= blocks_per_sm(c, problem) >= (ctas - 1 if key[1] in config.TUNED else 1), key
+        assert ctas >= blocks_per_sm(c, problem) >= (ctas - 1 if key[1] in config.tuned() else 1), key
         bound, _ = cost.roofline(c, problem, device)
         assert bound == pytest.approx(float(row["roofline_ns"]), rel=1e-9), key
         assert not c.tensor_core() or int(row[c.tensor_core()]), key
@@ -133,9 +136,10 @@ def test_the_published_table_is_of_todays_spaces():
 @pytest.mark.static
 @pytest.mark.parametrize("case, program", CI)
 def test_every_config_assembles_without_spills_and_with_tensor_cores(case, program):
-    configs = config.space(program, case.problem)
-    assert configs
-    assert_sound(case.name, program, case.problem, configs)
+    problem = problem_of(program, case)
+    configs = config.space(program, problem)
+    assert configs or program.endswith("_sm90a")
+    assert_sound(case.name, program, problem, configs)
 
 
 @prove
@@ -227,8 +231,8 @@ def test_the_digest_follows_what_a_program_is_made_of(monkeypatch):
     read, names = static.Path.read_text, []
     monkeypatch.setattr(static.Path, "read_text", lambda path: names.append(path.name) or read(path))
     assert static.source_digest.__wrapped__("hsa_fwd_union") == static.source_digest.__wrapped__("hsa_fwd_union")
-    wanted = {"hsa_fwd_union.py", "macros.py", "config_base.py", "config_forward.py", "compile.py"}
-    assert set(names) == wanted and names.count("hsa_fwd_union.py") == 4
+    wanted = {"hsa_fwd_union.py", "macros.py", "config_base.py", "compile.py"}
+    assert set(names) == wanted and names.count("hsa_fwd_union.py") == 2
 
 
 def test_a_barrier_in_an_elected_branch_is_found():

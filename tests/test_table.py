@@ -9,8 +9,10 @@ import pytest
 
 from hsa_tl import cases
 from hsa_tl.autotune import cost, measure, plan, table
-from hsa_tl.kernels_tilelang.config import static_key, why_illegal
-from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig, FwdTokenConfig, FwdUnionConfig
+from hsa_tl.kernels_tilelang.config import why_illegal
+from hsa_tl.kernels_tilelang.hsa_fwd_chunk import FwdChunkConfig
+from hsa_tl.kernels_tilelang.hsa_fwd_token import FwdTokenConfig
+from hsa_tl.kernels_tilelang.hsa_fwd_union import FwdUnionConfig
 from hsa_tl.problem import Problem
 
 PAPER = cases.case("paper-d128").problem
@@ -19,7 +21,7 @@ NAMES = {FwdTokenConfig: "hsa_fwd_token", FwdUnionConfig: "hsa_fwd_union", FwdCh
 
 
 def make_row(T=PAPER.T, config=TOKEN, ns=4.0, problem=PAPER, overlap=(0.9, 1.0)):
-    made = {"direction": "forward", **static_key(problem), "T": [T // 2 + 1, T], "overlap": list(overlap)}
+    made = {"direction": "forward", **problem.static_key(), "T": [T // 2 + 1, T], "overlap": list(overlap)}
     made |= {"deterministic": not config.reduce_add}
     made |= {"programs": {NAMES[type(config)]: asdict(config)}, "median_us": 9.0, "ns_per_pair": ns}
     return made | {"candidates": 2, "versions": {}}
@@ -78,7 +80,7 @@ def test_a_row_serves_its_lengths_overlaps_and_static_key(h200):
 
 
 def test_deterministic_passes_over_a_row_that_adds_atomically(h200):
-    h200.append(make_row(config=FwdChunkConfig(num_stages=3, reduce_add=1)))
+    h200.append(make_row(config=FwdChunkConfig(reduce_add=1)))
     assert choose()[1].reduce_add == 1
     assert choose(deterministic=True)[0] == "predicted"
 

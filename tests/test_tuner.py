@@ -22,7 +22,7 @@ from hsa_tl.problem import Problem
 from hsa_tl.testing import make_inputs
 
 CASE = cases.case("paper-d128")
-UNION = ("hsa_fwd_union",)
+UNION = ("hsa_fwd_union_sm90a",)
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +48,13 @@ def config_of(row):
 
 def test_the_union_has_enough_candidates():
     """Each by the arithmetic of legality; hsa-tl autotune --program hsa_fwd_union assembles them all."""
-    for name in ("paper-d128", "paper-d64", "k16-d128", "k16-d64"):
-        found = configs.candidates("hsa_fwd_union", cases.case(name).problem)
-        assert len(set(found)) == len(found) >= 24
-        assert found[: len(configs.space("hsa_fwd_union", cases.case(name).problem))] == configs.space(
-            "hsa_fwd_union", cases.case(name).problem
-        )
+    for problem in (cases.case(name).problem for name in ("paper-d128", "paper-d64", "k16-d128", "k16-d64")):
+        found = []
+        for program in ("hsa_fwd_union", "hsa_fwd_union_sm90a"):
+            mine, usual = configs.candidates(program, problem), configs.space(program, problem)
+            assert len(set(mine)) == len(mine) and mine[: len(usual)] == usual
+            found += mine
+        assert len(found) >= 24
 
 
 def test_a_failing_candidate_is_a_recorded_result(tmp_path):
@@ -67,7 +68,7 @@ def test_a_failing_candidate_is_a_recorded_result(tmp_path):
 
 def test_a_compiler_that_dies_is_a_recorded_result():
     """Those of its batch are tried alone."""
-    deadly = configs.candidates("hsa_fwd_union", CASE.problem)[4]
+    deadly = configs.candidates("hsa_fwd_union_sm90a", CASE.problem)[4]
 
     def compiler(program, problem, config):
         if config == deadly:
@@ -85,10 +86,10 @@ def test_a_compiler_that_dies_is_a_recorded_result():
 
 def test_ranks_take_turns_among_groups():
     """A short tuning sees the best of every strategy before any second best."""
-    rows = [r for r in ranked(configs.TUNED) if not r["faults"]]
+    rows = [r for r in ranked(configs.tuned()) if not r["faults"]]
     groups = [tuner.group(r) for r in rows]
     first = len(set(groups))
-    assert len(set(groups[:first])) == first and groups[0][0] == configs.TUNED[0] and first == 5
+    assert len(set(groups[:first])) == first and groups[0][0] == configs.tuned()[0] and first == 8
     for g in set(groups):
         ns = [r["ns_per_pair"] for r, x in zip(rows, groups, strict=True) if x == g]
         assert ns == sorted(ns)
@@ -249,7 +250,7 @@ def test_resume_after_kill_9(tmp_path):
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     journal = Journal(path)
-    done = {name["programs"]["hsa_fwd_union"] for name, r in journal.all(kind="measured") if r["rounds"]}
+    done = {name["programs"]["hsa_fwd_union_sm90a"] for name, r in journal.all(kind="measured") if r["rounds"]}
     rows, gpu = ranked(journal=journal), FakeGpu()
     seen = run(gpu, rows, journal=journal)
     assert 4 <= len(done) < len(seen) == sum(not r["faults"] for r in rows)
@@ -280,7 +281,9 @@ def test_tune_keeps_the_best_in_the_users_cache(monkeypatch):
     assert table.read(table.user_path("h200")) == sorted(rows, key=table.identity)
     assert {r["direction"] for r in rows} == {"forward"} and rows[-1]["deterministic"]
     assert plan.choose("forward", CASE.problem, "", True, device="h200").programs == table.programs(rows[-1])
-    gpu.wrong = [c for name in ("hsa_bwd_chunk", "hsa_bwd_dq_token") for c in configs.candidates(name, CASE.problem)]
+    gpu.wrong = [
+        c for name in configs.tuned() if name.startswith("hsa_bwd") for c in configs.candidates(name, CASE.problem)
+    ]
     with pytest.raises(RuntimeError, match=r"no plan for the backward .* passed its check"):
         measure.tune("backward", CASE.problem, "h200")
 
@@ -326,10 +329,10 @@ def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path):
 def test_explain_says_why(monkeypatch, tmp_path):
     """Constraint, prediction, measurement and the neighbours of the config that the lookup takes."""
     journal = Journal(tmp_path / "j.jsonl")
-    e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
+    e = explain.explain("hsa_fwd_union_sm90a", CASE, "h200", journal, compiler=fake_compiler)
     assert e.origin == "the best prediction of all strategies, 0.746 ns/pair"
     chosen = plan.choose("forward", CASE.problem, device="h200").programs
-    assert e.chosen.config == configs.describe(dict(chosen)["hsa_fwd_union"])
+    assert e.chosen.config == configs.describe(dict(chosen)["hsa_fwd_union_sm90a"])
     near = {n.change: n for n in e.neighbours}
     assert near["block_M 192 -> 256"].illegal == "threads must be 32 to 384 in whole warps, got 512"
     assert near["num_stages 2 -> 3"].row["ns_per_pair"] and near["num_stages 2 -> 3"].median_us is None
@@ -337,7 +340,7 @@ def test_explain_says_why(monkeypatch, tmp_path):
     rows = run(FakeGpu(), ranked(journal=journal), journal=journal)
     table.merge(table.user_path("h200"), "h200", tuner.best(CASE, rows))
     plan.clear()
-    e = explain.explain("hsa_fwd_union", CASE, "h200", journal, compiler=fake_compiler)
+    e = explain.explain("hsa_fwd_union_sm90a", CASE, "h200", journal, compiler=fake_compiler)
     assert e.origin.startswith("measured, user's table, ")
     assert e.chosen.median_us and any(n.median_us for n in e.neighbours)
 
@@ -345,7 +348,7 @@ def test_explain_says_why(monkeypatch, tmp_path):
 SMALL = cases.on_cpu(Problem(B=1, T=48, N=3, HQ=2, H=1, D=16, S=16, K=2))
 
 
-@pytest.mark.parametrize("direction", plan.STRATEGIES)
+@pytest.mark.parametrize("direction", plan.DIRECTIONS)
 def test_a_plan_is_checked_and_run_through_the_public_operator(monkeypatch, direction):
     """On the CPU target. What computes the wrong thing is told."""
     programs = plan.choose(direction, SMALL).programs

@@ -9,7 +9,7 @@ from strategies import Dims, attend, make_call, seeds
 from tiers import tiered
 
 from hsa_tl.kernels_tilelang import compile
-from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
+from hsa_tl.kernels_tilelang.union_index import UnionIndexConfig
 from hsa_tl.problem import Problem
 from hsa_tl.testing import assert_attention
 

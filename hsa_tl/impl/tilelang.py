@@ -17,11 +17,10 @@ from torch import Tensor
 
 from hsa_tl.autotune import plan
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.kernels_tilelang.config_auxiliary import UnionIndexConfig
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.pairs import Pairs, Window, partial_window, windows
 from hsa_tl.pairs import sort_pairs as sort_by_torch
-from hsa_tl.problem import Problem
+from hsa_tl.problem import Problem, Selection
 
 FORWARD_NEEDS_PAIRS = False
 # Every problem that tilelang accepts has these; the other strategies suit fewer shapes.
@@ -56,13 +55,13 @@ def _lacks_compiler() -> str | None:
     return f"on a CPU it needs a C++ compiler, and there is no {named or 'g++, clang++ or c++ on PATH'}"
 
 
-def targeted(problem: Problem) -> Problem:
+def targeted(problem):
     """The problem as its programs are compiled: for CUDA where an emulator runs them on CPU tensors."""
-    emulated = problem.device_type == "cpu" and problem.dtype in HALF and emulating()
+    emulated = problem.device_type == "cpu" and problem.dtype in (*HALF, None) and emulating()
     return problem.on_cuda() if emulated else problem
 
 
-def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | None:
+def unavailable(problem, programs: tuple[str, ...] = BASE) -> str | None:
     """Why the TileLang programs cannot run this problem here, or None."""
     if not installed():
         return "the package tilelang is not installed"
@@ -78,16 +77,16 @@ def unavailable(problem: Problem, programs: tuple[str, ...] = BASE) -> str | Non
 
 
 @functools.lru_cache(maxsize=4096)
-def misfit(problem: Problem, programs: tuple[str, ...]) -> str | None:
+def misfit(problem, programs: tuple[str, ...]) -> str | None:
     """Which of the programs has no config for the problem and why, or None."""
     for program in programs:
         if not configs.space(program, problem):
-            reason = configs.why_illegal(program, problem, configs.CONFIGS[program]())
+            reason = configs.why_illegal(program, problem, configs.config_of(program)())
             return f"no config of {program} suits it: {reason}"
     return None
 
 
-def compiled(program: str, problem: Problem, config: Config | None = None) -> Callable:
+def compiled(program: str, problem, config: Config | None = None) -> Callable:
     """The program for the problem's static dims, with its first config if none is given."""
     from hsa_tl.kernels_tilelang import compile
 
@@ -128,17 +127,17 @@ class Call:
 Launch = tuple[Callable[[], object], dict[str, Tensor]]
 
 
-def fwd_token(call: Call, config: Config) -> Launch:
-    kernel = compiled("hsa_fwd_token", call.problem, config)
+def fwd_token(program: str, call: Call, config: Config) -> Launch:
+    kernel = compiled(program, call.problem, config)
     out, spare = torch.empty_like(call.q), call.spare_chunk()
     arguments = call.q, call.k, call.v, call.weights, call.indices, spare, call.chunk_len, call.scale, out
     return lambda: kernel(*arguments), {"out": out}
 
 
-def fwd_union(call: Call, config: Config) -> Launch:
+def fwd_union(program: str, call: Call, config: Config) -> Launch:
     p = call.problem
-    kernel = compiled("hsa_fwd_union", p, config)
-    index = compiled("union_index", p, UnionIndexConfig(block_M=config.block_M))
+    kernel = compiled(program, p, config)
+    index = compiled("union_index", p, configs.config_of("union_index")(block_M=config.block_M))
     tile = config.block_M // p.G
     tiles = -(-p.T // tile)
     out, order = torch.empty_like(call.q), torch.empty_like(call.indices)
@@ -153,8 +152,8 @@ def fwd_union(call: Call, config: Config) -> Launch:
     return run, {"out": out}
 
 
-def pair_sums(call: Call, config: Config, program: Callable[[Window, Tensor], object]) -> tuple[Callable, Tensor]:
-    """What runs `program(window, partial)`, which leaves a row [G, D] for each pair, and sums each token's rows.
+def pair_sums(call: Call, config: Config, launch: Callable[[Window, Tensor], object]) -> tuple[Callable, Tensor]:
+    """What runs `launch(window, partial)`, which leaves a row [G, D] for each pair, and sums each token's rows.
 
     The partial rows are stored in windows of tokens that fit HSA_TL_PARTIAL_BYTES (2 GiB), or with reduce_add added up
     in float32. Returns it and the sums [B, T, H, G, D].
@@ -166,7 +165,7 @@ def pair_sums(call: Call, config: Config, program: Callable[[Window, Tensor], ob
 
         def add():
             for window in windows(call.indices, p.N, pairs, p.T):
-                program(window, total.zero_())
+                launch(window, total.zero_())
             out.copy_(total)
 
         return add, out
@@ -176,33 +175,33 @@ def pair_sums(call: Call, config: Config, program: Callable[[Window, Tensor], ob
 
     def run():
         for window in windows(call.indices, p.N, pairs, tokens):
-            program(window, partial)
+            launch(window, partial)
             combine(partial, call.indices, window.start, p.N, out)
 
     return run, out
 
 
-def fwd_chunk(call: Call, config: Config) -> Launch:
-    kernel = compiled("hsa_fwd_chunk", call.problem, config)
+def fwd_chunk(program: str, call: Call, config: Config) -> Launch:
+    kernel = compiled(program, call.problem, config)
 
-    def program(w: Window, partial: Tensor):
+    def launch(w: Window, partial: Tensor):
         selection = call.weights, w.pair, w.begin, w.end, w.start
         kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.scale, partial)
 
-    run, out = pair_sums(call, config, program)
+    run, out = pair_sums(call, config, launch)
     return run, {"out": out}
 
 
-def bwd_chunk(call: Call, config: Config) -> Launch:
-    kernel = compiled("hsa_bwd_chunk", call.problem, config)
+def bwd_chunk(program: str, call: Call, config: Config) -> Launch:
+    kernel = compiled(program, call.problem, config)
     dk, dv, dweights = (torch.empty_like(x) for x in (call.k, call.v, call.weights))
     sums = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv)]
 
-    def program(w: Window, partial: Tensor):
+    def launch(w: Window, partial: Tensor):
         selection = call.weights, w.pair, w.begin, w.end, w.start
         kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.do, call.scale, partial, *sums, dweights)
 
-    sum_pairs, dq = pair_sums(call, config, program)
+    sum_pairs, dq = pair_sums(call, config, launch)
 
     def run():
         for x in (*sums, dweights):
@@ -214,28 +213,18 @@ def bwd_chunk(call: Call, config: Config) -> Launch:
     return run, {"dq": dq, "dk": dk, "dv": dv, "dweights": dweights}
 
 
-def bwd_dq_token(call: Call, config: Config) -> Launch:
-    kernel = compiled("hsa_bwd_dq_token", call.problem, config)
+def bwd_dq_token(program: str, call: Call, config: Config) -> Launch:
+    kernel = compiled(program, call.problem, config)
     dq, dweights, spare = torch.empty_like(call.q), torch.empty_like(call.weights), call.spare_chunk()
     arguments = call.q, call.k, call.v, call.weights, call.indices, spare, call.chunk_len, call.do, call.scale
     return lambda: kernel(*arguments, dq, dweights), {"dq": dq, "dweights": dweights}
 
 
-def bwd_dkdv_chunk(call: Call, config: Config) -> Launch:
-    kernel = compiled("hsa_bwd_dkdv_chunk", call.problem, config)
+def bwd_dkdv_chunk(program: str, call: Call, config: Config) -> Launch:
+    kernel = compiled(program, call.problem, config)
     dk, dv = torch.empty_like(call.k), torch.empty_like(call.v)
     arguments = call.q, call.k, call.v, call.weights, *call.pairs, call.chunk_len, call.do, call.scale
     return lambda: kernel(*arguments, dk, dv), {"dk": dk, "dv": dv}
-
-
-LAUNCHERS = {
-    "hsa_fwd_token": fwd_token,
-    "hsa_fwd_union": fwd_union,
-    "hsa_fwd_chunk": fwd_chunk,
-    "hsa_bwd_dq_token": bwd_dq_token,
-    "hsa_bwd_dkdv_chunk": bwd_dkdv_chunk,
-    "hsa_bwd_chunk": bwd_chunk,
-}
 
 
 def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
@@ -249,9 +238,7 @@ def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     pair = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
     if not indices.numel():
         return Pairs(pair, cursor[: B * H * num_chunks + 1])
-    dtype = torch.float32 if indices.device.type == "cpu" and not emulating() else torch.bfloat16
-    # Of these dims only K matters to the programs.
-    problem = targeted(Problem(B, T, num_chunks, H, H, 64, 64, K, dtype=dtype, device_type=indices.device.type))
+    problem = targeted(Selection(B, T, num_chunks, H, K, indices.device.type, indices.device.index))
     indices, tokens = indices.contiguous(), -(-T // blocks)
     compiled("pairs_count", problem)(indices, num_chunks, tokens, counts)
     torch.cumsum(counts.flatten(), 0, dtype=torch.int64, out=cursor[1:])
@@ -264,7 +251,7 @@ def run_plan(direction: str, call: Call, config: str, deterministic: bool) -> di
     """Runs the programs of the call's plan, one after the other; their outputs."""
     results = {}
     for program, chosen in plan.choose(direction, call.problem, config, deterministic).programs:
-        run, outputs = LAUNCHERS[program](call, chosen)
+        run, outputs = globals()[configs.PROGRAMS[program]](program, call, chosen)
         run()
         results |= outputs
     return results

@@ -1,14 +1,13 @@
 """Launcher of the TileLang decode programs: on Hopper, and on the CPU through TileLang's C target (float32)."""
 
 import functools
-from dataclasses import replace
 
 import torch
 
 from hsa_tl.autotune import cost
 from hsa_tl.impl import tilelang as launchers
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.kernels_tilelang.config_decode import DecodeCombineConfig, DecodeSplitConfig, preferred_splits
+from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
 PROGRAM = "hsa_decode_split"
@@ -20,12 +19,12 @@ def unavailable(problem: Problem) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def chosen_config(problem: Problem) -> DecodeSplitConfig:
+def chosen_config(problem: Problem) -> Config:
     """The first of the space, with as many ranges of slots as fill the problem's GPU."""
     config = configs.default(PROGRAM, problem)
     if problem.device_type == "cpu":
         return config
-    return replace(config, num_splits=preferred_splits(problem, cost.device_here(problem.device_index).sms))
+    return config.filling(problem, cost.device_here(problem.device_index).sms)
 
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
@@ -42,5 +41,6 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     partial = out.unsqueeze(3) if splits == 1 else q.new_empty(B, T, H, splits, G, D, dtype=torch.float32)
     launchers.compiled(PROGRAM, problem, config)(q, k_pages, v_pages, weights, indices, page_table, scale, partial)
     if splits > 1:
-        launchers.compiled("hsa_decode_combine", problem, DecodeCombineConfig(splits))(partial, out)
+        combine = configs.config_of("hsa_decode_combine")(splits)
+        launchers.compiled("hsa_decode_combine", problem, combine)(partial, out)
     return out.flatten(2, 3)

@@ -4,19 +4,19 @@ import torch
 
 from hsa_tl.impl import tilelang as launchers
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.kernels_tilelang.config_retrieval import MAX_TOPK
+from hsa_tl.kernels_tilelang.config_base import MAX_TOPK
 from hsa_tl.pairs import Pairs
-from hsa_tl.problem import Problem
+from hsa_tl.problem import Retrieval
 
 
-def unavailable(problem: Problem, program: str = "retrieve_topk") -> str | None:
-    """Why the program cannot run this retrieval here, or None. A retrieval's H is R and its D is D_r."""
+def unavailable(problem: Retrieval, program: str = "retrieve_topk") -> str | None:
+    """Why the program cannot run this retrieval here, or None."""
     if problem.K > MAX_TOPK:
         return f"topk must be at most {MAX_TOPK}, got {problem.K}"
     return launchers.unavailable(problem, (program,))
 
 
-def decode_unavailable(problem: Problem) -> str | None:
+def decode_unavailable(problem: Retrieval) -> str | None:
     """As `unavailable`, for `retrieve_decode`."""
     return unavailable(problem, "retrieve_split")
 
@@ -28,7 +28,7 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
     scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
     if scores.numel() and N:
-        problem = launchers.targeted(Problem.of_retrieval(q_slc, N, topk, chunk_size))
+        problem = launchers.targeted(Retrieval.of(q_slc, N, topk))
         # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
         past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
         bounds = *past, outside[0] + 1, outside[1]
@@ -44,7 +44,7 @@ def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude
     scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
     if scores.numel() and N:
-        problem = launchers.targeted(Problem.of_retrieval(q_slc, N, topk, chunk_size))
+        problem = launchers.targeted(Retrieval.of(q_slc, N, topk))
         config = configs.default("retrieve_split", problem)
         splits = -(-N // config.block_N)
         best = torch.empty(B, T, R, splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
@@ -62,7 +62,7 @@ def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
     B, R, D_r = q_slc.shape[0], *q_slc.shape[2:]
     out = q_slc.new_zeros(B, num_chunks, R, D_r)
     if dscores.numel() and num_chunks:
-        problem = launchers.targeted(Problem.of_retrieval(q_slc, num_chunks, dscores.shape[3], 64))
+        problem = launchers.targeted(Retrieval.of(q_slc, num_chunks, dscores.shape[3]))
         kernel = launchers.compiled("retrieve_dlandmarks", problem)
         kernel(dscores.contiguous(), q_slc.contiguous(), *pairs, scale, out)
     return out

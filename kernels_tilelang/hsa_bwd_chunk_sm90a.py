@@ -1,29 +1,71 @@
-"""hsa_bwd_chunk hand-specialised for sm_90a; the formulas are in the tile-level program of the same name.
+"""hsa_bwd_chunk hand-specialised for sm_90a.
 
 One CTA owns a chunk and a key/value head: a producer warpgroup gathers rows of q and dout by TMA, num_stages tiles of
 block_M rows ahead of two warpgroups that compute: 64 rows each of the scores, dP and dq, and half the columns each of
-dk and dv (at D = 64 all of one of them). dq leaves by TMA through the tiles of w P and dS (reduce_add: float32 atomics
-from registers).
+dk and dv (at D = 64 all of one of them). dq leaves by TMA through the tiles of w P and dS (reduce_add: by atomics).
 
-Barriers. kv_full and full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the bytes of
-the tile; empty[st]: 256 arrivals of the consumers once their last product has read the tile. Slots are read after that,
-so they have 2 * num_stages places: a consumer that arrives for a tile has finished the one num_stages before it.
-WRITTEN: both consumers have written and fenced w P and dS, which the sums over rows read whole. READ: both have read
-them and delta, so that dq and then the next tile may overwrite them. STAGED + warpgroup, twice a tile: its dq is
-written and fenced, for its elected thread to store; that thread's earlier stores have read it, before the next w P.
+Barriers. kv_full and full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the tile's
+bytes; empty[st]: 256 arrivals of the consumers once their last product has read the tile. Slots are read after that,
+so they have 2 * num_stages places: who arrives for a tile has finished the one num_stages before it. WRITTEN: both
+have written and fenced w P and dS, which the sums over rows read whole. READ: both have read them and delta, so that
+dq and then the next tile may overwrite them. STAGED + warpgroup, twice a tile: its dq is written and fenced, for its
+elected thread to store; that thread's earlier stores have read it, before the next w P.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_backward import BwdChunkConfig
-from hsa_tl.kernels_tilelang.config_base import registers_left
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, at_least_one, registers_left
+from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
 
 WRITTEN, READ, STAGED = 8, 9, 10  # named barriers; TileLang takes its own from 1 up
 BOX = 64  # columns of a TMA box: 128 bytes, one swizzle atom
+ROWS, COLUMNS = T.GemmWarpPolicy.FullRow, T.GemmWarpPolicy.FullCol  # how the warpgroups share a product
 
 
-def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkConfig):
+@dataclass(frozen=True)
+class BwdChunkSm90aConfig(BwdChunkConfig):
+    """As BwdChunkConfig; a producer warpgroup copies num_stages tiles ahead of `threads` that compute."""
+
+    block_M: int = 128
+    threads: int = 256
+    num_stages: int = 2
+    sm_90a_only: ClassVar[bool] = True
+    producer: ClassVar[bool] = True
+    moves_registers: ClassVar[bool] = True
+    producer_registers: ClassVar[int] = 56  # a tile's tokens
+
+    def smem_bytes(self, p):
+        tiles = 2 * (self.num_stages * self.block_M * p.D + p.S * p.D + self.block_M * p.S)
+        slots = 2 * self.num_stages * self.block_M // p.G * (1 + (p.G if p.per_head else 1))  # and weights
+        return tiles * p.itemsize + 4 * (slots + self.block_M) + SMEM_ALIGNMENT
+
+    def largest(self, p):
+        return max(p.S, self.block_M) * p.D
+
+    def refusal(self, p):
+        if p.D not in (64, 128) or p.S != 64 or p.G not in (8, 16, 32, 64):
+            return f"it needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got {p.D}, {p.S} and {p.G}"
+        if (self.block_M, self.threads) != (128, 256):
+            return f"it needs block_M = 128 and threads = 256, got {self.block_M} and {self.threads}"
+        return at_least_one("num_stages", self.num_stages)
+
+    @classmethod
+    def options(cls, p):
+        return [cls(num_stages=n) for n in (2, 3, 1)] + [cls(num_stages=2, reduce_add=1)]
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(num_stages=n, reduce_add=add) for n in (1, 2, 3) for add in (0, 1)]
+
+    def loop_share(self, p):
+        return 5 / 7 if p.D == 64 else 1.0  # dv in one consumer's branch, dk in the other's
+
+
+def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkSm90aConfig):
     rows, stages, consumers = config.block_M, config.num_stages, config.threads
     tile = rows // G  # pairs
     weights_tile = tile * heads_w
@@ -33,7 +75,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
     dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
 
     @T.prim_func
-    def hsa_bwd_chunk(
+    def hsa_bwd_chunk_sm90a(
         q: T.Tensor((B, tokens, H, G, D), dtype),
         k: T.Tensor((B, N, S, H, D), dtype),
         v: T.Tensor((B, N, S, H, D), dtype),
@@ -89,41 +131,29 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                 if tx >= consumers:
                     T.set_max_nreg(config.producer_registers, 0)
                     for c in T.unroll(D // BOX):
-                        T.tma_copy(
-                            k[i_b, i_c, :, i_h, c * BOX : (c + 1) * BOX],
-                            k_shared[:, c * BOX : (c + 1) * BOX],
-                            barrier=kv_full,
-                        )
-                        T.tma_copy(
-                            v[i_b, i_c, :, i_h, c * BOX : (c + 1) * BOX],
-                            v_shared[:, c * BOX : (c + 1) * BOX],
-                            barrier=kv_full,
-                        )
+                        box = slice(c * BOX, (c + 1) * BOX)
+                        T.tma_copy(k[i_b, i_c, :, i_h, box], k_shared[:, box], barrier=kv_full)
+                        T.tma_copy(v[i_b, i_c, :, i_h, box], v_shared[:, box], barrier=kv_full)
                     T.barrier_arrive(kv_full)
                     for i_m in T.serial(T.ceildiv(count, tile)):
+                        st = i_m % stages
                         # Ahead of the wait, so that it hides these loads.
                         for m in T.unroll(tile):
                             token[m] = pair[first + T.min(i_m * tile + m, count - 1)] // K
                         lane = T.min(tx - consumers, weights_tile - 1)
                         slot = pair[first + T.min(i_m * tile + lane // heads_w, count - 1)]
                         weight = weights[i_b, slot // K, i_h, lane % heads_w, slot % K]
-                        T.barrier_wait(empty[i_m % stages], (i_m // stages & 1) ^ 1)
+                        T.barrier_wait(empty[st], (i_m // stages & 1) ^ 1)
                         if tx - consumers < weights_tile:
                             weight_shared[i_m % (2 * stages), tx - consumers] = weight
                             slot_shared[i_m % (2 * stages), (tx - consumers) // heads_w] = slot
                         for m in T.unroll(tile):
                             for c in T.unroll(D // BOX):
-                                T.tma_copy(
-                                    q[i_b, token[m], i_h, :, c * BOX : (c + 1) * BOX],
-                                    q_shared[i_m % stages, m * G : (m + 1) * G, c * BOX : (c + 1) * BOX],
-                                    barrier=full[i_m % stages],
-                                )
-                                T.tma_copy(
-                                    dout[i_b, token[m], i_h, :, c * BOX : (c + 1) * BOX],
-                                    do_shared[i_m % stages, m * G : (m + 1) * G, c * BOX : (c + 1) * BOX],
-                                    barrier=full[i_m % stages],
-                                )
-                        T.barrier_arrive(full[i_m % stages])
+                                heads, box = slice(m * G, (m + 1) * G), slice(c * BOX, (c + 1) * BOX)
+                                T.tma_copy(q[i_b, token[m], i_h, :, box], q_shared[st, heads, box], barrier=full[st])
+                                i_t = token[m]
+                                T.tma_copy(dout[i_b, i_t, i_h, :, box], do_shared[st, heads, box], barrier=full[st])
+                        T.barrier_arrive(full[st])
                 else:
                     T.set_max_nreg(registers_left(config, min_blocks), 1)
                     if halves or tx >= 128:
@@ -139,13 +169,9 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         real = T.min(count - i_m * tile, tile) * G  # rows; those past it repeat the last pair
                         T.barrier_wait(full[st], i_m // stages & 1)
                         T.clear(acc_s)
-                        T.wgmma_gemm(
-                            q_shared[st, :, :], k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow
-                        )  # [rows, S]
+                        T.wgmma_gemm(q_shared[st, :, :], k_shared, acc_s, transpose_B=True, policy=ROWS)  # [rows, S]
                         T.clear(acc_dp)
-                        T.wgmma_gemm(
-                            do_shared[st, :, :], v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow
-                        )  # [rows, S]
+                        T.wgmma_gemm(do_shared[st, :, :], v_shared, acc_dp, transpose_B=True, policy=ROWS)  # [rows, S]
                         for r in T.Parallel(rows):
                             row_weight[r] = weight_shared[place, r // G * heads_w + T.min(r % G, heads_w - 1)]
                         T.wait_wgmma(1)
@@ -166,27 +192,17 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         T.sync_threads(WRITTEN, consumers)
                         if halves:
                             T.wgmma_gemm(
-                                tiles_shared[0, :, :],
-                                do_shared[st, :, :],
-                                acc_dv,
-                                transpose_A=True,
-                                policy=T.GemmWarpPolicy.FullCol,
+                                tiles_shared[0, :, :], do_shared[st, :, :], acc_dv, transpose_A=True, policy=COLUMNS
                             )  # [S, D]
                             T.wgmma_gemm(
-                                tiles_shared[1, :, :],
-                                q_shared[st, :, :],
-                                acc_dk,
-                                transpose_A=True,
-                                policy=T.GemmWarpPolicy.FullCol,
+                                tiles_shared[1, :, :], q_shared[st, :, :], acc_dk, transpose_A=True, policy=COLUMNS
                             )  # [S, D]
                         elif tx < 128:
                             T.wgmma_gemm(tiles_shared[0, :, :], do_shared[st, :, :], acc_dv, transpose_A=True)  # [S, D]
                         else:
                             T.wgmma_gemm(tiles_shared[1, :, :], q_shared[st, :, :], acc_dk, transpose_A=True)  # [S, D]
                         T.clear(acc_dq)
-                        T.wgmma_gemm(
-                            tiles_shared[1, :, :], k_shared, acc_dq, policy=T.GemmWarpPolicy.FullRow
-                        )  # [rows, D]
+                        T.wgmma_gemm(tiles_shared[1, :, :], k_shared, acc_dq, policy=ROWS)  # [rows, D]
                         if heads_w == 1:
                             if tx * G < real:
                                 dw_sum = 0.0
@@ -205,10 +221,8 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         if config.reduce_add:
                             for r, d in T.Parallel(rows, D):
                                 if r < real:
-                                    T.atomic_add(
-                                        dq_partial[i_b, slot_shared[place, r // G] // K, i_h, r % G, d],
-                                        acc_dq[r, d],
-                                    )
+                                    i_t = slot_shared[place, r // G] // K
+                                    T.atomic_add(dq_partial[i_b, i_t, i_h, r % G, d], acc_dq[r, d])
                         else:
                             for r, d in T.Parallel(rows, D):
                                 tiles_shared[d // S, r, d % S] = acc_dq[r, d]
@@ -217,15 +231,10 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                             for m in T.unroll(tile):
                                 if (tx // 128 == m * G // 64) & (m * G < real):
                                     for c in T.unroll(D // S):
+                                        row = slot_shared[place, m] - start * K
                                         T.tma_copy(
                                             tiles_shared[c, m * G : (m + 1) * G, :],
-                                            dq_partial[
-                                                i_b,
-                                                i_h,
-                                                slot_shared[place, m] - start * K,
-                                                :,
-                                                c * S : (c + 1) * S,
-                                            ],
+                                            dq_partial[i_b, i_h, row, :, c * S : (c + 1) * S],
                                             leader_scope_threads=128,
                                         )
                     T.warpgroup_fence_operand(acc_dk, num_regs=S * D // (256 if halves else 128))
@@ -239,4 +248,4 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         for s, d in T.Parallel(S, D):
                             dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
 
-    return hsa_bwd_chunk
+    return hsa_bwd_chunk_sm90a

@@ -1,4 +1,4 @@
-"""kernels_tilelang/hsa_fwd_chunk.py, hand-warp-specialised for sm_90a; its arithmetic is in macros that both share.
+"""hsa_fwd_chunk hand-warp-specialised for sm_90a; the arithmetic is in macros that both share.
 
 A producer warpgroup fills a ring of num_stages tiles; two consumer warpgroups take 64 rows each. The protocol:
   chunk_full: the producer's 128 threads arrive once, K and V as its bytes; the consumers wait once.
@@ -10,17 +10,66 @@ Both roles walk the same tiles, so every phase is met; a CTA without pairs touch
 lacks repeat the segment's last pair, so that a stage's bytes never vary, and are not stored.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from hsa_tl.kernels_tilelang.config_base import WARPGROUP, registers_left
-from hsa_tl.kernels_tilelang.config_forward import FwdChunkConfig
+from hsa_tl.kernels_tilelang.config_base import (
+    SMEM_ALIGNMENT,
+    WARPGROUP,
+    WORKING_REGISTERS,
+    at_least_one,
+    registers_left,
+)
+from hsa_tl.kernels_tilelang.hsa_fwd_chunk import FwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, store_pairs, weighted_output
 
 BOX = 64  # columns of a TMA box: one 128-byte swizzle atom
 
 
-def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkConfig):
+@dataclass(frozen=True)
+class FwdChunkSm90aConfig(FwdChunkConfig):
+    """As FwdChunkConfig; a producer warpgroup copies num_stages tiles ahead of `threads` that compute."""
+
+    block_M: int = 128
+    threads: int = 256
+    num_stages: int = 2
+    sm_90a_only: ClassVar[bool] = True
+    producer: ClassVar[bool] = True
+    moves_registers: ClassVar[bool] = True
+    producer_registers: ClassVar[int] = 40  # a tile's pair ids; with 32 ptxas spilled them
+    working_registers: ClassVar[int] = WORKING_REGISTERS - 4  # the producer has the gather's addresses
+
+    def smem_bytes(self, p):
+        tiles = 2 * p.S * p.D + self.num_stages * self.block_M * p.D
+        staging = 0 if self.reduce_add else self.block_M * p.D
+        return (tiles + staging) * p.itemsize + 8 * self.num_stages * self.block_M + SMEM_ALIGNMENT
+
+    def accumulators(self, p):
+        return self.block_M * max(p.D + p.S // 2, p.S + p.S // 2)  # P, in 16 bits, stands beside either
+
+    def largest(self, p):
+        return self.block_M * max(p.D, p.S)
+
+    def refusal(self, p):
+        if p.G % 8 or p.D not in (64, 128) or p.itemsize != 2:
+            return f"it needs G % 8 == 0, D 64 or 128, 16 bits, got {p.G}, {p.D}, {p.dtype_name}"
+        if self.block_M < p.G or (self.block_M, self.threads) != (128, 256):
+            return f"it needs block_M 128 >= G, threads 256, got {self.block_M}, {self.threads}"
+        return at_least_one("num_stages", self.num_stages)
+
+    @classmethod
+    def options(cls, p):
+        return [cls(num_stages=3), cls(num_stages=2), cls(num_stages=3, reduce_add=1)]
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(num_stages=n, reduce_add=add) for n in (3, 2, 4, 1) for add in (0, 1)]
+
+
+def hsa_fwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkSm90aConfig):
     rows, stages, consumers = config.block_M, config.num_stages, config.threads
     tile = rows // G  # pairs; rows past tile * G are padding
     slots = -(-rows // G)
@@ -29,7 +78,7 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
     shape, out_dtype = ((B, tokens, H, G, D), "float32") if config.reduce_add else ((B, H, window_rows, G, D), dtype)
 
     @T.prim_func
-    def hsa_fwd_chunk(
+    def hsa_fwd_chunk_sm90a(
         q: T.Tensor((B, tokens, H, G, D), dtype),
         k: T.Tensor((B, N, S, H, D), dtype),
         v: T.Tensor((B, N, S, H, D), dtype),
@@ -124,4 +173,4 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                             store_pairs(acc_o, o_shared, slot_shared, stage, left, start * K, partial, i_b, i_h)
                         T.barrier_arrive(empty[stage])
 
-    return hsa_fwd_chunk
+    return hsa_fwd_chunk_sm90a

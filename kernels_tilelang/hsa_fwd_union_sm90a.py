@@ -1,4 +1,4 @@
-"""kernels_tilelang/hsa_fwd_union.py, hand-specialised for sm_90a: a warpgroup skips what its tokens did not choose.
+"""hsa_fwd_union hand-specialised for sm_90a: a warpgroup skips what its own tokens did not choose.
 
 A consumer warpgroup owns 64 rows, 64 // G tokens; union_groups says which warpgroups a chunk concerns. So a chunk is
 read once for all block_M rows and multiplied for those alone that need it. The arithmetic is in macros that both share.
@@ -8,16 +8,46 @@ read once for all block_M rows and multiplied for those alone that need it. The 
     the phase before the first, which counts as complete.
 """
 
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
+
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import PRODUCER_REGISTERS, WARPGROUP, registers_left
-from hsa_tl.kernels_tilelang.config_forward import FwdUnionConfig
+from hsa_tl.kernels_tilelang.config_base import PRODUCER_REGISTERS, WARPGROUP, registers_left, union_chunks
+from hsa_tl.kernels_tilelang.hsa_fwd_union import FwdUnionConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, load_slots, union_weights
 
 ROWS = 64  # of a warpgroup
 
 
-def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionConfig):
+@dataclass(frozen=True)
+class FwdUnionSm90aConfig(FwdUnionConfig):
+    """As FwdUnionConfig; a warpgroup skips the chunks that none of its own tokens chose."""
+
+    sm_90a_only: ClassVar[bool] = True
+
+    def again(self, p, overlap):
+        return union_chunks(p, self.pairs(p), overlap), union_chunks(p, ROWS // p.G, overlap)
+
+    def smem_bytes(self, p):
+        return super().smem_bytes(p) + 4 * self.pairs(p) * p.K  # which warpgroups a chunk concerns
+
+    def refusal(self, p):
+        if ROWS % p.G or self.block_M == ROWS:
+            return f"it needs whole tokens in a warpgroup's {ROWS} rows, two warpgroups, got G = {p.G}, {self}"
+        return super().refusal(p)
+
+    @classmethod
+    def options(cls, p):
+        return [cls(*x) for x in product((192, 128), (2, 3))]
+
+    @classmethod
+    def variants(cls, p):
+        return [cls(*x) for x in product((192, 128), (2, 3, 4, 1), (0, 1), (0, 1, 2))]
+
+
+def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionSm90aConfig):
     stages, consumers, groups = config.num_stages, config.threads, config.block_M // ROWS
     tile = config.block_M // G  # tokens
     B, tokens, N, H, tiles = T.dynamic("B, tokens, N, H, tiles")
@@ -63,7 +93,7 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                 out[i_b, first + (g * ROWS + r) // G, i_h, r % G, d] = acc_o[r, d]
 
     @T.prim_func
-    def hsa_fwd_union(
+    def hsa_fwd_union_sm90a(
         q: T.Tensor((B, tokens, H, G, D), dtype),
         k: T.Tensor((B, N, S, H, D), dtype),
         v: T.Tensor((B, N, S, H, D), dtype),
@@ -131,4 +161,4 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                     full, empty, chunk_len, scale, length, first, i_h, i_b, out,
                 )  # fmt: skip
 
-    return hsa_fwd_union
+    return hsa_fwd_union_sm90a
