@@ -23,7 +23,7 @@ from hsa_tl.autotune.journal import Journal, key_of
 from hsa_tl.bench import record
 from hsa_tl.cases import Case
 from hsa_tl.files import cache_folder, write_atomic
-from hsa_tl.kernels_tilelang.config import PROGRAMS, config_of, describe, parse, space
+from hsa_tl.kernels_tilelang.config import PROGRAMS, describe, parse, problem_of, space
 from hsa_tl.problem import Problem
 
 COLUMNS = (
@@ -379,7 +379,7 @@ def table_rows(cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, fir
     work = {}
     for case in cases:
         for program in programs:
-            problem = config_of(program).problem_of(case.problem)
+            problem = problem_of(program, case.problem)
             for config in space(program, problem)[: 1 if first_only else None]:
                 key = tuple(identity(program, problem, config).values())
                 work.setdefault(key, (case.name, program, problem, config))

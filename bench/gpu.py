@@ -78,7 +78,7 @@ def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None,
     """
     made, journal = {}, Journal(path)
     for case in cases.find("tune") if wanted is None else wanted:
-        problems = {program: configs.config_of(program).problem_of(case.problem) for program in configs.PROGRAMS}
+        problems = {program: configs.problem_of(program, case.problem) for program in configs.PROGRAMS}
         chosen = [(program, c) for program, p in problems.items() for c in configs.space(program, p)[:1]]
         groups = Counter()
         for row in tuner.rank(case, "h200", journal=journal, jobs=jobs):

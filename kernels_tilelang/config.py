@@ -50,6 +50,11 @@ def config_of(program: str) -> type[Config]:
     return builder(program).__annotations__["config"]
 
 
+def problem_of(program: str, problem):
+    """What the program is given where an attention's problem is this one: retrieval has a problem of its own."""
+    return config_of(program).problem_of(problem)
+
+
 def cpu_refusal(program: str) -> str | None:
     """Why the CPU target cannot run the program, or None."""
     if not config_of(program).sm_90a_only:

@@ -176,7 +176,7 @@ def test_what_is_prepared_without_a_gpu_is_what_the_lease_measures(monkeypatch, 
     monkeypatch.setattr(gpu.compile, "kernel", lambda program, problem, config: compiled.append((program, config)))
     assert gpu.prepare(path, (CASE,)) == len(compiled) == len(set(compiled))
     assert {program for program, _ in compiled} == {
-        p for p in gpu.configs.PROGRAMS if gpu.configs.space(p, CASE.problem)
+        p for p in gpu.configs.PROGRAMS if gpu.configs.space(p, gpu.configs.problem_of(p, CASE.problem))
     }
 
     def nothing_left(*x, **options):

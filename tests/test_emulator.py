@@ -90,7 +90,7 @@ def test_what_is_accepted_runs(G, D, S, K, per_head, tail, seed):
 
 
 @prove
-@pytest.mark.parametrize("twins", ((), (UNION, "hsa_bwd_chunk_sm90a"), ("hsa_fwd_chunk_sm90a", "hsa_bwd_chunk_sm90a")))
+@pytest.mark.parametrize("forward", (None, UNION, "hsa_fwd_chunk_sm90a"))
 @hypothesis.given(hard_calls(HALF, {"HQ": 16, "D": 64, "K": 2, "S": S}))
 @hypothesis.settings(max_examples=12)
 def test_hard_calls(forward, drawn):

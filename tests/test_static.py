@@ -26,10 +26,6 @@ ROOT = Path(__file__).parent.parent
 CI = [pytest.param(c, p, id=f"{c.name}-{p}") for c in cases.find("ci") for p in config.PROGRAMS]
 
 
-def problem_of(program: str, case: cases.Case):
-    return config.config_of(program).problem_of(case.problem)
-
-
 def shipped() -> dict[tuple, list]:
     """(program, static key) -> the configs that the tables of any device have for it."""
     found: dict[tuple, list] = {}
@@ -44,7 +40,7 @@ def usual() -> dict[tuple, list]:
     """The same of the spaces of the cases tagged ci."""
     found: dict[tuple, list] = {}
     for case, program in (param.values for param in CI):
-        problem = problem_of(program, case)
+        problem = config.problem_of(program, case.problem)
         found.setdefault((program, *problem.static_key().values()), []).extend(config.space(program, problem))
     return found
 
@@ -92,7 +88,7 @@ KINDS = {"attention": [p for p in config.PROGRAMS if p not in SELECTIONS], "sele
 @pytest.mark.parametrize("programs", tiered(KINDS, quick=("attention",)))
 def test_the_first_config_of_every_program_assembles(programs):
     """All in one run of nvcc, which reads the headers once."""
-    problems = {program: problem_of(program, cases.case("paper-d64")) for program in programs}
+    problems = {program: config.problem_of(program, cases.case("paper-d64").problem) for program in programs}
     chosen = {program: config.space(program, problem)[0] for program, problem in problems.items()}
     sources = {}
     for program, c in chosen.items():
@@ -116,9 +112,9 @@ def test_the_published_table_is_of_todays_spaces():
     with (ROOT / "bench/results/static/h200.csv").open() as file:
         published = {(r["case"], r["program"], r["config"]): r for r in csv.DictReader(file)}
     spaces = {
-        (case.name, program, config.describe(c)): (problem_of(program, case), c)
+        (case.name, program, config.describe(c)): (config.problem_of(program, case.problem), c)
         for case, program in (param.values for param in CI)
-        for c in config.space(program, problem_of(program, case))
+        for c in config.space(program, config.problem_of(program, case.problem))
     }
     assert spaces.keys() == published.keys()
     device = cost.DEVICES["h200"]
@@ -136,7 +132,7 @@ def test_the_published_table_is_of_todays_spaces():
 @pytest.mark.static
 @pytest.mark.parametrize("case, program", CI)
 def test_every_config_assembles_without_spills_and_with_tensor_cores(case, program):
-    problem = problem_of(program, case)
+    problem = config.problem_of(program, case.problem)
     configs = config.space(program, problem)
     assert configs or program.endswith("_sm90a")
     assert_sound(case.name, program, problem, configs)

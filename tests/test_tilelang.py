@@ -11,7 +11,7 @@ from hsa_tl.impl.tilelang import BASE
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
     PROGRAMS,
-    config_of,
+    problem_of,
     space,
     why_illegal,
 )
@@ -78,7 +78,7 @@ def test_why_illegal_says_what_and_why(program, changes, config, words):
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_space_is_legal_and_fits(case, program):
-    problem = config_of(program).problem_of(case.problem)
+    problem = problem_of(program, case.problem)
     configs = space(program, problem)
     assert (configs or program.endswith("_sm90a")) and len(set(configs)) == len(configs)
     for c in configs:
