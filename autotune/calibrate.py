@@ -15,8 +15,7 @@ from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
 PRIOR = 0.05  # weight of a constant's old value, against one measurement: what no row depends on stays
-STEP = 1e-3  # of the numerical derivative, in log space
-ITERATIONS = 60
+STEP = 1e-4  # of the numerical derivative, relative to a constant's logarithm
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,11 @@ def predictions(samples: Iterable[Sample], device: cost.Device) -> np.ndarray:
     )
 
 
-def _ranks(values) -> np.ndarray:
-    """From 0, equal values share the mean of theirs."""
-    _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[place]
-
-
 def spearman(a, b) -> float:
     """Rank correlation; nan where either has no two different values."""
-    ranks = np.stack([_ranks(a), _ranks(b)])
-    return float(np.corrcoef(ranks)[0, 1]) if (np.ptp(ranks, axis=1) > 0).all() else float("nan")
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else float("nan")
 
 
 def measured(rows: Iterable[record.Row], device: cost.Device) -> cost.Device:
@@ -95,8 +89,10 @@ def measured(rows: Iterable[record.Row], device: cost.Device) -> cost.Device:
 def fit(samples: list[Sample], device: cost.Device) -> cost.Device:
     """The device with its free constants such that the logarithms of prediction and measurement differ least.
 
-    Levenberg-Marquardt over the constants' logarithms. ValueError: there are no samples.
+    ValueError: there are no samples.
     """
+    from scipy.optimize import least_squares
+
     if not samples:
         raise ValueError(f"measurements of {device.name} must be in the journal, got none")
     wanted = np.log([s.ns_per_pair for s in samples])
@@ -108,20 +104,7 @@ def fit(samples: list[Sample], device: cost.Device) -> cost.Device:
     def residual(logs) -> np.ndarray:
         return np.concatenate([np.log(predictions(samples, at(logs))) - wanted, PRIOR**0.5 * (logs - old)])
 
-    logs, damping = old, 1e-2
-    r = residual(logs)
-    for _ in range(ITERATIONS):
-        columns = [(residual(logs + STEP * e) - r) / STEP for e in np.eye(len(logs))]
-        J = np.stack(columns, axis=1)
-        step = np.linalg.solve(J.T @ J + damping * np.eye(len(logs)), -J.T @ r)
-        after = residual(logs + step)
-        if after @ after < r @ r:
-            logs, r, damping = logs + step, after, damping / 3
-            if np.abs(step).max() < 1e-4:
-                break
-        else:
-            damping *= 4
-    return at(logs)
+    return at(least_squares(residual, old, method="lm", diff_step=STEP).x)
 
 
 def text(device: cost.Device, fitted: cost.Device) -> str:

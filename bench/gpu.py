@@ -1,6 +1,7 @@
 """What one lease of a Hopper machine does: gpu tests, sweeps, a short tuning; within minutes, resumable, recorded."""
 
 import functools
+import importlib.util
 import json
 import subprocess
 import sys
@@ -115,7 +116,9 @@ def tune(out: Path, seconds: float) -> dict:
     write_atomic(out / "tuning.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     table.write(out / "table.json", device, chosen)
     detail = {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
-    if found := calibrate.samples(journal, device):
+    if importlib.util.find_spec("scipy") is None:
+        detail["fitted"] = "no: scipy is not installed; hsa-tl calibrate --journal tuning.jsonl fits elsewhere"
+    elif found := calibrate.samples(journal, device):
         times, old = [x.ns_per_pair for x in found], cost.DEVICES[device]
         fitted = calibrate.fit(found, calibrate.measured(record.read_rows(out / "bench.csv"), old))
         write_atomic(out / "device.json", calibrate.text(old, fitted))
