@@ -27,7 +27,13 @@ from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
-DIRECTIONS = {"forward": (("forward",),), "backward": (("dq", "dkdv"), ("backward",))}  # by what programs compute
+# Direction -> what the programs of a strategy compute, one after the other: of `hsa_attention`, `selected_attention`.
+DIRECTIONS = {
+    "forward": (("forward",),),
+    "backward": (("dq", "dkdv"), ("backward",)),
+    "selected_forward": (("selected_forward",),),
+    "selected_backward": (("selected_backward",),),
+}
 OVERLAP = 0.9  # of neighbouring tokens' selections where config= says nothing: trained models on text, K = 16
 MODES = ("table", "heuristic", "tune", "error")
 
@@ -35,7 +41,7 @@ MODES = ("table", "heuristic", "tune", "error")
 @functools.cache
 def strategies(direction: str) -> tuple[tuple[str, ...], ...]:
     """The programs that compute a direction together, of what is registered; in the order of preference."""
-    does = {name: configs.config_of(name).DIRECTION for name in configs.tuned()}
+    does = {name: configs.config_of(name).DIRECTION for name, launcher in configs.PROGRAMS.items() if launcher}
     parts = [[[name for name in does if does[name] == part] for part in parts] for parts in DIRECTIONS[direction]]
     return tuple(strategy for names in parts for strategy in itertools.product(*names))
 
@@ -71,7 +77,11 @@ def choose(
 def _choose(direction: str, p: Problem, config: str, deterministic: bool, device: str | None, setting: str) -> Plan:
     named = json.loads(config or "{}")
     overlap = round(named.pop("overlap", OVERLAP), 1)
+    operator = direction.removesuffix("forward").removesuffix("backward")
+    known = {name for x in ("forward", "backward") for s in strategies(operator + x) for name in s}
     for program, fields in named.items():
+        if program not in known:
+            raise ValueError(f"config must name programs among {', '.join(sorted(known))}, got {program!r}")
         configs.from_dict(program, fields)
     asked = [s for s in strategies(direction) if any(program in named for program in s)]
     if len(asked) > 1:

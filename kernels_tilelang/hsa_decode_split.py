@@ -77,18 +77,19 @@ class DecodeSplitConfig(TokenConfig):
         return cls(num_splits=2 if p.T == 1 < p.K else 1)
 
 
+def page_of(indices, page_table, i_b, i_t, i_h, i_k, K, N, P):
+    """The slot's page, -1 if it has none. Every address is clamped: nothing is read out of bounds."""
+    chunk = indices[i_b, i_t, i_h, T.min(i_k, K - 1)]
+    page = page_table[i_b, T.max(T.min(chunk, N - 1), 0)]
+    valid = (i_k < K) & (chunk >= 0) & (chunk < N) & (page >= 0) & (page < P)
+    return T.if_then_else(valid, page, -1)
+
+
 def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSplitConfig):
     rows = padded_rows(G)
     splits = config.num_splits
     slots = -(-K // splits)  # of a CTA
     B, tokens, N, H, P = T.dynamic("B, tokens, N, H, P")
-
-    def page_of(indices, page_table, i_b, i_t, i_h, i_k):
-        """The slot's page, -1 if it has none. Every address is clamped: nothing is read out of bounds."""
-        chunk = indices[i_b, i_t, i_h, T.min(i_k, K - 1)]
-        page = page_table[i_b, T.max(T.min(chunk, N - 1), 0)]
-        valid = (i_k < K) & (chunk >= 0) & (chunk < N) & (page >= 0) & (page < P)
-        return T.if_then_else(valid, page, -1)
 
     @T.prim_func
     def hsa_decode_split(
@@ -120,19 +121,19 @@ def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSp
             first = i_x % splits * slots
             spare = -1
             for i_k in T.serial(slots):
-                spare = T.max(spare, page_of(indices, page_table, i_b, i_t, i_h, first + i_k))
+                spare = T.max(spare, page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P))
             for r, d in T.Parallel(rows, D):
                 q_shared[r, d] = T.if_then_else(r < G, q[i_b, i_t, i_h, T.min(r, G - 1), d], 0)
             for r, i_k in T.Parallel(heads_w, slots):
                 weight = weights[i_b, i_t, i_h, r, T.min(first + i_k, K - 1)]
-                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k)
+                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P)
                 weights_shared[r, i_k] = T.if_then_else(page >= 0, weight, 0.0)
             # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
             T.sync_threads()
             T.clear(acc_o)
 
             for i_k in T.Pipelined(slots, num_stages=config.num_stages):
-                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k)
+                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P)
                 i_p = T.if_then_else(page >= 0, page, T.max(spare, 0))
                 T.copy(k_pages[i_p, :, i_h, :], k_shared)
                 T.clear(acc_s)

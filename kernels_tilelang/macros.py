@@ -127,3 +127,50 @@ def union_weights(row_sum, cursor, chunk, chunk_shared, weights_shared, first, r
         weight = weights_shared[t * heads_w + T.min((first + r) % G, heads_w - 1), i_k]
         row_sum[r] = T.if_then_else(chosen, weight / row_sum[r], 0.0)
         cursor[r] = cursor[r] + T.if_then_else(chosen, 1, 0)
+
+
+@T.macro
+def running_rows(acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, rows, S, scale_log2, length):
+    """One softmax over chunk after chunk: acc_s = exp2(scores - row_max), row_max in base 2 the largest so far.
+
+    row_sum and acc_o follow a row_max that rises. A row that did not choose the chunk (chosen 0) adds nothing.
+    """
+    if length is not None:
+        for r, s in T.Parallel(rows, S):
+            acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], -T.infinity("float32"))
+    T.copy(row_max, row_last)
+    T.reduce_max(acc_s, row_max, dim=1, clear=True)
+    for r in T.Parallel(rows):
+        row_max[r] = T.if_then_else(chosen[r] > 0, T.max(row_last[r], row_max[r] * scale_log2), row_last[r])
+    for r, s in T.Parallel(rows, S):
+        acc_s[r, s] = T.if_then_else(chosen[r] > 0, T.exp2(acc_s[r, s] * scale_log2 - row_max[r]), 0.0)
+    if length is not None:  # again: -inf * 0 is no number
+        for r, s in T.Parallel(rows, S):
+            acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], 0.0)
+    T.reduce_sum(acc_s, row_part, dim=1)
+    for r in T.Parallel(rows):  # the first chunk: -inf - -inf is no number, and there is nothing to scale
+        row_last[r] = T.if_then_else(row_last[r] == row_max[r], 1.0, T.exp2(row_last[r] - row_max[r]))
+    for r in T.Parallel(rows):
+        row_sum[r] = row_sum[r] * row_last[r] + row_part[r]
+    for r, d in T.Parallel(rows, acc_o.shape[1]):
+        acc_o[r, d] = acc_o[r, d] * row_last[r]
+
+
+@T.macro
+def finish_rows(acc_o, row_max, row_sum, rows):
+    """acc_o over row_sum, 0 without keys, and in row_max the natural log-sum-exp, -inf without keys."""
+    for r, d in T.Parallel(rows, acc_o.shape[1]):
+        acc_o[r, d] = T.if_then_else(row_sum[r] == 0, 0.0, acc_o[r, d] / row_sum[r])
+    for r in T.Parallel(rows):
+        row_max[r] = (row_max[r] + T.log2(row_sum[r])) / LOG2E
+
+
+@T.macro
+def union_chosen(chosen, cursor, chunk, chunk_shared, rows, G, tile):
+    """chosen = 1 for a row whose token chose the chunk, and on to its next slot; 0 for the others."""
+    K = chunk_shared.shape[1]
+    for r in T.Parallel(rows):
+        t = T.min(r // G, tile - 1)
+        hit = (cursor[r] < K) & (chunk_shared[t, T.min(cursor[r], K - 1)] == chunk)
+        chosen[r] = T.if_then_else(hit, 1, 0)
+        cursor[r] = cursor[r] + chosen[r]

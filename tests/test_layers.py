@@ -12,6 +12,7 @@ MAPPED = ("kernels_tilelang", "autotune", "model", "bench")
 
 PROGRAMS = (
     "hsa_tl.kernels_tilelang.hsa_*",
+    "hsa_tl.kernels_tilelang.selected_*",
     "hsa_tl.kernels_tilelang.*_index",
     "hsa_tl.kernels_tilelang.pairs_*",
     "hsa_tl.kernels_tilelang.retrieve_*",
@@ -48,7 +49,10 @@ LAYERS = (
         "hsa_tl.testing",
     ),
     ("hsa_tl.autotune.cost", "hsa_tl.kernels_tilelang.macros_topk"),
-    tuple(f"hsa_tl.kernels_tilelang.{x}" for x in ("hsa_?wd_chunk", "hsa_fwd_union", "hsa_decode_split")),
+    tuple(
+        f"hsa_tl.kernels_tilelang.{x}"
+        for x in ("hsa_?wd_chunk", "hsa_fwd_union", "hsa_fwd_token", "hsa_decode_split", "hsa_decode_combine")
+    ),
     (*PROGRAMS, "hsa_tl.autotune.plan"),
     ("hsa_tl.kernels_tilelang.compile",),
     ("hsa_tl.impl.triton_launch",),
@@ -85,6 +89,7 @@ ONLY = {
     "hsa_tl.kernels_tilelang": ("hsa_tl.files",),
     # A hand-specialised program extends the config of the tile-level one.
     "hsa_tl.kernels_tilelang.hsa_*_sm90a": ("hsa_tl.kernels_tilelang.*",),
+    "hsa_tl.kernels_tilelang.selected_*": ("hsa_tl.kernels_tilelang.*",),  # and one softmax over all chunks
     "hsa_tl.kernels_tilelang.hsa_decode_combine": ("hsa_tl.kernels_tilelang.*",),  # of what hsa_decode_split splits
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_base", "hsa_tl.kernels_tilelang.macros*")),
     "hsa_tl.kernels_tilelang.compile": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),

@@ -101,22 +101,37 @@ class Call:
     q: Tensor  # [B, T, H, G, D], like do
     k: Tensor  # [B, N, S, H, D], like v
     v: Tensor
-    weights: Tensor  # [B, T, H, heads_w, K]
+    weights: Tensor | None  # [B, T, H, heads_w, K]; None: one softmax over all chosen chunks
     indices: Tensor  # [B, T, H, K]
     pairs: Pairs | None
     chunk_len: Tensor  # [N]
     scale: float
     do: Tensor | None = None
+    lse: Tensor | None = None  # [B, T, H, G], like delta: what the backward takes in the place of weights
+    delta: Tensor | None = None
 
     @classmethod
-    def of(cls, q, k, v, weights, indices, pairs, chunk_len, scale, do=None) -> "Call":
+    def of(cls, q, k, v, weights, indices, pairs, chunk_len, scale, do=None, lse=None, delta=None) -> "Call":
         problem = targeted(Problem.of(q, k, weights, indices, chunk_len))
-        q, weights = (x.contiguous().view(*x.shape[:2], k.shape[3], -1, x.shape[3]) for x in (q, weights))
+        H = k.shape[3]
+        q, weights = (x if x is None else x.contiguous().unflatten(2, (H, -1)) for x in (q, weights))
+        lse, delta = (x if x is None else x.contiguous().unflatten(2, (H, -1)) for x in (lse, delta))
         if chunk_len is None:
             chunk_len = torch.empty(k.shape[1], dtype=torch.int32, device=k.device)  # not read
         do = None if do is None else do.contiguous().view_as(q)
         k, v, indices = (x.contiguous() for x in (k, v, indices))
-        return cls(problem, q, k, v, weights, indices, pairs, chunk_len, scale, do)
+        return cls(problem, q, k, v, weights, indices, pairs, chunk_len, scale, do, lse, delta)
+
+    def selection(self) -> tuple[Tensor, ...]:
+        """What a forward program takes of it."""
+        return (self.indices,) if self.weights is None else (self.weights, self.indices)
+
+    def results(self) -> dict[str, Tensor]:
+        """What a forward program fills."""
+        found = {"out": torch.empty_like(self.q)}
+        if self.weights is None:
+            found["lse"] = self.q.new_empty(self.q.shape[:4], dtype=torch.float32)
+        return found
 
     def spare_chunk(self) -> Tensor:
         """[B, T, H]: a chunk that the token chose, for its empty slots to read; -1 if it chose none."""
@@ -129,9 +144,9 @@ Launch = tuple[Callable[[], object], dict[str, Tensor]]
 
 def fwd_token(program: str, call: Call, config: Config) -> Launch:
     kernel = compiled(program, call.problem, config)
-    out, spare = torch.empty_like(call.q), call.spare_chunk()
-    arguments = call.q, call.k, call.v, call.weights, call.indices, spare, call.chunk_len, call.scale, out
-    return lambda: kernel(*arguments), {"out": out}
+    results, spare = call.results(), call.spare_chunk()
+    arguments = call.q, call.k, call.v, *call.selection(), spare, call.chunk_len, call.scale, *results.values()
+    return lambda: kernel(*arguments), results
 
 
 def fwd_union(program: str, call: Call, config: Config) -> Launch:
@@ -140,16 +155,16 @@ def fwd_union(program: str, call: Call, config: Config) -> Launch:
     index = compiled("union_index", p, configs.config_of("union_index")(block_M=config.block_M))
     tile = config.block_M // p.G
     tiles = -(-p.T // tile)
-    out, order = torch.empty_like(call.q), torch.empty_like(call.indices)
+    results, order = call.results(), torch.empty_like(call.indices)
     chunks, groups = (call.indices.new_empty(p.B, tiles, p.H, tile * p.K) for _ in range(2))
     lengths = call.indices.new_empty(p.B, tiles, p.H)
-    selection = call.weights, call.indices, order, chunks, groups, lengths
+    selection = *call.selection(), order, chunks, groups, lengths
 
     def run():
         index(call.indices, p.N, order, chunks, groups, lengths)
-        kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.scale, out)
+        kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.scale, *results.values())
 
-    return run, {"out": out}
+    return run, results
 
 
 def pair_sums(call: Call, config: Config, launch: Callable[[Window, Tensor], object]) -> tuple[Callable, Tensor]:
@@ -194,23 +209,27 @@ def fwd_chunk(program: str, call: Call, config: Config) -> Launch:
 
 def bwd_chunk(program: str, call: Call, config: Config) -> Launch:
     kernel = compiled(program, call.problem, config)
-    dk, dv, dweights = (torch.empty_like(x) for x in (call.k, call.v, call.weights))
+    dk, dv = torch.empty_like(call.k), torch.empty_like(call.v)
+    rows, outputs = (call.lse, call.delta), {}
+    if call.weights is not None:
+        rows, outputs = (call.weights,), {"dweights": torch.empty_like(call.weights)}
     sums = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv)]
 
     def launch(w: Window, partial: Tensor):
-        selection = call.weights, w.pair, w.begin, w.end, w.start
-        kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.do, call.scale, partial, *sums, dweights)
+        selection = *rows, w.pair, w.begin, w.end, w.start
+        filled = partial, *sums, *outputs.values()
+        kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.do, call.scale, *filled)
 
     sum_pairs, dq = pair_sums(call, config, launch)
 
     def run():
-        for x in (*sums, dweights):
+        for x in (*sums, *outputs.values()):
             x.zero_()
         sum_pairs()
         for x, total in zip((dk, dv), sums, strict=True):
             x.copy_(total)
 
-    return run, {"dq": dq, "dk": dk, "dv": dv, "dweights": dweights}
+    return run, {"dq": dq, "dk": dk, "dv": dv} | outputs
 
 
 def bwd_dq_token(program: str, call: Call, config: Config) -> Launch:

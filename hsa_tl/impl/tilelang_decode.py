@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch import Tensor
 
 from hsa_tl.autotune import cost
 from hsa_tl.impl import tilelang as launchers
@@ -19,28 +20,35 @@ def unavailable(problem: Problem) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def chosen_config(problem: Problem) -> Config:
+def chosen_config(problem: Problem, program: str = PROGRAM) -> Config:
     """The first of the space, with as many ranges of slots as fill the problem's GPU."""
-    config = configs.default(PROGRAM, problem)
+    config = configs.default(program, problem)
     if problem.device_type == "cpu":
         return config
     return config.filling(problem, cost.device_here(problem.device_index).sms)
+
+
+def split_and_combine(operator: str, q, k_pages, v_pages, weights, indices, page_table, scale) -> tuple[Tensor, ...]:
+    """What <operator>_split and, for several ranges of slots, <operator>_combine give: out, without weights lse too."""
+    outputs = ((q.shape, q.dtype),) if weights is not None else ((q.shape, q.dtype), (q.shape[:3], torch.float32))
+    H, (split, combine) = k_pages.shape[2], (f"{operator}_split", f"{operator}_combine")
+    outputs = [q.new_empty(shape, dtype=dtype).unflatten(2, (H, -1)) for shape, dtype in outputs]
+    problem = launchers.targeted(Problem.of_decode(q, k_pages, weights, indices, page_table))
+    config = chosen_config(problem, split)
+    splits = config.num_splits
+    q, weights = (x if x is None else x.contiguous().unflatten(2, (H, -1)) for x in (q, weights))
+    inputs = [x.contiguous() for x in (q, k_pages, v_pages, weights, indices, page_table) if x is not None]
+    partial = [x.unsqueeze(3) for x in outputs]
+    if splits > 1:
+        partial = [x.new_empty(*x.shape[:3], splits, *x.shape[3:], dtype=torch.float32) for x in outputs]
+    launchers.compiled(split, problem, config)(*inputs, scale, *partial)
+    if splits > 1:
+        launchers.compiled(combine, problem, configs.config_of(combine)(splits))(*partial, *outputs)
+    return tuple(x.flatten(2, 3) for x in outputs)
 
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
     if not q.numel():
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    problem = launchers.targeted(Problem.of_decode(q, k_pages, weights, indices, page_table))
-    config = chosen_config(problem)
-    splits, H = config.num_splits, k_pages.shape[2]
-    q, weights = (x.contiguous().view(*x.shape[:2], H, -1, x.shape[3]) for x in (q, weights))
-    k_pages, v_pages, indices, page_table = (x.contiguous() for x in (k_pages, v_pages, indices, page_table))
-    out = torch.empty_like(q)
-    B, T, _, G, D = q.shape
-    partial = out.unsqueeze(3) if splits == 1 else q.new_empty(B, T, H, splits, G, D, dtype=torch.float32)
-    launchers.compiled(PROGRAM, problem, config)(q, k_pages, v_pages, weights, indices, page_table, scale, partial)
-    if splits > 1:
-        combine = configs.config_of("hsa_decode_combine")(splits)
-        launchers.compiled("hsa_decode_combine", problem, combine)(partial, out)
-    return out.flatten(2, 3)
+    return split_and_combine("hsa_decode", q, k_pages, v_pages, weights, indices, page_table, scale)[0]
