@@ -122,7 +122,8 @@ class Problem(_Tensors):
         _, N, S, H, _ = k.shape
         return cls(
             B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
-            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type, device_index=q.device.index,
+            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type,
+            device_index=q.device.index,
         )  # fmt: skip
 
     @classmethod
@@ -132,7 +133,8 @@ class Problem(_Tensors):
         _, S, H, _ = k_pages.shape
         return cls(
             B=B, T=T, N=page_table.shape[1], HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype,
-            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type, device_index=q.device.index,
+            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type,
+            device_index=q.device.index,
         )  # fmt: skip
 
     def retrieval(self) -> Retrieval:

@@ -1,7 +1,7 @@
 """dq, dk, dv of softmax(q[t] . K^T * scale) V over all chunks that token t chose: one pass, chunk-stationary.
 
-P = exp(scores - lse) and dS = P * (dP - delta), dP = dout V^T, delta = rowsum(dout * out) - dlse: with lse saved, a pair
-needs nothing of the others. As hsa_bwd_chunk otherwise: dk and dv in registers, a row of dq for each pair.
+P = exp(scores - lse) and dS = P * (dP - delta), dP = dout V^T, delta = rowsum(dout * out) - dlse: with lse saved, a
+pair needs nothing of the others. As hsa_bwd_chunk otherwise: dk and dv in registers, a row of dq for each pair.
 """
 
 from dataclasses import dataclass

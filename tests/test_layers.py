@@ -49,15 +49,15 @@ LAYERS = (
         "hsa_tl.testing",
     ),
     ("hsa_tl.autotune.cost", "hsa_tl.kernels_tilelang.macros_topk"),
-    tuple(
-        f"hsa_tl.kernels_tilelang.{x}"
-        for x in ("hsa_?wd_chunk", "hsa_fwd_union", "hsa_fwd_token", "hsa_decode_split", "hsa_decode_combine")
-    ),
+    # Programs whose configs others extend.
+    tuple(f"hsa_tl.kernels_tilelang.hsa_{x}" for x in ("?wd_chunk", "fwd_union", "fwd_token", "decode_split")),
+    ("hsa_tl.kernels_tilelang.hsa_decode_combine",),
     (*PROGRAMS, "hsa_tl.autotune.plan"),
     ("hsa_tl.kernels_tilelang.compile",),
     ("hsa_tl.impl.triton_launch",),
     ("hsa_tl.impl.reference", "hsa_tl.impl.tilelang", "hsa_tl.impl.triton"),
     ("hsa_tl.impl.*_decode", "hsa_tl.impl.*_retrieval"),
+    ("hsa_tl.impl.*_selected",),
     ("hsa_tl.ops",),
     ("hsa_tl.transforms",),
     ("hsa_tl.api",),
@@ -84,6 +84,7 @@ ONLY = {
         "hsa_tl.problem",
         "hsa_tl.pairs",
     ),
+    "hsa_tl.impl.tilelang_selected": ("hsa_tl.impl.tilelang*", "hsa_tl.problem"),
     "hsa_tl.impl.reference": ("hsa_tl.workers",),
     "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
     "hsa_tl.kernels_tilelang": ("hsa_tl.files",),
