@@ -3,13 +3,12 @@
 One CTA owns a chunk and a key/value head: a producer warpgroup gathers rows of q and dout by TMA, num_stages tiles of
 block_M rows ahead of two warpgroups that compute: 64 rows each of the scores, dP and dq, and half the columns each of
 dk and dv (at D = 64 all of one of them). dq leaves by TMA through the tiles of w P and dS (reduce_add: by atomics).
-
 Barriers. kv_full and full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the tile's
 bytes; empty[st]: 256 arrivals of the consumers once their last product has read the tile. Slots are read after that,
 so they have 2 * num_stages places: who arrives for a tile has finished the one num_stages before it. WRITTEN: both
-have written and fenced w P and dS, which the sums over rows read whole. READ: both have read them and delta, so that
-dq and then the next tile may overwrite them. STAGED + warpgroup, twice a tile: its dq is written and fenced, for its
-elected thread to store; that thread's earlier stores have read it, before the next w P.
+have written and fenced w P and dS, which the sums over rows read whole. READ: both have read them and delta, so dq and
+the next tile may overwrite them. STAGED + warpgroup, twice a tile: its dq is written and fenced, for its elected thread
+to store; that thread's earlier stores have read it.
 """
 
 from dataclasses import dataclass

@@ -90,9 +90,9 @@ ONLY = {
     "hsa_tl.kernels_tilelang": ("hsa_tl.files",),
     # A hand-specialised program extends the config of the tile-level one.
     "hsa_tl.kernels_tilelang.hsa_*_sm90a": ("hsa_tl.kernels_tilelang.*",),
-    "hsa_tl.kernels_tilelang.selected_*": ("hsa_tl.kernels_tilelang.*",),  # and one softmax over all chunks
     "hsa_tl.kernels_tilelang.hsa_decode_combine": ("hsa_tl.kernels_tilelang.*",),  # of what hsa_decode_split splits
     **dict.fromkeys(PROGRAMS, ("hsa_tl.kernels_tilelang.config_base", "hsa_tl.kernels_tilelang.macros*")),
+    "hsa_tl.kernels_tilelang.selected_*": ("hsa_tl.kernels_tilelang.*",),  # they extend hsa_*'s configs
     "hsa_tl.kernels_tilelang.compile": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.kernels_tilelang.*": ("hsa_tl.kernels_tilelang.*", "hsa_tl.problem"),
     "hsa_tl.model.cli": ("hsa_tl.model*", "hsa_tl.terminal", "hsa_tl.files", "hsa_tl.bench.plot"),
