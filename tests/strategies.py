@@ -14,7 +14,7 @@ from tiers import prove, tiered
 from hsa_tl import hsa_attention
 from hsa_tl.accuracy import Expected, assert_accurate
 from hsa_tl.impl.tilelang import emulating
-from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
+from hsa_tl.testing import Inputs, SelectedInputs, assert_attention, run_with_gradients
 
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
 EXAMPLES = {"reference": 25, "tilelang": 10, "tilelang-union": 10, "tilelang-chunk": 10, "triton": 3}
@@ -89,6 +89,13 @@ def make_exact_call(d: Dims, seed: int) -> Inputs:
     call = make_call(d._replace(T_kv=d.N * d.S), seed)
     k, v, weights, do = (torch.randint(-2, 3, x.shape, generator=g).float() for x in (*call[1:4], call.do))
     return call._replace(q=torch.zeros_like(call.q), k=k, v=v, weights=weights, do=do)
+
+
+def without_weights(call: Inputs) -> SelectedInputs:
+    """The call as one of `selected_attention`; dlse is a normal number for each row."""
+    dlse = torch.randn(call.q.shape[:3], generator=torch.Generator().manual_seed(call.indices.numel()))
+    dlse = dlse.to(torch.promote_types(torch.float32, call.q.dtype))
+    return SelectedInputs(call.q, call.k, call.v, call.indices, call.do, dlse)
 
 
 seeds = st.integers(0, 2**31 - 1)
