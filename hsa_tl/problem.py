@@ -47,12 +47,16 @@ class Problem:
 
     @classmethod
     def of(cls, q, k, weights, indices, chunk_len) -> "Problem":
-        """The problem of tensors as operators pass them: k [B, N, S, H, D], chunk_len None when chunks are full."""
+        """The problem of tensors as operators pass them: k [B, N, S, H, D], chunk_len None when chunks are full.
+
+        weights is None where one softmax runs over all chosen chunks.
+        """
         B, T, HQ, D = q.shape
         _, N, S, H, _ = k.shape
         return cls(
             B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
-            per_head=weights.shape[2] != H, device_type=q.device.type, device_index=q.device.index,
+            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type,
+            device_index=q.device.index,
         )  # fmt: skip
 
     @classmethod
@@ -62,7 +66,8 @@ class Problem:
         _, S, H, _ = k_pages.shape
         return cls(
             B=B, T=T, N=page_table.shape[1], HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype,
-            per_head=weights.shape[2] != H, device_type=q.device.type, device_index=q.device.index,
+            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type,
+            device_index=q.device.index,
         )  # fmt: skip
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from tiers import prove, tiered
 
-from hsa_tl import hsa_attention
+from hsa_tl import hsa_attention, selected_attention
 from hsa_tl.accuracy import Expected, assert_accurate
 from hsa_tl.impl.tilelang import emulating
 from hsa_tl.testing import Inputs, SelectedInputs, assert_attention, run_with_gradients
@@ -23,7 +23,10 @@ QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, "tilelang-union": 2, "tilelang
 STRATEGIES = {"tilelang-union": {"hsa_fwd_union": {}}, "tilelang-chunk": {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}}
 IMPLS = (*EXAMPLES, "auto")
 # Each strategy compiles two more programs for each static key, so the quick tests have them in the properties.
-each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=("reference", "tilelang", "triton")))
+QUICK_IMPLS = ("reference", "tilelang", "triton")
+each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=QUICK_IMPLS))
+# Of the operator with one softmax over all chosen chunks.
+SELECTED_IMPLS = ("reference", "auto")
 
 
 class Dims(NamedTuple):
@@ -98,6 +101,15 @@ def without_weights(call: Inputs) -> SelectedInputs:
     return SelectedInputs(call.q, call.k, call.v, call.indices, call.do, dlse)
 
 
+# Each implementation of each operator, and what makes of a call one of that operator.
+each_attention = pytest.mark.parametrize(
+    "impl, of",
+    [
+        *(pytest.param(*x.values, lambda call: call, marks=x.marks) for x in tiered(IMPLS, quick=QUICK_IMPLS)),
+        *(pytest.param(impl, without_weights, id=f"selected-{impl}") for impl in SELECTED_IMPLS),
+    ],
+)
+
 seeds = st.integers(0, 2**31 - 1)
 calls = st.builds(make_call, dims(), seeds)
 exact_calls = st.builds(make_exact_call, dims(), seeds)
@@ -170,22 +182,24 @@ def assert_all_accurate(actual: dict, expected: dict[str, Expected]) -> None:
         assert_accurate(name, x, expected[name])
 
 
-def attend(impl: str):
-    """hsa_attention with the options that impl, among IMPLS, stands for."""
+def attend(impl: str, attention=hsa_attention):
+    """attention with the options that impl, among IMPLS, stands for."""
     options = {"config": STRATEGIES[impl]} if impl in STRATEGIES else {}
-    return functools.partial(hsa_attention, impl=impl.split("-")[0], **options)
+    return functools.partial(attention, impl=impl.split("-")[0], **options)
 
 
-def run(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:
-    """out and gradients of `hsa_attention`; chunk_size is 16 unless told."""
-    return run_with_gradients(attend(impl), call, **({"chunk_size": 16} | options))
+def run(impl: str, call: Inputs | SelectedInputs, **options) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of the attention that call is of; chunk_size is 16 unless told."""
+    attention = selected_attention if isinstance(call, SelectedInputs) else hsa_attention
+    return run_with_gradients(attend(impl, attention), call, **({"chunk_size": 16} | options))
 
 
-def check(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:
-    """Out and all gradients of an implementation against the oracle, and their types; returns them."""
+def check(impl: str, call: Inputs | SelectedInputs, **options) -> dict[str, torch.Tensor]:
+    """Outputs and all gradients of an implementation against the oracle, and their types; returns them."""
     options = {"chunk_size": 16} | options
     actual = run(impl, call, **options)
-    for x, like in zip(actual.values(), (call.q, *call[:4]), strict=True):
+    for name, x in actual.items():
+        like = call.q if name == "out" else getattr(call, "dlse" if name == "lse" else name.removeprefix("d"))
         assert x.dtype == like.dtype and x.shape == like.shape
     assert_attention(actual, call, **options)
     return actual
