@@ -26,7 +26,7 @@ IMPLS = (*EXAMPLES, "auto")
 QUICK_IMPLS = ("reference", "tilelang", "triton")
 each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=QUICK_IMPLS))
 # Of the operator with one softmax over all chosen chunks.
-SELECTED_IMPLS = ("reference", "auto")
+SELECTED_IMPLS = ("reference", "triton", "auto")
 
 
 class Dims(NamedTuple):
