@@ -97,7 +97,7 @@ def make_exact_call(d: Dims, seed: int) -> Inputs:
 def without_weights(call: Inputs) -> SelectedInputs:
     """The call as one of `selected_attention`; dlse is a normal number for each row."""
     dlse = torch.randn(call.q.shape[:3], generator=torch.Generator().manual_seed(call.indices.numel()))
-    dlse = dlse.to(torch.promote_types(torch.float32, call.q.dtype))
+    dlse = dlse.to(call.q.device, torch.promote_types(torch.float32, call.q.dtype))
     return SelectedInputs(call.q, call.k, call.v, call.indices, call.do, dlse)
 
 

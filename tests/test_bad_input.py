@@ -348,8 +348,9 @@ def test_unable_retrieval(impl, dtype, topk, words):
     ],
 )
 def test_config_of_another_implementation(impl, config, words):
-    with pytest.raises(ValueError, match=words):
-        attention(impl=impl, config=config)
+    for function in (attention,) if impl == "tilelang" else (attention, selected):
+        with pytest.raises(ValueError, match=words):
+            function(impl=impl, config=config)
 
 
 def test_more_pairs_than_int32_counts_are_refused_by_name():
@@ -383,3 +384,5 @@ def test_an_overlap_is_a_share(overlap):
 @pytest.mark.parametrize("impl", ("auto", "reference", "tilelang", "triton"))
 def test_every_implementation_takes_an_overlap(impl):
     assert attention(impl=impl, config={"overlap": 0.5}).shape == (B, T, HQ, D)
+    if impl != "tilelang":
+        assert selected(impl=impl, config={"overlap": 0.5})[0].shape == (B, T, HQ, D)
