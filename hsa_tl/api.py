@@ -8,26 +8,29 @@ Tensors are laid out [B, T, heads, dim]. Index -1 is an empty slot.
 import math
 
 import torch
-import torch.nn.functional as F
 
 from hsa_tl import ops, transforms
+from hsa_tl.chunks import pairs_for_backward, whole_chunks
 from hsa_tl.decode_retrieval import BLOCK
 from hsa_tl.fusion import fusion_weights as fusion_weights
 from hsa_tl.pairs import Pairs, check_range
 from hsa_tl.validation import IMPLS as IMPLS
 from hsa_tl.validation import (
-    check_selection,
+    check_past,
+    check_weights,
     config_json,
     laid_out,
     require,
+    require_attention,
     require_common,
     require_cu_seqlens,
+    require_decode,
     require_float,
     require_int,
     require_pairs,
-    require_selection,
     require_shape,
     require_tensor,
+    require_weights,
     shape_of,
     validates,
 )
@@ -194,44 +197,17 @@ def hsa_attention(
         >>> out.shape, bool((out[:, :16] == 0).all())  # no whole chunk lies before the first 16 tokens
         (torch.Size([1, 64, 4, 32]), True)
     """
-    require_tensor("q", q, 4)
-    for name, x in (("k", k), ("v", v), ("weights", weights), ("indices", indices)):
-        require_tensor(name, x, 4, q)
-    B, T, HQ, D = q.shape
-    T_kv, H = k.shape[1], k.shape[2]
-    require_float("q", q)
-    require_float("k", k, q)
-    require_float("v", v, q)
-    hint = laid_out(q, k, indices)
-    require(D > 0, "q", "have a D of at least 1", shape_of(q))
-    require_shape("k", k, (B, "T_kv >= 1", "H >= 1", D), "to match q")
-    require_shape("v", v, tuple(k.shape), "like k")
-    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k's {H} heads", lambda: f"{HQ} heads{hint()}")
-    require_selection(q, H, weights, indices, hint)
+    require_attention(q, k, v, indices)
+    require_weights(weights, q, indices)
     require_common(chunk_size, scale, impl)
-    scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if validate and not torch.compiler.is_compiling():
-        check_range(indices, -(-T_kv // chunk_size))
-        check_selection(weights, indices, T_kv, chunk_size, cu_seqlens)
+        check_range(indices, -(-k.shape[1] // chunk_size))
+        check_past(indices, k.shape[1], chunk_size, cu_seqlens)
+        check_weights(weights)
     validate = validates(q, validate)
-
-    if cu_seqlens is None:
-        N = (T_kv + chunk_size - 1) // chunk_size
-        chunk_len = None
-        if T_kv % chunk_size:
-            k, v = (F.pad(x, (0, 0, 0, 0, 0, N * chunk_size - T_kv)) for x in (k, v))
-            chunk_len = (T_kv - chunk_size * torch.arange(N, device=q.device)).clamp(max=chunk_size).int()
-    else:
-        require_cu_seqlens(cu_seqlens, q)
-        require(T_kv == T, "k", lambda: f"have q's {T} tokens with cu_seqlens", lambda: f"{T_kv} tokens")
-        N = T // chunk_size + cu_seqlens.shape[0] - 1
-        position, indices, chunk_len = ops.pack(cu_seqlens, indices, chunk_size, N, validate)
-        k, v = (x.new_zeros(1, N * chunk_size, H, D).index_copy(1, position, x) for x in (k, v))
-    k, v = (x.unflatten(1, (N, chunk_size)) for x in (k, v))
-
-    pair = offsets = None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights)):
-        pair, offsets = ops.build_pairs(indices, N, validate)
+    k, v, indices, chunk_len = whole_chunks(k, v, indices, chunk_size, cu_seqlens, validate)
+    pair, offsets = pairs_for_backward((q, k, v, weights), indices, k.shape[1], validate)
     return transforms.attention(
         q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config_json(config), deterministic, validate
     )
@@ -350,23 +326,8 @@ def hsa_decode(
         >>> hsa_decode(torch.randn(1, 1, 4, 32), pages, pages, torch.ones(1, 1, 1, 1), indices, table).shape
         torch.Size([1, 1, 4, 32])
     """
-    require_tensor("q", q, 4)
-    for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("weights", weights), ("indices", indices)):
-        require_tensor(name, x, 4, q)
-    require_tensor("page_table", page_table, 2, q)
-    B, _T, HQ, D = q.shape
-    S, H = k_pages.shape[1], k_pages.shape[2]
-    require_float("q", q)
-    require_float("k_pages", k_pages, q)
-    require_float("v_pages", v_pages, q)
-    require(D > 0, "q", "have a D of at least 1", shape_of(q))
-    require_shape("k_pages", k_pages, ("num_pages >= 1", "S", "H >= 1", D), "to match q")
-    require(S in (16, 32, 64, 128), "k_pages", "have pages of 16, 32, 64 or 128 keys", shape_of(k_pages))
-    require_shape("v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
-    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k_pages' {H} heads", lambda: f"{HQ} heads")
-    require_selection(q, H, weights, indices)
-    require_shape("page_table", page_table, (B, "max_chunks >= 1"), "to match q")
-    require(page_table.dtype == torch.int32, "page_table", "have dtype int32", page_table.dtype)
-    require_common(S, scale, impl)
-    scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    require_decode(q, k_pages, v_pages, indices, page_table)
+    require_weights(weights, q, indices)
+    require_common(k_pages.shape[1], scale, impl)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     return transforms.decode(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validates(q, None))

@@ -23,7 +23,7 @@ from hsa_tl.model import load
 from hsa_tl.model.recipe import load_recipe
 from hsa_tl.problem import Problem
 from hsa_tl.terminal import plot_or_say, show_table
-from hsa_tl.testing import RESULTS, check_retrieval, make_selection
+from hsa_tl.testing import Inputs, check_retrieval, make_selection
 
 TOPKS = (16, 64)
 ACCURACY_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -125,7 +125,7 @@ def _show_accuracy(console: Console, problem: Problem, rows: list[dict]) -> None
         notes += [f"{name}: {message}" for message in wrong]
         verdict = "FAIL" if wrong else "pass"
         lines.append((name, *(f"{e['rms_error']:.1e}" for e in errors), f"{row['seconds']:.1f}", verdict))
-    names = ("implementation", *RESULTS, "seconds", "verdict")
+    names = ("implementation", *Inputs.RESULTS, "seconds", "verdict")
     title = f"RMS error relative to float64, {problem}"
     show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6))
     for note in notes:

@@ -13,38 +13,7 @@ from torch import Tensor
 from hsa_tl import decode_retrieval, pairs, retrieval
 from hsa_tl.pairs import Pairs, check_pages, check_range
 from hsa_tl.problem import Problem, Retrieval
-
-LIBRARY = torch.library.Library("hsa_tl", "DEF")
-
-
-def operator(function):
-    """Registers a function of tensors, the first of them given, as hsa_tl::<its name>, without what autocast adds.
-
-    torch.library.custom_op would do, but the first call of what it makes imports the compiler, for a second or two.
-    """
-    name = function.__name__
-
-    def run(*args):
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
-            return function(*args)
-
-    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    return getattr(torch.ops.hsa_tl, name).default
-
-
-def refuse_second_derivative(name: str):
-    raise NotImplementedError(
-        f"{name} has no second derivative: its gradient cannot be differentiated (create_graph=True, hessian); use "
-        "first-order gradients, or differentiate those by finite differences"
-    )
-
-
-def refuse_derivative(name: str, instead: str):
-    raise NotImplementedError(f"{name} is for inference and has no gradient: use {instead}")
+from hsa_tl.registry import operator, refuse_derivative, refuse_second_derivative
 
 
 def implementation(name: str):
@@ -62,13 +31,12 @@ def preferred(problem: Problem) -> tuple[str, ...]:
 
 
 def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
-    """The implementation to run; NotImplementedError if an explicit one cannot. suffix: of the module's name."""
-    names = preferred(problem) if impl == "auto" else (impl,)
+    """The module of hsa_tl.impl to run, impl + suffix; NotImplementedError if an explicit one cannot."""
     reasons = []
-    for name in names:
+    for name in preferred(problem) if impl == "auto" else (impl,):
         reason = implementation(name + suffix).unavailable(problem)
         if reason is None:
-            return name
+            return name + suffix
         reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
     raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(map(repr, preferred(problem)))}")
 
@@ -205,6 +173,97 @@ torch.library.register_autograd("hsa_tl::attention_backward", lambda ctx, *_: re
 
 
 @operator
+def distinct(indices: Tensor, num_chunks: int, validate: bool) -> Tensor:
+    if validate:
+        check_range(indices, num_chunks)
+    return pairs.distinct(indices, num_chunks)
+
+
+@torch.library.register_fake("hsa_tl::distinct")
+def _(indices, num_chunks, validate):
+    return torch.empty_like(indices, memory_format=torch.contiguous_format)
+
+
+@operator
+def selected(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, pair: Optional[Tensor], offsets: Optional[Tensor],
+    chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """indices as `distinct` gives them."""
+    module = implementation(resolve(impl, Problem.of(q, k, None, indices, chunk_len), "_selected"))
+    if pair is None and module.FORWARD_NEEDS_PAIRS:
+        pair, offsets = sort_pairs(indices, k.shape[1])
+    index = None if pair is None else Pairs(pair, offsets)
+    return module.forward(q, k, v, indices, index, chunk_len, scale, config, deterministic)
+
+
+def _out_and_lse(q):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.register_fake("hsa_tl::selected")
+def _(q, k, v, indices, pair, offsets, chunk_len, scale, impl, config, deterministic):
+    return _out_and_lse(q)
+
+
+@operator
+def selected_backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor, pair: Tensor,
+    offsets: Tensor, chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    module = implementation(resolve(impl, Problem.of(q, k, None, indices, chunk_len), "_selected"))
+    index = Pairs(pair, offsets)
+    return module.backward(do, dlse, q, k, v, indices, out, lse, index, chunk_len, scale, config, deterministic)
+
+
+@torch.library.register_fake("hsa_tl::selected_backward")
+def _(do, dlse, q, k, v, indices, out, lse, pair, offsets, chunk_len, scale, impl, config, deterministic):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def selected_setup(ctx, inputs, output):
+    q, k, v, indices, pair, offsets, chunk_len, *ctx.static = inputs
+    ctx.save_for_backward(q, k, v, indices, *output, pair, offsets, chunk_len)
+
+
+def selected_gradients(ctx, do, dlse, backward=selected_backward):
+    q, k, v, indices, out, lse, pair, offsets, chunk_len = ctx.saved_tensors
+    if pair is None:  # as in attention_gradients
+        pair, offsets = build_pairs(indices, k.shape[1], False)
+    gradients = backward(do, dlse, q, k, v, indices, out, lse, pair, offsets, chunk_len, *ctx.static)
+    return (*gradients, *(None,) * 8)
+
+
+torch.library.register_autograd("hsa_tl::selected", selected_gradients, setup_context=selected_setup)
+torch.library.register_autograd(
+    "hsa_tl::selected_backward", lambda ctx, *_: refuse_second_derivative("selected_attention")
+)
+
+
+@operator
+def selected_decode(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, indices: Tensor, page_table: Tensor, scale: float, impl: str,
+    validate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if validate:
+        check_pages(indices, page_table, k_pages.shape[0])
+    problem = Problem.of_decode(q, k_pages, None, indices, page_table)
+    module = implementation(resolve(impl, problem, "_selected"))
+    return module.decode(q, k_pages, v_pages, pairs.distinct(indices, page_table.shape[1]), page_table, scale)
+
+
+@torch.library.register_fake("hsa_tl::selected_decode")
+def _(q, k_pages, v_pages, indices, page_table, scale, impl, validate):
+    return _out_and_lse(q)
+
+
+torch.library.register_autograd(
+    "hsa_tl::selected_decode", lambda ctx, *_: refuse_derivative("selected_decode", "selected_attention")
+)
+
+
+@operator
 def decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, weights: Tensor, indices: Tensor, page_table: Tensor, scale: float,
     impl: str, validate: bool,
@@ -212,7 +271,7 @@ def decode(
     if validate:
         check_pages(indices, page_table, k_pages.shape[0])
     problem = Problem.of_decode(q, k_pages, weights, indices, page_table)
-    module = implementation(resolve(impl, problem, "_decode") + "_decode")
+    module = implementation(resolve(impl, problem, "_decode"))
     return module.decode(q, k_pages, v_pages, weights, indices, page_table, scale)
 
 

@@ -43,6 +43,14 @@ def sort_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
 
 
 @workers.one_thread
+def distinct(indices: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """Each row's chunks once, ascending; other slots are empty, also those of an index outside [0, num_chunks)."""
+    chosen = torch.where((indices >= 0) & (indices < num_chunks), indices, num_chunks).sort(-1).values
+    repeated = torch.nn.functional.pad(chosen[..., 1:] == chosen[..., :-1], (1, 0))
+    return chosen.masked_fill_(repeated | (chosen == num_chunks), -1)
+
+
+@workers.one_thread
 def selection_overlap(indices: torch.Tensor) -> float:
     """The share of a token's chunks that its predecessor chose too: how much neighbours' selections are alike.
 

@@ -117,7 +117,10 @@ class Problem(_Tensors):
 
     @classmethod
     def of(cls, q, k, weights, indices, chunk_len) -> "Problem":
-        """The problem of tensors as operators pass them: k [B, N, S, H, D], chunk_len None when chunks are full."""
+        """The problem of tensors as operators pass them: k [B, N, S, H, D], chunk_len None when chunks are full.
+
+        weights is None where one softmax runs over all chosen chunks.
+        """
         B, T, HQ, D = q.shape
         _, N, S, H, _ = k.shape
         return cls(

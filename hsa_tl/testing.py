@@ -6,15 +6,16 @@ import torch
 
 from hsa_tl import fusion
 from hsa_tl.accuracy import LARGEST, Expected, complaints
-from hsa_tl.oracle import expect_attention, expect_scores, retrieve_oracle
+from hsa_tl.oracle import expect_attention, expect_scores, expect_selected, retrieve_oracle
 from hsa_tl.problem import Problem
 
 SELECTIONS = ("random", "overlap", "full")
-RESULTS = ("out", "dq", "dk", "dv", "dweights")
 
 
 class Inputs(NamedTuple):
     """Arguments of `hsa_attention` and an incoming gradient."""
+
+    RESULTS = "out", "dq", "dk", "dv", "dweights"  # by name: outputs, then gradients
 
     q: torch.Tensor  # [B, T, HQ, D]
     k: torch.Tensor  # [B, T, H, D]
@@ -25,6 +26,19 @@ class Inputs(NamedTuple):
 
     def to(self, *args, **kwargs) -> "Inputs":
         return Inputs(*(x.to(*args, **kwargs) for x in self))
+
+
+class SelectedInputs(NamedTuple):
+    """Arguments of `selected_attention` and its incoming gradients."""
+
+    RESULTS = "out", "lse", "dq", "dk", "dv"
+
+    q: torch.Tensor  # [B, T, HQ, D]
+    k: torch.Tensor  # [B, T, H, D]
+    v: torch.Tensor  # [B, T, H, D]
+    indices: torch.Tensor  # [B, T, H, K] int32
+    do: torch.Tensor  # [B, T, HQ, D]
+    dlse: torch.Tensor  # [B, T, HQ] float32
 
 
 def _random_rows(visible: torch.Tensor, N: int, K: int, generator: torch.Generator) -> torch.Tensor:
@@ -95,28 +109,30 @@ def make_inputs(
     return Inputs(q, k, v, weights.to(torch.promote_types(torch.float32, p.dtype)), indices, do)
 
 
-def run_with_gradients(attention, inputs: Inputs, **options) -> dict[str, torch.Tensor]:
-    """out, dq, dk, dv, dweights of `attention(q, k, v, weights, indices, **options)` for the gradient inputs.do."""
-    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
-    out = attention(*leaves, inputs.indices, **options)
-    gradients = torch.autograd.grad(out, leaves, inputs.do)
-    return dict(zip(RESULTS, (out.detach(), *gradients), strict=True))
+def run_with_gradients(attention, inputs: Inputs | SelectedInputs, **options) -> dict[str, torch.Tensor]:
+    """The results by name of `attention(q, k, v, [weights,] indices, **options)` for the incoming gradients."""
+    at = inputs._fields.index("indices")
+    leaves = [x.detach().requires_grad_() for x in inputs[:at]]
+    outputs = attention(*leaves, inputs.indices, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = torch.autograd.grad(outputs, leaves, inputs[at + 1 :])
+    return dict(zip(inputs.RESULTS, (*(x.detach() for x in outputs), *gradients), strict=True))
 
 
 def check_attention(
     results: dict[str, torch.Tensor],
-    inputs: Inputs,
+    inputs: Inputs | SelectedInputs,
     *,
     chunk_size: int = 64,
     scale: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> list[str]:
-    """Complaints about results of `hsa_attention`, by the rule of `hsa_tl.accuracy`.
+    """Complaints about results of `hsa_attention` or `selected_attention`, by the rule of `hsa_tl.accuracy`.
 
     Args:
-        results: any of out, dq, dk, dv and dweights by name, shaped as q, q, k, v and weights.
+        results: any of `inputs.RESULTS` by name: out, dq, dk, dv and dweights, or out, lse, dq, dk and dv.
         inputs: what they are the results of; their type says how accurate they must be.
-        chunk_size, scale, cu_seqlens: as `hsa_attention` was called.
+        chunk_size, scale, cu_seqlens: as the attention was called.
 
     Returns:
         What is wrong, a line each; [] if all are as accurate as their arithmetic allows.
@@ -124,15 +140,15 @@ def check_attention(
     Raises:
         ValueError: a result of another name.
     """
-    if unknown := results.keys() - set(RESULTS):
-        raise ValueError(f"results must be among {', '.join(RESULTS)}, got {sorted(unknown)}")
-    *tensors, do = inputs
-    do = None if results.keys() <= {"out"} else do
-    expected = expect_attention(*tensors, do, chunk_size=chunk_size, scale=scale, cu_seqlens=cu_seqlens)
+    if unknown := results.keys() - set(inputs.RESULTS):
+        raise ValueError(f"results must be among {', '.join(inputs.RESULTS)}, got {sorted(unknown)}")
+    expect = expect_selected if isinstance(inputs, SelectedInputs) else expect_attention
+    at = inputs._fields.index("do") if results.keys() <= {"out", "lse"} else len(inputs)
+    expected = expect(*inputs[:at], chunk_size=chunk_size, scale=scale, cu_seqlens=cu_seqlens)
     return [line for name, x in results.items() for line in complaints(name, x, expected[name])]
 
 
-def assert_attention(results: dict[str, torch.Tensor], inputs: Inputs, **options) -> None:
+def assert_attention(results: dict[str, torch.Tensor], inputs: Inputs | SelectedInputs, **options) -> None:
     """AssertionError with what `check_attention` finds, if anything."""
     if found := check_attention(results, inputs, **options):
         raise AssertionError("; ".join(found))

@@ -9,6 +9,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from hsa_tl import ops
+from hsa_tl.registry import refuse_derivative, refuse_second_derivative
 
 _DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 
@@ -65,7 +66,7 @@ def _rule(name: str, operator, setup, backward):
 
 def _once(name: str, operator):
     """The rule of a backward operator."""
-    return _rule(name, operator, lambda ctx, inputs, output: None, lambda ctx, *_: ops.refuse_second_derivative(name))
+    return _rule(name, operator, lambda ctx, inputs, output: None, lambda ctx, *_: refuse_second_derivative(name))
 
 
 def _transformable(name: str, operator, setup, backward):
@@ -87,17 +88,24 @@ def _transformable(name: str, operator, setup, backward):
 
 def _inference(name: str, operator, instead: str):
     return _transformable(
-        name, operator, lambda ctx, inputs, output: None, lambda ctx, *_: ops.refuse_derivative(name, instead)
+        name, operator, lambda ctx, inputs, output: None, lambda ctx, *_: refuse_derivative(name, instead)
     )
 
 
 _attention_backward = _once("hsa_attention", ops.attention_backward)
+_selected_backward = _once("selected_attention", ops.selected_backward)
 _retrieve_backward = _once("retrieve_chunks", ops.retrieve_backward)
 attention = _transformable(
     "hsa_attention",
     ops.attention,
     ops.attention_setup,
     lambda ctx, do: ops.attention_gradients(ctx, do, _attention_backward),
+)
+selected = _transformable(
+    "selected_attention",
+    ops.selected,
+    ops.selected_setup,
+    lambda ctx, do, dlse: ops.selected_gradients(ctx, do, dlse, _selected_backward),
 )
 retrieve = _transformable(
     "retrieve_chunks",
@@ -106,4 +114,5 @@ retrieve = _transformable(
     lambda ctx, dscores, _: ops.retrieve_gradients(ctx, dscores, _retrieve_backward),
 )
 decode = _inference("hsa_decode", ops.decode, "hsa_attention")
+selected_decode = _inference("selected_decode", ops.selected_decode, "selected_attention")
 retrieve_decode = _inference("retrieve_decode", ops.retrieve_decode, "retrieve_chunks")

@@ -60,7 +60,7 @@ def require_tensor(name: str, x: object, ndim: int, like: torch.Tensor | None = 
 
 def require_float(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
     if like is not None and x.dtype != like.dtype:
-        require(False, name, f"have dtype {like.dtype} like the query", x.dtype)
+        require(False, name, f"have dtype {like.dtype} like the others", x.dtype)
     require(x.dtype in FLOATS, name, "have dtype bfloat16, float16, float32 or float64", x.dtype)
 
 
@@ -87,9 +87,13 @@ def require_integers(name: str, x: torch.Tensor, low: int, stop: int, ignored: i
     return x
 
 
-def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
+def require_chunk_size(chunk_size: int) -> None:
     require_int("chunk_size", chunk_size, 1)
     require(chunk_size in (16, 32, 64, 128), "chunk_size", "be 16, 32, 64 or 128", chunk_size)
+
+
+def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
+    require_chunk_size(chunk_size)
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
@@ -139,14 +143,58 @@ def require_pairs(indices: torch.Tensor) -> None:
     require(T * K < 2**31, "indices", "have less than 2^31 slots T * K", lambda: f"{T} * {K}")
 
 
-def require_selection(
-    q: torch.Tensor, H: int, weights: torch.Tensor, indices: torch.Tensor, hint: Callable[[], str] = str
+def require_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> None:
+    """Queries, keys, values and a selection that fit together."""
+    require_tensor("q", q, 4)
+    for name, x in (("k", k), ("v", v), ("indices", indices)):
+        require_tensor(name, x, 4, q)
+    B, _, HQ, D = q.shape
+    H = k.shape[2]
+    require_float("q", q)
+    require_float("k", k, q)
+    require_float("v", v, q)
+    hint = laid_out(q, k, indices)
+    require(D > 0, "q", "have a D of at least 1", shape_of(q))
+    require_shape("k", k, (B, "T_kv >= 1", "H >= 1", D), "to match q")
+    require_shape("v", v, tuple(k.shape), "like k")
+    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k's {H} heads", lambda: f"{HQ} heads{hint()}")
+    require_indices(q, H, indices, hint)
+
+
+def require_decode(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, indices: torch.Tensor, page_table: torch.Tensor
 ) -> None:
-    B, T, HQ, _ = q.shape
+    """As `require_attention`, of keys and values in pages."""
+    require_tensor("q", q, 4)
+    for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("indices", indices)):
+        require_tensor(name, x, 4, q)
+    require_tensor("page_table", page_table, 2, q)
+    B, _, HQ, D = q.shape
+    S, H = k_pages.shape[1], k_pages.shape[2]
+    require_float("q", q)
+    require_float("k_pages", k_pages, q)
+    require_float("v_pages", v_pages, q)
+    require(D > 0, "q", "have a D of at least 1", shape_of(q))
+    require_shape("k_pages", k_pages, ("num_pages >= 1", "S", "H >= 1", D), "to match q")
+    require(S in (16, 32, 64, 128), "k_pages", "have pages of 16, 32, 64 or 128 keys", shape_of(k_pages))
+    require_shape("v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
+    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k_pages' {H} heads", lambda: f"{HQ} heads")
+    require_indices(q, H, indices)
+    require_shape("page_table", page_table, (B, "max_chunks >= 1"), "to match q")
+    require(page_table.dtype == torch.int32, "page_table", "have dtype int32", page_table.dtype)
+
+
+def require_indices(q: torch.Tensor, H: int, indices: torch.Tensor, hint: Callable[[], str] = str) -> None:
+    B, T, _, _ = q.shape
     require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k", hint)
     require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
     require_pairs(indices)
-    K = indices.shape[3]
+
+
+def require_weights(weights: torch.Tensor, q: torch.Tensor, indices: torch.Tensor) -> None:
+    require_tensor("weights", weights, 4, q)
+    B, T, H, K = indices.shape
+    HQ = q.shape[2]
     require(
         weights.shape[0] == B and weights.shape[1] == T and weights.shape[2] in (H, HQ) and weights.shape[3] == K,
         "weights",
@@ -158,10 +206,8 @@ def require_selection(
         require(False, "weights", f"have dtype {weights_dtype}", weights.dtype)
 
 
-def check_selection(
-    weights: torch.Tensor, indices: torch.Tensor, T_kv: int, chunk_size: int, cu_seqlens: torch.Tensor | None
-) -> None:
-    """ValueError where a token chose a chunk that is not whole and past, or weights look like raw scores.
+def check_past(indices: torch.Tensor, T_kv: int, chunk_size: int, cu_seqlens: torch.Tensor | None) -> None:
+    """ValueError where a token chose a chunk that is not whole and past.
 
     Queries are taken for the last of T_kv tokens, so that no selection of `retrieve_chunks` is refused.
     """
@@ -177,6 +223,10 @@ def check_selection(
         where = bad.nonzero()[0].tolist()
         rule = f"name whole chunks in the past, below {int(whole[0, where[1]])} for token {where[1]}"
         require(False, "indices", rule, f"{int(indices[tuple(where)])} at {where}")
+
+
+def check_weights(weights: torch.Tensor) -> None:
+    """ValueError where weights look like raw scores."""
     total = weights.sum(-1)
     # A comparison with NaN is False.
     if not bool((weights >= 0).all() & (total <= 1 + 1e-3).all()):

@@ -11,11 +11,11 @@ import torch
 from hypothesis import strategies as st
 from tiers import prove, tiered
 
-from hsa_tl import hsa_attention
+from hsa_tl import hsa_attention, selected_attention
 from hsa_tl.accuracy import Expected, assert_accurate
 from hsa_tl.impl.tilelang import emulating
 from hsa_tl.kernels_tilelang.config import PROGRAMS
-from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
+from hsa_tl.testing import Inputs, SelectedInputs, assert_attention, run_with_gradients
 
 # Other strategies of an implementation, by the config that names them: those that the CPU target can run.
 STRATEGIES = {
@@ -28,7 +28,11 @@ EXAMPLES = {"reference": 25, "tilelang": 10, **dict.fromkeys(STRATEGIES, 10), "t
 QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, **dict.fromkeys(STRATEGIES, 2), "triton": 1}
 IMPLS = (*EXAMPLES, "auto")
 # Each strategy compiles two more programs for each static key, so the quick tests have them in the properties.
-each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=("reference", "tilelang", "triton")))
+QUICK_IMPLS = ("reference", "tilelang", "triton")
+each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=QUICK_IMPLS))
+# Of the operator with one softmax over all chosen chunks.
+SELECTED_STRATEGIES = {"tilelang-selected-union": {"selected_fwd_union": {}}}
+SELECTED_IMPLS = ("reference", "tilelang", *SELECTED_STRATEGIES, "triton", "auto")
 
 
 class Dims(NamedTuple):
@@ -95,6 +99,25 @@ def make_exact_call(d: Dims, seed: int) -> Inputs:
     k, v, weights, do = (torch.randint(-2, 3, x.shape, generator=g).float() for x in (*call[1:4], call.do))
     return call._replace(q=torch.zeros_like(call.q), k=k, v=v, weights=weights, do=do)
 
+
+def without_weights(call: Inputs) -> SelectedInputs:
+    """The call as one of `selected_attention`; dlse is a normal number for each row."""
+    dlse = torch.randn(call.q.shape[:3], generator=torch.Generator().manual_seed(call.indices.numel()))
+    dlse = dlse.to(call.q.device, torch.promote_types(torch.float32, call.q.dtype))
+    return SelectedInputs(call.q, call.k, call.v, call.indices, call.do, dlse)
+
+
+# Each implementation of each operator, and what makes of a call one of that operator.
+each_attention = pytest.mark.parametrize(
+    "impl, of",
+    [
+        *(pytest.param(*x.values, lambda call: call, marks=x.marks) for x in tiered(IMPLS, quick=QUICK_IMPLS)),
+        *(
+            pytest.param(*x.values, without_weights, marks=x.marks, id=f"selected-{x.values[0]}")
+            for x in tiered(SELECTED_IMPLS, quick=(*QUICK_IMPLS, "auto"))
+        ),
+    ],
+)
 
 seeds = st.integers(0, 2**31 - 1)
 calls = st.builds(make_call, dims(), seeds)
@@ -168,22 +191,25 @@ def assert_all_accurate(actual: dict, expected: dict[str, Expected]) -> None:
         assert_accurate(name, x, expected[name])
 
 
-def attend(impl: str):
-    """hsa_attention with the options that impl, among IMPLS, stands for."""
-    options = {"config": STRATEGIES[impl]} if impl in STRATEGIES else {}
-    return functools.partial(hsa_attention, impl=impl.split("-")[0], **options)
+def attend(impl: str, attention=hsa_attention):
+    """attention with the options that impl, among IMPLS or SELECTED_IMPLS, stands for."""
+    named = STRATEGIES | SELECTED_STRATEGIES
+    options = {"config": named[impl]} if impl in named else {}
+    return functools.partial(attention, impl=impl.split("-")[0], **options)
 
 
-def run(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:
-    """out and gradients of `hsa_attention`; chunk_size is 16 unless told."""
-    return run_with_gradients(attend(impl), call, **({"chunk_size": 16} | options))
+def run(impl: str, call: Inputs | SelectedInputs, **options) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of the attention that call is of; chunk_size is 16 unless told."""
+    attention = selected_attention if isinstance(call, SelectedInputs) else hsa_attention
+    return run_with_gradients(attend(impl, attention), call, **({"chunk_size": 16} | options))
 
 
-def check(impl: str, call: Inputs, **options) -> dict[str, torch.Tensor]:
-    """Out and all gradients of an implementation against the oracle, and their types; returns them."""
+def check(impl: str, call: Inputs | SelectedInputs, **options) -> dict[str, torch.Tensor]:
+    """Outputs and all gradients of an implementation against the oracle, and their types; returns them."""
     options = {"chunk_size": 16} | options
     actual = run(impl, call, **options)
-    for x, like in zip(actual.values(), (call.q, *call[:4]), strict=True):
+    for name, x in actual.items():
+        like = call.q if name == "out" else getattr(call, "dlse" if name == "lse" else name.removeprefix("d"))
         assert x.dtype == like.dtype and x.shape == like.shape
     assert_attention(actual, call, **options)
     return actual

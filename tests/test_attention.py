@@ -1,10 +1,10 @@
-"""hsa_attention on every implementation: out and all gradients against the float64 oracle, case by case."""
+"""Both attentions on every implementation: outputs and all gradients against the float64 oracle, case by case."""
 
 import itertools
 
 import pytest
 import torch
-from strategies import Dims, assert_all_accurate, attend, check, each_impl, make_call, run
+from strategies import Dims, assert_all_accurate, attend, check, each_attention, each_impl, make_call, run
 from tiers import tiered
 
 from hsa_tl import fusion_weights, retrieve_chunks
@@ -40,10 +40,10 @@ def _per_slot(call: Inputs, indices: list[int]) -> Inputs:
     return call._replace(indices=torch.tensor(indices, dtype=torch.int32).expand_as(call.indices).contiguous())
 
 
-@each_impl
+@each_attention
 @pytest.mark.parametrize("dims", tiered(DIMS, quick=QUICK_DIMS))
-def test_dims(impl, dims):
-    check(impl, make_call(dims), chunk_size=dims.S)
+def test_dims(impl, of, dims):
+    check(impl, of(make_call(dims)), chunk_size=dims.S)
 
 
 SELECTIONS = {
@@ -56,33 +56,33 @@ SELECTIONS = {
 }
 
 
-@each_impl
+@each_attention
 @pytest.mark.parametrize("indices", SELECTIONS.values(), ids=SELECTIONS)
-def test_selection(impl, indices):
-    actual = check(impl, _per_slot(make_call(Dims(T_kv=41)), indices))
+def test_selection(impl, of, indices):
+    actual = check(impl, of(_per_slot(make_call(Dims(T_kv=41)), indices)))
     if max(indices) < 0:
-        assert all((x == 0).all() for x in actual.values())
+        assert all((x == (-torch.inf if name == "lse" else 0)).all() for name, x in actual.items())
 
 
-@each_impl
-def test_gradient_of_a_chunk_nobody_selected_is_zero(impl):
-    actual = check(impl, _per_slot(make_call(Dims(T_kv=60)), [0, -1, 2]))
+@each_attention
+def test_gradient_of_a_chunk_nobody_selected_is_zero(impl, of):
+    actual = check(impl, of(_per_slot(make_call(Dims(T_kv=60)), [0, -1, 2])))
     for name in ("dk", "dv"):
         unselected = torch.cat([actual[name][:, 16:32], actual[name][:, 48:]], 1)
         assert (unselected == 0).all()
 
 
-@each_impl
+@each_attention
 @pytest.mark.parametrize("scale", (0.0, 1.5))
-def test_scale(impl, scale):
-    check(impl, make_call(Dims(T_kv=41)), scale=scale)
+def test_scale(impl, of, scale):
+    check(impl, of(make_call(Dims(T_kv=41))), scale=scale)
 
 
-@each_impl
+@each_attention
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
-def test_numbers_of_an_unselected_chunk_are_not_read(impl, value):
+def test_numbers_of_an_unselected_chunk_are_not_read(impl, of, value):
     """Empty slots must not read chunk 0 and multiply by 0."""
-    call = make_call(Dims())
+    call = of(make_call(Dims()))
     call = call._replace(indices=torch.where(call.indices == 0, -1, call.indices))
     bad = call._replace(k=call.k.clone(), v=call.v.clone())
     bad.k[:, :16], bad.v[:, :16] = value, value
@@ -90,14 +90,11 @@ def test_numbers_of_an_unselected_chunk_are_not_read(impl, value):
     assert all(torch.equal(actual[name], clean[name]) for name in clean)
 
 
-@each_impl
+@each_attention
 @pytest.mark.parametrize("dims", (Dims(T=0), Dims(B=0)), ids=("no-token", "no-batch"))
-def test_nothing_to_do(impl, dims):
-    call = make_call(dims)
-    actual = run(impl, call)
-    assert actual["out"].shape == call.q.shape
-    for name, x in zip(("dq", "dk", "dv", "dweights"), call, strict=False):
-        assert actual[name].shape == x.shape and (actual[name] == 0).all()
+def test_nothing_to_do(impl, of, dims):
+    actual = check(impl, of(make_call(dims)))
+    assert all((x == 0).all() for x in actual.values())
 
 
 def _strided(call: Inputs) -> Inputs:
@@ -118,22 +115,22 @@ def _strided(call: Inputs) -> Inputs:
     return strided
 
 
-@each_impl
+@each_attention
 @pytest.mark.parametrize("T_kv", (48, 41))
-def test_strided_inputs(impl, T_kv):
-    check(impl, _strided(make_call(Dims(B=2, T=20, T_kv=T_kv, HQ=6, H=2))))
+def test_strided_inputs(impl, of, T_kv):
+    check(impl, of(_strided(make_call(Dims(B=2, T=20, T_kv=T_kv, HQ=6, H=2)))))
 
 
-@each_impl
-def test_broadcast_incoming_gradient(impl):
-    call = make_call(Dims())
+@each_attention
+def test_broadcast_incoming_gradient(impl, of):
+    call = of(make_call(Dims()))
     check(impl, call._replace(do=torch.ones(()).expand_as(call.do)))
 
 
-@each_impl
-def test_chunk_of_one_key(impl):
-    """Its softmax is 1 whatever the score, so dq and dk vanish, up to the rounding of what cancels."""
-    check(impl, make_call(Dims(B=16, T=1, T_kv=1)))
+@each_attention
+def test_chunk_of_one_key(impl, of):
+    """P is 1 whatever the score, so dq and dk vanish but for dlse's part, up to the rounding of what cancels."""
+    check(impl, of(make_call(Dims(B=16, T=1, T_kv=1))))
 
 
 PACKED = {
@@ -145,7 +142,7 @@ PACKED = {
 }
 
 
-def _packed(lengths: list[int], dims: Dims = PLAIN) -> tuple[Inputs, torch.Tensor]:
+def make_packed(lengths: list[int], dims: Dims = PLAIN) -> tuple[Inputs, torch.Tensor]:
     T = sum(lengths)
     call = make_call(dims._replace(T=T, T_kv=T))
     limit = torch.cat([torch.full((n,), -(-n // dims.S)) for n in lengths])[:, None, None]
@@ -153,18 +150,18 @@ def _packed(lengths: list[int], dims: Dims = PLAIN) -> tuple[Inputs, torch.Tenso
     return call._replace(indices=indices.int()), torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-@each_impl
+@each_attention
 @pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
-def test_packed(impl, lengths):
-    call, cu_seqlens = _packed(lengths)
-    check(impl, call, cu_seqlens=cu_seqlens)
+def test_packed(impl, of, lengths):
+    call, cu_seqlens = make_packed(lengths)
+    check(impl, of(call), cu_seqlens=cu_seqlens)
 
 
-@each_impl
-def test_packed_equals_separate_calls(impl):
-    call, cu_seqlens = _packed([20, 0, 7, 18], Dims(per_head=True))
-    ends = cu_seqlens.tolist()
-    parts = [run(impl, Inputs(*(x[:, a:b] for x in call))) for a, b in itertools.pairwise(ends) if b > a]
+@each_attention
+def test_packed_equals_separate_calls(impl, of):
+    call, cu_seqlens = make_packed([20, 0, 7, 18], Dims(per_head=True))
+    call, ends = of(call), cu_seqlens.tolist()
+    parts = [run(impl, type(call)(*(x[:, a:b] for x in call))) for a, b in itertools.pairwise(ends) if b > a]
     separate = {name: torch.cat([p[name] for p in parts], 1) for name in parts[0]}
     for results in (run(impl, call, cu_seqlens=cu_seqlens), separate):
         assert_attention(results, call, cu_seqlens=cu_seqlens, chunk_size=16)
@@ -193,10 +190,10 @@ def test_retrieval_to_output(impl):
     assert_all_accurate(actual, wanted)
 
 
-@each_impl
-def test_unchecked_an_index_out_of_range_is_an_empty_slot(impl):
+@each_attention
+def test_unchecked_an_index_out_of_range_is_an_empty_slot(impl, of):
     """validate=False holds on a CPU too."""
-    good = make_call(PLAIN)
+    good = of(make_call(PLAIN))
     values = torch.tensor([PLAIN.N, -2, 2**31 - 1, -(2**31)], dtype=torch.int32)
     wild = values[torch.arange(good.indices.numel()).view_as(good.indices) % 4]
     outside = torch.rand(good.indices.shape) < 0.3

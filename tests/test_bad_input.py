@@ -4,7 +4,16 @@ import pytest
 import torch
 from tiers import tiered
 
-from hsa_tl import build_pairs, fusion_weights, hsa_attention, ops, retrieve_chunks
+from hsa_tl import (
+    build_pairs,
+    chunk_means,
+    fusion_weights,
+    hsa_attention,
+    merge_attention,
+    ops,
+    retrieve_chunks,
+    selected_attention,
+)
 from hsa_tl.problem import Problem
 
 B, T, HQ, H, D, K, N = 2, 40, 4, 2, 16, 3, 3
@@ -20,6 +29,22 @@ def attention(**changes):
         "chunk_size": 16,
     }
     return hsa_attention(**(arguments | changes))
+
+
+def selected(**changes):
+    x = (torch.zeros(B, T, n, D) for n in (HQ, H, H))
+    arguments = dict(zip("qkv", x, strict=True)) | {"indices": index(0), "chunk_size": 16}
+    return selected_attention(**(arguments | changes))
+
+
+def merge(**changes):
+    arguments = {"out": torch.zeros(B, T, HQ, D), "lse": torch.zeros(B, T, HQ)}
+    other = arguments | changes
+    return merge_attention(tuple(arguments.values()), (other["out"], other["lse"]))
+
+
+def means(**changes):
+    return chunk_means(**({"k": torch.zeros(B, T, H, D), "chunk_size": 16} | changes))
 
 
 def packed(cu_seqlens, **changes):
@@ -188,6 +213,20 @@ VALUE_ERRORS = [
         {"q_slc": zeros(1, T, H, D), "landmarks": zeros(1, N, H, D), "cu_seqlens": int32(0, T), "q_start": 3},
         r"q_start must be 0 with cu_seqlens, got 3",
     ),
+    # parts to merge
+    (merge, {"out": zeros(B, T, HQ, D + 1)}, r"out of parts\[1\] must have shape \[2, 40, 4, 16\] like the first, got"),
+    (
+        merge,
+        {"lse": zeros(B, T, H)},
+        r"lse of parts\[1\] must have shape \[2, 40, 4\] to match out, got",
+    ),
+    (merge, {"lse": zeros(B, T, HQ, 1)}, r"lse of parts\[1\] must have 3 dimensions"),
+    (merge, {"lse": zeros(B, T, HQ).half()}, r"lse of parts\[1\] must have dtype torch.float32"),
+    (merge, {"out": zeros(B, T, HQ, D).half()}, r"out of parts\[1\] must have dtype torch.float32"),
+    (merge, {"out": zeros(B, T, HQ, D, device="meta")}, r"out of parts\[1\] must be on cpu"),
+    (means, {"k": zeros(T, H, D)}, r"k must have 4 dimensions"),
+    (means, {"k": zeros(B, T, H, D).int()}, r"k must have dtype bfloat16"),
+    (means, {"chunk_size": 24}, r"chunk_size must be 16, 32, 64 or 128, got 24"),
 ]
 
 TYPE_ERRORS = [
@@ -195,6 +234,7 @@ TYPE_ERRORS = [
     (attention, {"indices": None}, r"indices must be a torch.Tensor, got NoneType"),
     (attention, {"chunk_size": 16.0}, r"chunk_size must be an int, got float"),
     (attention, {"scale": "1"}, r"scale must be a float or None, got str"),
+    (attention, {"scale": True}, r"scale must be a float or None, got bool"),
     (attention, {"config": "fast"}, r"config must be a dict.*got str"),
     (packed, {"cu_seqlens": [0, T]}, r"cu_seqlens must be a torch.Tensor, got list"),
     (retrieve, {"topk": 2.0}, r"topk must be an int, got float"),
@@ -204,7 +244,11 @@ TYPE_ERRORS = [
     (weights, {"scores": [1.0]}, r"scores must be a torch.Tensor, got list"),
     (pairs, {"indices": [[0]]}, r"indices must be a torch.Tensor, got list"),
     (pairs, {"num_chunks": "3"}, r"num_chunks must be an int, got str"),
+    (merge, {"lse": None}, r"lse of parts\[1\] must be a torch.Tensor, got NoneType"),
 ]
+
+for cases in (VALUE_ERRORS, TYPE_ERRORS):
+    cases += [(selected, x, words) for f, x, words in cases if f is attention and "weights" not in x]
 
 
 def _id(x):
@@ -304,8 +348,9 @@ def test_unable_retrieval(impl, dtype, topk, words):
     ],
 )
 def test_config_of_another_implementation(impl, config, words):
-    with pytest.raises(ValueError, match=words):
-        attention(impl=impl, config=config)
+    for function in (attention,) if impl == "tilelang" else (attention, selected):
+        with pytest.raises(ValueError, match=words):
+            function(impl=impl, config=config)
 
 
 def test_more_pairs_than_int32_counts_are_refused_by_name():
@@ -339,3 +384,5 @@ def test_an_overlap_is_a_share(overlap):
 @pytest.mark.parametrize("impl", ("auto", "reference", "tilelang", "triton"))
 def test_every_implementation_takes_an_overlap(impl):
     assert attention(impl=impl, config={"overlap": 0.5}).shape == (B, T, HQ, D)
+    if impl != "tilelang":
+        assert selected(impl=impl, config={"overlap": 0.5})[0].shape == (B, T, HQ, D)

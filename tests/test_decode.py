@@ -1,20 +1,31 @@
-"""hsa_decode over a paged pool, against the float64 oracle on the sequence laid out contiguously."""
+"""Decode of both operators over a paged pool, against the float64 oracle on the sequence laid out contiguously."""
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import Dims, make_call, seeds
+from strategies import SELECTED_IMPLS, Dims, make_call, seeds
 
-from hsa_tl import hsa_attention, hsa_decode, ops
-from hsa_tl.testing import Inputs, assert_attention
+from hsa_tl import hsa_attention, hsa_decode, ops, selected_attention, selected_decode
+from hsa_tl.testing import Inputs, SelectedInputs, assert_attention
 
 S = 16
 EXAMPLES = {"reference": 25, "tilelang": 12, "triton": 3}
-each_impl = pytest.mark.parametrize("impl", (*EXAMPLES, "auto"))
 # Few static keys, since TileLang compiles a program for each: MHA, a G that is no power of two, and the paper's G.
 STATIC = ({"HQ": 2, "H": 2, "D": 32, "K": 2}, {"HQ": 3, "H": 1, "D": 16, "K": 3}, {"HQ": 16, "H": 1, "D": 16, "K": 2})
+
+
+def selected(q, k_pages, v_pages, weights, indices, page_table, **options):
+    """selected_decode with hsa_decode's arguments; out and lse in one tensor."""
+    out, lse = selected_decode(q, k_pages, v_pages, indices, page_table, **options)
+    assert out.dtype == q.dtype and lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    return torch.cat([out.to(lse.dtype), lse[..., None]], -1)
+
+
+DECODES = [(hsa_decode, impl) for impl in EXAMPLES] + [(selected, impl) for impl in SELECTED_IMPLS if impl != "auto"]
+each_decode = pytest.mark.parametrize("decode, impl", DECODES)
+each_decode_and_auto = pytest.mark.parametrize("decode, impl", [*DECODES, (hsa_decode, "auto"), (selected, "auto")])
 
 
 @st.composite
@@ -57,44 +68,62 @@ def laid_out(q, k, v, weights, indices, table) -> Inputs:
     return Inputs(q, contiguous(k, table), contiguous(v, table), weights, indices, torch.zeros_like(q))
 
 
-def check(impl, arguments, scale=None):
-    out = hsa_decode(*arguments, scale=scale, impl=impl)
-    assert out.dtype == arguments[0].dtype
-    assert_attention({"out": out}, laid_out(*arguments), chunk_size=S, scale=scale)
-    assert (out.view(*arguments[4].shape[:3], -1)[(arguments[4] < 0).all(-1)] == 0).all()
+def check(decode, impl, arguments, scale=None):
+    out = decode(*arguments, scale=scale, impl=impl)
+    call = laid_out(*arguments)
+    empty = (call.indices < 0).all(-1).repeat_interleave(call.q.shape[2] // call.k.shape[2], 2)
+    if decode is selected:
+        call = SelectedInputs(*call[:3], call.indices, call.do, call.do[..., 0])
+        out, lse = out[..., :-1].to(call.q.dtype), out[..., -1]
+        assert_attention({"lse": lse}, call, chunk_size=S, scale=scale)
+        assert (lse[empty] == -torch.inf).all()
+    assert out.dtype == call.q.dtype
+    assert_attention({"out": out}, call, chunk_size=S, scale=scale)
+    assert (out[empty] == 0).all()
     return out
 
 
-@pytest.mark.parametrize("impl", EXAMPLES)
-def test_equals_the_oracle(impl):
+@each_decode
+def test_equals_the_oracle(decode, impl):
     @hypothesis.settings(max_examples=EXAMPLES[impl])
     @hypothesis.given(dims(), seeds)
     def holds(d, seed):
-        check(impl, make_decode(d, seed))
+        check(decode, impl, make_decode(d, seed))
 
     holds()
 
 
-@each_impl
-def test_empty_slots_duplicates_and_scale(impl):
+@each_decode_and_auto
+def test_empty_slots_duplicates_and_scale(decode, impl):
     q, k, v, weights, indices, table = make_decode(Dims(B=4, T=2, T_kv=48), 3)
     k, v = (x.nan_to_num(nan=5.0) for x in (k, v))
     indices[0, 0] = torch.tensor([2, -1, 2])
     indices[0, 1] = torch.tensor([-1, -1, 1])
     indices[1:] = -1
-    out = check(impl, (q, k, v, weights, indices, table), scale=0.7)
+    out = check(decode, impl, (q, k, v, weights, indices, table), scale=0.7)
     assert (out[1:] == 0).all() and out[0].any()
 
 
-@each_impl
+@each_decode_and_auto
 @pytest.mark.parametrize("T", (1, 2))
-def test_scores_far_below_zero(impl, T):
+def test_scores_far_below_zero(decode, impl, T):
     """A page whose scaled scores are all below -88: no 0 / 0."""
     q, k, v, weights, indices, table = make_decode(Dims(B=4, T=T, T_kv=48), 5)
-    check(impl, (q.abs() * 30, -k.abs() * 30, v, weights, indices, table))
+    check(decode, impl, (q.abs() * 30, -k.abs() * 30, v, weights, indices, table))
 
 
-@each_impl
+@pytest.mark.parametrize("impl", SELECTED_IMPLS)
+def test_equals_selected_attention(impl):
+    d = Dims(B=8, T=1, T_kv=64, HQ=6, H=2, K=3)
+    call = make_call(d)
+    k, v = (x.unflatten(1, (d.N, S)).flatten(0, 1) for x in (call.k, call.v))
+    table = torch.arange(d.B * d.N, dtype=torch.int32).view(d.B, d.N)
+    results = selected_decode(call.q, k, v, call.indices, table, impl=impl)
+    for x, y in zip(results, selected_attention(*call[:3], call.indices, chunk_size=S), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("impl", (*EXAMPLES, "auto"))
 def test_equals_hsa_attention(impl):
     d = Dims(B=8, T=1, T_kv=64, HQ=6, H=2, K=3)
     call = make_call(d)
@@ -104,8 +133,8 @@ def test_equals_hsa_attention(impl):
     torch.testing.assert_close(out, hsa_attention(*call[:5], chunk_size=S))
 
 
-@pytest.mark.parametrize("impl", EXAMPLES)
-def test_unchecked_out_of_range_is_an_empty_slot(impl, monkeypatch):
+@each_decode
+def test_unchecked_out_of_range_is_an_empty_slot(decode, impl, monkeypatch):
     """Where indices are not validated, a bad one must neither be read nor change anything."""
     monkeypatch.setattr(ops, "check_pages", lambda *x: None)
     q, k, v, weights, indices, table = make_decode(Dims(B=4, T=1, T_kv=48), 7)
@@ -116,43 +145,45 @@ def test_unchecked_out_of_range_is_an_empty_slot(impl, monkeypatch):
     good = torch.where(bad == 2, bad, -1)
     good = torch.where(table[:, 2].view(-1, 1, 1, 1) >= 0, good, -1)
     k, v = (x.nan_to_num(nan=1.0) for x in (k, v))
-    run = lambda i: hsa_decode(q, k, v, weights, i, table, impl=impl)  # noqa: E731
+    run = lambda i: decode(q, k, v, weights, i, table, impl=impl)  # noqa: E731
     assert torch.equal(run(bad), run(good))
 
 
-@pytest.mark.parametrize("impl", EXAMPLES)
-def test_the_page_past_the_last_is_not_read(impl, monkeypatch):
+@each_decode
+def test_the_page_past_the_last_is_not_read(decode, impl, monkeypatch):
     """An unchecked page_table may name page num_pages, where other tensors begin."""
     monkeypatch.setattr(ops, "check_pages", lambda *x: None)
     q, k, v, weights, indices, table = make_decode(Dims(B=4, T=1, T_kv=48), 7)
     k, v = (torch.cat([x.nan_to_num(nan=1.0), torch.full_like(x[:1], torch.nan)])[:-1] for x in (k, v))
     table = table.clamp(min=0)
     table[:, 1] = len(k)
-    run = lambda i: hsa_decode(q, k, v, weights, i, table, impl=impl)  # noqa: E731
+    run = lambda i: decode(q, k, v, weights, i, table, impl=impl)  # noqa: E731
     assert (indices == 1).any()
     assert torch.equal(run(indices), run(torch.where(indices == 1, -1, indices)))
 
 
+@pytest.mark.parametrize("decode", (hsa_decode, selected))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
-def test_other_types(dtype):
+def test_other_types(decode, dtype):
     arguments = make_decode(Dims(B=8, T=2, T_kv=48), 9)
     arguments = [x.to(dtype) if i < 3 else x for i, x in enumerate(arguments)]
     if dtype == torch.float64:
         arguments[3] = arguments[3].double()
-    check("auto", arguments)
+    check(decode, "auto", arguments)
 
 
-def test_blocks_of_tokens_change_nothing(monkeypatch):
+@pytest.mark.parametrize("decode", (hsa_decode, selected))
+def test_blocks_of_tokens_change_nothing(decode, monkeypatch):
     from hsa_tl.impl import reference_decode
 
     arguments = make_decode(Dims(B=5, T=3, T_kv=48), 11)
-    whole = hsa_decode(*arguments)
+    whole = decode(*arguments)
     monkeypatch.setitem(reference_decode._BLOCK_ELEMENTS, "cpu", 1)
-    torch.testing.assert_close(hsa_decode(*arguments), whole)
+    torch.testing.assert_close(decode(*arguments), whole)
 
 
-@pytest.mark.parametrize("impl", EXAMPLES)
-def test_pages_beyond_2_to_the_31_elements(impl):
+@each_decode
+def test_pages_beyond_2_to_the_31_elements(decode, impl):
     """9 GB of addresses, of which the system maps only the pages that are touched."""
     pages = 2**31 // (S * 16) + 3
     pools = [torch.from_numpy(np.zeros((pages, S, 1, 16), dtype=np.float32)) for _ in range(2)]
@@ -162,45 +193,49 @@ def test_pages_beyond_2_to_the_31_elements(impl):
     for pool, x in zip(pools, (k, v), strict=True):
         pool[far[0].long()] = x
     near = torch.arange(3, dtype=torch.int32).expand(3, -1)
-    want = hsa_decode(q, k, v, weights, indices, near, impl=impl)
-    assert torch.equal(hsa_decode(q, *pools, weights, indices, far, impl=impl), want) and want.any()
+    want = decode(q, k, v, weights, indices, near, impl=impl)
+    assert torch.equal(decode(q, *pools, weights, indices, far, impl=impl), want) and want.any()
 
 
-@each_impl
-def test_no_tokens(impl):
+@each_decode_and_auto
+def test_no_tokens(decode, impl):
     q, k, v, weights, indices, table = make_decode(Dims(B=3, T=1), 0)
     none = [x[:, :0] for x in (q, weights, indices)]
-    assert hsa_decode(none[0], k, v, none[1], none[2], table, impl=impl).shape == (3, 0, 3, 16)
+    out = decode(none[0], k, v, none[1], none[2], table, impl=impl)
+    assert out.shape == (3, 0, 3, 16 if decode is hsa_decode else 17)
 
 
-def test_strided_inputs():
+@pytest.mark.parametrize("decode", (hsa_decode, selected))
+def test_strided_inputs(decode):
     q, k, v, weights, indices, table = make_decode(Dims(B=4, T=2, T_kv=48, HQ=4, H=2, D=32, K=2), 13)
-    want = hsa_decode(q, k, v, weights, indices, table)
+    want = decode(q, k, v, weights, indices, table)
     strided = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in (q, k, v, weights, indices, table)]
     assert not any(x.is_contiguous() for x in strided)
-    for impl in ("reference", "tilelang"):
-        torch.testing.assert_close(hsa_decode(*strided, impl=impl), want)
+    for impl in ("reference", "tilelang" if decode is hsa_decode else "auto"):
+        torch.testing.assert_close(decode(*strided, impl=impl), want)
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("decode", (hsa_decode, selected))
+def test_compiles_to_one_graph(decode):
     torch._dynamo.reset()
     arguments = make_decode(Dims(B=3, T=1, T_kv=48), 1)
-    out = torch.compile(hsa_decode, fullgraph=True, backend="aot_eager")(*arguments)
-    torch.testing.assert_close(out, hsa_decode(*arguments))
+    out = torch.compile(decode, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(out, decode(*arguments))
 
 
 def test_is_not_differentiable():
     arguments = make_decode(Dims(B=3, T=1, T_kv=48), 1)
     arguments[0].requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"^hsa_decode is for inference and has no gradient"):
-        hsa_decode(*arguments).sum().backward()
+    for decode, name in ((hsa_decode, "hsa_decode"), (selected, "selected_decode")):
+        with pytest.raises(NotImplementedError, match=rf"^{name} is for inference and has no gradient"):
+            decode(*arguments).sum().backward()
 
 
-def _bad(**changes):
+def _bad(decode, **changes):
     names = ("q", "k_pages", "v_pages", "weights", "indices", "page_table")
     arguments = dict(zip(names, make_decode(Dims(B=3, T=1, T_kv=48, HQ=4, H=2, K=2), 0), strict=True))
     arguments["indices"] = torch.zeros_like(arguments["indices"])
-    return hsa_decode(**(arguments | changes))
+    return decode(**(arguments | changes))
 
 
 def int32(*shape, value=0):
@@ -233,7 +268,10 @@ def int32(*shape, value=0):
 )
 def test_bad_input(changes, words):
     with pytest.raises(ValueError, match=words):
-        _bad(**changes)
+        _bad(hsa_decode, **changes)
+    if "weights" not in changes:
+        with pytest.raises(ValueError, match=words):
+            _bad(selected, **changes)
 
 
 @pytest.mark.parametrize("impl", ("tilelang", "triton"))
@@ -241,3 +279,5 @@ def test_an_implementation_that_cannot_run_says_so(impl):
     arguments = make_decode(Dims(B=3, T=1, T_kv=48), 1)
     with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot run"):
         hsa_decode(*(x.double() if x.is_floating_point() else x for x in arguments), impl=impl)
+    with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot run .*; use 'reference'"):
+        selected(*(x.double() if x.is_floating_point() else x for x in arguments), impl=impl)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from strategies import Dims, emulable, make_call
+from strategies import Dims, emulable, make_call, without_weights
 
-from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks
+from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.autotune import cost, table
 from hsa_tl.kernels_tilelang.config import space, tuned
@@ -57,6 +57,16 @@ def check(impl: str, call: Inputs, config: dict | None = None, **options) -> Non
 @pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
 def test_equals_the_oracle(impl, dtype, dims):
     check(impl, on_gpu(make_call(dims), dtype), chunk_size=dims.S)
+
+
+@pytest.mark.parametrize("impl, dtype", [x for x in TYPES if x[0] != "tilelang"])
+@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+def test_selected_equals_the_oracle(impl, dtype, dims):
+    call = without_weights(on_gpu(make_call(dims), dtype))
+    results = run_with_gradients(selected_attention, call, chunk_size=dims.S, impl=impl)
+    assert_attention(results, call, chunk_size=dims.S)
+    again = run_with_gradients(selected_attention, call, chunk_size=dims.S, impl=impl)
+    assert all(torch.equal(again[name], x) for name, x in results.items())
 
 
 @pytest.mark.device

@@ -5,9 +5,9 @@ import torch
 from strategies import Dims
 from test_decode import laid_out
 
-from hsa_tl import fusion_weights, hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode
+from hsa_tl import fusion_weights, hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode, selected_decode
 from hsa_tl.model import MemorySpec, PagedMemory
-from hsa_tl.testing import assert_attention
+from hsa_tl.testing import SelectedInputs, assert_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +42,17 @@ def make(d: Dims, dtype):
 def test_equals_the_oracle(impl, dtype, dims):
     call = make(dims, dtype)
     assert_attention({"out": hsa_decode(*call, impl=impl)}, laid_out(*call), chunk_size=S)
+
+
+@pytest.mark.parametrize("impl", ("auto", "reference", "triton"))
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+def test_selected_equals_the_oracle(impl, dtype, dims):
+    q, k, v, weights, indices, table = make(dims, dtype)
+    out, lse = selected_decode(q, k, v, indices, table, impl=impl)
+    call = laid_out(q, k, v, weights, indices, table)
+    call = SelectedInputs(*call[:3], call.indices, call.do, lse)
+    assert_attention({"out": out, "lse": lse}, call, chunk_size=S)
 
 
 @pytest.mark.parametrize("impl", ("tilelang", "triton", "reference"))

@@ -27,6 +27,7 @@ LAYERS = (
         "hsa_tl.files",
         "hsa_tl.workers",
         "hsa_tl.validation",
+        "hsa_tl.registry",
         "hsa_tl.impl",
         "hsa_tl.autotune",
         "hsa_tl.bench",
@@ -55,22 +56,41 @@ LAYERS = (
     (*PROGRAMS, "hsa_tl.autotune.plan"),
     ("hsa_tl.kernels_tilelang.compile",),
     ("hsa_tl.impl.triton_launch",),
+    ("hsa_tl.impl.triton_kernels",),
     ("hsa_tl.impl.reference", "hsa_tl.impl.tilelang", "hsa_tl.impl.triton"),
     ("hsa_tl.impl.*_decode", "hsa_tl.impl.*_retrieval"),
     ("hsa_tl.impl.*_selected",),
     ("hsa_tl.ops",),
-    ("hsa_tl.transforms",),
-    ("hsa_tl.api",),
+    ("hsa_tl.transforms", "hsa_tl.chunks"),
+    ("hsa_tl.api", "hsa_tl.selected"),
     ("hsa_tl",),
 )
 TOP = len(LAYERS)
 # What a module may import of the project, where its layer says too little.
 ONLY = {
     "hsa_tl.impl.reference_decode": ("hsa_tl.workers",),
+    "hsa_tl.impl.reference_selected": (
+        "hsa_tl.impl.reference",
+        "hsa_tl.impl.reference_decode",
+        "hsa_tl.workers",
+    ),
     "hsa_tl.impl.triton_launch": ("hsa_tl.files",),
-    "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton", "hsa_tl.impl.triton_launch"),
+    "hsa_tl.impl.triton_kernels": ("hsa_tl.impl.triton_launch",),
+    "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton", "hsa_tl.impl.triton_kernels", "hsa_tl.impl.triton_launch"),
+    "hsa_tl.impl.triton_selected": (
+        "hsa_tl.fusion",
+        "hsa_tl.impl.triton",
+        "hsa_tl.impl.triton_decode",
+        "hsa_tl.impl.triton_kernels",
+        "hsa_tl.impl.triton_launch",
+    ),
     "hsa_tl.impl.triton_retrieval": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
-    "hsa_tl.impl.triton": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
+    "hsa_tl.impl.triton": (
+        "hsa_tl.impl.triton_kernels",
+        "hsa_tl.impl.triton_launch",
+        "hsa_tl.problem",
+        "hsa_tl.pairs",
+    ),
     "hsa_tl.impl.tilelang_decode": (
         "hsa_tl.impl.tilelang",
         "hsa_tl.autotune.*",
@@ -110,6 +130,7 @@ ONLY = {
         "hsa_tl.pairs",
         "hsa_tl.retrieval",
         "hsa_tl.decode_retrieval",
+        "hsa_tl.registry",
     ),  # implementations by name, when first used
     "hsa_tl.bench.*": ("hsa_tl*",),
     "hsa_tl.autotune.*": ("hsa_tl*",),

@@ -7,11 +7,19 @@ import textwrap
 import pytest
 import torch
 import torch._dynamo.testing
-from strategies import Dims, make_call
+from strategies import Dims, make_call, without_weights
 from tiers import prove, tiered
 
-from hsa_tl import fusion_weights, hsa_attention, ops, retrieve_chunks
-from hsa_tl.testing import assert_attention, run_with_gradients
+from hsa_tl import (
+    chunk_means,
+    fusion_weights,
+    hsa_attention,
+    merge_attention,
+    ops,
+    retrieve_chunks,
+    selected_attention,
+)
+from hsa_tl.testing import SelectedInputs, assert_attention, run_with_gradients
 
 S = 16
 
@@ -28,6 +36,10 @@ def _operator_calls(call):
     q_slc, landmarks = torch.randn(1, q.shape[1], 2, 16), torch.randn(1, N, 2, 16)
     _, chosen = ops.retrieve(q_slc, landmarks, 2, S, 9, 0, None, 0.25, "auto")
     leaves = [x.detach().requires_grad_() for x in (q, k, v, weights)]
+    once = ops.distinct(indices, N, True)
+    index = ops.build_pairs(once, N, True)
+    out, lse = ops.selected(q, k, v, once, *index, chunk_len, 0.25, "auto", "", False)
+    table = torch.arange(N, dtype=torch.int32)[None]
     both = [x.detach().requires_grad_() for x in (q_slc, landmarks)]
     return {
         "build_pairs": (indices, N, True),
@@ -36,7 +48,13 @@ def _operator_calls(call):
         "attention_short_chunk": (*leaves, indices, pair, offsets, chunk_len, 0.25, "reference", "", True, False),
         "attention_without_pairs": (q, k, v, weights, indices, None, None, None, 0.25, "auto", "", False, True),
         "attention_backward": (*(do, q, k, v, weights, indices, pair, offsets, chunk_len, 0.25, "auto", "", False),),
-        "decode": (q, *_pages(k, v), weights, indices, torch.arange(N, dtype=torch.int32)[None], 0.25, "auto", True),
+        "decode": (q, *_pages(k, v), weights, indices, table, 0.25, "auto", True),
+        "distinct": (indices, N, True),
+        "selected": (*leaves[:3], once, *index, None, 0.25, "auto", "", False),
+        "selected_short_chunk": (*leaves[:3], once, *index, chunk_len, 0.25, "reference", "", True),
+        "selected_without_pairs": (q, k, v, once, None, None, None, 0.25, "auto", "", False),
+        "selected_backward": (do, lse, q, k, v, once, out, lse, *index, chunk_len, 0.25, "auto", "", False),
+        "selected_decode": (q, *_pages(k, v), indices, table, 0.25, "auto", True),
         "retrieve_decode": (q_slc, landmarks, torch.tensor([20], dtype=torch.int32), None, None, 2, S, 0, 0.25, "auto"),
         "retrieve": (*both, 2, S, 9, 0, None, 0.25, "auto"),
         "retrieve_packed": (*both, 2, S, 0, 0, cu_seqlens, 0.25, "auto"),
@@ -56,6 +74,12 @@ OPERATOR_CALLS = (
     "attention_without_pairs",
     "attention_backward",
     "decode",
+    "distinct",
+    "selected",
+    "selected_short_chunk",
+    "selected_without_pairs",
+    "selected_backward",
+    "selected_decode",
     "retrieve_decode",
     "retrieve",
     "retrieve_packed",
@@ -91,7 +115,16 @@ def test_the_first_call_imports_no_compiler():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
-def layer(q_slc, landmarks, q, k, v, cu_seqlens=None):
+def selected_layer(q_slc, landmarks, q, k, v, cu_seqlens=None):
+    """The chosen chunks by one softmax, merged with each token's own key, the way a pretrained layer may call it."""
+    _, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=S, cu_seqlens=cu_seqlens)
+    past = selected_attention(q, k, v, indices, chunk_size=S, cu_seqlens=cu_seqlens)
+    own_k, own_v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    own = (own_v, (q * own_k).sum(-1) / 4)
+    return merge_attention(past, own)[0] + chunk_means(k, S).mean() * q_slc.sum() * landmarks.sum()
+
+
+def hsa_layer(q_slc, landmarks, q, k, v, cu_seqlens=None):
     """Retrieval to output, the way a model calls it."""
     scores, indices = retrieve_chunks(q_slc, landmarks, 3, chunk_size=S, cu_seqlens=cu_seqlens)
     weights = fusion_weights(scores)
@@ -111,10 +144,14 @@ def _out_and_gradients(function, inputs, do, **options):
     return (out.detach(), *torch.autograd.grad(out, inputs, do))
 
 
+each_layer = pytest.mark.parametrize("layer", (hsa_layer, selected_layer))
+
+
+@each_layer
 @pytest.mark.parametrize(
     "backend, lengths", [("aot_eager", (64, 96, 70)), pytest.param("inductor", (64, 96), marks=prove)]
 )
-def test_compile_equals_eager(backend, lengths):
+def test_compile_equals_eager(layer, backend, lengths):
     """One graph for every length of whole chunks, one for those with a short last chunk."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
@@ -127,7 +164,8 @@ def test_compile_equals_eager(backend, lengths):
     assert counter.frame_count == len({T % S == 0 for T in lengths})
 
 
-def test_compile_packed_sequences():
+@each_layer
+def test_compile_packed_sequences(layer):
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for lengths in ([20, 44], [33, 31]):
@@ -138,7 +176,8 @@ def test_compile_packed_sequences():
             torch.testing.assert_close(a, b)
 
 
-def test_compile_without_gradients():
+@each_layer
+def test_compile_without_gradients(layer):
     torch._dynamo.reset()
     inputs, _ = _layer_inputs(40)
     with torch.no_grad():
@@ -152,6 +191,15 @@ def test_gradcheck(dims):
     q, k, v, weights, indices, _ = make_call(dims)
     leaves = [x.double().requires_grad_() for x in (q, k, v, weights)]
     assert torch.autograd.gradcheck(lambda *x: hsa_attention(*x, indices, chunk_size=S), leaves)
+
+
+@pytest.mark.parametrize("dims", (Dims(T=4, T_kv=18, D=4), Dims(T=3, T_kv=20, D=4, HQ=4, H=2, K=2)), ids=str)
+def test_gradcheck_selected(dims):
+    """Through out, and lse where it is finite, at ordinary scores and at large ones, which are shifted."""
+    q, k, v, _, indices, _ = make_call(dims)
+    for scale in (None, 20.0):
+        f = lambda *x: [y.nan_to_num(neginf=0.0) for y in selected_attention(*x, indices, chunk_size=S, scale=scale)]  # noqa: B023, E731
+        assert torch.autograd.gradcheck(f, [x.double().requires_grad_() for x in (q, k, v)])
 
 
 def test_gradcheck_packed():
@@ -178,11 +226,24 @@ def test_no_gradient_no_pairs(monkeypatch):
     """Inference does not build what only the backward needs."""
     called = []
     monkeypatch.setattr(ops, "build_pairs", lambda *x: called.append(x))
-    call = make_call(Dims())
-    out = hsa_attention(*call[:5], chunk_size=S)
-    with torch.no_grad():
-        hsa_attention(*(x.requires_grad_() for x in call[:4]), call.indices, chunk_size=S)
-    assert not called and not out.requires_grad
+    q, k, v, weights, indices, _ = make_call(Dims())
+    for attention, arguments in ((hsa_attention, (q, k, v, weights)), (selected_attention, (q, k, v))):
+        attention(*arguments, indices, chunk_size=S)
+        with torch.no_grad():
+            attention(*(x.clone().requires_grad_() for x in arguments), indices, chunk_size=S)
+        assert not called
+
+
+@pytest.mark.parametrize("used", (0, 1), ids=("out", "lse"))
+def test_one_output_alone(used):
+    """The gradient of the other is then 0."""
+    call = without_weights(make_call(Dims()))
+    leaves, incoming = [x.detach().requires_grad_() for x in call[:3]], list(call[4:])
+    outputs = selected_attention(*leaves, call.indices, chunk_size=S)
+    gradients = torch.autograd.grad(outputs[used], leaves, incoming[used])
+    incoming[1 - used] = torch.zeros_like(incoming[1 - used])
+    want = run_with_gradients(selected_attention, SelectedInputs(*call[:4], *incoming), chunk_size=S)
+    assert all(torch.equal(x, want[name]) for x, name in zip(gradients, ("dq", "dk", "dv"), strict=True))
 
 
 def test_no_double_backward():
@@ -193,6 +254,10 @@ def test_no_double_backward():
     gradients = torch.autograd.grad(out, leaves, call.do, create_graph=True)
     with pytest.raises(NotImplementedError, match="hsa_attention has no second derivative: its gradient cannot"):
         torch.autograd.grad(sum(x.square().sum() for x in gradients), leaves)
+    outputs = selected_attention(*leaves[:3], call.indices, chunk_size=S)
+    (gradient,) = torch.autograd.grad(outputs, leaves[0], (call.do, torch.ones(outputs[1].shape)), create_graph=True)
+    with pytest.raises(NotImplementedError, match="selected_attention has no second derivative: its gradient cannot"):
+        torch.autograd.grad(gradient.square().sum(), leaves[1])
     q_slc, landmarks = torch.randn(1, 40, 2, 8, requires_grad=True), torch.randn(1, 3, 2, 8, requires_grad=True)
     scores, _ = retrieve_chunks(q_slc, landmarks, 2, chunk_size=S)
     (gradient,) = torch.autograd.grad(scores.nan_to_num(neginf=0).square().sum(), q_slc, create_graph=True)

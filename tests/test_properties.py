@@ -20,7 +20,7 @@ from strategies import (
 
 from hsa_tl import fusion_weights, retrieve_chunks
 from hsa_tl.accuracy import expect
-from hsa_tl.oracle import attention_oracle, retrieve_oracle
+from hsa_tl.oracle import attention_oracle, retrieve_oracle, selected_oracle
 from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
 S = 16
@@ -43,13 +43,7 @@ def _distinct(d, seed):
 
 def _ordinary_attention(q, k, v, weights, indices, chunk_size):
     """Softmax attention over the keys of the chosen chunks, whatever the weights."""
-    G = q.shape[2] // k.shape[2]
-    chunk = torch.arange(k.shape[1]) // chunk_size
-    seen = (indices[..., None] == chunk).any(-2).repeat_interleave(G, 2)  # [B, T, HQ, T_kv]
-    k, v = (x.repeat_interleave(G, 2) for x in (k, v))
-    s = torch.einsum("bthd,bshd->bths", q, k) / math.sqrt(q.shape[3])
-    p = torch.softmax(s.masked_fill(~seen, -torch.inf), -1)
-    return torch.einsum("bths,bshd->bthd", p, v) + 0 * weights.sum()
+    return selected_oracle(q, k, v, indices, chunk_size=chunk_size)[0] + 0 * weights.sum()
 
 
 def _weights_from_chunks(q, k, indices):

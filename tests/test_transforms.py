@@ -5,7 +5,15 @@ import torch
 from strategies import Dims, make_call
 from torch.autograd import forward_ad
 
-from hsa_tl import hsa_attention, hsa_decode, retrieve_chunks, retrieve_decode
+from hsa_tl import (
+    hsa_attention,
+    hsa_decode,
+    merge_attention,
+    retrieve_chunks,
+    retrieve_decode,
+    selected_attention,
+    selected_decode,
+)
 from hsa_tl.testing import run_with_gradients
 
 S = 16
@@ -14,6 +22,22 @@ S = 16
 def attention_case():
     call = make_call(Dims(T=20, T_kv=40, HQ=4, H=2))
     return call, lambda *x: hsa_attention(*x, call.indices, chunk_size=S)
+
+
+def joined(out, lse):
+    """Both outputs in one tensor, finite."""
+    return torch.cat([out, lse.nan_to_num(neginf=0.0)[..., None]], -1)
+
+
+def selected_case():
+    call = make_call(Dims(T=20, T_kv=40, HQ=4, H=2))
+    return call[:3], lambda *x: joined(*selected_attention(*x, call.indices, chunk_size=S))
+
+
+def selected_decode_case():
+    (q, k, v, _), _ = decode_case()
+    indices, table = torch.tensor([[[[0, 2], [1, 1]]]], dtype=torch.int32), torch.tensor([[2, 0, 1]]).int()
+    return (q, k, v), lambda *x: joined(*selected_decode(*x, indices, table))
 
 
 def retrieval_case():
@@ -40,7 +64,8 @@ def leaves_of(inputs):
 
 CASES = {
     "hsa_attention": attention_case, "retrieve_chunks": retrieval_case, "hsa_decode": decode_case,
-    "retrieve_decode": retrieve_decode_case,
+    "retrieve_decode": retrieve_decode_case, "selected_attention": selected_case,
+    "selected_decode": selected_decode_case,
 }  # fmt: skip
 FORWARD = {
     "jvp": lambda f, x: torch.func.jvp(f, x, tuple(map(torch.ones_like, x))),
@@ -72,7 +97,7 @@ def test_dual_numbers_raise_by_name(name):
             f(*x[:-1], forward_ad.make_dual(x[-1], torch.ones_like(x[-1])))
 
 
-@pytest.mark.parametrize("name", ("hsa_attention", "retrieve_chunks"))
+@pytest.mark.parametrize("name", ("hsa_attention", "retrieve_chunks", "selected_attention"))
 def test_reverse_mode_equals_eager(name):
     inputs, f = CASES[name]()
     x = leaves_of(inputs)
@@ -116,7 +141,7 @@ def test_vmap_equals_a_loop():
     assert all(torch.equal(a, hsa_attention(*c[:5], chunk_size=S)) for a, c in zip(got, calls, strict=True))
 
 
-@pytest.mark.parametrize("name", ("hsa_attention", "retrieve_chunks"))
+@pytest.mark.parametrize("name", ("hsa_attention", "retrieve_chunks", "selected_attention"))
 def test_second_derivatives_raise_by_name(name):
     inputs, f = CASES[name]()
     x = leaves_of(inputs)
@@ -127,9 +152,33 @@ def test_second_derivatives_raise_by_name(name):
         torch.func.hessian(lambda y: square(y, *x[1:]))(x[0])
 
 
-@pytest.mark.parametrize("name, instead", (("hsa_decode", "hsa_attention"), ("retrieve_decode", "retrieve_chunks")))
+INSTEAD = {
+    "hsa_decode": "hsa_attention", "retrieve_decode": "retrieve_chunks", "selected_decode": "selected_attention",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, instead", INSTEAD.items())
 def test_gradients_of_inference_raise_by_name(name, instead):
     inputs, f = CASES[name]()
     x = leaves_of(inputs)
     with pytest.raises(NotImplementedError, match=f"^{name} is for inference and has no gradient: use {instead}"):
         torch.func.grad(lambda y: f(y, *x[1:]).sum())(x[0])
+
+
+def test_selected_under_vmap():
+    """Values, and gradients of each sample, through the merge with another part too."""
+    calls = [make_call(Dims(T=20, T_kv=40, HQ=4, H=2)) for _ in range(3)]
+    q, k, v, indices, do = (torch.stack([getattr(c, name) for c in calls]) for name in ("q", "k", "v", "indices", "do"))
+
+    def loss(q, k, v, indices, do):
+        part = selected_attention(q, k, v, indices, chunk_size=S)
+        out, lse = merge_attention(part, (do, do[..., 0]))
+        return (out * do).sum() + lse.sum()
+
+    values = torch.vmap(lambda *x: joined(*selected_attention(*x, chunk_size=S)))(q, k, v, indices)
+    gradients = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v, indices, do)
+    for i, call in enumerate(calls):
+        leaves = [x.clone().requires_grad_() for x in call[:3]]
+        want = torch.autograd.grad(loss(*leaves, call.indices, call.do), leaves)
+        assert torch.equal(values[i], joined(*selected_attention(*call[:3], call.indices, chunk_size=S)))
+        assert all(torch.equal(x[i], y) for x, y in zip(gradients, want, strict=True))

@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import calls, seeds
+from strategies import calls, seeds, without_weights
 
 from hsa_tl import (
     build_pairs,
@@ -23,6 +23,8 @@ from hsa_tl import (
     retrieval,
     retrieve_chunks,
     retrieve_decode,
+    selected_attention,
+    selected_decode,
     workers,
 )
 from hsa_tl.impl import reference, reference_decode
@@ -64,9 +66,11 @@ def check_any_number(use, function):
 
 
 def test_attention(use, small_blocks):
-    @hypothesis.given(calls)
-    def holds(call):
+    @hypothesis.given(calls, st.sampled_from((1.0, 30.0)))
+    def holds(call, root):
         check_any_number(use, lambda: run_with_gradients(hsa_attention, call, chunk_size=16).values())
+        call = without_weights(call._replace(q=root * call.q))  # large scores are merged by their maxima
+        check_any_number(use, lambda: run_with_gradients(selected_attention, call, chunk_size=16).values())
 
     holds()
 
@@ -113,6 +117,7 @@ def test_decode(use, small_blocks):
     indices = torch.randint(-1, 5, (B, T, H, K), dtype=torch.int32)
     table = torch.randint(0, pages, (B, 5), dtype=torch.int32)
     check_any_number(use, lambda: [hsa_decode(q, k, v, weights, indices, table)])
+    check_any_number(use, lambda: selected_decode(q, k, v, indices, table))
 
 
 def test_compiles(use, small_blocks):

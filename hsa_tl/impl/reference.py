@@ -44,7 +44,7 @@ class _Plan:
     def __init__(self, q, k, v, weights, indices, pairs, chunk_len, scale):
         self.B, self.T, HQ, self.D = q.shape
         self.N, self.S, self.H = k.shape[1:4]
-        self.K, self.G, self.GW = indices.shape[3], HQ // self.H, weights.shape[2] // self.H
+        self.K, self.G = indices.shape[3], HQ // self.H
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
 
@@ -64,11 +64,13 @@ class _Plan:
         offsets = pairs.offsets.tolist()
         pair = pairs.pair[: offsets[-1]]
         self.t = pair // self.K
-        per_head = torch.tensor(offsets[:: self.N], device=self.device).diff()
-        first = torch.arange(self.B * self.H, device=self.device) * (self.T * self.K)
-        self.slot = torch.repeat_interleave(first, per_head) + pair  # the pair's place in [B, H, T, K]
-        split = weights.view(self.B, self.T, self.H, self.GW, self.K).permute(0, 2, 1, 4, 3)
-        self.weights = split.reshape(-1, self.GW).index_select(0, self.slot)  # [pairs, GW]
+        if weights is not None:
+            self.GW = weights.shape[2] // self.H
+            per_head = torch.tensor(offsets[:: self.N], device=self.device).diff()
+            first = torch.arange(self.B * self.H, device=self.device) * (self.T * self.K)
+            self.slot = torch.repeat_interleave(first, per_head) + pair  # the pair's place in [B, H, T, K]
+            split = weights.view(self.B, self.T, self.H, self.GW, self.K).permute(0, 2, 1, 4, 3)
+            self.weights = split.reshape(-1, self.GW).index_select(0, self.slot)  # [pairs, GW]
 
         # Cut so that, to the last bit, no token's result depends on the tokens after it.
         elements = _BLOCK_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
@@ -95,16 +97,56 @@ class _Plan:
         """x [B, T, HQ, D] -> B * H views [T, G, D]."""
         return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
 
+    def scores(self, rows, segment, out):
+        """q K^T * scale2 of q rows [n * G or more, D] into out [.., L], for exp2."""
+        return torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
+
+    def shift(self, scores, head, segment, t):
+        """What to take off the rows of scores [n * G, L] before exp2 [n * G, 1]; None where it is 0 for all."""
+        if self.unshifted[segment]:
+            return None
+        unshifted = self.q_norm[head].index_select(0, t).view(-1, 1) <= self.q_limit[segment]
+        return scores.amax(-1, keepdim=True).masked_fill_(unshifted, 0)
+
     def exp_scores(self, rows, head, segment, t, out):
         """exp(q K^T * scale) of q rows [n * G or more, D] into out [.., L], up to a factor a row; the row sums."""
-        torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
-        out = out[: len(t) * self.G]
+        out = self.scores(rows, segment, out)[: len(t) * self.G]
         if out.shape[1] == 1:  # P is exactly 1, hence dS exactly 0
             out.sub_(out)
-        elif not self.unshifted[segment]:
-            unshifted = self.q_norm[head].index_select(0, t).view(-1, 1) <= self.q_limit[segment]
-            out.sub_(out.amax(-1, keepdim=True).masked_fill_(unshifted, 0))
+        elif (shift := self.shift(out, head, segment, t)) is not None:
+            out.sub_(shift)
         return out.exp2_().sum(-1, keepdim=True)
+
+
+class _Gradients:
+    """dq, dk and dv, to which the blocks of a plan add."""
+
+    def __init__(self, plan, scale):
+        self.plan, self.scale = plan, scale
+        self.dq = plan.zeros(plan.B, plan.T, plan.H * plan.G, plan.D)
+        self.dk, self.dv = (plan.zeros(plan.B * plan.H * plan.N, plan.S, plan.D) for _ in "kv")
+        self.dq_heads = plan.heads(self.dq)
+
+    def add(self, block, t, dq_rows, products):
+        """dq_rows [n, G, D] of tokens t; products: what dk, but for the scale, and dv of the block's chunk gain."""
+        head, segment, L, *_ = block
+        _add_rows(self.dq_heads[head], t, dq_rows)
+        for total, product in zip((self.dk, self.dv), products, strict=True):
+            total[segment, :L] += product
+
+    def results(self, dtype):
+        """dq, dk, dv, shaped as q, k, v."""
+        shape = (self.plan.B, self.plan.H, self.plan.N, self.plan.S, self.plan.D)
+        dk, dv = (
+            x.view(shape).permute(0, 2, 3, 1, 4).to(dtype).contiguous() for x in (self.dk.mul_(self.scale), self.dv)
+        )
+        return self.dq.to(dtype), dk, dv
+
+
+def check_config(config):
+    """ValueError if a config names a program."""
+    if config and (named := json.loads(config).keys() - {"overlap"}):
+        raise ValueError(f"config must name nothing for impl='reference', which has no programs, got {sorted(named)}")
 
 
 def _gather(source, t, out):
@@ -135,8 +177,7 @@ def _product(a, b):
 @workers.one_thread
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] of q [B, T, HQ, D], k and v [B, N, S, H, D], weights [B, T, HW, K], indices [B, T, H, K]."""
-    if config and (named := json.loads(config).keys() - {"overlap"}):
-        raise ValueError(f"config must name nothing for impl='reference', which has no programs, got {sorted(named)}")
+    check_config(config)
     if not pairs.offsets[-1]:
         return q.new_zeros(q.shape)
     plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
@@ -174,10 +215,10 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     if not pairs.offsets[-1]:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v, weights))
     plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
-    B, T, N, S, K, H, G, GW, D = plan.B, plan.T, plan.N, plan.S, plan.K, plan.H, plan.G, plan.GW, plan.D
-    dq, dk, dv = plan.zeros(*q.shape), plan.zeros(B * H * N, S, D), plan.zeros(B * H * N, S, D)
+    B, T, S, K, H, G, GW, D = plan.B, plan.T, plan.S, plan.K, plan.H, plan.G, plan.GW, plan.D
+    gradients = _Gradients(plan, scale)
     dw_pairs = torch.zeros_like(plan.weights)
-    do_heads, q_heads, dq_heads = plan.heads(do), plan.heads(q), plan.heads(dq)
+    do_heads, q_heads = plan.heads(do), plan.heads(q)
     # w = early * late: a weight that is about zero cannot be divided out again.
     small = plan.weights.abs() < _MIN_WEIGHT
     late = torch.where(small, plan.weights, 1) if small.any() else None
@@ -211,14 +252,11 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
         return block, t, do_by_head, products, buffer
 
     def add(result):
-        (head, segment, L, *_), t, dq_by_head, products, buffer = result
-        _add_rows(dq_heads[head], t, dq_by_head)
-        for total, product in zip((dk, dv), products, strict=True):
-            total[segment, :L] += product
+        *sums, buffer = result
+        gradients.add(*sums)
         row_buffers.give(buffer)
 
     workers.each(plan.blocks, multiply, add, scratch=lambda: [plan.buffer(x) for x in (D, S, S, S)])
-    dk, dv = (x.view(B, H, N, S, D).permute(0, 2, 3, 1, 4).to(k.dtype).contiguous() for x in (dk.mul_(scale), dv))
     dweights = weights.new_zeros(B * H * T * K, GW).index_copy_(0, plan.slot, dw_pairs)
     dweights = dweights.view(B, H, T, K, GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
-    return dq.to(q.dtype), dk, dv, dweights
+    return *gradients.results(q.dtype), dweights

@@ -20,43 +20,47 @@ def unavailable(problem):
     return None
 
 
-@workers.one_thread
-def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
-    """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
-    B, T, HQ, D = q.shape
+def slots(q, k_pages, indices, page_table):
+    """Of each row's slots [rows, K]: what `gather` reads, and whether it holds a chunk; and how many rows make a block.
+
+    An empty slot reads a page that the row chose elsewhere: 0 * nan of any other would be nan.
+    """
+    B, T, _, D = q.shape
     P, S, H, _ = k_pages.shape
-    K, G = indices.shape[3], HQ // H
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    rows = B * T * H
+    K, rows = indices.shape[3], B * T * H
     page = page_table.gather(1, indices.flatten(1).clamp(0, page_table.shape[1] - 1).long()).view(rows, K)
     chosen = indices.reshape(rows, K)
     valid = (chosen >= 0) & (chosen < page_table.shape[1]) & (page >= 0) & (page < P)
-    # An empty slot reads a page that the row chose elsewhere: 0 * nan of any other would be nan.
-    spare = torch.where(valid, page, -1).amax(-1, keepdim=True)
+    spare = torch.where(valid, page, 0).amax(-1, keepdim=True)
     head = torch.arange(H, device=q.device).repeat(B * T)[:, None]
-    row = torch.where(valid, page, spare.clamp(min=0)).long() * H + head
-    weights = weights.reshape(rows, -1, K).masked_fill(~valid[:, None], 0)  # [rows, 1 or G, K]
-    q = q.reshape(rows, G, D)
-    out = torch.empty(rows, G, D, dtype=q.dtype, device=q.device)
     elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-    step = max(1, elements // max(1, K * S * D))
-
-    def attend(start, _):
-        part = slice(start, start + step)
-        k, v = (_gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
-        p = (q[part, None].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, K, G, S]
-        p.mul_(weights[part].mT[..., None].to(dtype))
-        out[part] = (p @ v).sum(1).masked_fill(spare[part, :, None] < 0, 0)
-
-    workers.each(range(0, rows, step), attend)
-    return out.view(B, T, HQ, D)
+    return torch.where(valid, page, spare).long() * H + head, valid, max(1, elements // (K * S * D))
 
 
-def _gather(pages, row):
+def gather(pages, row):
     """pages [P, S, H, D] at row [n, K], each page * H + head -> [n, K, S, D]."""
     _, S, H, D = pages.shape
     if H == 1:
         return pages.reshape(-1, S * D).index_select(0, row.flatten()).view(*row.shape, S, D)
     return pages[row // H, :, row % H]
+
+
+@workers.one_thread
+def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
+    """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    row, valid, step = slots(q, k_pages, indices, page_table)
+    H, K = indices.shape[2:]
+    rows = q.reshape(len(row), q.shape[2] // H, q.shape[3])  # [rows, G, D]
+    weights = weights.reshape(len(row), weights.shape[2] // H, K).masked_fill(~valid[:, None], 0)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+    def attend(start, _):
+        part = slice(start, start + step)
+        k, v = (gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
+        p = (rows[part, None].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, K, G, S]
+        p.mul_(weights[part].mT[..., None].to(dtype))
+        out[part] = (p @ v).sum(1).masked_fill(~valid[part].any(-1)[:, None, None], 0)
+
+    workers.each(range(0, len(row), step), attend)
+    return out.view(q.shape)

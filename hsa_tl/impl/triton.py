@@ -1,11 +1,4 @@
-"""Triton kernels of the HSA attention operator, and their launchers: the baseline on NVIDIA GPUs.
-
-    o[t, c] = softmax(q[t] . k[c]^T * scale) v[c]          out[t] = sum over slots of weights[t, slot] * o[t, c(slot)]
-
-forward_kernel  one program owns a token and a KV head: its G query rows stay, the K selected chunks stream past.
-dq_kernel       the same walk once more; recomputes the probabilities and gives dq and dweights.
-dkdv_kernel     one program owns a chunk: its keys and values stay, the tokens that selected it are gathered through
-                the inverted index, and dk and dv are summed in registers. No atomics: every sum has a fixed order.
+"""Launchers of the Triton kernels of `hsa_attention`: the baseline on NVIDIA GPUs.
 
 Softmax is complete inside one chunk, so backward needs nothing saved: row maximum and row sum are recomputed, and
 delta = rowsum(p * dp) is the gradient of the weight. CPU tensors run under Triton's interpreter.
@@ -18,199 +11,8 @@ import math
 
 import torch
 
+from hsa_tl.impl.triton_kernels import dkdv_kernel, dq_kernel, forward_kernel, triton
 from hsa_tl.impl.triton_launch import launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-
-# The kernels are plain functions here; form() makes the compiled or the interpreted form. Reductions name their
-# combine function because tl.max and tl.sum, jitted when triton was imported, cannot be called by the interpreter.
-
-
-def forward_kernel(
-    q, k, v, weights, indices, chunk_len, out, T, N, scale_log2,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    i_h = tl.program_id(1)
-    i_b = tl.program_id(2)
-    row = (i_b.to(tl.int64) * T + tl.program_id(0)) * H + i_h
-    heads = tl.arange(0, ROWS)
-    keys = tl.arange(0, S)
-    cols = tl.arange(0, BLOCK_D)
-    slots = tl.arange(0, BLOCK_K)
-
-    q_at = heads[:, None] * D + cols[None, :]
-    kv_at = keys[:, None] * (H * D) + cols[None, :]
-    base = row * (G * D)
-    indices += row * K
-    k += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
-    v += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
-    q_mask = (heads < G)[:, None] & (cols < D)[None, :]
-    q_tile = tl.load(q + base + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
-    acc_o = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-
-    weights += row * (G * K if PER_HEAD else K)
-    # Causal rows have their empty slots last: stop after the last chunk instead of walking K slots. The next index is
-    # loaded one slot ahead, or Triton would spend a pipeline stage on it and leave k and v a single buffer.
-    chosen = tl.load(indices + slots, mask=slots < K, other=-1)
-    ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
-    ahead = tl.load(indices)
-    for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
-        valid = (ahead >= 0) & (ahead < N)
-        chunk = tl.where(valid, ahead, 0)
-        ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
-        if PER_HEAD:
-            w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)
-        else:
-            w = tl.load(weights + slot, mask=valid, other=0.0)
-        # An empty slot between others reads zeros: a branch here would stop the loads from being pipelined.
-        tile = chunk.to(tl.int64) * (S * H * D)
-        kv_mask = (cols < tl.where(valid, D, 0))[None, :]
-        k_tile = tl.load(k + tile + kv_at, mask=kv_mask, other=0.0)  # [S, D]
-        v_tile = tl.load(v + tile + kv_at, mask=kv_mask, other=0.0)
-
-        acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # [ROWS, S]
-        if chunk_len is not None:
-            length = tl.maximum(tl.load(chunk_len + chunk, mask=valid, other=S), 1)
-            acc_s = tl.where((keys < length)[None, :], acc_s, float("-inf"))
-        p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
-        row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
-        acc_o += tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee") * (w / row_sum)[:, None]
-
-    tl.store(out + base + q_at, acc_o.to(out.dtype.element_ty), mask=q_mask)
-
-
-def dq_kernel(
-    do, q, k, v, weights, indices, chunk_len, dq, dweights, T, N, scale, scale_log2,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    i_h = tl.program_id(1)
-    i_b = tl.program_id(2)
-    row = (i_b.to(tl.int64) * T + tl.program_id(0)) * H + i_h
-    heads = tl.arange(0, ROWS)
-    keys = tl.arange(0, S)
-    cols = tl.arange(0, BLOCK_D)
-    slots = tl.arange(0, BLOCK_K)
-
-    q_at = heads[:, None] * D + cols[None, :]
-    kv_at = keys[:, None] * (H * D) + cols[None, :]
-    base = row * (G * D)
-    indices += row * K
-    k += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
-    v += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
-    q_mask = (heads < G)[:, None] & (cols < D)[None, :]
-    q_tile = tl.load(q + base + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
-    do_tile = tl.load(do + base + q_at, mask=q_mask, other=0.0)
-    acc_dq = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-
-    weights += row * (G * K if PER_HEAD else K)
-    dweights += row * (G * K if PER_HEAD else K)
-    chosen = tl.load(indices + slots, mask=slots < K, other=-1)
-    ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
-    ahead = tl.load(indices)
-    for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
-        valid = (ahead >= 0) & (ahead < N)
-        chunk = tl.where(valid, ahead, 0)
-        ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
-        if PER_HEAD:
-            w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)[:, None]
-        else:
-            w = tl.load(weights + slot, mask=valid, other=0.0)
-        tile = chunk.to(tl.int64) * (S * H * D)
-        kv_mask = (cols < tl.where(valid, D, 0))[None, :]
-        k_tile = tl.load(k + tile + kv_at, mask=kv_mask, other=0.0)  # [S, D]
-        v_tile = tl.load(v + tile + kv_at, mask=kv_mask, other=0.0)
-
-        acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # [ROWS, S]
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-        if chunk_len is not None:
-            length = tl.maximum(tl.load(chunk_len + chunk, mask=valid, other=S), 1)
-            acc_s = tl.where((keys < length)[None, :], acc_s, float("-inf"))
-        p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
-        row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
-        delta = tl.reduce(p * dp, 1, tl.standard._sum_combine) / row_sum
-        if PER_HEAD:
-            tl.store(dweights + heads * K + slot, delta, mask=heads < G)
-        else:
-            tl.store(dweights + slot, tl.reduce(delta, 0, tl.standard._sum_combine))
-        ds = p * (w / row_sum[:, None]) * (dp - delta[:, None])
-        acc_dq += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision="ieee")
-
-    tl.store(dq + base + q_at, (acc_dq * scale).to(dq.dtype.element_ty), mask=q_mask)
-
-
-def dkdv_kernel(
-    do, q, k, v, weights, chunk_len, pair, offsets, dk, dv, T, N, splits, scale, scale_log2,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-):  # fmt: skip
-    i_c = tl.program_id(0) // splits
-    i_split = tl.program_id(0) % splits
-    i_h = tl.program_id(1)
-    i_b = tl.program_id(2)
-    rows = tl.arange(0, ROWS)
-    keys = tl.arange(0, S)
-    cols = tl.arange(0, BLOCK_D)
-    TOKENS: tl.constexpr = ROWS // G
-    token = rows // G
-    head = rows % G
-
-    # Transposed here, not in the loop: the loop would write both tiles to shared memory again for every block of rows.
-    tile = ((i_b * N + i_c).to(tl.int64) * (S * H) + i_h) * D
-    kv_at = keys[:, None] * (H * D) + cols[None, :]
-    kv_mask = (keys < S)[:, None] & (cols < D)[None, :]
-    k_tile = tl.trans(tl.load(k + tile + kv_at, mask=kv_mask, other=0.0))  # [D, S]
-    v_tile = tl.trans(tl.load(v + tile + kv_at, mask=kv_mask, other=0.0))
-    acc_dk = tl.full([BLOCK_D, S], 0.0, tl.float32)
-    acc_dv = tl.full([BLOCK_D, S], 0.0, tl.float32)
-    if chunk_len is not None:
-        key_mask = (keys < tl.maximum(tl.load(chunk_len + i_c), 1))[None, :]
-
-    segment = (i_b * H + i_h).to(tl.int64) * N + i_c
-    start = tl.load(offsets + segment) + i_split * TOKENS
-    count = (tl.load(offsets + segment + 1) - start).to(tl.int32)
-    if TOKENS * G < ROWS:
-        token = tl.where(token < TOKENS, token, 2**30)  # rows without a token: masked
-    for first in range(0, count, splits * TOKENS):
-        mask = token < count - first
-        at = tl.load(pair + (start + first) + token, mask=mask, other=0)
-        row = (i_b.to(tl.int64) * T + at // K) * H + i_h
-        q_at = (row * G + head)[:, None] * D + cols[None, :]
-        q_mask = mask[:, None] & (cols < D)[None, :]
-        q_tile = tl.load(q + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
-        do_tile = tl.load(do + q_at, mask=q_mask, other=0.0)
-        if PER_HEAD:
-            w = tl.load(weights + (row * G + head) * K + at % K, mask=mask, other=0.0)
-        else:
-            w = tl.load(weights + row * K + at % K, mask=mask, other=0.0)
-
-        acc_s = tl.dot(q_tile, k_tile, input_precision="ieee") * scale_log2  # [ROWS, S]
-        if WANT_DK:
-            dp = tl.dot(do_tile, v_tile, input_precision="ieee")
-        if chunk_len is not None:
-            acc_s = tl.where(key_mask, acc_s, float("-inf"))
-        p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
-        row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
-        pw = p * (w / row_sum)[:, None]
-        # [D, S] and not [S, D]: p and ds then go to the tensor cores from shared memory, not from registers.
-        if WANT_DK:
-            delta = tl.reduce(p * dp, 1, tl.standard._sum_combine) / row_sum
-            ds = pw * (dp - delta[:, None])
-            acc_dk += tl.dot(tl.trans(q_tile), ds.to(q_tile.dtype), input_precision="ieee")  # [D, S]
-        if WANT_DV:
-            acc_dv += tl.dot(tl.trans(do_tile), pw.to(do_tile.dtype), input_precision="ieee")
-
-    tile += (i_split * tl.num_programs(2)).to(tl.int64) * N * (S * H * D)
-    if WANT_DK:
-        tl.store(dk + tile + kv_at, tl.trans(acc_dk * scale).to(dk.dtype.element_ty), mask=kv_mask)
-    if WANT_DV:
-        tl.store(dv + tile + kv_at, tl.trans(acc_dv).to(dv.dtype.element_ty), mask=kv_mask)
-
 
 FORWARD_NEEDS_PAIRS = False
 _CONFIG_KEYS = ("block_M", "num_warps", "num_stages", "num_splits")
@@ -318,7 +120,14 @@ def _setup(kernel, q, k, weights, indices, config):
     else:
         settings = plan(kernel, G, D, S, q.dtype.itemsize, _device_shared_bytes(q.device))
     settings |= _overrides(config, kernel, G)
-    constants = {"H": H, "G": G, "D": D, "S": S, "K": indices.shape[3], "PER_HEAD": weights.shape[2] != H}
+    constants = {
+        "H": H,
+        "G": G,
+        "D": D,
+        "S": S,
+        "K": indices.shape[3],
+        "PER_HEAD": weights is not None and weights.shape[2] != H,
+    }
     constants["BLOCK_D"] = _next_power_of_two(max(16, D))
     constants |= {key: settings[key] for key in ("num_warps", "num_stages", "maxnreg") if key in settings}
     if kernel is dkdv_kernel:
@@ -346,14 +155,14 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     out = torch.empty_like(q)
     constants, _ = _setup(forward_kernel, q, k, weights, indices, config)
     scale_log2 = scale * math.log2(math.e)
-    launch(forward_kernel, (T, H, B), q, k, v, weights, indices, chunk_len, out, T, N, scale_log2, **constants)
+    launch(forward_kernel, (T, H, B), q, k, v, weights, indices, chunk_len, out, None, T, N, scale_log2, **constants)
     return out
 
 
 def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv, dweights). Always deterministic."""
     B, T, _, _ = q.shape
-    _, N, S, H, _ = k.shape
+    N, H = k.shape[1], k.shape[3]
     if 0 in (q.numel(), k.numel(), indices.numel()):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
     do, q, k, v, weights, indices = (x.contiguous() for x in (do, q, k, v, weights, indices))
@@ -363,10 +172,21 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     dweights = torch.zeros_like(weights)  # the kernel skips the empty slots at the end of a row
     constants, _ = _setup(dq_kernel, q, k, weights, indices, config)
     launch(
-        dq_kernel, (T, H, B), do, q, k, v, weights, indices, chunk_len, dq, dweights, T, N, scale, scale_log2,
-        **constants,
+        dq_kernel, (T, H, B), do, q, k, v, weights, indices, chunk_len, None, None, None, None, dq, dweights, T, N,
+        scale, scale_log2, **constants,
     )  # fmt: skip
 
+    return (
+        dq,
+        *gradients_of_chunks(do, q, k, v, weights, indices, chunk_len, None, None, pairs, scale, config),
+        dweights,
+    )
+
+
+def gradients_of_chunks(do, q, k, v, weights, indices, chunk_len, lse, delta, pairs, scale, config):
+    """dk and dv; weights is None where lse and delta are given, [B, T, HQ]."""
+    B, T, _, _ = q.shape
+    _, N, S, H, _ = k.shape
     constants, splits = _setup(dkdv_kernel, q, k, weights, indices, config)
     tokens = constants["ROWS"] // constants["G"]
     splits = splits or _default_splits(q.device, B * H * N, indices.numel() // tokens)
@@ -374,9 +194,9 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     together = S * constants["BLOCK_D"] <= _REGISTER_AREA
     for want_dk, want_dv in [(True, True)] if together else [(True, False), (False, True)]:
         launch(
-            dkdv_kernel, (N * splits, H, B), do, q, k, v, weights, chunk_len, pairs.pair, pairs.offsets, dk, dv, T, N,
-            splits, scale, scale_log2, WANT_DK=want_dk, WANT_DV=want_dv, **constants,
+            dkdv_kernel, (N * splits, H, B), do, q, k, v, weights, chunk_len, lse, delta, pairs.pair, pairs.offsets,
+            dk, dv, T, N, splits, scale, scale * math.log2(math.e), WANT_DK=want_dk, WANT_DV=want_dv, **constants,
         )  # fmt: skip
     if splits > 1:
         dk, dv = dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
-    return dq, dk, dv, dweights
+    return dk, dv

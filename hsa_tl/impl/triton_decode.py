@@ -1,6 +1,7 @@
 """The decode kernel in Triton and its launcher. CPU tensors run under Triton's interpreter.
 
-One program owns a token, a key/value head and one of `splits` ranges of its K slots; the ranges' outputs add up.
+One program owns a token, a key/value head and one of `splits` ranges of its K slots; the ranges' outputs add up. Where
+weights is None one softmax runs over all slots of a range, and the ranges are merged by their lse.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import math
 import torch
 
 from hsa_tl.impl import triton as base
-from hsa_tl.impl.triton import tl
+from hsa_tl.impl.triton_kernels import add_tile, finish, tl
 from hsa_tl.impl.triton_launch import launch
 
 
 def decode_kernel(
-    q, k, v, weights, indices, page_table, out, T, N, P, splits, scale_log2,
+    q, k, v, weights, indices, page_table, out, lse, T, N, P, splits, scale_log2,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
     PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +31,11 @@ def decode_kernel(
     q_at = heads[:, None] * D + cols[None, :]
     kv_at = tl.arange(0, S)[:, None] * (H * D) + cols[None, :]
     indices += row * K
-    weights += row * (G * K if PER_HEAD else K)
+    if weights is not None:
+        weights += row * (G * K if PER_HEAD else K)
+    else:
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        row_sum = tl.full([ROWS], 0.0, tl.float32)
     page_table += i_b.to(tl.int64) * N
     k += i_h * D
     v += i_h * D
@@ -48,7 +53,7 @@ def decode_kernel(
         ahead = tl.load(page_table + chunk, mask=(chunk >= 0) & (chunk < N), other=-1)
         if PER_HEAD:
             w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)
-        else:
+        elif weights is not None:
             w = tl.load(weights + slot, mask=valid, other=0.0)
         # An empty slot reads zeros: a branch here would stop the loads from being pipelined.
         tile = tl.where(valid, page, 0).to(tl.int64) * (S * H * D)
@@ -57,12 +62,19 @@ def decode_kernel(
         v_tile = tl.load(v + tile + kv_at, mask=kv_mask, other=0.0)
 
         acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # [ROWS, S]
-        p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
-        row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
-        acc_o += tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee") * (w / row_sum)[:, None]
+        if weights is None:
+            acc_s = tl.where(valid, acc_s, float("-inf"))
+            row_max, row_sum, acc_o = add_tile(acc_s, v_tile, row_max, row_sum, acc_o)
+        else:
+            p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
+            row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
+            acc_o += tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee") * (w / row_sum)[:, None]
 
-    at = (row * splits + i_split) * (G * D)
-    tl.store(out + at + q_at, acc_o.to(out.dtype.element_ty), mask=q_mask)
+    at = row * splits + i_split
+    if weights is None:
+        acc_o, row_lse = finish(row_max, row_sum, acc_o)
+        tl.store(lse + at * G + heads, row_lse, mask=heads < G)
+    tl.store(out + at * (G * D) + q_at, acc_o.to(out.dtype.element_ty), mask=q_mask)
 
 
 def unavailable(problem) -> str | None:
@@ -81,20 +93,24 @@ def default_splits(device: torch.device, programs: int, K: int) -> int:
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
-    q, k_pages, v_pages, weights, indices, page_table = (
-        x.contiguous() for x in (q, k_pages, v_pages, weights, indices, page_table)
-    )
+    out, _ = decode_ranges(q, k_pages, v_pages, weights.contiguous(), indices, page_table, scale)
+    return (out if out.shape[3] == 1 else out.sum(3)).to(q.dtype).view(q.shape)
+
+
+def decode_ranges(q, k_pages, v_pages, weights, indices, page_table, scale):
+    """out [B, T, H, ranges, G, D] of each range of slots, in q's dtype if there is one, and, without weights, lse."""
+    q, k_pages, v_pages, indices, page_table = (x.contiguous() for x in (q, k_pages, v_pages, indices, page_table))
     B, T, HQ, D = q.shape
     P, _, H, _ = k_pages.shape
     K, G = indices.shape[3], HQ // H
     splits = default_splits(q.device, B * T * H, K)
-    constants, _ = base._setup(decode_kernel, q, k_pages[None], weights, indices, "")
-    del constants["BLOCK_K"]
-    out = torch.empty_like(q) if splits == 1 else q.new_empty(B, T, H, splits, G, D, dtype=torch.float32)
-    launch(
-        decode_kernel, (T * splits, H, B), q, k_pages, v_pages, weights, indices, page_table, out, T,
-        page_table.shape[1], P, splits, scale * math.log2(math.e), SLOTS=-(-K // splits), **constants,
-    )  # fmt: skip
-    return out if splits == 1 else out.sum(3).to(q.dtype).view(B, T, HQ, D)
+    out = q.new_empty(B, T, H, splits, G, D, dtype=q.dtype if splits == 1 else torch.float32)
+    lse = None if weights is not None else q.new_empty(out.shape[:-1], dtype=torch.float32)
+    if q.numel():
+        constants, _ = base._setup(decode_kernel, q, k_pages[None], weights, indices, "")
+        del constants["BLOCK_K"]
+        launch(
+            decode_kernel, (T * splits, H, B), q, k_pages, v_pages, weights, indices, page_table, out, lse, T,
+            page_table.shape[1], P, splits, scale * math.log2(math.e), SLOTS=-(-K // splits), **constants,
+        )  # fmt: skip
+    return out, lse

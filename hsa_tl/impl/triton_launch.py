@@ -22,6 +22,11 @@ LENGTHS = ("T", "N", "splits", "past", "past_rest", "outside", "outside_rest")
 _ONE_LAUNCH = threading.RLock()
 
 
+def piece(function):
+    """Makes a function one that kernels may call."""
+    return triton.jit(function) if triton else function
+
+
 @functools.cache
 def form(kernel, interpreted: bool):
     """A kernel to launch: interpreted for CPU tensors, compiled for CUDA, both in one process."""
@@ -32,8 +37,11 @@ def form(kernel, interpreted: bool):
         return triton.jit(kernel, do_not_specialize=[x for x in names if x in LENGTHS])
     from triton.runtime.interpreter import InterpretedFunction
 
-    # On a copy with its own globals: the interpreter adds its names to the globals of what it rewrites.
-    copy = types.FunctionType(kernel.__code__, dict(kernel.__globals__), kernel.__name__)
+    # On a copy with its own globals: the interpreter adds its names to the globals of what it rewrites. It runs the
+    # kernel as Python, so a piece is the plain function there.
+    jitted = triton.runtime.jit.JITFunction
+    names = {name: x.fn if isinstance(x, jitted) else x for name, x in kernel.__globals__.items()}
+    copy = types.FunctionType(kernel.__code__, names, kernel.__name__)
     copy.__annotations__ = kernel.__annotations__
     return InterpretedFunction(copy)
 

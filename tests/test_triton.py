@@ -1,0 +1,46 @@
+"""The Triton kernels of both attentions, compiled for Hopper without a GPU."""
+
+import pytest
+import torch
+from tiers import tiered
+
+from hsa_tl import ops
+
+triton = pytest.importorskip("triton")
+
+TYPES = {
+    **dict.fromkeys(("q", "k", "v", "do", "out", "dq", "dk", "dv"), "*bf16"),
+    **dict.fromkeys(("weights", "dweights", "lse", "dlse", "delta"), "*fp32"),
+    **dict.fromkeys(("indices", "chunk_len", "page_table", "pair"), "*i32"),
+    **{"offsets": "*i64", "scale": "fp32", "scale_log2": "fp32"},
+}
+SHAPES = {"paper": (16, 128, 64, False), "short-chunk": (16, 64, 64, True), "few-heads": (4, 64, 32, False)}
+
+
+@pytest.mark.static
+@pytest.mark.parametrize("weighted", (True, False), ids=("hsa", "selected"))
+@pytest.mark.parametrize("G, D, S, masked", tiered(SHAPES, quick=("short-chunk",), rows=True))
+def test_kernels_compile_for_hopper(weighted, G, D, S, masked, monkeypatch):
+    """On tensor cores, without local memory in what ptxas gets, in the shared memory that the plan reckons with."""
+    names = ("triton_kernels", "triton", "triton_decode", "triton_launch")
+    kernels, base, decode, triton_launch = map(ops.implementation, names)
+    monkeypatch.setattr(base, "_device_shared_bytes", lambda device: base._HOPPER_SHARED_BYTES)
+    q, k = (torch.empty(shape, device="meta").bfloat16() for shape in ((1, 8, G, D), (1, 3, S, 1, D)))
+    slots = torch.empty(1, 8, 1, 4, device="meta")
+    absent = ("lse", "dlse", "delta") if weighted else ("weights", "dweights")
+    for kernel in (kernels.forward_kernel, kernels.dq_kernel, kernels.dkdv_kernel, decode.decode_kernel):
+        constants, _ = base._setup(kernel, q, k, slots if weighted else None, slots, "")
+        constants |= dict.fromkeys(absent if masked else (*absent, "chunk_len"))
+        constants |= {"SLOTS": 4, "WANT_DK": True, "WANT_DV": True}
+        if weighted and kernel is kernels.dq_kernel:
+            constants["out"] = None
+        jitted = triton_launch.form(kernel, False)
+        signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in jitted.arg_names}
+        source = triton.compiler.ASTSource(jitted, signature, {n: constants[n] for n in signature if n in constants})
+        options = {n: constants[n] for n in ("num_warps", "num_stages", "maxnreg") if n in constants}
+        target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        made = triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+        assert "mma" in made.asm["ptx"] and "st.local" not in made.asm["ptx"], kernel.__name__
+        settings = base.plan(kernel, G, D, S, 2)
+        reckoned = base._shared_bytes(kernel, settings["block_M"], settings["num_stages"], S, constants["BLOCK_D"], 2)
+        assert made.metadata.shared <= reckoned, kernel.__name__
