@@ -9,14 +9,21 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import TYPES, Dims, hard_calls, make_call, seeds
+from strategies import TYPES, Dims, hard_calls, make_call, seeds, without_weights
 from tiers import prove, tiered
 
-from hsa_tl import hsa_attention, hsa_decode, retrieve_chunks, retrieve_decode
+from hsa_tl import (
+    hsa_attention,
+    hsa_decode,
+    retrieve_chunks,
+    retrieve_decode,
+    selected_attention,
+    selected_decode,
+)
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.impl import tilelang, tilelang_retrieval
 from hsa_tl.kernels_tilelang import compile
-from hsa_tl.kernels_tilelang.config import space, tuned
+from hsa_tl.kernels_tilelang.config import PROGRAMS, space, tuned
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
@@ -71,6 +78,37 @@ def test_every_config_equals_the_oracle(name, program):
     problem = Problem(d.B, d.T, d.N, d.HQ, d.H, d.D, d.S, d.K, call.q.dtype, masked=masked, per_head=d.per_head)
     for config in space(program, problem):
         check(call, d.S, {program: asdict(config)}, gradients=program.startswith("hsa_bwd"))
+
+
+def check_selected(call: Inputs, S: int, config: dict | None) -> None:
+    """`selected_attention`, and its gradients where the config is of a backward, against the oracle."""
+    call, options = without_weights(call), {"impl": "tilelang", "config": config, "chunk_size": S}
+    if config and not any("_bwd_" in name for name in config):
+        actual = dict(zip(("out", "lse"), selected_attention(*call[:4], **options), strict=True))
+    else:
+        actual = run_with_gradients(selected_attention, call, **options)
+    assert_attention(actual, call, chunk_size=S)
+
+
+@prove
+@pytest.mark.parametrize("program", [x for x in PROGRAMS if x.startswith("selected_") and PROGRAMS[x]])
+@pytest.mark.parametrize("name", DIMS)
+def test_every_config_of_one_softmax_equals_the_oracle(name, program):
+    d = DIMS[name]._replace(per_head=False)
+    problem = Problem(d.B, d.T, d.N, d.HQ, d.H, d.D, d.S, d.K, torch.bfloat16, masked=d.T_kv % d.S != 0)
+    for config in space(program, problem):
+        check_selected(half(make_call(d)), d.S, {program: asdict(config)})
+
+
+@pytest.mark.parametrize("program", ("selected_fwd_union", "selected_bwd_chunk"))
+def test_one_softmax(program):
+    """A tail, empty slots, duplicates, two tiles of a chunk's pairs."""
+    check_selected(half(make_call(Dims(T=21, T_kv=90, HQ=16, D=64, S=S, K=4))), S, {program: {}})
+
+
+@prove
+def test_a_chunk_too_large_for_the_backward_is_split():
+    check_selected(half(make_call(Dims(T=21, T_kv=300, HQ=4, D=128, S=128, K=3))), 128, None)
 
 
 @prove
@@ -150,8 +188,11 @@ def test_decode(K):
     weights, indices = torch.randn(2, 1, 1, K), torch.randint(-1, N, (2, 1, 1, K), dtype=torch.int32)
     table = torch.randperm(pages)[: 2 * N].view(2, N).int()
     out = hsa_decode(q, k, v, weights, indices, table, impl="tilelang")
+    both = dict(zip(("out", "lse"), selected_decode(q, k, v, indices, table, impl="tilelang"), strict=True))
     k, v = (x[table.long()].flatten(1, 2) for x in (k, v))
-    assert_attention({"out": out}, Inputs(q, k, v, weights, indices, torch.zeros_like(q)), chunk_size=S)
+    call = Inputs(q, k, v, weights, indices, torch.zeros_like(q))
+    assert_attention({"out": out}, call, chunk_size=S)
+    assert_attention(both, without_weights(call), chunk_size=S)
 
 
 def run_changed(program: str, pattern: str, replacement: str, monkeypatch) -> None:

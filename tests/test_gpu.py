@@ -9,7 +9,7 @@ from strategies import Dims, emulable, make_call, without_weights
 from hsa_tl import build_pairs, fusion_weights, hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.autotune import cost, table
-from hsa_tl.kernels_tilelang.config import space, tuned
+from hsa_tl.kernels_tilelang.config import PROGRAMS, space, tuned
 from hsa_tl.oracle import retrieve_oracle
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
@@ -59,7 +59,7 @@ def test_equals_the_oracle(impl, dtype, dims):
     check(impl, on_gpu(make_call(dims), dtype), chunk_size=dims.S)
 
 
-@pytest.mark.parametrize("impl, dtype", [x for x in TYPES if x[0] != "tilelang"])
+@pytest.mark.parametrize("impl, dtype", TYPES)
 @pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
 def test_selected_equals_the_oracle(impl, dtype, dims):
     call = without_weights(on_gpu(make_call(dims), dtype))
@@ -310,6 +310,18 @@ def test_every_config_of_every_program_equals_the_oracle(name, program, dtype):
     )
     for config in space(program, problem):
         check("tilelang", call, chunk_size=dims.S, config={program: dataclasses.asdict(config)})
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name.startswith("selected_") and PROGRAMS[name]])
+@pytest.mark.parametrize("name", STRATEGY_DIMS)
+def test_every_config_of_one_softmax_equals_the_oracle(name, program):
+    dims = DIMS[name]
+    call = without_weights(on_gpu(make_call(dims), torch.bfloat16))
+    masked = dims.T_kv % dims.S != 0
+    problem = Problem(dims.B, dims.T, dims.N, dims.HQ, dims.H, dims.D, dims.S, dims.K, torch.bfloat16, masked=masked)
+    for config in space(program, problem):
+        options = {"chunk_size": dims.S, "impl": "tilelang", "config": {program: dataclasses.asdict(config)}}
+        assert_attention(run_with_gradients(selected_attention, call, **options), call, chunk_size=dims.S)
 
 
 @pytest.mark.parametrize("D", (64, 128))

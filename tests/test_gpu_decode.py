@@ -44,7 +44,7 @@ def test_equals_the_oracle(impl, dtype, dims):
     assert_attention({"out": hsa_decode(*call, impl=impl)}, laid_out(*call), chunk_size=S)
 
 
-@pytest.mark.parametrize("impl", ("auto", "reference", "triton"))
+@pytest.mark.parametrize("impl", ("auto", "reference", "tilelang", "triton"))
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
 def test_selected_equals_the_oracle(impl, dtype, dims):
