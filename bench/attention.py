@@ -2,12 +2,12 @@
 
 import functools
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from hsa_tl import api, cases, selection_overlap
-from hsa_tl.bench import gate
-from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider
+from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider, selection_complaints
 from hsa_tl.bench.selections import load_selection
 from hsa_tl.bench.suite import Suite, Work, parse_selection
 from hsa_tl.problem import Problem
@@ -53,6 +53,8 @@ class Attention(Suite):
     """corpus: the text of selection "text", by default Python's standard library."""
 
     name = "attention"
+    providers: ClassVar = {p.name: p.kernel for p in PROVIDERS.values()}
+    defaults: ClassVar = DEFAULT_PROVIDERS
     modes = tuple(DIRECTIONS)
     default_modes = ("forward", "train")
     selections = ("random", "overlap", "full", "text", "trained")
@@ -60,17 +62,8 @@ class Attention(Suite):
 
     def __init__(self, corpus: Corpus | None = None):
         self.corpus = corpus
-        self.gate_tensors: dict[Problem, Tensors] = {}
+        self.gate_tensors = functools.cache(lambda problem: self.inputs(problem, "random"))
         self.expected: dict[tuple, dict] = {}
-
-    def known(self):
-        return tuple(PROVIDERS)
-
-    def default(self, device_type):
-        return DEFAULT_PROVIDERS[device_type]
-
-    def kernel(self, name):
-        return provider(name).kernel
 
     def unavailable(self, name, problem, mode):
         p = provider(name)
@@ -85,16 +78,14 @@ class Attention(Suite):
         return cases.at_length(problem, GATE_LENGTH - (problem.S // 2 if problem.masked else 0))
 
     def gate(self, name, problem):
-        p = provider(name)
-        if problem not in self.gate_tensors:
-            self.gate_tensors[problem] = self.inputs(problem, "random")
-        tensors, key = self.gate_tensors[problem], (problem, p.oracle, p.leaves)
-        if "own" in p.uses and (reason := gate.selection_complaint(tensors, problem.S)):
-            return reason
+        p, tensors = provider(name), self.gate_tensors(problem)
+        if "own" in p.uses and (wrong := selection_complaints(tensors, problem.S)):
+            return wrong
+        key = (problem, p.oracle, p.leaves)
         if key not in self.expected:
-            self.expected[key] = gate.expected(p, tensors, problem.S)
-        results = gate.compare(p, tensors, problem.S, self.expected[key])
-        return next((r.message for r in results if not r.ok), None)
+            self.expected[key] = p.expected(tensors, problem.S)
+        results = p.compare(tensors, problem.S, self.expected[key])
+        return [r.message for r in results if not r.ok]
 
     def inputs(self, problem: Problem, selection: str) -> Tensors:
         """Arguments of `hsa_attention` by name, do and dweights, and q_slc and landmarks with their own selection."""

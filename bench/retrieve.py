@@ -4,22 +4,23 @@ Mode "prefill" retrieves for all T tokens at once; "segment" for the last SEGMEN
 chunked prefill does (q_start = T - SEGMENT), and its rows say so. Nothing is extrapolated.
 """
 
+import dataclasses
 import functools
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from hsa_tl import cases, ops
+from hsa_tl import cases
 from hsa_tl.api import IMPLS, retrieve_chunks
 from hsa_tl.bench.attention import scored_chunks
-from hsa_tl.bench.suite import Suite, Work, one_of, parse_selection
+from hsa_tl.bench.providers import why_not
+from hsa_tl.bench.suite import Suite, Work, parse_selection
 from hsa_tl.problem import Problem
 from hsa_tl.testing import check_retrieval
 from hsa_tl.text import read_corpus, text_features
 
 SEGMENT = 4096  # queries of mode "segment"
 GATE_QUERIES = 128  # at the start and at the end of the gate's sequence
-PROVIDERS = ("materialise", *(f"hsa-{impl}" for impl in IMPLS))
 
 
 def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
@@ -32,7 +33,7 @@ def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
     return scores, indices.masked_fill_(scores == -torch.inf, -1).int()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sequence:
     """Landmarks of T tokens, and the queries of the tokens from q_start on."""
 
@@ -67,36 +68,22 @@ def first_query(problem: Problem, mode: str) -> int:
     return 0 if mode == "prefill" else max(0, problem.T - SEGMENT)
 
 
-def as_problem(p: Problem) -> Problem:
-    """The same dims as an attention problem whose heads are the retrieval heads."""
-    return Problem(p.B, p.T, p.N, p.H, p.H, p.D, p.S, p.K, dtype=p.dtype, device_type=p.device_type)
-
-
 class Retrieve(Suite):
     name = "retrieve"
+    providers: ClassVar = {"materialise": "materialised_retrieval"} | {f"hsa-{impl}": "retrieval" for impl in IMPLS}
+    defaults: ClassVar = {"cpu": ("materialise", "hsa-auto")}
     modes = ("prefill", "segment")
-    default_modes = modes
     selections = ("random", "text")
     cpu_lengths, cuda_lengths = "4k,16k,64k,256k,1m,4m,16m", "4k..16m"
     multiple_of_chunk = True
-
-    def known(self):
-        return PROVIDERS
-
-    def default(self, device_type):
-        return PROVIDERS[:2] if device_type == "cpu" else PROVIDERS
-
-    def kernel(self, name):
-        return "materialised_retrieval" if name == "materialise" else "retrieval"
+    dims = "R={p.H} D_r={p.D} S={p.S} K={p.K}"
 
     def unavailable(self, name, problem, mode):
-        impl = one_of("provider", name, PROVIDERS).removeprefix("hsa-")
+        impl = name.removeprefix("hsa-")
         if impl in ("materialise", "auto", "reference"):
             return None
-        try:
-            return ops.implementation(f"{impl}_retrieval").unavailable(as_problem(problem))
-        except Exception as error:
-            return f"hsa_tl.impl.{impl}_retrieval does not import: {type(error).__name__}: {error}"
+        # As an attention problem whose heads are the retrieval heads.
+        return why_not(f"{impl}_retrieval", dataclasses.replace(problem, HQ=problem.H))
 
     def run(self, name, q_slc, landmarks, problem, q_start):
         p = problem
@@ -121,8 +108,8 @@ class Retrieve(Suite):
                 found = self.run(name, q, sequence.landmarks, problem, q_start)
                 wrong = check_retrieval(*found, q, sequence.landmarks, ties=name != "materialise", **options)
                 if wrong:
-                    return f"from token {q_start} on: {wrong[0]}"
-        return None
+                    return [f"from token {q_start} on: {wrong[0]}"]
+        return []
 
     def inputs(self, problem, selection):
         return Sequence(problem, parse_selection(selection)[0])
@@ -141,6 +128,3 @@ class Retrieve(Suite):
         held = 5 * p.B * p.H * queries * p.N if name == "materialise" else 0
         note = f"queries {q_start} to {p.T} of {p.T} only" if q_start else ""
         return Work(2 * p.B * p.H * p.D * scores, rows, held, note)
-
-    def label(self, p):
-        return f"R={p.H} D_r={p.D} S={p.S} K={p.K} {p.dtype_name}"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from hsa_tl import cases
 from hsa_tl.bench import compare, decode, record
-from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.bench.sweep import Sweep
 from hsa_tl.cli import app
 
 CASE = dataclasses.replace(
@@ -17,7 +17,7 @@ CASE = dataclasses.replace(
 
 
 def bench(folder=None, names=None, lengths=(64, 128)):
-    return run_sweep(decode.Decode(), [CASE], lengths, None, names, out_dir=folder, **SWEEP)
+    return Sweep(decode.Decode(), CASE, lengths, None, names, out_dir=folder, **SWEEP).run()
 
 
 def test_rows(tmp_path):
