@@ -37,10 +37,10 @@ def not_installed(package: str, module: str) -> str | None:
 
 
 def masked_attention(q, k, v, seen):
-    """Softmax attention as the equation has it, the whole score matrix held; seen: mask of scores [B, HQ, T, T_kv]."""
-    G = q.shape[2] // k.shape[2]
-    s = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(G, 2)) * q.shape[3] ** -0.5
-    return torch.einsum("bhts,bshd->bthd", s.masked_fill(~seen, -torch.inf).softmax(-1), v.repeat_interleave(G, 2))
+    """Softmax attention as the equation has it, all scores held; seen: which of them count, [B, H, G, T, T_kv]."""
+    q_BTHGD = q.unflatten(2, (k.shape[2], -1))
+    s = torch.einsum("bthgd,bshd->bhgts", q_BTHGD, k) * q.shape[3] ** -0.5
+    return torch.einsum("bhgts,bshd->bthgd", s.masked_fill(~seen, -torch.inf).softmax(-1), v).flatten(2, 3)
 
 
 def dense_oracle(q, k, v, *, chunk_size):
@@ -209,11 +209,10 @@ def nsa(q, k, v, indices, *, chunk_size):
 
 def nsa_oracle(q, k, v, indices, *, chunk_size):
     """One softmax over all keys of a token's chunks up to the token."""
-    T, G = q.shape[1], q.shape[2] // k.shape[2]
-    position, blocks = torch.arange(T, device=q.device), nsa_chunks(indices)
+    position, blocks = torch.arange(q.shape[1], device=q.device), nsa_chunks(indices)
     chosen = (blocks[..., None, :] == (position // chunk_size)[:, None]).any(-1)  # [B, T, H, T]
     seen = chosen & (position <= position[:, None])[:, None]
-    return masked_attention(q, k, v, seen.repeat_interleave(G, 2).transpose(1, 2))
+    return masked_attention(q, k, v, seen.transpose(1, 2)[:, :, None])
 
 
 def nsa_unavailable(problem: Problem) -> str | None:

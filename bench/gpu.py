@@ -26,7 +26,7 @@ from hsa_tl.bench.model import ModelBench
 from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
 from hsa_tl.bench.suite import Suite
-from hsa_tl.bench.sweep import Sweep
+from hsa_tl.bench.sweep import LATE, Sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang import config as configs
@@ -218,7 +218,7 @@ class Measure:
             left = max(0.0, end - time.monotonic())
             what = (suite, suite.find_case(name), lengths, self.modes, None, selection, device, out, left)
             rows += Sweep(*what, min_repeats=10, seconds=0.3).run()
-        late = sum("time is up" in r.note for r in rows)
+        late = sum(r.note == LATE for r in rows)
         return {"rows": len(rows), "not_measured": late, "finished": late == 0}
 
 

@@ -19,6 +19,7 @@ from hsa_tl.problem import Problem
 
 PROBE = 8
 MAX_CALL_S = 60.0  # a point whose one call is expected to take longer is skipped, and its row says so
+LATE = "not measured: the sweep's time is up"
 METRICS = {"time": "ms", "throughput": "GFLOP/s", "bandwidth": "GB/s", "peak_extra_memory": "MiB"}
 
 
@@ -149,8 +150,8 @@ class Sweep:
 
     def learn(self, point: Point, name: str, ms: float) -> None:
         """Remembers what a call took, to say beforehand how long the next length takes."""
-        flops = max(1, self.suite.work(name, point.problem, point.mode).flops)
-        self.ns_per_flop[self.key(point, name)] = ms * 1e6 / flops
+        if flops := self.suite.work(name, point.problem, point.mode).flops:
+            self.ns_per_flop[self.key(point, name)] = ms * 1e6 / flops
 
     def probe(self, point: Point, names: list[str]) -> None:
         """Where nothing tells how long a call takes, one at the gate's length does, and at longer ones by PROBE."""
@@ -188,19 +189,19 @@ class Sweep:
         problem, mode = point.problem, point.mode
         if reason := self.suite.unavailable(name, problem, mode):
             return f"unavailable: {reason}"
-        work = self.suite.work(name, problem, mode)
-        expected_s = self.ns_per_flop.get(self.key(point, name), 0.0) * work.flops * 1e-9
-        if time.monotonic() + 3 * expected_s > self.deadline:
-            return "not measured: the sweep's time is up"
+        if time.monotonic() > self.deadline:
+            return LATE
         if reason := self.refusal(problem, name):
             return reason
+        work = self.suite.work(name, problem, mode)
+        expected_s = self.ns_per_flop.get(self.key(point, name), 0.0) * work.flops * 1e-9
         have = record.free_bytes(self.device)
         need = work.held_bytes + (0 if self.made else self.suite.input_bytes(problem))
         if need > have:
             return f"not measured: needs {need:.3g} bytes, {have:.3g} are free"
         if expected_s > self.max_call_s:
             return f"not measured: one call takes about {expected_s:.0f} s, the limit is {self.max_call_s:.0f} s"
-        return None
+        return LATE if time.monotonic() + 3 * expected_s > self.deadline else None
 
     def prepare(self, point: Point, name: str) -> Callable[[], object]:
         """The call to time, warmed up; its peak of memory is a row."""
