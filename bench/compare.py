@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from hsa_tl.bench.record import Row
@@ -42,13 +42,19 @@ def length_label(T: int) -> str:
     return str(T)
 
 
+def grouped(rows: Iterable, key: Callable) -> dict:
+    """Rows by their key, in order."""
+    out: dict = {}
+    for r in rows:
+        out.setdefault(key(r), []).append(r)
+    return out
+
+
 def groups(rows: Iterable[Row]) -> dict[Group, list[Row]]:
     """What is compared; not the roofline."""
-    out: dict[Group, list[Row]] = {}
-    for r in sorted(rows, key=lambda r: (r.device, r.config, r.selection, r.x)):
-        if r.kernel != "roofline":
-            out.setdefault(Group(r.config, r.selection, r.device), []).append(r)
-    return out
+    ordered = sorted(rows, key=lambda r: (r.device, r.config, r.selection, r.x))
+    compared = (r for r in ordered if r.kernel != "roofline")
+    return grouped(compared, lambda r: Group(r.config, r.selection, r.device))
 
 
 def subject(rows: list[Row]) -> str:
@@ -70,20 +76,14 @@ def modes(rows: Iterable[Row]) -> dict[str, str]:
 
 def missing(rows: Iterable[Row]) -> dict[tuple[str, str], str]:
     """Points without a time by provider and reason."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for r in rows:
-        if r.metric == "time" and r.p50 is None:
-            found.setdefault((r.provider, r.note), []).append(f"{r.mode} {length_label(r.x)}")
-    return {key: ", ".join(points) for key, points in found.items()}
+    without = grouped((r for r in rows if r.metric == "time" and r.p50 is None), lambda r: (r.provider, r.note))
+    return {key: ", ".join(f"{r.mode} {length_label(r.x)}" for r in mine) for key, mine in without.items()}
 
 
 def fastest_baseline(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
     """(mode, length) -> milliseconds of the fastest provider of what HSA is held against, dense attention for one."""
-    out: dict[tuple[str, int], float] = {}
-    for r in times(rows):
-        if r.kernel in BASELINES:
-            out[r.mode, r.x] = min(r.p50, out.get((r.mode, r.x), r.p50))
-    return out
+    found = grouped((r for r in times(rows) if r.kernel in BASELINES), lambda r: (r.mode, r.x))
+    return {key: min(r.p50 for r in mine) for key, mine in found.items()}
 
 
 def ratios(rows: list[Row], mode: str) -> tuple[str, dict[int, float]]:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from hsa_tl.bench import record
-from hsa_tl.bench.compare import length_label
+from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.plot_eval import NEEDLES, plot_lengths
 from hsa_tl.bench.ruler import chance
 from hsa_tl.bench.suite import one_of
@@ -123,10 +123,10 @@ def _ask(
 def _show(console: Console, out: Path, mine: list[Row], rows: list[Row]) -> None:
     """The table of mine, accuracy by length for each model, seed and task; a plot of rows, all of one recipe."""
     lengths = sorted({r.length for r in mine})
-    at: dict[tuple, dict[int, str]] = {}
-    for r in mine:
-        at.setdefault((r.model, r.seed, r.task), {})[r.length] = f"{100 * r.accuracy:.1f}"
-    lines = [(*key, *(found.get(T, "") for T in lengths)) for key, found in at.items()]
+    lines = []
+    for key, found in grouped(mine, lambda r: (r.model, r.seed, r.task)).items():
+        shares = {r.length: f"{100 * r.accuracy:.1f}" for r in found}
+        lines.append((*key, *(shares.get(T, "") for T in lengths)))
     title = f"Answers right in %, by length; trained at {mine[0].train_length} tokens at most"
     names = ("model", "seed", "task", *map(length_label, lengths))
     show_table(console, title, names, lines, right=tuple(range(3, len(names))))

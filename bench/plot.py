@@ -140,8 +140,9 @@ class Panel(NamedTuple):
     decorate: Callable = lambda ax: ""
 
     def draw(self, ax) -> None:
-        for name in sorted({r.provider for r in self.rows}, key=order):
-            line = sorted((r for r in self.rows if r.provider == name), key=lambda r: r.x)
+        lines = compare.grouped(sorted(self.rows, key=lambda r: r.x), lambda r: r.provider)
+        for name in sorted(lines, key=order):
+            line = lines[name]
             values = ([self.scale * getattr(r, q) for r in line] for q in ("p20", "p50", "p80"))
             band(ax, [r.x for r in line], *values, *LOOKS.get(name, (name, BLACK, ".")))
         if any(r.p50 > 0 for r in self.rows):
@@ -203,18 +204,15 @@ def _figure(panels: list[Panel], group: compare.Group, path: Path) -> list[Path]
 def plot_group(rows: list[Row], group: compare.Group, roofs: list[Row], out_dir: Path, stem: str) -> list[Path]:
     """Files of one group: STEM (time by mode and memory) and STEM-rates (TFLOP/s and GB/s by mode), PNG and SVG."""
     titles, panels, rates = compare.modes(rows), [], []
-    of = {(metric, m): [] for metric in ("time", "throughput", "bandwidth", "peak_extra_memory") for m in titles}
-    for r in rows:
-        if r.p50 is not None and (r.metric, r.mode) in of:
-            of[r.metric, r.mode].append(r)
+    of = compare.grouped((r for r in rows if r.p50 is not None), lambda r: (r.metric, r.mode))
     for m, title in titles.items():
         decorate = functools.partial(_beside_baseline, rows=rows, mode=m)
         panels.append(Panel(of["time", m], f"{title}: time", "ms (median; band p20 to p80)", 1.0, decorate))
         for metric, unit, scale in (("throughput", "TFLOP/s", 1e-3), ("bandwidth", "GB/s of least traffic", 1.0)):
-            if of[metric, m]:
+            if (metric, m) in of:
                 decorate = functools.partial(_roof, roofs=roofs, metric=metric, scale=scale)
                 rates.append(Panel(of[metric, m], title, unit, scale, decorate))
-    if last := next((m for m in reversed(titles) if of["peak_extra_memory", m]), None):
+    if last := next((m for m in reversed(titles) if ("peak_extra_memory", m) in of), None):
         title = f"{titles[last]}: peak memory\nbeyond the inputs"
         panels.append(Panel(of["peak_extra_memory", last], title, "MiB"))
     paths = _figure(panels, group, out_dir / f"{stem}.png")

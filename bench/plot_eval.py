@@ -1,10 +1,11 @@
 """Plots of trained models, accuracy and bits per token by length, and of the selections that retrieval makes."""
 
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
-from hsa_tl.bench.compare import length_label
+from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.plot import GREY, RED, band, grid, interval, legend_below, length_axis, save
 from hsa_tl.model.recipe import load_recipe, recipe_names
 
@@ -53,15 +54,16 @@ def heat_map(figure, ax, values, label: str, **options) -> None:
     figure.colorbar(image, ax=ax, shrink=0.8, label=label)
 
 
-def _accuracy(ax, points: dict[float, list], label: str, color: str, shift: float = 0.0) -> None:
-    """points: x and its rows, whose answers count together, with Wilson's interval. shift: of x, not to hide others."""
-    answers = [sum(r.answers for r in rows) for rows in points.values()]
-    right = [sum(r.accuracy * r.answers for r in rows) for rows in points.values()]
-    y = [m / n for m, n in zip(right, answers, strict=True)]
-    ends = [interval(m, n) for m, n in zip(right, answers, strict=True)]
-    bars = zip(*((mid - low, high - mid) for mid, (low, high) in zip(y, ends, strict=True)), strict=True)
-    x = [at + shift for at in points]
-    ax.errorbar(x, y, tuple(bars), color=color, marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
+def _accuracy(ax, x: list[float], points, label: str, color: str) -> None:
+    """points: the rows at each x, whose answers count together, with Wilson's interval."""
+    y, below, above = [], [], []
+    for rows in points:
+        answers, right = sum(r.answers for r in rows), sum(r.accuracy * r.answers for r in rows)
+        low, high = interval(right, answers)
+        y.append(right / answers)
+        below.append(y[-1] - low)
+        above.append(high - y[-1])
+    ax.errorbar(x, y, (below, above), color=color, marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
 
 
 def _by_length_and_depth(figure, ax, rows: list, task: str) -> None:
@@ -95,12 +97,11 @@ def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path:
             continue
         by_length = panel == "length"
         for i, task in enumerate(tasks if by_length else deep):
-            points: dict[float, list] = {}
-            for r in rows:
-                if r.task == task:
-                    points.setdefault(r.length if by_length else 100 * r.depth, []).append(r)
-            shift = 0.0 if by_length else 0.8 * (i - (len(deep) - 1) / 2)
-            _accuracy(ax, dict(sorted(points.items())), TASKS.get(task, task), COLORS[i % len(COLORS)], shift)
+            at = attrgetter("length" if by_length else "depth")
+            points = grouped(sorted((r for r in rows if r.task == task), key=at), at)
+            scale, shift = (1, 0.0) if by_length else (100, 0.8 * (i - (len(deep) - 1) / 2))
+            x = [scale * place + shift for place in points]
+            _accuracy(ax, x, points.values(), TASKS.get(task, task), COLORS[i % len(COLORS)])
         if by_length:
             length_axis(ax, lengths)
             ax.set_title("by length, all depths together")
@@ -128,12 +129,10 @@ def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
     tasks = [t for t in NEEDLES if any(r.task == t for r in rows)]
     figure, axes = grid(len(tasks), 0, 4.4, 3.6, 0, sharey=True)
     for ax, task in zip(axes, tasks, strict=True):
-        mine = [r for r in rows if r.task == task]
+        mine = sorted((r for r in rows if r.task == task), key=lambda r: (r.length, r.accuracy))
         for model, (label, color, marker) in MODELS.items():
             seeds = len({r.seed for r in rows if r.model == model})
-            points: dict[int, list] = {}
-            for r in sorted((r for r in mine if r.model == model), key=lambda r: (r.length, r.accuracy)):
-                points.setdefault(r.length, []).append(r)
+            points = grouped((r for r in mine if r.model == model), attrgetter("length"))
             if not points:
                 continue
             ends = [

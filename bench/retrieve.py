@@ -6,6 +6,7 @@ chunked prefill does (q_start = T - SEGMENT), and its rows say so. Nothing is ex
 
 import dataclasses
 import functools
+import itertools
 from typing import ClassVar
 
 import torch
@@ -33,35 +34,17 @@ def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
     return scores, indices.masked_fill_(scores == -torch.inf, -1).int()
 
 
-@dataclasses.dataclass(frozen=True)
-class Sequence:
-    """Landmarks of T tokens, and the queries of the tokens from q_start on."""
-
-    problem: Problem
-    selection: str
-    integers: bool = False  # small whole numbers: scores are exact and ties are common
-
-    def draw(self, tokens: int, seed: int) -> torch.Tensor:
-        p, g = self.problem, torch.Generator(self.problem.device_type).manual_seed(seed)
-        shape = (p.B, tokens, p.H, p.D)
-        if self.integers:
-            return torch.randint(-2, 3, shape, generator=g, device=p.device_type).to(p.dtype)
-        return torch.randn(shape, generator=g, device=p.device_type, dtype=p.dtype)
-
-    @functools.cached_property
-    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
-        p = self.problem
-        f = text_features(read_corpus(at_least=p.T).data, p, retrieval_dim=p.D)
-        return tuple(x.to(device=p.device_type, dtype=p.dtype) for x in f[:2])
-
-    @functools.cached_property
-    def landmarks(self) -> torch.Tensor:
-        return self.features[1] if self.selection == "text" else self.draw(self.problem.N, 1)
-
-    def queries(self, q_start: int) -> torch.Tensor:
-        if self.selection == "text":
-            return self.features[0][:, q_start:]
-        return self.draw(self.problem.T - q_start, 2)
+def draw(p: Problem, selection: str, q_start: int, integers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of the tokens from q_start on, landmarks of all. integers: scores are exact and ties are common."""
+    if selection == "text":
+        features = text_features(read_corpus(at_least=p.T).data, p, retrieval_dim=p.D)
+        q_slc, landmarks = (x.to(device=p.device_type, dtype=p.dtype) for x in features[:2])
+        return q_slc[:, q_start:], landmarks
+    g = torch.Generator(p.device_type).manual_seed(1)
+    shapes = ((p.B, tokens, p.H, p.D) for tokens in (p.T - q_start, p.N))
+    if integers:
+        return tuple(torch.randint(-2, 3, s, generator=g, device=p.device_type).to(p.dtype) for s in shapes)
+    return tuple(torch.randn(s, generator=g, device=p.device_type, dtype=p.dtype) for s in shapes)
 
 
 def first_query(problem: Problem, mode: str) -> int:
@@ -100,23 +83,22 @@ class Retrieve(Suite):
 
         The baseline's ties are torch.topk's: of it only the scores of the chosen chunks are compared.
         """
-        whole, normal = (Sequence(problem, "random", integers) for integers in (True, False))
-        for q_start in (0, problem.T - GATE_QUERIES):
-            part, options = slice(None, GATE_QUERIES), {"chunk_size": problem.S, "q_start": q_start}
-            for sequence in (whole, normal):
-                q = sequence.queries(q_start)[:, part]
-                found = self.run(name, q, sequence.landmarks, problem, q_start)
-                wrong = check_retrieval(*found, q, sequence.landmarks, ties=name != "materialise", **options)
-                if wrong:
-                    return [f"from token {q_start} on: {wrong[0]}"]
+        for q_start, integers in itertools.product((0, problem.T - GATE_QUERIES), (True, False)):
+            q_slc, landmarks = draw(problem, "random", q_start, integers)
+            q = q_slc[:, :GATE_QUERIES]
+            found = self.run(name, q, landmarks, problem, q_start)
+            options = {"ties": name != "materialise", "chunk_size": problem.S, "q_start": q_start}
+            if wrong := check_retrieval(*found, q, landmarks, **options):
+                return [f"from token {q_start} on: {wrong[0]}"]
         return []
 
     def inputs(self, problem, selection):
-        return Sequence(problem, parse_selection(selection)[0])
+        """Of a first query; the last ones are kept for the next provider."""
+        return functools.lru_cache(maxsize=1)(functools.partial(draw, problem, parse_selection(selection)[0]))
 
     def call(self, name, problem, inputs, mode):
         q_start = first_query(problem, mode)
-        q_slc, landmarks = inputs.queries(q_start), inputs.landmarks
+        q_slc, landmarks = inputs(q_start)
         return torch.no_grad()(lambda: self.run(name, q_slc, landmarks, problem, q_start))
 
     def work(self, name, problem, mode):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from hsa_tl.bench.record import field
@@ -80,9 +81,7 @@ def measure(
         ]  # fmt: skip
         for name in pending if i % 2 == 0 else reversed(pending):
             times[name].append(once(functions[name]))
-    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    quantiles = {name: torch.tensor(spent, dtype=torch.float64).quantile(at) for name, spent in times.items()}
-    return {name: Timing(*q.tolist(), len(times[name])) for name, q in quantiles.items()}
+    return {name: Timing(*np.quantile(spent, (0.2, 0.5, 0.8)).tolist(), len(spent)) for name, spent in times.items()}
 
 
 def _status_bytes(name: str) -> int:

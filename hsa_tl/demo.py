@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hsa_tl import api, cases, selection_overlap, text
+from hsa_tl import api, cases, text
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import compare, plot, plot_eval, record
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.lengths import ask_shipped, train_and_ask
 from hsa_tl.bench.providers import provider
+from hsa_tl.bench.selections import TILES, statistics
 from hsa_tl.bench.sweep import Sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
@@ -32,7 +33,6 @@ STATIC_CASE = "paper-d128"
 STATIC_PROGRAMS = ("hsa_fwd_union", "hsa_fwd_chunk", "hsa_bwd_chunk", "hsa_decode_split")
 THREADS = 1  # a thread that waits for another one's core costs more than two save
 JUDGED_TOKENS = 1024  # the last ones, which see most; float64 takes its time
-TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
 UNION_PAYS = 0.45  # of the chunks walked token by token
 IMPLS = ("reference", "tilelang", "triton")
 SPEED = ("hsa-auto", "retrieve", "hsa-with-retrieval")
@@ -88,14 +88,13 @@ def selections(corpus: text.Corpus, problem: Problem, topks) -> tuple[list[dict]
         first = chosen if first is None else first
         by_chance = make_selection(1, problem.T, problem.H, K, problem.S)
         for kind, indices in (("text", chosen), ("random", by_chance)):
-            unions = {str(n): text.union_size(indices, problem.S, n) for n in TILES}
-            share = {n: u / (int(n) * K) for n, u in unions.items()}
+            found = statistics(indices, problem.S)
+            share = found["union_share"]
             rows.append({
                 "selection": kind, "K": K, "tokens": problem.T, "chunks": problem.N,
                 "retrieve_seconds": seconds if kind == "text" else None,
                 "message": "; ".join(wrong) if kind == "text" else "",
-                "overlap": selection_overlap(text.choosing(indices, problem.S)),
-                "union_chunks": unions, "union_share": share,
+                "overlap": found["overlap"], "union_chunks": found["union_chunks"], "union_share": share,
                 "union_pays_from_tokens": next((int(n) for n, s in share.items() if s < UNION_PAYS), None),
                 "best_chunk_found": text.best_chunk_found(corpus.data, indices, problem.S),
             })  # fmt: skip
