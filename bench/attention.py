@@ -30,6 +30,20 @@ def selection_inputs(problem: Problem, selection: str, corpus: Corpus | None = N
     return make_inputs(problem, kind=kind, overlap=overlap).to(problem.device_type)
 
 
+def retrieval_inputs(
+    p: Problem, kind: str, D_r: int, *, q_start: int = 0, integers: bool = False, corpus: Corpus | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of the tokens from q_start on, landmarks of all; normal, of text, or small whole numbers with ties."""
+    if kind == "text":
+        data = corpus.data if corpus else read_corpus(at_least=p.T).data
+        features = text_features(data, p, retrieval_dim=D_r)
+        q_slc, landmarks = (x.to(device=p.device_type, dtype=p.dtype) for x in features[:2])
+        return q_slc[:, q_start:], landmarks
+    options = {"generator": torch.Generator(p.device_type).manual_seed(1), "device": p.device_type, "dtype": p.dtype}
+    shapes = ((p.B, tokens, p.H, D_r) for tokens in (p.T - q_start, p.N))
+    return tuple(torch.randint(-2, 3, s, **options) if integers else torch.randn(s, **options) for s in shapes)
+
+
 def scored_chunks(p: Problem) -> int:
     """(token, chunk) products of the landmarks' scores, of one head: whole chunks in the past."""
     full, tail = divmod(p.T, p.S)
@@ -89,20 +103,11 @@ class Attention(Suite):
 
     def inputs(self, problem: Problem, selection: str) -> Tensors:
         """Arguments of `hsa_attention` by name, do and dweights, and q_slc and landmarks with their own selection."""
-        tensors = selection_inputs(problem, selection, self.corpus)._asdict()
-        g = torch.Generator().manual_seed(1)
-        p = problem
-
-        def draw(*shape):
-            return torch.randn(shape, generator=g).to(device=p.device_type, dtype=p.dtype)
-
-        if parse_selection(selection)[0] == "text":
-            f = text_features(self.corpus.data if self.corpus else read_corpus(at_least=p.T).data, p, retrieval_dim=D_R)
-            q_slc, landmarks = (x.to(device=p.device_type, dtype=p.dtype) for x in f[:2])
-        else:
-            q_slc, landmarks = draw(p.B, p.T, p.H, D_R), draw(p.B, p.N, p.H, D_R)
+        p, tensors = problem, selection_inputs(problem, selection, self.corpus)._asdict()
+        q_slc, landmarks = retrieval_inputs(p, parse_selection(selection)[0], D_R, corpus=self.corpus)
         _, own = api.retrieve_chunks(q_slc, landmarks, p.K, chunk_size=p.S)
-        dweights = draw(p.B, p.T, p.H, p.K).to(tensors["weights"].dtype)
+        g = torch.Generator().manual_seed(1)
+        dweights = torch.randn(p.B, p.T, p.H, p.K, generator=g).to(p.device_type, tensors["weights"].dtype)
         return tensors | {"q_slc": q_slc, "landmarks": landmarks, "own": own, "dweights": dweights}
 
     def call(self, name, problem, inputs, mode):

@@ -1,12 +1,9 @@
 """Plots of benchmark rows and of nothing else: time, rates and memory against length, the baselines beside HSA."""
 
-import functools
 import io
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from hsa_tl.bench import compare, record
 from hsa_tl.bench.compare import length_label
@@ -42,6 +39,8 @@ LOOKS = {
     "hils": ("published HiLS", "#33691e", "p"),
     "nsa-fla": ("NSA (flash-linear-attention)", "#c0ca33", "*"),
 }
+RATES = {"throughput": ("TFLOP/s", 1e-3), "bandwidth": ("GB/s of least traffic", 1.0)}  # unit, and rows' units in it
+SIZE = (7.2, 3.6, 3.3, 0.6)  # of a figure, see grid
 GRID_COLUMNS = 3  # panels in a line of a figure
 TICKS = 8  # lengths that an axis names, at most one more
 RED, GREY, BLACK = "#c2185b", "#888888", "#000000"
@@ -130,31 +129,21 @@ def band(ax, x: list, low: list, middle: list, high: list, label: str, color: st
     ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-class Panel(NamedTuple):
-    """One axes of a figure of rows. decorate(ax) draws what else it shows and returns the rest of its title."""
+def _draw(ax, rows: list[Row], ylabel: str, scale: float = 1.0) -> None:
+    """A line for each provider, by length."""
+    from matplotlib.ticker import LogLocator
 
-    rows: list[Row]
-    title: str
-    ylabel: str
-    scale: float = 1.0
-    decorate: Callable = lambda ax: ""
-
-    def draw(self, ax) -> None:
-        lines = compare.grouped(sorted(self.rows, key=lambda r: r.x), lambda r: r.provider)
-        for name in sorted(lines, key=order):
-            line = lines[name]
-            values = ([self.scale * getattr(r, q) for r in line] for q in ("p20", "p50", "p80"))
-            band(ax, [r.x for r in line], *values, *LOOKS.get(name, (name, BLACK, ".")))
-        if any(r.p50 > 0 for r in self.rows):
-            from matplotlib.ticker import LogLocator
-
-            ax.set_yscale("log")
-            low, high = ax.get_ylim()
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-            ax.yaxis.set_major_formatter("{x:g}")
-        length_axis(ax, sorted({r.x for r in self.rows}))
-        ax.set_title(self.title + self.decorate(ax))
-        ax.set_ylabel(self.ylabel)
+    lines = compare.grouped(sorted(rows, key=lambda r: r.x), lambda r: r.provider)
+    for name in sorted(lines, key=order):
+        values = ([scale * getattr(r, q) for r in lines[name]] for q in ("p20", "p50", "p80"))
+        band(ax, [r.x for r in lines[name]], *values, *LOOKS.get(name, (name, BLACK, ".")))
+    if any(r.p50 > 0 for r in rows):
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        ax.yaxis.set_major_formatter("{x:g}")
+    length_axis(ax, sorted({r.x for r in rows}))
+    ax.set_ylabel(ylabel)
 
 
 def _beside_baseline(ax, rows: list[Row], mode: str) -> str:
@@ -174,7 +163,7 @@ def _beside_baseline(ax, rows: list[Row], mode: str) -> str:
     return f"\n{LOOKS[name][0]}: {text} at {length_label(last)}"
 
 
-def _roof(ax, roofs: list[Row], metric: str, scale: float) -> str:
+def _roof(ax, roofs: list[Row], metric: str, scale: float) -> None:
     """A line at the best measured rate of this device: a matrix product, a copy."""
     best = max((r for r in roofs if r.metric == metric), key=lambda r: r.p50, default=None)
     if best is not None:
@@ -182,7 +171,6 @@ def _roof(ax, roofs: list[Row], metric: str, scale: float) -> str:
         ax.axhline(at, color=BLACK, linewidth=1, linestyle="--")
         where = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 7}
         ax.annotate(f"{best.provider}, measured", (0.02, at), **where)
-    return ""
 
 
 def roofs_of(rows: list[Row], device: str) -> list[Row]:
@@ -191,10 +179,7 @@ def roofs_of(rows: list[Row], device: str) -> list[Row]:
     return [r for r in rows if (r.kernel, r.device, r.provider, r.metric) in wanted and r.p50]
 
 
-def _figure(panels: list[Panel], group: compare.Group, path: Path) -> list[Path]:
-    figure, axes = grid(len(panels), 7.2, 3.6, 3.3, 0.6)
-    for ax, panel in zip(axes, panels, strict=True):
-        panel.draw(ax)
+def _finish(figure, group: compare.Group, path: Path) -> list[Path]:
     legend_below(figure, 3)
     dims = group.config.split(": ", 1)[-1]
     figure.suptitle(f"Hierarchical Sparse Attention, {dims}, {group.selection} selection\n{group.device}", fontsize=10)
@@ -203,20 +188,27 @@ def _figure(panels: list[Panel], group: compare.Group, path: Path) -> list[Path]
 
 def plot_group(rows: list[Row], group: compare.Group, roofs: list[Row], out_dir: Path, stem: str) -> list[Path]:
     """Files of one group: STEM (time by mode and memory) and STEM-rates (TFLOP/s and GB/s by mode), PNG and SVG."""
-    titles, panels, rates = compare.modes(rows), [], []
+    titles = compare.modes(rows)
     of = compare.grouped((r for r in rows if r.p50 is not None), lambda r: (r.metric, r.mode))
-    for m, title in titles.items():
-        decorate = functools.partial(_beside_baseline, rows=rows, mode=m)
-        panels.append(Panel(of["time", m], f"{title}: time", "ms (median; band p20 to p80)", 1.0, decorate))
-        for metric, unit, scale in (("throughput", "TFLOP/s", 1e-3), ("bandwidth", "GB/s of least traffic", 1.0)):
-            if (metric, m) in of:
-                decorate = functools.partial(_roof, roofs=roofs, metric=metric, scale=scale)
-                rates.append(Panel(of[metric, m], title, unit, scale, decorate))
-    if last := next((m for m in reversed(titles) if ("peak_extra_memory", m) in of), None):
-        title = f"{titles[last]}: peak memory\nbeyond the inputs"
-        panels.append(Panel(of["peak_extra_memory", last], title, "MiB"))
-    paths = _figure(panels, group, out_dir / f"{stem}.png")
-    return paths + (_figure(rates, group, out_dir / f"{stem}-rates.png") if rates else [])
+    memory = [m for m in titles if ("peak_extra_memory", m) in of][-1:]
+    figure, axes = grid(len(titles) + len(memory), *SIZE)
+    for ax, (m, title) in zip(axes, titles.items(), strict=False):
+        _draw(ax, of["time", m], "ms (median; band p20 to p80)")
+        ax.set_title(f"{title}: time" + _beside_baseline(ax, rows, m))
+    for m in memory:
+        _draw(axes[-1], of["peak_extra_memory", m], "MiB")
+        axes[-1].set_title(f"{titles[m]}: peak memory\nbeyond the inputs")
+    paths = _finish(figure, group, out_dir / f"{stem}.png")
+    rates = [(m, metric) for m in titles for metric in RATES if (metric, m) in of]
+    if not rates:
+        return paths
+    figure, axes = grid(len(rates), *SIZE)
+    for ax, (m, metric) in zip(axes, rates, strict=True):
+        unit, scale = RATES[metric]
+        _draw(ax, of[metric, m], unit, scale)
+        ax.set_title(titles[m])
+        _roof(ax, roofs, metric, scale)
+    return paths + _finish(figure, group, out_dir / f"{stem}-rates.png")
 
 
 def plot_rows(rows: list[Row], out_dir: Path, stem: str = "speed") -> dict[compare.Group, list[Path]]:

@@ -13,12 +13,11 @@ import torch
 
 from hsa_tl import cases
 from hsa_tl.api import IMPLS, retrieve_chunks
-from hsa_tl.bench.attention import scored_chunks
+from hsa_tl.bench.attention import retrieval_inputs, scored_chunks
 from hsa_tl.bench.providers import why_not
 from hsa_tl.bench.suite import Suite, Work, parse_selection
 from hsa_tl.problem import Problem
 from hsa_tl.testing import check_retrieval
-from hsa_tl.text import read_corpus, text_features
 
 SEGMENT = 4096  # queries of mode "segment"
 GATE_QUERIES = 128  # at the start and at the end of the gate's sequence
@@ -32,19 +31,6 @@ def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
     future = torch.arange(N, device=s.device) >= (position // chunk_size)[:, None]
     scores, indices = s.masked_fill_(future[None, :, None], -torch.inf).topk(min(topk, N), dim=-1)
     return scores, indices.masked_fill_(scores == -torch.inf, -1).int()
-
-
-def draw(p: Problem, selection: str, q_start: int, integers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries of the tokens from q_start on, landmarks of all. integers: scores are exact and ties are common."""
-    if selection == "text":
-        features = text_features(read_corpus(at_least=p.T).data, p, retrieval_dim=p.D)
-        q_slc, landmarks = (x.to(device=p.device_type, dtype=p.dtype) for x in features[:2])
-        return q_slc[:, q_start:], landmarks
-    g = torch.Generator(p.device_type).manual_seed(1)
-    shapes = ((p.B, tokens, p.H, p.D) for tokens in (p.T - q_start, p.N))
-    if integers:
-        return tuple(torch.randint(-2, 3, s, generator=g, device=p.device_type).to(p.dtype) for s in shapes)
-    return tuple(torch.randn(s, generator=g, device=p.device_type, dtype=p.dtype) for s in shapes)
 
 
 def first_query(problem: Problem, mode: str) -> int:
@@ -84,7 +70,7 @@ class Retrieve(Suite):
         The baseline's ties are torch.topk's: of it only the scores of the chosen chunks are compared.
         """
         for q_start, integers in itertools.product((0, problem.T - GATE_QUERIES), (True, False)):
-            q_slc, landmarks = draw(problem, "random", q_start, integers)
+            q_slc, landmarks = retrieval_inputs(problem, "random", problem.D, q_start=q_start, integers=integers)
             q = q_slc[:, :GATE_QUERIES]
             found = self.run(name, q, landmarks, problem, q_start)
             options = {"ties": name != "materialise", "chunk_size": problem.S, "q_start": q_start}
@@ -94,7 +80,8 @@ class Retrieve(Suite):
 
     def inputs(self, problem, selection):
         """Of a first query; the last ones are kept for the next provider."""
-        return functools.lru_cache(maxsize=1)(functools.partial(draw, problem, parse_selection(selection)[0]))
+        kind = parse_selection(selection)[0]
+        return functools.lru_cache(1)(lambda q_start: retrieval_inputs(problem, kind, problem.D, q_start=q_start))
 
     def call(self, name, problem, inputs, mode):
         q_start = first_query(problem, mode)
