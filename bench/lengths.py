@@ -21,7 +21,7 @@ from rich.console import Console
 from hsa_tl.bench import record
 from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.plot_eval import NEEDLES, plot_lengths
-from hsa_tl.bench.ruler import chance
+from hsa_tl.bench.ruler import chance, origin
 from hsa_tl.bench.suite import one_of
 from hsa_tl.files import write_atomic
 from hsa_tl.model import evaluate, load, pretrained
@@ -104,19 +104,16 @@ def _trained(recipe: Recipe, run: Path, on_step: Callable[[Step], None]) -> tupl
     return model, json.loads(clock.read_text())
 
 
-def _ask(
-    reader: LongReader, name: str, plan: Recipe, task: str, T: int, samples: int, budget_s: float,
-    train_seconds: float, trained_on: str,
-) -> Row:  # fmt: skip
+def _ask(reader: LongReader, plan: Recipe, task: str, T: int, samples: int, budget_s: float, **about) -> Row:
     """The row of a model that plan made, of one task and length. A reader that read this length before reads less."""
     config = reader.model.config
-    read_tokens = config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0
     answer = partial(evaluate.answers_right, reader)
     found = evaluate.accuracy(answer, evaluate.needle_samples(task, T, samples, plan.seed), budget_s)
     return Row(
-        name, plan.seed, plan.stages[-1].length, T, task, found.share, round(found.seconds, 3), found.answers,
-        found.samples, read_tokens, train_seconds, record.device_name("cpu"), record.versions(), record.commit(),
-        trained_on,
+        seed=plan.seed, train_length=plan.stages[-1].length, length=T, task=task, accuracy=found.share,
+        seconds=round(found.seconds, 3), answers=found.answers, samples=found.samples,
+        read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0,
+        **origin("cpu"), **about,
     )  # fmt: skip
 
 
@@ -163,9 +160,9 @@ def run_lengths(
             if not todo:
                 continue
             model, seconds = _trained(plan, run_folder(runs, plan), on_step)
+            about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on}
             for task, T in todo:
-                reader = LongReader(model)
-                rows.append(_ask(reader, name, plan, task, T, samples, budget_s, round(seconds, 1), trained_on))
+                rows.append(_ask(LongReader(model), plan, task, T, samples, budget_s, **about))
                 write_rows(path, rows)
                 bar.update(step, description=f"{name} {seed}: {task} {length_label(T)}")
     rows = [r for r in rows if r.recipe == trained_on]
@@ -178,14 +175,15 @@ def run_lengths(
 
 def ask_shipped(console: Console, out: Path, lengths=DEMO_LENGTHS, samples: int = 25, name: str = RECIPE) -> None:
     """Asks the weights that ship with the package, live, at every length."""
-    about, reader = pretrained.shipped(name), LongReader(load(name))
-    plan, rows = recipes.recipe_of(about.recipe), []
+    shipped, reader, rows = pretrained.shipped(name), LongReader(load(name)), []
+    plan = recipes.recipe_of(shipped.recipe)
+    about = {"model": "hsa", "train_seconds": shipped.train_seconds, "recipe": name}
     with progress_bar(console) as bar:
         step = bar.add_task("ask", total=len(lengths) * len(DEMO_TASKS))
         for T in lengths:  # a length is read once: its haystack is the same for each task and sample
             for task in DEMO_TASKS:
                 bar.update(step, description=f"ask: {task} {length_label(T)}")
-                rows.append(_ask(reader, "hsa", plan, task, T, samples, DEMO_BUDGET_S, about.train_seconds, name))
+                rows.append(_ask(reader, plan, task, T, samples, DEMO_BUDGET_S, **about))
                 bar.advance(step)
     rows.sort(key=lambda r: (TASKS.index(r.task), r.length))
     write_rows(out / "lengths.json", rows)
@@ -214,6 +212,6 @@ def make_weights(
         out = Path(temporary)
         rows = run_lengths(console, out, out, ["hsa"], [seed], lengths, DEMO_TASKS, samples=samples, recipe=recipe)
         scores = [{k: getattr(r, k) for k in ("task", "length", "accuracy", "answers")} for r in rows]
-        origin = {k: getattr(rows[0], k) for k in ("train_seconds", "device", "versions", "commit")}
+        source = {k: getattr(rows[0], k) for k in ("train_seconds", "device", "versions", "commit")}
         run = run_folder(out, recipe_of("hsa", seed, recipe))
-        return pretrained.save_weights(run, folder, rows[0].recipe, accuracy=scores, **origin)
+        return pretrained.save_weights(run, folder, rows[0].recipe, accuracy=scores, **source)

@@ -94,10 +94,10 @@ class Sweep:
         before = torch.get_num_threads()
         if torch.device(self.device).type == "cpu" and self.threads is not None:
             torch.set_num_threads(self.threads)
-        # Part of the device, as its threads are: rows with and without neighbours stand beside each other.
-        device = ", ".join(filter(None, (record.device_name(self.device), self.beside)))
-        self.source = (device, record.versions(), record.commit())
         try:
+            # Part of the device, as its threads are: rows with and without neighbours stand beside each other.
+            device = ", ".join(filter(None, (record.device_name(self.device), self.beside)))
+            self.source = (device, record.versions(), record.commit())
             with timing.neighbours(self.busy):
                 return self._measure_all()
         finally:

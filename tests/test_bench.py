@@ -114,6 +114,12 @@ def test_a_point_too_slow_is_known_beforehand(lengths, monkeypatch, tmp_path):
         assert row.x == 1 << 16 and row.note.endswith("s, the limit is 0 s") and max(ran) <= 1 << 13
 
 
+def test_a_call_without_products_says_nothing_of_longer_ones(tmp_path):
+    """One chunk has no past chunk to score, so its time is no time of a FLOP."""
+    rows = attention(tmp_path, ("retrieve",), lengths=(16, 128), modes=("forward",), max_call_s=1.0)
+    assert all(r.p50 is not None for r in rows) and {r.x for r in rows} == {16, 128}
+
+
 def test_what_selects_for_itself_has_no_row_of_anothers_selection(tmp_path):
     names = ("hsa-reference", "hsa-with-retrieval")
     assert set(times(attention(tmp_path, names, selection="full"))) == {"hsa-reference"}
