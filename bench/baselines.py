@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hsa_tl.bench.suite import import_error
 from hsa_tl.problem import Problem
 
 RAMSTORAGE = "HSA_TL_RAMSTORAGE"  # a checkout of github.com/RamstorageAI/long-context-modeling
@@ -34,6 +34,15 @@ def needs_half_on_cuda(problem: Problem) -> str | None:
 
 def not_installed(package: str, module: str) -> str | None:
     return None if importlib.util.find_spec(module) else f"{package} is not installed: no module {module}"
+
+
+def import_error(what: str, load: Callable[[], object]) -> str | None:
+    """Why what `load` loads does not import, or None."""
+    try:
+        load()
+    except Exception as error:
+        return f"{what} does not import: {type(error).__name__}: {error}"
+    return None
 
 
 def masked_attention(q, k, v, seen):
@@ -125,23 +134,32 @@ def _load(root: str, module: str) -> ModuleType:
         sys.modules.update(ours)
 
 
-def _from_checkout(variable: str, module: str) -> ModuleType:
-    return _load(os.environ[variable], module)
+class Script(NamedTuple):
+    """ops/<module>.py of the checkout that an environment variable names."""
+
+    variable: str
+    module: str
+
+    def load(self) -> ModuleType:
+        return _load(os.environ[self.variable], self.module)
+
+    def unavailable(self, problem: Problem) -> str | None:
+        """Why it cannot run the problem, or None."""
+        root = os.environ.get(self.variable)
+        if not root:
+            return f"the environment variable {self.variable} names no checkout"
+        file = Path(root) / "ops" / f"{self.module}.py"
+        if not file.is_file():
+            return f"{self.variable} must name a checkout with ops/{self.module}.py, got {root}"
+        if reason := needs_half_on_cuda(problem):
+            return reason
+        if problem.masked:
+            return "needs lengths that are multiples of the chunk size"
+        return import_error(str(file), self.load)
 
 
-def checkout_unavailable(variable: str, module: str, problem: Problem) -> str | None:
-    """Why ops/<module>.py of the checkout that the variable names cannot run the problem, or None."""
-    root = os.environ.get(variable)
-    if not root:
-        return f"the environment variable {variable} names no checkout"
-    file = Path(root) / "ops" / f"{module}.py"
-    if not file.is_file():
-        return f"{variable} must name a checkout with ops/{module}.py, got {root}"
-    if reason := needs_half_on_cuda(problem):
-        return reason
-    if problem.masked:
-        return "needs lengths that are multiples of the chunk size"
-    return import_error(str(file), lambda: _load(root, module))
+RAMSTORAGE_TRITON, RAMSTORAGE_TILELANG = Script(RAMSTORAGE, "hsa_triton"), Script(RAMSTORAGE, "hsa_tilelang")
+HILS_SCRIPT = Script(HILS, "hils_fwd_bwd_head")
 
 
 def _filled(indices: torch.Tensor) -> torch.Tensor:
@@ -155,7 +173,7 @@ def _filled(indices: torch.Tensor) -> torch.Tensor:
 
 def ramstorage_triton(q, k, v, weights, indices, *, chunk_size):
     # Their softmax with nothing added to its sum, and no regularisation of the scores.
-    attention = _from_checkout(RAMSTORAGE, "hsa_triton").HSA
+    attention = RAMSTORAGE_TRITON.load().HSA
     weights = torch.where(indices < 0, 0.0, weights)  # so that an empty slot has no gradient either
     return attention(q, k, v, weights, _filled(indices), 0.0, chunk_size, q.shape[3] ** -0.5, 0.0, 0.0)
 
@@ -169,25 +187,21 @@ def ramstorage_tilelang(q, k, v, weights, indices, *, chunk_size):
 
 @functools.cache
 def _ramstorage_kernel(B, HQ, T, T_kv, D, S, G, K) -> Callable:
-    build = _from_checkout(RAMSTORAGE, "hsa_tilelang").hierarchical_sparse_attention
+    build = RAMSTORAGE_TILELANG.load().hierarchical_sparse_attention
     return build(B, HQ, T, T_kv, D, block_size=S, groups=G, selected_blocks=K)
-
-
-ramstorage_triton_unavailable = functools.partial(checkout_unavailable, RAMSTORAGE, "hsa_triton")
-hils_unavailable = functools.partial(checkout_unavailable, HILS, "hils_fwd_bwd_head")
 
 
 def ramstorage_tilelang_unavailable(problem: Problem) -> str | None:
     if problem.device_type == "cuda" and problem.dtype != torch.bfloat16:
         return f"needs bfloat16, the problem is in {problem.dtype_name}"
-    return checkout_unavailable(RAMSTORAGE, "hsa_tilelang", problem)
+    return RAMSTORAGE_TILELANG.unavailable(problem)
 
 
 def hils(q, k, v, weights, indices, *, chunk_size):
     """Weights for each query head; without their extra landmark token in each chunk."""
     weights = weights.repeat_interleave(q.shape[2] // weights.shape[2], 2)
     dtype = str(q.dtype).removeprefix("torch.")
-    attention = _from_checkout(HILS, "hils_fwd_bwd_head").HiLS_block_M_head
+    attention = HILS_SCRIPT.load().HiLS_block_M_head
     trains = torch.is_grad_enabled()
     return attention(q, k, v, weights, indices, chunk_size, mask_last_token=False, dtype=dtype, is_training=trains)
 

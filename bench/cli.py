@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -19,7 +18,7 @@ from hsa_tl.bench.lengths import MODELS, TASKS, make_weights, run_lengths
 from hsa_tl.bench.model import ModelBench
 from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
-from hsa_tl.bench.suite import Suite, one_of
+from hsa_tl.bench.suite import one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, Sweep
 from hsa_tl.model import checkpoint, data, load
 from hsa_tl.model import train as training
@@ -37,15 +36,7 @@ from hsa_tl.terminal import (
     threads_option,
 )
 
-SUITES: dict[str, Callable[[], Suite]] = {
-    "attention": Attention,
-    "retrieve": Retrieve,
-    "decode": Decode,
-    "model": ModelBench,
-    "roofline": Roofline,
-    "micro": Micro,
-    "dispatch": Dispatch,
-}
+SUITES = {s.name: s for s in (Attention, Retrieve, Decode, ModelBench, Roofline, Micro, Dispatch)}
 WHATS = (*SUITES, *DIRECTIONS)  # a direction is the attention suite in that mode
 console = make_console()
 

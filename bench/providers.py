@@ -172,12 +172,12 @@ PROVIDERS = {
         _dense("dense-fa3", baselines.flash3, baselines.flash3_unavailable),
         *map(_hsa, api.IMPLS),
         *(_strategy(name) for (name,) in STRATEGIES["forward"]),
-        Provider("ramstorage-triton", baselines.ramstorage_triton, baselines.ramstorage_triton_unavailable),
+        Provider("ramstorage-triton", baselines.ramstorage_triton, baselines.RAMSTORAGE_TRITON.unavailable),
         Provider(
             "ramstorage-tilelang", baselines.ramstorage_tilelang, baselines.ramstorage_tilelang_unavailable,
             backward=False,
         ),
-        Provider("hils", baselines.hils, baselines.hils_unavailable),
+        Provider("hils", baselines.hils, baselines.HILS_SCRIPT.unavailable),
         Provider(
             "nsa-fla", baselines.nsa, baselines.nsa_unavailable, baselines.nsa_oracle, (*DENSE, "indices"),
             "nsa_attention", note=_one_softmax,

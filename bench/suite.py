@@ -25,9 +25,8 @@ class Suite(ABC):
     name: str
     # The operation that each provider computes; dense_attention is what the others are held against.
     providers: ClassVar[Mapping[str, str]]
-    defaults: ClassVar[
-        Mapping[str, tuple[str, ...]]
-    ] = {}  # by type of device: what a sweep takes by itself where it is not all
+    # By type of device: what a sweep takes by itself, where it is not all.
+    defaults: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     modes: tuple[str, ...]
     default_modes: tuple[str, ...] = ()  # (): all
     selections: tuple[str, ...] = ("random",)  # kinds
@@ -112,12 +111,3 @@ def one_of(what: str, name: str, known) -> str:
 
 def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
-
-
-def import_error(what: str, load: Callable[[], object]) -> str | None:
-    """Why what `load` loads does not import, or None."""
-    try:
-        load()
-    except Exception as error:
-        return f"{what} does not import: {type(error).__name__}: {error}"
-    return None

@@ -50,23 +50,7 @@ def test_unavailable_and_unknown():
 
 
 def test_the_command(tmp_path):
-    run = CliRunner().invoke(
-        app,
-        [
-            "bench",
-            "decode",
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-            "--lengths",
-            "256",
-            "--seconds",
-            "0",
-            "--out",
-            str(tmp_path),
-        ],
-    )
+    run = CliRunner().invoke(app, f"bench decode --device cpu --threads 1 --lengths 256 --seconds 0 --out {tmp_path}")
     assert run.exit_code == 0 and (tmp_path / "bench.csv").exists() and "dense-grouped" in run.output
     run = CliRunner().invoke(app, ["bench", "x"])
     assert run.exit_code == 2 and "must be one of attention, retrieve, decode," in run.output and "'x'" in run.output

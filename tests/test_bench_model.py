@@ -78,21 +78,8 @@ def test_products_are_counted():
 
 
 def test_the_command(tmp_path):
-    words = [
-        "bench",
-        "model",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--lengths",
-        "64",
-        "--mode",
-        "read",
-        "--seconds",
-        "0",
-    ]
-    run = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
+    words = f"--device cpu --threads 1 --lengths 64 --mode read --seconds 0 --out {tmp_path}"
+    run = CliRunner().invoke(app, f"bench model {words}")
     assert run.exit_code == 0 and "full-attention" in run.output, run.output
     run = CliRunner().invoke(app, ["bench", "model", "--case", "paper-d128"])
     assert run.exit_code == 2 and "preset must be one of tiny" in run.output

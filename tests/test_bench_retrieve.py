@@ -84,21 +84,8 @@ def test_what_was_counted_is_what_is_scored():
 
 
 def test_the_command(tmp_path):
-    command = [
-        "bench",
-        "retrieve",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--lengths",
-        "2k",
-        "--seconds",
-        "0",
-        "--out",
-        str(tmp_path),
-    ]
+    command = f"bench retrieve --device cpu --threads 1 --lengths 2k --seconds 0 --out {tmp_path}"
     run = CliRunner().invoke(app, command)
     assert run.exit_code == 0 and "materialise" in run.output and (tmp_path / "bench.csv").exists()
-    run = CliRunner().invoke(app, [*command, "--selection", "full"])
+    run = CliRunner().invoke(app, f"{command} --selection full")
     assert run.exit_code == 2 and "selection of retrieve must be one of random, text, got 'full'" in run.output
