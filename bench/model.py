@@ -70,24 +70,13 @@ class Pair:
 
     def read(self, name: str):
         model = self.model(name).eval()
-
-        def run():
-            with self.cast():
-                return prefill(model, self.ids)
-
-        return run
+        return self.cast()(lambda: prefill(model, self.ids))
 
     def generate(self, name: str):
+        """Every call appends one token."""
         model = self.model(name).eval()
-
-        with self.cast():
-            _, cache = prefill(model, self.ids[:, :-1])
-
-        def run():  # every call appends one token
-            with self.cast():
-                return model(self.ids[:, -1:], cache=cache, logits_to_keep=1).logits
-
-        return run
+        _, cache = self.cast()(prefill)(model, self.ids[:, :-1])
+        return self.cast()(lambda: model(self.ids[:, -1:], cache=cache, logits_to_keep=1).logits)
 
 
 @functools.cache
@@ -143,8 +132,7 @@ class ModelBench(Suite):
             found = {"loss": loss.detach(), "logits": logits[:, -1:].detach()}
             return found | {n: g for (n, _), g in zip(named, gradients, strict=True) if g is not None}
 
-        with pair.cast():
-            actual = results(own)
+        actual = pair.cast()(results)(own)
         actual["logits"] = pair.generate(name)()
         wanted = expect(lambda: results(exact), dtype=p.dtype)
         return [line for n, x in actual.items() for line in complaints(n, x, wanted[n])]
