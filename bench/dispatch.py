@@ -8,7 +8,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
@@ -32,12 +32,6 @@ def programs(p: Problem) -> dict:
     return {
         name: {} for direction in plan.STRATEGIES for name, _ in plan.choose(direction, long, device="h100").programs
     }
-
-
-def decoding(p: Problem) -> Callable[[], torch.Tensor]:
-    """A token's retrieval, fusion weights and attention."""
-    step = Step(cases.at_length(replace(p, dtype=torch.bfloat16), CHUNKS * p.S))
-    return functools.partial(step.decode, retrieval="tilelang", impl="tilelang")
 
 
 class Dispatch(Suite):
@@ -101,12 +95,12 @@ class Dispatch(Suite):
         return []
 
     def inputs(self, p: Problem, selection):
-        tensors = make_inputs(p)
-        return tensors._replace(**{x: getattr(tensors, x).bfloat16() for x in ("q", "k", "v", "do")})
+        return make_inputs(replace(p, dtype=torch.bfloat16))
 
     def call(self, name, problem, inputs, mode):
         if mode == "decode":
-            function = decoding(problem)
+            step = Step(cases.at_length(replace(problem, dtype=torch.bfloat16), CHUNKS * problem.S))
+            function = functools.partial(step.decode, retrieval="tilelang", impl="tilelang")
         else:
             train = mode != "forward"
             leaves = [x.detach().requires_grad_(train) for x in inputs[:4]]
