@@ -2,12 +2,12 @@
 
 import functools
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from hsa_tl import api, cases, selection_overlap
-from hsa_tl.bench import gate
-from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider
+from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider, selection_complaints
 from hsa_tl.bench.selections import load_selection
 from hsa_tl.bench.suite import Suite, Work, parse_selection
 from hsa_tl.problem import Problem
@@ -28,6 +28,20 @@ def selection_inputs(problem: Problem, selection: str, corpus: Corpus | None = N
         chosen = load_selection(Path(selection.partition("=")[2]), problem)
         return make_inputs(problem, indices=chosen).to(problem.device_type)
     return make_inputs(problem, kind=kind, overlap=overlap).to(problem.device_type)
+
+
+def retrieval_inputs(
+    p: Problem, kind: str, D_r: int, *, q_start: int = 0, integers: bool = False, corpus: Corpus | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of the tokens from q_start on, landmarks of all; normal, of text, or small whole numbers with ties."""
+    if kind == "text":
+        data = corpus.data if corpus else read_corpus(at_least=p.T).data
+        features = text_features(data, p, retrieval_dim=D_r)
+        q_slc, landmarks = (x.to(device=p.device_type, dtype=p.dtype) for x in features[:2])
+        return q_slc[:, q_start:], landmarks
+    options = {"generator": torch.Generator(p.device_type).manual_seed(1), "device": p.device_type, "dtype": p.dtype}
+    shapes = ((p.B, tokens, p.H, D_r) for tokens in (p.T - q_start, p.N))
+    return tuple(torch.randint(-2, 3, s, **options) if integers else torch.randn(s, **options) for s in shapes)
 
 
 def scored_chunks(p: Problem) -> int:
@@ -53,6 +67,8 @@ class Attention(Suite):
     """corpus: the text of selection "text", by default Python's standard library."""
 
     name = "attention"
+    providers: ClassVar = {p.name: p.kernel for p in PROVIDERS.values()}
+    defaults: ClassVar = DEFAULT_PROVIDERS
     modes = tuple(DIRECTIONS)
     default_modes = ("forward", "train")
     selections = ("random", "overlap", "full", "text", "trained")
@@ -60,17 +76,8 @@ class Attention(Suite):
 
     def __init__(self, corpus: Corpus | None = None):
         self.corpus = corpus
-        self.gate_tensors: dict[Problem, Tensors] = {}
+        self.gate_tensors = functools.cache(lambda problem: self.inputs(problem, "random"))
         self.expected: dict[tuple, dict] = {}
-
-    def known(self):
-        return tuple(PROVIDERS)
-
-    def default(self, device_type):
-        return DEFAULT_PROVIDERS[device_type]
-
-    def kernel(self, name):
-        return provider(name).kernel
 
     def unavailable(self, name, problem, mode):
         p = provider(name)
@@ -85,33 +92,22 @@ class Attention(Suite):
         return cases.at_length(problem, GATE_LENGTH - (problem.S // 2 if problem.masked else 0))
 
     def gate(self, name, problem):
-        p = provider(name)
-        if problem not in self.gate_tensors:
-            self.gate_tensors[problem] = self.inputs(problem, "random")
-        tensors, key = self.gate_tensors[problem], (problem, p.oracle, p.leaves)
-        if "own" in p.uses and (reason := gate.selection_complaint(tensors, problem.S)):
-            return reason
+        p, tensors = provider(name), self.gate_tensors(problem)
+        if "own" in p.uses and (wrong := selection_complaints(tensors, problem.S)):
+            return wrong
+        key = (problem, p.oracle, p.leaves)
         if key not in self.expected:
-            self.expected[key] = gate.expected(p, tensors, problem.S)
-        results = gate.compare(p, tensors, problem.S, self.expected[key])
-        return next((r.message for r in results if not r.ok), None)
+            self.expected[key] = p.expected(tensors, problem.S)
+        results = p.compare(tensors, problem.S, self.expected[key])
+        return [r.message for r in results if not r.ok]
 
     def inputs(self, problem: Problem, selection: str) -> Tensors:
         """Arguments of `hsa_attention` by name, do and dweights, and q_slc and landmarks with their own selection."""
-        tensors = selection_inputs(problem, selection, self.corpus)._asdict()
-        g = torch.Generator().manual_seed(1)
-        p = problem
-
-        def draw(*shape):
-            return torch.randn(shape, generator=g).to(device=p.device_type, dtype=p.dtype)
-
-        if parse_selection(selection)[0] == "text":
-            f = text_features(self.corpus.data if self.corpus else read_corpus(at_least=p.T).data, p, retrieval_dim=D_R)
-            q_slc, landmarks = (x.to(device=p.device_type, dtype=p.dtype) for x in f[:2])
-        else:
-            q_slc, landmarks = draw(p.B, p.T, p.H, D_R), draw(p.B, p.N, p.H, D_R)
+        p, tensors = problem, selection_inputs(problem, selection, self.corpus)._asdict()
+        q_slc, landmarks = retrieval_inputs(p, parse_selection(selection)[0], D_R, corpus=self.corpus)
         _, own = api.retrieve_chunks(q_slc, landmarks, p.K, chunk_size=p.S)
-        dweights = draw(p.B, p.T, p.H, p.K).to(tensors["weights"].dtype)
+        g = torch.Generator().manual_seed(1)
+        dweights = torch.randn(p.B, p.T, p.H, p.K, generator=g).to(p.device_type, tensors["weights"].dtype)
         return tensors | {"q_slc": q_slc, "landmarks": landmarks, "own": own, "dweights": dweights}
 
     def call(self, name, problem, inputs, mode):

@@ -1,21 +1,28 @@
-"""The benchmarks' commands of hsa-tl."""
+"""The commands of hsa-tl that measure speed, and what a trained model can do."""
 
-from collections.abc import Callable
+import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Optional
 
+import numpy as np
+import torch
 import typer
 
-from hsa_tl.bench import compare, page, plot, record
+from hsa_tl.bench import compare, page, plot, plot_eval, record, ruler, selections
 from hsa_tl.bench.attention import DIRECTIONS, Attention
+from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.decode import Decode
 from hsa_tl.bench.dispatch import Dispatch
-from hsa_tl.bench.micro import Micro
+from hsa_tl.bench.lengths import MODELS, TASKS, make_weights, run_lengths
 from hsa_tl.bench.model import ModelBench
 from hsa_tl.bench.retrieve import Retrieve
-from hsa_tl.bench.roofline import Roofline
-from hsa_tl.bench.suite import Suite, one_of
-from hsa_tl.bench.sweep import MAX_CALL_S, run_sweep
+from hsa_tl.bench.roofline import Micro, Roofline
+from hsa_tl.bench.suite import one_of
+from hsa_tl.bench.sweep import MAX_CALL_S, Sweep
+from hsa_tl.model import checkpoint, data, load
+from hsa_tl.model import train as training
+from hsa_tl.model.longcontext import LongReader
 from hsa_tl.terminal import (
     make_console,
     minutes_option,
@@ -24,19 +31,12 @@ from hsa_tl.terminal import (
     pick_device,
     plot_or_say,
     progress_bar,
+    seed_option,
     show_table,
     threads_option,
 )
 
-SUITES: dict[str, Callable[[], Suite]] = {
-    "attention": Attention,
-    "retrieve": Retrieve,
-    "decode": Decode,
-    "model": ModelBench,
-    "roofline": Roofline,
-    "micro": Micro,
-    "dispatch": Dispatch,
-}
+SUITES = {s.name: s for s in (Attention, Retrieve, Decode, ModelBench, Roofline, Micro, Dispatch)}
 WHATS = (*SUITES, *DIRECTIONS)  # a direction is the attention suite in that mode
 console = make_console()
 
@@ -44,19 +44,24 @@ console = make_console()
 def show_speed(rows: list[record.Row], title: str) -> None:
     """Prints a sweep: time, spread, ratio to the fastest baseline, rates and memory, and why a point is missing."""
     at = {(r.mode, r.x, r.provider, r.metric): r.p50 for r in rows}
-    baseline, lines, notes = compare.fastest_baseline(rows), [], {}
-    for r in (r for r in rows if r.metric == "time"):
-        if r.p50 is None:
-            notes.setdefault((r.provider, r.note), []).append(f"{r.mode} {r.x}")
-            continue
+    baseline, lines = compare.fastest_baseline(rows), []
+    for r in compare.times(rows):
         ratio = f"{r.p50 / baseline[r.mode, r.x]:.2f}" if (r.mode, r.x) in baseline else ""
         rates = (at.get((r.mode, r.x, r.provider, m)) for m in ("throughput", "bandwidth", "peak_extra_memory"))
         cells = ("" if x is None else f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in rates)
         lines.append((r.mode, r.x, r.provider, f"{r.p50:.4g}", f"{r.p20:.4g}..{r.p80:.4g}", ratio, *cells))
     names = ("mode", "T", "provider", "ms", "p20..p80", "/ base", "GFLOP/s", "GB/s", "extra MiB")
     show_table(console, title, names, lines, right=(1, 3, 4, 5, 6, 7, 8))
-    for (name, note), points in notes.items():
-        console.print(f"{name} has no time for {', '.join(points)}: {note}", markup=False, highlight=False)
+    for (name, note), points in compare.missing(rows).items():
+        console.print(f"{name} has no time for {points}: {note}", markup=False, highlight=False)
+
+
+def samples_option(help: str):
+    return number(low=1, high=1_000_000, help=help)
+
+
+def say_written(paths) -> None:
+    console.print("wrote " + ", ".join(map(str, paths)))
 
 
 def bench(
@@ -100,18 +105,17 @@ def bench(
     points = parse_lengths(lengths or (suite.cpu_lengths if device == "cpu" else suite.cuda_lengths))
     with progress_bar(console) as bar:
         step = bar.add_task("starting", total=None)
-        rows = run_sweep(
-            suite, [case], points, modes, provider_names, selection, device, out,
-            None if minutes is None else minutes * 60,
+        rows = Sweep(
+            suite, case, points, modes, provider_names, selection, device, out,
+            math.inf if minutes is None else minutes * 60,
             lambda done, total, what: bar.update(step, completed=done, total=total, description=what),
             threads=threads, busy=busy, seconds=seconds, max_call_s=max_call_s,
-        )  # fmt: skip
+        ).run()  # fmt: skip
     show_speed(rows, f"{suite.name}, {rows[0].config}, {selection} selection, {rows[0].device}")
-    console.print(f"wrote {out}/bench.csv and bench.json")
-    for path in plot_or_say(console, plot.plot_speed, out / "bench.csv", out):
-        console.print(f"wrote {path}")
-    timed = [r for r in rows if r.metric == "time"]
-    if all(r.p50 is None for r in timed) or any(r.note.startswith(("refused", "failed")) for r in timed):
+    plots = plot_or_say(console, plot.plot_speed, out / "bench.csv", out)
+    say_written([out / "bench.csv", out / "bench.json", *plots])
+    failed = any(note.startswith(("refused", "failed")) for _, note in compare.missing(rows))
+    if failed or not compare.times(rows):
         raise typer.Exit(1)
 
 
@@ -122,16 +126,150 @@ def plot_command(
 ) -> None:
     """PNG and SVG of what `hsa-tl bench` wrote: time, memory and rates by length, with crossover and roofline."""
     if whole_page:
-        paths = page.write_page(folder or Path("bench/results"))
+        say_written(page.write_page(folder or Path("bench/results")))
+        return
+    folder = folder or Path("out/bench")
+    files = plot.plot_rows(record.read_folder(folder), out or folder)
+    say_written(path for paths in files.values() for path in paths)
+
+
+def lengths(
+    models: Annotated[str, typer.Option(help="any of hsa, full-rope, swa, nsa, nsa-rope")] = ",".join(MODELS),
+    seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each model")] = 5,
+    lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
+    tasks: Annotated[str, typer.Option(help="s-niah, mq-niah, mk-niah-3")] = ",".join(TASKS),
+    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    budget: Annotated[
+        float, number(low=0, high=1e6, help="seconds for each length and task, unless contexts cost little")
+    ] = 60.0,
+    recipe: Annotated[str, typer.Option(help="what each model is trained on")] = "needle-tiny",
+    out: Annotated[Path, typer.Option(help="folder of lengths.json and lengths.png")] = Path("out/lengths"),
+    runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),
+    threads: Annotated[int, threads_option()] = 2,
+) -> None:
+    """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there."""
+    torch.set_num_threads(threads)
+    run_lengths(
+        console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
+        samples=samples, budget_s=budget, recipe=recipe,
+    )  # fmt: skip
+
+
+def evaluate(
+    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what the first HSA layer reads")],
+    run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
+    lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
+    depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
+    depth_steps: Annotated[int, number(low=1, high=1001, help="depths from first to last")] = 5,
+    tasks: Annotated[str, typer.Option(help="s-niah, mk-niah-1 to 3, mq-niah, vt, fwe")] = "s-niah,mq-niah",
+    samples: Annotated[int, samples_option("contexts of each length, task and depth")] = 4,
+    vocabulary: Annotated[
+        Optional[str], typer.Option(help="words or needles; by default what the run was trained on")
+    ] = None,
+    data_file: Annotated[Path, typer.Option("--data", help="token file, for perplexity and selections")] = Path(
+        "out/data/held_out.bin"
+    ),
+    memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
+    topk: Annotated[Optional[int], number(low=1, high=1 << 16, help="chunks to retrieve, by default the run's")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
+    windows: Annotated[int, number(low=1, high=1 << 20, help="places of the file, for perplexity")] = 8,
+    before: Annotated[
+        Optional[str],
+        typer.Option(help="tokens before each place, the same for all runs; by default the longest"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of the JSON and the plot")] = Path("out/eval"),
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cpu")] = "cpu",
+    threads: Annotated[int, threads_option()] = 2,
+) -> None:
+    """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
+
+    The JSON keeps the rows of other runs; the plot of perplexity shows them too.
+    """
+    one_of("what to evaluate", what, ("ruler", "perplexity", "selections"))
+    device = pick_device(device)
+    torch.set_num_threads(threads)
+    points = parse_lengths(lengths)
+    model = load(run, device)
+    if topk is not None:
+        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+    about = ruler.Run.of(run, model)
+    if what == "selections":
+        source = dataclasses.asdict(about) | ruler.origin(device)
+        save_selections(model, data.TokenFile(data_file), points[-1], out, source)
+        return
+    reader = LongReader(model, folder=memory)
+    if what == "perplexity":
+        most = parse_lengths(before)[-1] if before else 0
+        found = ruler.run_perplexity(reader, data.TokenFile(data_file), points, windows=windows, before=most)
     else:
-        folder = folder or Path("out/bench")
-        files = plot.plot_rows(record.read_folder(folder), out or folder)
-        paths = [p for its in files.values() for p in its]
-    for path in paths:
-        console.print(f"wrote {path}")
+        kinds = {s["data"]["kind"] for s in checkpoint.latest(run).recipe["stages"]}
+        chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
+        one_of("vocabulary", chosen, ruler.VOCABULARIES)
+        places = parse_depths(depths, depth_steps)
+        found = ruler.run_ruler(reader, chosen, tasks.split(","), points, places, samples=samples, generate=generate)
+    rows = []
+    with progress_bar(console) as bar:
+        step = bar.add_task("read", total=None)
+        for row in found:
+            rows.append(row)
+            bar.update(step, advance=1, description=f"{length_label(row.length)} done")
+    kept = ruler.write_rows(rows, about, device, out / f"{what}.json")
+    if what == "ruler":
+        arguments = rows, about.model, about.trained_length, ruler.chance(chosen)
+        written = plot_or_say(console, plot_eval.plot_ruler, *arguments, out / "ruler.png")
+    else:
+        written = plot_or_say(console, plot_eval.plot_perplexity, kept, out / "perplexity.png")
+    names = list(vars(rows[0]))
+    cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
+    show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
+    say_written([out / f"{what}.json", *written])
+
+
+def weights(
+    recipe: Annotated[str, typer.Argument(help="a recipe of needles")] = "needle-tiny",
+    seed: Annotated[int, seed_option("of the training")] = 0,
+    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    out: Annotated[Path, typer.Option(help="folder; the package's own is model/weights")] = Path("out/weights"),
+    threads: Annotated[int, threads_option()] = 1,
+) -> None:
+    """Trains from nothing, asks at 256 tokens to 1M, and writes the weights that hsa_tl.model.load knows by name.
+
+    RECIPE.safetensors, and RECIPE.json: recipe, commit, versions, CPU, checksum and scores.
+    """
+    torch.set_num_threads(threads)
+    say_written(make_weights(console, out, recipe, seed, samples=samples))
+
+
+def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:
+    """selections.safetensors for `hsa-tl bench --selection trained=FILE`; their overlap and source as JSON."""
+    if length > len(file):
+        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
+    indices = selections.trained_selection(model, file.tokens[:length])
+    found = selections.statistics(indices, model.config.chunk_size)
+    selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size, found | source)
+    rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
+    chunks = length // found["chunk_size"]
+    title = f"{length} tokens, top {found['topk']} of {chunks} chunks, overlap of neighbours {found['overlap']:.2f}"
+    show_table(console, title, ("neighbours", "distinct chunks", "share"), rows, right=(0, 1, 2))
+    say_written([out / "selections.safetensors", out / "selections.json"])
+
+
+def parse_depths(text: str, steps: int) -> list[float]:
+    """ "0..1" to `steps` depths evenly from the first to the last, "0.5" to one."""
+    first, dots, last = text.partition("..")
+    try:
+        low, high = float(first), float(last if dots else first)
+    except ValueError:
+        raise ValueError(f"depths must be a number or first..last, got {text!r}") from None
+    if not 0 <= low <= high <= 1 or steps < 1:
+        raise ValueError(f"depths must rise within [0, 1] in at least one step, got {text!r} in {steps}")
+    return np.linspace(low, high, steps if low < high else 1).tolist()
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
     app.command()(bench)
     app.command("plot")(plot_command)
+    app.command()(lengths)
+    app.command("eval")(evaluate)
+    app.command()(weights)

@@ -8,14 +8,15 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
 from hsa_tl import api, cases, ops
 from hsa_tl.autotune import plan
-from hsa_tl.bench.providers import D_R
+from hsa_tl.bench.decode import Step
 from hsa_tl.bench.suite import Suite, Work
 from hsa_tl.problem import Problem
 from hsa_tl.testing import make_inputs
@@ -29,30 +30,18 @@ def programs(p: Problem) -> dict:
     """What PLANNED_TOKENS run, as config= names it, for fewer tokens."""
     long = cases.at_length(replace(p, dtype=torch.bfloat16, device_type="cuda"), PLANNED_TOKENS)
     return {
-        name: {} for direction in plan.DIRECTIONS for name, _ in plan.choose(direction, long, device="h100").programs
+        name: {}
+        for direction in ("forward", "backward")
+        for name, _ in plan.choose(direction, long, device="h100").programs
     }
-
-
-def decoding(p: Problem) -> Callable[[], torch.Tensor]:
-    """A token's retrieval, fusion weights and attention."""
-    half = functools.partial(torch.randn, dtype=torch.bfloat16)
-    q_slc, landmarks, q = half(1, 1, p.H, D_R), half(1, CHUNKS, p.H, D_R), half(1, 1, p.HQ, p.D)
-    pages, lengths = half(CHUNKS, p.S, p.H, p.D), torch.tensor([CHUNKS * p.S], dtype=torch.int32)
-    table = torch.arange(CHUNKS, dtype=torch.int32)[None]
-
-    def step():
-        scores, chosen = api.retrieve_decode(q_slc, landmarks, lengths, p.K, chunk_size=p.S, impl="tilelang")
-        return api.hsa_decode(q, pages, pages, api.fusion_weights(scores), chosen, table, impl="tilelang")
-
-    return step
 
 
 class Dispatch(Suite):
     """forward and train: a forward without and with what its backward needs; backward; decode: retrieval as well."""
 
     name = "dispatch"
+    providers: ClassVar = {"hsa-tilelang": "dispatch"}
     modes = ("forward", "train", "backward", "decode")
-    default_modes = modes
     default_case = "k16-d128"
     cpu_lengths = cuda_lengths = "256"
     multiple_of_chunk = True
@@ -89,15 +78,6 @@ class Dispatch(Suite):
     def launch(self, program: str, *_) -> None:
         self.launches.append((program, time.perf_counter()))
 
-    def known(self):
-        return ("hsa-tilelang",)
-
-    def default(self, device_type):
-        return self.known()
-
-    def kernel(self, name):
-        return "dispatch"
-
     def unavailable(self, name, problem, mode):
         from hsa_tl.impl import tilelang
 
@@ -106,23 +86,23 @@ class Dispatch(Suite):
         return None if tilelang.installed() else "the package tilelang is not installed"
 
     def gate_problem(self, problem):
-        return self.problem(problem, 2 * problem.S)
+        return cases.at_length(problem, 2 * problem.S)
 
     def gate(self, name, problem):
         inputs = self.inputs(problem, "random")
         for mode in self.modes:
             self.call(name, problem, inputs, mode)()
             if not self.seen[problem, mode][-1]:
-                return f"{mode} launched nothing"
-        return None
+                return [f"{mode} launched nothing"]
+        return []
 
     def inputs(self, p: Problem, selection):
-        tensors = make_inputs(p)
-        return tensors._replace(**{x: getattr(tensors, x).bfloat16() for x in ("q", "k", "v", "do")})
+        return make_inputs(replace(p, dtype=torch.bfloat16))
 
     def call(self, name, problem, inputs, mode):
         if mode == "decode":
-            function = decoding(problem)
+            step = Step(cases.at_length(replace(problem, dtype=torch.bfloat16), CHUNKS * problem.S))
+            function = functools.partial(step.decode, retrieval="tilelang", impl="tilelang")
         else:
             train = mode != "forward"
             leaves = [x.detach().requires_grad_(train) for x in inputs[:4]]

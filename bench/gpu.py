@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -19,16 +20,14 @@ from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, measure, static, table, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.bench import page, plot_eval, record, ruler
-from hsa_tl.bench.agenda import Step, read_state, run_agenda
 from hsa_tl.bench.attention import Attention
+from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.decode import Decode
-from hsa_tl.bench.micro import Micro
 from hsa_tl.bench.model import ModelBench
-from hsa_tl.bench.plot import length_label
 from hsa_tl.bench.retrieve import Retrieve
-from hsa_tl.bench.roofline import Roofline
+from hsa_tl.bench.roofline import Micro, Roofline
 from hsa_tl.bench.suite import Suite
-from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.bench.sweep import LATE, Sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang import config as configs
@@ -36,38 +35,82 @@ from hsa_tl.model.generate import prefill
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import load_recipe
 from hsa_tl.model.train import train
-from hsa_tl.terminal import minutes_option, parse_lengths
+from hsa_tl.terminal import make_console, minutes_option, parse_lengths, plot_or_say
 
 PREPARED = Path(".bundle/ranked.jsonl")
 PREPARED_CONFIGS = 2  # of a strategy and case: a lease has no time for more
 
 
-def run_tests(seconds: float) -> dict:
-    """The gpu tests; RuntimeError with pytest's last lines if they are not all green."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    tail = "\n".join(run.stdout.splitlines()[-25:])
-    if run.returncode:
-        raise RuntimeError(f"gpu tests failed:\n{tail}")
-    return {"result": tail.splitlines()[-1]}
+@dataclass(frozen=True)
+class Step:
+    """A part of the agenda. run(seconds left) returns a detail for the record and raises when the step fails."""
+
+    name: str
+    run: Callable[[float], dict]
+    share: float  # of the whole budget, at most
+    required: bool = False  # its failure ends the agenda
 
 
+def read_state(path: Path, device: str, commit: str, versions: str) -> dict:
+    """What path says is done, under "steps"; of another device, commit or set of versions nothing."""
+    new = {"device": device, "commit": commit, "versions": versions}
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    return new | {"steps": old["steps"] if old.items() >= new.items() else {}}
+
+
+def run_agenda(steps: list[Step], state: dict, path: Path, seconds: float, clock=time.monotonic) -> bool:
+    """Runs the steps that are not done yet, in order, and records each at once, so that the next machine goes on.
+
+    A failed step is tried again by the next run; a failed required step ends this one. False if a step failed.
+    """
+    end, ok, done = clock() + seconds, True, state["steps"]
+    for step in steps:
+        if done.get(step.name, {}).get("status") == "done":
+            continue
+        left, begin = min(end - clock(), step.share * seconds), clock()
+        if left <= 0:
+            done[step.name] = {"status": "no time left"}
+            continue
+        try:
+            detail = step.run(left)
+            status = "done" if detail.pop("finished", True) else "unfinished"
+        except Exception as error:
+            status, detail, ok = "failed", {"error": f"{type(error).__name__}: {error}"[-2000:]}, False
+        done[step.name] = {"status": status, "seconds": round(clock() - begin, 1), **detail}
+        write_atomic(path, json.dumps(state, indent=1) + "\n")
+        if status == "failed" and step.required:
+            break
+    write_atomic(path, json.dumps(state, indent=1) + "\n")
+    return ok
+
+
+GPU_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
 SANITIZED = "tilelang and (one-token or g3-per-head)"
 
 
+def _run(what: str, command: list[str], seconds: float) -> list[str]:
+    """Lines of what the command prints; RuntimeError with its last ones if it fails."""
+    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    lines = run.stdout.splitlines()
+    if run.returncode:
+        raise RuntimeError(f"{what} failed:\n" + "\n".join(lines[-25:]))
+    return lines
+
+
+def run_tests(seconds: float) -> dict:
+    """The gpu tests; RuntimeError if they are not all green."""
+    return {"result": _run("gpu tests", GPU_TESTS, seconds)[-1]}
+
+
 def sanitize(seconds: float) -> dict:
-    """compute-sanitizer's memcheck and racecheck over a few small gpu tests; RuntimeError with its last lines."""
+    """compute-sanitizer's memcheck and racecheck over a few small gpu tests; RuntimeError if one finds something."""
     if not (tool := static.find_tool("compute-sanitizer")):
         return {"note": "compute-sanitizer is not installed", "finished": False}
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", SANITIZED, "tests"]
     found = {}
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", *tests]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds / 2)
-        lines = run.stdout.splitlines()
+        command = [tool, "--tool", check, "--error-exitcode", "9", *GPU_TESTS, "-k", SANITIZED]
+        lines = _run(check, command, seconds / 2)
         found[check] = next((x for x in reversed(lines) if "SUMMARY" in x), "no summary")
-        if run.returncode:
-            raise RuntimeError(f"{check} failed:\n" + "\n".join(lines[-25:]))
     return found
 
 
@@ -113,7 +156,7 @@ def tune(out: Path, seconds: float) -> dict:
         measured = measure.measure(case, ranked, device=device, seconds=left, journal=journal)
         rows += measured
         chosen += tuner.best(case, measured)
-    write_atomic(out / "tuning.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_atomic(out / "tuning.json", record.json_list(rows))
     table.write(out / "table.json", device, chosen)
     detail = {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
     if importlib.util.find_spec("scipy") is None:
@@ -155,13 +198,14 @@ def needles(
         depths = [i / 4 for i in range(5)]
         rows += ruler.run_ruler(LongReader(model), "needles", ["s-niah", "mq-niah"], [length], depths, samples=4)
         ruler.write_rows(rows, done, device, out / "ruler.json")
-        plot_eval.plot_ruler(rows, done.model, done.trained_length, ruler.chance("needles"), out / "ruler.png")
+        about = done.model, done.trained_length, ruler.chance("needles")
+        plot_or_say(make_console(), plot_eval.plot_ruler, rows, *about, out / "ruler.png")
     detail["accuracy"] = {f"{r.task} {length_label(r.length)} {r.depth}": r.accuracy for r in rows}
     return detail | {"finished": done.finished}
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Measure:
     """A step that measures one suite: cases and lengths as `hsa-tl bench` names them; modes None: the suite's."""
 
     name: str
@@ -174,14 +218,12 @@ class Sweep:
 
     def run(self, out: Path, device: str, seconds: float) -> dict:
         """Every provider; bench.csv and bench.json of out grow point by point."""
-        end, rows, suite = time.monotonic() + seconds, [], self.suite()
-        for selection in self.selections:
-            for name in self.cases:
-                rows += run_sweep(
-                    suite, [suite.find_case(name)], parse_lengths(self.lengths), self.modes, None, selection, device,
-                    out, max(0.0, end - time.monotonic()), min_repeats=10, seconds=0.3,
-                )  # fmt: skip
-        late = sum("time is up" in r.note for r in rows)
+        end, rows, suite, lengths = time.monotonic() + seconds, [], self.suite(), parse_lengths(self.lengths)
+        for selection, name in itertools.product(self.selections, self.cases):
+            left = max(0.0, end - time.monotonic())
+            what = (suite, suite.find_case(name), lengths, self.modes, None, selection, device, out, left)
+            rows += Sweep(*what, min_repeats=10, seconds=0.3).run()
+        late = sum(r.note == LATE for r in rows)
         return {"rows": len(rows), "not_measured": late, "finished": late == 0}
 
 
@@ -189,22 +231,22 @@ BOTH = ("forward", "backward")
 TRAINED = f"trained={Path(__file__).parent / 'results/cpu/selections.safetensors'}"
 # In the order of bench/AGENDA.md: the roofline, the headline, then what explains it.
 SWEEPS = (
-    Sweep("roofline", Roofline, ("paper-d128",), "8k", 0.05),
-    Sweep("micro", Micro, ("paper-d128",), "4k,16k,32k,64k,128k,1m", 0.1),
-    Sweep("headline", Attention, ("paper-d128",), "4k,16k,64k,128k", 0.5, BOTH),
-    Sweep("decode", Decode, ("paper-d128",), "4k,128k,1m,16m", 0.15),
-    Sweep("retrieve", Retrieve, ("paper-d128",), "4k,128k,1m,16m", 0.15),
-    Sweep("selections", Attention, ("paper-d128",), "4k,16k,64k", 0.4, BOTH, ("overlap=0.8", "full", "text")),
-    Sweep("trained", Attention, ("k16-d128",), "4k,16k", 0.2, BOTH, (TRAINED,)),
-    Sweep(
+    Measure("roofline", Roofline, ("paper-d128",), "8k", 0.05),
+    Measure("micro", Micro, ("paper-d128",), "4k,16k,32k,64k,128k,1m", 0.1),
+    Measure("headline", Attention, ("paper-d128",), "4k,16k,64k,128k", 0.5, BOTH),
+    Measure("decode", Decode, ("paper-d128",), "4k,128k,1m,16m", 0.15),
+    Measure("retrieve", Retrieve, ("paper-d128",), "4k,128k,1m,16m", 0.15),
+    Measure("selections", Attention, ("paper-d128",), "4k,16k,64k", 0.4, BOTH, ("overlap=0.8", "full", "text")),
+    Measure("trained", Attention, ("k16-d128",), "4k,16k", 0.2, BOTH, (TRAINED,)),
+    Measure(
         "cases", Attention, ("k16-d128", "paper-d64", "g4", "g1"), "4k,16k,64k", 0.5, BOTH, ("random", "overlap=0.8")
     ),
-    Sweep("model", ModelBench, ("small",), "4k,16k,64k", 0.3),
+    Measure("model", ModelBench, ("small",), "4k,16k,64k", 0.3),
 )
 TUNE_AFTER = "headline"
 
 
-def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Sweep, ...] = SWEEPS) -> list[Step]:
+def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Measure, ...] = SWEEPS) -> list[Step]:
     """What one lease does, in order; results go to folder."""
     steps = [Step("tests", run_tests, 0.5, required=True)]
     for plan in sweeps:
@@ -235,7 +277,7 @@ def main(
     path = folder / "agenda.json"
     state = read_state(path, name, record.commit(), record.versions())
     ok = run_agenda(agenda(folder), state, path, minutes * 60)
-    for step, result in state.steps.items():
+    for step, result in state["steps"].items():
         typer.echo(f"{step:10} {json.dumps(result)[:600]}")
     try:
         page.write_page(out)

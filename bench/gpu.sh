@@ -25,7 +25,7 @@ else
   done
   export PYTHONPATH="$PWD/.bundle/package:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-# Checkouts of others' kernels, see bench/published.py.
+# Checkouts of others' kernels, see bench/baselines.py.
 [ -d .bundle/ramstorage ] && export HSA_TL_RAMSTORAGE="${HSA_TL_RAMSTORAGE:-$PWD/.bundle/ramstorage}"
 [ -d .bundle/hils ] && export HSA_TL_HILS="${HSA_TL_HILS:-$PWD/.bundle/hils}"
 # Kernels compiled by --prepare, on any machine with nvcc, are found here.

@@ -2,11 +2,13 @@
 
 Each model is `tiny` with another attention, trained on the recipe `needle-tiny`; the baselines have the same
 convolution, window, curriculum and number of retrieved tokens. Rows resume: what the file holds is not run again.
+The last act of `hsa-tl demo` asks the weights that ship with the package the same, at up to a million tokens.
 """
 
 import dataclasses
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,15 +16,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from hsa_tl.bench import record
-from hsa_tl.bench.plot import interval, length_axis, pyplot, save
-from hsa_tl.bench.ruler import chance
+from hsa_tl.bench.compare import grouped, length_label
+from hsa_tl.bench.plot_eval import NEEDLES, plot_lengths
+from hsa_tl.bench.ruler import chance, origin
+from hsa_tl.bench.suite import one_of
 from hsa_tl.files import write_atomic
-from hsa_tl.model import evaluate
+from hsa_tl.model import evaluate, load, pretrained
+from hsa_tl.model import recipe as recipes
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 from hsa_tl.model.recipe import Recipe, load_recipe
 from hsa_tl.model.train import Step, train
+from hsa_tl.terminal import plot_or_say, progress_bar, show_table
 
 MODELS = {
     "hsa": {"attention": "hsa"},
@@ -31,15 +38,12 @@ MODELS = {
     "nsa": {"attention": "nsa"},
     "nsa-rope": {"attention": "nsa", "rope": ["swa", "nsa"]},
 }
-STYLES = {
-    "hsa": ("#0b6fb8", "o", "HSA"),
-    "full-rope": ("#444444", "s", "full attention, RoPE"),
-    "swa": ("#9a6fb0", "P", "sliding window only"),
-    "nsa": ("#e07b00", "D", "NSA-style, NoPE"),
-    "nsa-rope": ("#c2185b", "^", "NSA-style, RoPE"),
-}
-CHANCE = chance("needles")
-TASKS = {"s-niah": "S-NIAH", "mq-niah": "MQ-NIAH (6 needles, 2 queries)", "mk-niah-3": "MK-NIAH 3 (all needles)"}
+TASKS = tuple(NEEDLES)
+RECIPE = "needle-tiny"
+# Of the demo, and of weights that ship.
+DEMO_LENGTHS = (256, 1 << 12, 1 << 15, 1 << 18, 1 << 20)
+DEMO_TASKS = ("s-niah", "mq-niah")
+DEMO_BUDGET_S = 15.0  # of each length and task, behind which a slow machine takes fewer samples
 
 
 @dataclass(frozen=True)
@@ -60,79 +64,27 @@ class Row:
     device: str
     versions: str
     commit: str
-    recipe: str = "needle-tiny"
+    recipe: str = RECIPE
 
 
-def recipe_of(model: str, seed: int, name: str = "needle-tiny") -> Recipe:
+def recipe_of(model: str, seed: int, name: str = RECIPE) -> Recipe:
     """The recipe with the model's attention. ValueError: another name than those of MODELS."""
-    if model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
-    recipe = load_recipe(name)
-    return dataclasses.replace(recipe, name=f"{recipe.name}-{model}", model=recipe.model | MODELS[model], seed=seed)
+    changes, recipe = MODELS[one_of("model", model, MODELS)], load_recipe(name)
+    return dataclasses.replace(recipe, name=f"{recipe.name}-{model}", model=recipe.model | changes, seed=seed)
 
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a lengths.json, none if there is none. ValueError: it is not one."""
-    if not path.exists():
-        return []
     try:
-        return [Row(**x) for x in json.loads(path.read_text())]
+        return [Row(**x) for x in json.loads(path.read_text())] if path.exists() else []
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must hold the rows of hsa-tl lengths, got {error}") from None
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    models, tasks = list(MODELS), list(TASKS)
-    rows = sorted(rows, key=lambda r: (r.recipe, models.index(r.model), r.seed, tasks.index(r.task), r.length))
-    write_atomic(path, "[\n" + ",\n".join(json.dumps(asdict(r)) for r in rows) + "\n]\n")
-
-
-def run_lengths(
-    out: Path, runs: Path, models: list[str], seeds: list[int], lengths: list[int], tasks: list[str], *,
-    samples: int = 100, budget_s: float = 60.0, recipe: str = "needle-tiny",
-    on_step: Callable[[Step], None] = lambda step: None, on_row: Callable[[Row], None] = lambda row: None,
-) -> list[Row]:  # fmt: skip
-    """Trains each model for each seed in a folder of runs and evaluates it; writes out/lengths.json after every row.
-
-    samples: contexts of each length and task; behind budget_s seconds only those that cost little, see
-    evaluate.accuracy. A context that full attention cannot read has no row.
-    """
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    chosen = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models}
-    path = out / "lengths.json"
-    rows = read_rows(path)
-    trained_on = load_recipe(recipe).name
-    done = {(r.model, r.seed, r.task, r.length) for r in rows if r.recipe == trained_on}
-    for (name, seed), plan in chosen.items():
-        todo = [(t, T) for t in tasks for T in lengths if (name, seed, t, T) not in done]
-        todo = [(t, T) for t, T in todo if name != "full-rope" or T <= ONE_SHOT]
-        if not todo:
-            continue
-        model, seconds = _trained(plan, run_folder(runs, plan), on_step)
-        for task, T in todo:
-            row = ask(LongReader(model), name, plan, task, T, samples, budget_s, round(seconds, 1), trained_on)
-            rows.append(row)
-            write_rows(path, rows)
-            on_row(row)
-    return rows
-
-
-def ask(
-    reader: LongReader, name: str, plan: Recipe, task: str, T: int, samples: int, budget_s: float,
-    train_seconds: float, trained_on: str,
-) -> Row:  # fmt: skip
-    """The row of a model that plan made, of one task and length. A reader that read this length before reads less."""
-    config = reader.model.config
-    read_tokens = config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0
-    answer = partial(evaluate.answers_right, reader)
-    found = evaluate.accuracy(answer, evaluate.needle_samples(task, T, samples, plan.seed), budget_s)
-    return Row(
-        name, plan.seed, plan.stages[-1].length, T, task, found.share, round(found.seconds, 3), found.answers,
-        found.samples, read_tokens, train_seconds, record.device_name("cpu"), record.versions(), record.commit(),
-        trained_on,
-    )  # fmt: skip
+    models = list(MODELS)
+    rows = sorted(rows, key=lambda r: (r.recipe, models.index(r.model), r.seed, TASKS.index(r.task), r.length))
+    write_atomic(path, record.json_list(map(asdict, rows)))
 
 
 def run_folder(runs: Path, plan: Recipe) -> Path:
@@ -152,47 +104,114 @@ def _trained(recipe: Recipe, run: Path, on_step: Callable[[Step], None]) -> tupl
     return model, json.loads(clock.read_text())
 
 
-def plot_lengths(rows: list[Row], path: Path) -> list[Path]:
-    """Accuracy against length, a panel for each task: the median of the seeds, a band from the worst to the best.
+def _ask(reader: LongReader, plan: Recipe, task: str, T: int, samples: int, budget_s: float, **about) -> Row:
+    """The row of a model that plan made, of one task and length. A reader that read this length before reads less."""
+    config = reader.model.config
+    answer = partial(evaluate.answers_right, reader)
+    found = evaluate.accuracy(answer, evaluate.needle_samples(task, T, samples, plan.seed), budget_s)
+    return Row(
+        seed=plan.seed, train_length=plan.stages[-1].length, length=T, task=task, accuracy=found.share,
+        seconds=round(found.seconds, 3), answers=found.answers, samples=found.samples,
+        read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0,
+        **origin("cpu"), **about,
+    )  # fmt: skip
 
-    Of one seed the band is Wilson's interval of its answers.
+
+def _show(console: Console, out: Path, mine: list[Row], rows: list[Row]) -> None:
+    """The table of mine, accuracy by length for each model, seed and task; a plot of rows, all of one recipe."""
+    lengths = sorted({r.length for r in mine})
+    lines = []
+    for key, found in grouped(mine, lambda r: (r.model, r.seed, r.task)).items():
+        shares = {r.length: f"{100 * r.accuracy:.1f}" for r in found}
+        lines.append((*key, *(shares.get(T, "") for T in lengths)))
+    title = f"Answers right in %, by length; trained at {mine[0].train_length} tokens at most"
+    names = ("model", "seed", "task", *map(length_label, lengths))
+    show_table(console, title, names, lines, right=tuple(range(3, len(names))))
+    picture = out / ("lengths.png" if rows[0].recipe == RECIPE else f"lengths-{rows[0].recipe}.png")
+    written = [out / "lengths.json", *plot_or_say(console, plot_lengths, rows, chance("needles"), picture)]
+    console.print("wrote " + ", ".join(map(str, written)))
+
+
+def run_lengths(
+    console: Console, out: Path, runs: Path, models: list[str], seeds: list[int], lengths: list[int],
+    tasks: list[str], *, samples: int = 100, budget_s: float = 60.0, recipe: str = RECIPE,
+) -> list[Row]:  # fmt: skip
+    """Trains each model for each seed in a folder of runs and asks it; prints a table, writes lengths.json and a plot.
+
+    samples: contexts of each length and task; behind budget_s seconds only those that cost little, see
+    evaluate.accuracy. A context that full attention cannot read has no row. out/lengths.json grows row by row.
     """
-    if not rows:
-        raise ValueError("rows must hold at least one row, got none")
-    plt = pyplot()
-    tasks = [t for t in TASKS if any(r.task == t for r in rows)]
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(4.4 * len(tasks), 3.6), squeeze=False, sharey=True, layout="constrained"
-    )
-    for ax, task in zip(axes[0], tasks, strict=True):
-        mine = [r for r in rows if r.task == task]
-        for model, (color, marker, label) in STYLES.items():
-            points = sorted({r.length for r in mine if r.model == model})
-            if not points:
+    for task in tasks:
+        one_of("task", task, TASKS)
+    plans = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models}
+    path, trained_on = out / "lengths.json", load_recipe(recipe).name
+    rows = read_rows(path)
+    done = {(r.model, r.seed, r.task, r.length) for r in rows if r.recipe == trained_on}
+    with progress_bar(console) as bar:
+        step = bar.add_task("train", total=None)
+
+        def on_step(done: Step) -> None:
+            what = f"train: stage {done.stage + 1}, loss {done.loss:.3f}"
+            bar.update(step, completed=done.step + 1, description=what)
+
+        for (name, seed), plan in plans.items():
+            known = [T for T in lengths if name != "full-rope" or T <= ONE_SHOT]
+            todo = [(t, T) for t in tasks for T in known if (name, seed, t, T) not in done]
+            if not todo:
                 continue
-            values = [sorted(r.accuracy for r in mine if r.model == model and r.length == T) for T in points]
-            seeds = len({r.seed for r in rows if r.model == model})
-            label = f"{label}, {seeds} seed{'s' if seeds > 1 else ''}"
-            ax.plot(points, [v[len(v) // 2] for v in values], color=color, marker=marker, markersize=4, label=label)
-            bands = [(v[0], v[-1]) for v in values]
-            if seeds == 1:
-                counts = {r.length: r.answers for r in mine if r.model == model}
-                bands = [interval(v[0] * counts[T], counts[T]) for T, v in zip(points, values, strict=True)]
-            low, high = zip(*bands, strict=True)
-            ax.fill_between(points, low, high, color=color, alpha=0.15, linewidth=0)
-        length_axis(ax, sorted({r.length for r in mine}))
-        ax.set_ylim(-0.03, 1.03)
-        ax.set_title(TASKS[task])
-        ax.axvline(mine[0].train_length, color="#888888", linewidth=0.8, linestyle=":")
-        ax.axhline(CHANCE, color="#888888", linewidth=0.8, linestyle="--")
-    axes[0][0].set_ylabel("share of answers right")
-    counts = sorted({r.samples for r in rows})
-    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
-    figure.suptitle(
-        f"Trained at {rows[0].train_length} tokens (dotted); median, worst and best seed, or the 95 % interval of one; "
-        f"chance is 1 in {1 / CHANCE:.0f} (dashed); {samples} contexts for each point",
-        fontsize=10,
-    )
-    return save(figure, path)
+            model, seconds = _trained(plan, run_folder(runs, plan), on_step)
+            about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on}
+            for task, T in todo:
+                rows.append(_ask(LongReader(model), plan, task, T, samples, budget_s, **about))
+                write_rows(path, rows)
+                bar.update(step, description=f"{name} {seed}: {task} {length_label(T)}")
+    rows = [r for r in rows if r.recipe == trained_on]
+    mine = [r for r in rows if r.model in models and r.seed in seeds and r.task in tasks]
+    if not mine:
+        raise ValueError(f"lengths must hold one that {', '.join(models)} can read, got {', '.join(map(str, lengths))}")
+    _show(console, out, mine, rows)
+    return mine
+
+
+def ask_shipped(console: Console, out: Path, lengths=DEMO_LENGTHS, samples: int = 25, name: str = RECIPE) -> None:
+    """Asks the weights that ship with the package, live, at every length."""
+    shipped, reader, rows = pretrained.shipped(name), LongReader(load(name)), []
+    plan = recipes.recipe_of(shipped.recipe)
+    about = {"model": "hsa", "train_seconds": shipped.train_seconds, "recipe": name}
+    with progress_bar(console) as bar:
+        step = bar.add_task("ask", total=len(lengths) * len(DEMO_TASKS))
+        for T in lengths:  # a length is read once: its haystack is the same for each task and sample
+            for task in DEMO_TASKS:
+                bar.update(step, description=f"ask: {task} {length_label(T)}")
+                rows.append(_ask(reader, plan, task, T, samples, DEMO_BUDGET_S, **about))
+                bar.advance(step)
+    rows.sort(key=lambda r: (TASKS.index(r.task), r.length))
+    write_rows(out / "lengths.json", rows)
+    _show(console, out, rows, rows)
+    _say_reads(console, rows)
+
+
+def train_and_ask(console: Console, out: Path, recipe: str = RECIPE, lengths=DEMO_LENGTHS, samples=100) -> None:
+    """Trains one seed from scratch and asks it at every length."""
+    (out / "lengths.json").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as runs:
+        rows = run_lengths(console, out, Path(runs), ["hsa"], [0], lengths, DEMO_TASKS, samples=samples, recipe=recipe)
+    console.print(f"trained in {rows[0].train_seconds:.0f} s")
+    _say_reads(console, rows)
+
+
+def _say_reads(console: Console, rows: list[Row]) -> None:
+    console.print(f"at any length a query reads {rows[0].read_tokens} retrieved tokens and its window")
+
+
+def make_weights(
+    console: Console, folder: Path, recipe: str = RECIPE, seed: int = 0, lengths=DEMO_LENGTHS, samples: int = 100
+) -> list[Path]:
+    """Trains a recipe of needles from nothing and asks it; writes its weights with where they come from and scored."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary)
+        rows = run_lengths(console, out, out, ["hsa"], [seed], lengths, DEMO_TASKS, samples=samples, recipe=recipe)
+        scores = [{k: getattr(r, k) for k in ("task", "length", "accuracy", "answers")} for r in rows]
+        source = {k: getattr(rows[0], k) for k in ("train_seconds", "device", "versions", "commit")}
+        run = run_folder(out, recipe_of("hsa", seed, recipe))
+        return pretrained.save_weights(run, folder, rows[0].recipe, accuracy=scores, **source)

@@ -7,6 +7,7 @@ for `attention`; weights and tokens are random, which changes no cost but the se
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import torch
 
@@ -69,24 +70,13 @@ class Pair:
 
     def read(self, name: str):
         model = self.model(name).eval()
-
-        def run():
-            with self.cast():
-                return prefill(model, self.ids)
-
-        return run
+        return self.cast()(lambda: prefill(model, self.ids))
 
     def generate(self, name: str):
+        """Every call appends one token."""
         model = self.model(name).eval()
-
-        with self.cast():
-            _, cache = prefill(model, self.ids[:, :-1])
-
-        def run():  # every call appends one token
-            with self.cast():
-                return model(self.ids[:, -1:], cache=cache, logits_to_keep=1).logits
-
-        return run
+        _, cache = self.cast()(prefill)(model, self.ids[:, :-1])
+        return self.cast()(lambda: model(self.ids[:, -1:], cache=cache, logits_to_keep=1).logits)
 
 
 @functools.cache
@@ -110,20 +100,11 @@ def _window_pairs(T: int, window: int) -> int:
 
 class ModelBench(Suite):
     name = "model"
+    providers: ClassVar = {n: f"{attention}_attention_model" for n, attention in ATTENTIONS.items()}
     modes = ("step", "read", "generate")
-    default_modes = modes
     cpu_lengths, cuda_lengths = "1k..32k", "4k..512k"
     default_case = "tiny"
     multiple_of_chunk = True
-
-    def known(self):
-        return tuple(ATTENTIONS)
-
-    def default(self, device_type):
-        return self.known()
-
-    def kernel(self, name):
-        return f"{ATTENTIONS[name]}_attention_model"
 
     def find_case(self, name):
         return model_case(name)
@@ -133,11 +114,8 @@ class ModelBench(Suite):
         dims = (p.HQ, p.H, p.D, p.S, p.K)
         return next(c for c in PRESETS.values() if (c.heads, c.kv_heads, c.head_dim, c.chunk_size, c.topk) == dims)
 
-    def unavailable(self, name, problem, mode):
-        return None
-
     def gate_problem(self, problem):
-        return self.problem(problem, 16 * problem.S)
+        return cases.at_length(problem, 16 * problem.S)
 
     def gate(self, name, problem):
         """Loss, every gradient and the logits of a cached decode against one forward of the same model in float64."""
@@ -154,11 +132,10 @@ class ModelBench(Suite):
             found = {"loss": loss.detach(), "logits": logits[:, -1:].detach()}
             return found | {n: g for (n, _), g in zip(named, gradients, strict=True) if g is not None}
 
-        with pair.cast():
-            actual = results(own)
+        actual = pair.cast()(results)(own)
         actual["logits"] = pair.generate(name)()
         wanted = expect(lambda: results(exact), dtype=p.dtype)
-        return next((line for n, x in actual.items() for line in complaints(n, x, wanted[n])), None)
+        return [line for n, x in actual.items() for line in complaints(n, x, wanted[n])]
 
     def inputs(self, problem, selection):
         return Pair(problem, self.config(problem))
@@ -195,5 +172,4 @@ class ModelBench(Suite):
 
     def label(self, p):
         c = self.config(p)
-        dims = f"HQ={p.HQ} H={p.H} D={p.D} S={p.S} K={p.K}"
-        return f"dim={c.dim} layers={c.layers} {dims} window={c.window} {p.dtype_name}"
+        return f"dim={c.dim} layers={c.layers} {self.dims.format(p=p)} window={c.window} {p.dtype_name}"

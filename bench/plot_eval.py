@@ -1,8 +1,12 @@
-"""Plots of `hsa-tl eval`: accuracy by length and by depth with its uncertainty, and bits per token by context."""
+"""Plots of trained models, accuracy and bits per token by length, and of the selections that retrieval makes."""
 
+from operator import attrgetter
 from pathlib import Path
 
-from hsa_tl.bench.plot import grid, interval, length_axis, length_label, pyplot, save
+import torch
+
+from hsa_tl.bench.compare import grouped, length_label
+from hsa_tl.bench.plot import GREY, RED, band, grid, interval, legend_below, length_axis, save
 from hsa_tl.model.recipe import load_recipe, recipe_names
 
 TASKS = {
@@ -10,6 +14,15 @@ TASKS = {
     "mq-niah": "MQ-NIAH", "vt": "variable tracking", "fwe": "frequent words",
 }  # fmt: skip
 ATTENTION = {"hsa": "HSA", "full": "full attention", "swa": "sliding window only", "nsa": "NSA-style"}
+# What `hsa-tl lengths` trains, and its tasks.
+MODELS = {
+    "hsa": ("HSA", "#0b6fb8", "o"),
+    "full-rope": ("full attention, RoPE", "#444444", "s"),
+    "swa": ("sliding window only", "#9a6fb0", "P"),
+    "nsa": ("NSA-style, NoPE", "#e07b00", "D"),
+    "nsa-rope": ("NSA-style, RoPE", "#c2185b", "^"),
+}
+NEEDLES = {"s-niah": "S-NIAH", "mq-niah": "MQ-NIAH (6 needles, 2 queries)", "mk-niah-3": "MK-NIAH 3 (all needles)"}
 COLORS = ("#0b6fb8", "#e07b00", "#3aa6a0", "#c2185b", "#9a6fb0", "#444444", "#b08d57")
 
 
@@ -21,41 +34,49 @@ def model_name(recipe: str) -> str:
     return f"{ATTENTION[load_recipe(recipe).config().attention]} ({recipe})" if recipe in recipe_names() else recipe
 
 
-def _accuracy(ax, points: list[tuple[float, list]], label: str, color: str, shift: float = 0.0) -> None:
-    """points: (x, rows); the rows' answers together, with Wilson's 95 % interval. shift: of x, not to hide others."""
-    x, y, below, above = [], [], [], []
-    for at, rows in points:
-        n = sum(r.answers for r in rows)
-        right = sum(r.accuracy * r.answers for r in rows)
-        low, high = interval(right, n)
-        x.append(at + shift)
-        y.append(right / n)
-        below.append(right / n - low)
-        above.append(high - right / n)
+def samples_of(rows: list) -> str:
+    """ "4" where all rows have 4, else "4 to 100"."""
+    counts = [r.samples for r in rows]
+    first, last = min(counts), max(counts)
+    return f"{first}" if first == last else f"{first} to {last}"
+
+
+def share_axis(ax, chance: float, label: str | None = None) -> None:
+    """Of shares of right answers, with a line at chance, 0 where it is negligible."""
+    ax.set_ylim(-0.03, 1.03)
+    if chance > 0:
+        ax.axhline(chance, color=GREY, linewidth=1, linestyle="--", label=label)
+
+
+def heat_map(figure, ax, values, label: str, **options) -> None:
+    image = ax.imshow(values, vmin=0, vmax=1, origin="upper", **options)
+    ax.grid(False)
+    figure.colorbar(image, ax=ax, shrink=0.8, label=label)
+
+
+def _accuracy(ax, x: list[float], points, label: str, color: str) -> None:
+    """points: the rows at each x, whose answers count together, with Wilson's interval."""
+    y, below, above = [], [], []
+    for rows in points:
+        answers, right = sum(r.answers for r in rows), sum(r.accuracy * r.answers for r in rows)
+        low, high = interval(right, answers)
+        y.append(right / answers)
+        below.append(y[-1] - low)
+        above.append(high - y[-1])
     ax.errorbar(x, y, (below, above), color=color, marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
 
 
-def _finish(ax, chance: float) -> None:
-    ax.set_ylim(-0.03, 1.03)
-    ax.set_ylabel("share of answers right")
-    if chance > 0:
-        ax.axhline(chance, color="#888888", linewidth=1, linestyle="--", label=f"chance, 1 in {1 / chance:.0f}")
-    ax.legend(fontsize=8)
-
-
-def _heat_map(figure, ax, rows: list, task: str) -> None:
+def _by_length_and_depth(figure, ax, rows: list, task: str) -> None:
     lengths, depths = sorted({r.length for r in rows}), sorted({r.depth for r in rows})
     at = {(r.depth, r.length): r.accuracy for r in rows}
-    grid = [[at.get((d, T), float("nan")) for T in lengths] for d in depths]
-    image = ax.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="upper")
+    shares = [[at.get((d, T), float("nan")) for T in lengths] for d in depths]
+    heat_map(figure, ax, shares, "share of answers right", cmap="viridis", aspect="auto")
     every = -(-len(lengths) // 8)
     ax.set_xticks(range(len(lengths))[::every], [length_label(T) for T in lengths[::every]])
     ax.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-    ax.grid(False)
     ax.set_xlabel("tokens T")
     ax.set_ylabel("depth of the needle")
     ax.set_title(f"{TASKS.get(task, task)}, {min(r.answers for r in rows)} answers each")
-    figure.colorbar(image, ax=ax, shrink=0.8, label="share of answers right")
 
 
 def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path: Path) -> list[Path]:
@@ -63,42 +84,81 @@ def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path:
 
     rows: RulerRow of one model. chance: of one answer, 0 where it is negligible.
     """
-    tasks = list(dict.fromkeys(r.task for r in rows))
-    lengths = sorted({r.length for r in rows})
+    tasks, lengths = list(dict.fromkeys(r.task for r in rows)), sorted({r.length for r in rows})
     deep = [t for t in tasks if len({r.depth for r in rows if r.task == t}) > 1]
-    panels = (["length"] if len(lengths) > 1 or not deep else []) + (
-        deep if len(lengths) > 1 else ["depth"] * bool(deep)
-    )
+    if len(lengths) > 1:
+        panels = ["length", *deep]
+    else:
+        panels = ["depth"] if deep else ["length"]
     figure, axes = grid(len(panels), 5.6, 3.7, 3.6, 0.5)
     for ax, panel in zip(axes, panels, strict=True):
         if panel in deep:
-            _heat_map(figure, ax, [r for r in rows if r.task == panel], panel)
+            _by_length_and_depth(figure, ax, [r for r in rows if r.task == panel], panel)
             continue
-        for i, task in enumerate(tasks if panel == "length" else deep):
-            mine = [r for r in rows if r.task == task]
-            x_of = (lambda r: r.length) if panel == "length" else (lambda r: 100 * r.depth)
-            points = [(x, [r for r in mine if x_of(r) == x]) for x in sorted(set(map(x_of, mine)))]
-            shift = 0.0 if panel == "length" else 0.8 * (i - (len(deep) - 1) / 2)
-            _accuracy(ax, points, TASKS.get(task, task), COLORS[i % len(COLORS)], shift)
-        if panel == "length":
+        by_length = panel == "length"
+        for i, task in enumerate(tasks if by_length else deep):
+            at = attrgetter("length" if by_length else "depth")
+            points = grouped(sorted((r for r in rows if r.task == task), key=at), at)
+            scale, shift = (1, 0.0) if by_length else (100, 0.8 * (i - (len(deep) - 1) / 2))
+            x = [scale * place + shift for place in points]
+            _accuracy(ax, x, points.values(), TASKS.get(task, task), COLORS[i % len(COLORS)])
+        if by_length:
             length_axis(ax, lengths)
             ax.set_title("by length, all depths together")
         else:
             ax.set_xlabel("depth of the needle, %")
             ax.set_title(f"by depth, at {length_label(lengths[0])} tokens")
-        _finish(ax, chance)
-    samples = sorted({r.samples for r in rows})
-    count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
+        ax.set_ylabel("share of answers right")
+        share_axis(ax, chance, f"chance, 1 in {1 / chance:.0f}" if chance else None)
+        ax.legend(fontsize=8)
     figure.suptitle(
         f"RULER of {model_name(model)}, trained at {length_label(trained_length)} tokens at most\n{rows[0].method}, "
-        f"{count} contexts for each length, task and depth; bars: Wilson's 95 % interval", fontsize=10,
-    )  # fmt: skip
+        f"{samples_of(rows)} contexts for each length, task and depth; bars: Wilson's 95 % interval",
+        fontsize=10,
+    )
+    return save(figure, path)
+
+
+def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
+    """Accuracy of lengths.Row against length, a panel for each task: the median of the seeds, a band of all of them.
+
+    Of one seed the band is Wilson's interval of its answers.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one row, got none")
+    tasks = [t for t in NEEDLES if any(r.task == t for r in rows)]
+    figure, axes = grid(len(tasks), 0, 4.4, 3.6, 0, sharey=True)
+    for ax, task in zip(axes, tasks, strict=True):
+        mine = sorted((r for r in rows if r.task == task), key=lambda r: (r.length, r.accuracy))
+        for model, (label, color, marker) in MODELS.items():
+            seeds = len({r.seed for r in rows if r.model == model})
+            points = grouped((r for r in mine if r.model == model), attrgetter("length"))
+            if not points:
+                continue
+            ends = [
+                interval(own[0].accuracy * own[0].answers, own[0].answers) if seeds == 1
+                else (own[0].accuracy, own[-1].accuracy) for own in points.values()
+            ]  # fmt: skip
+            middle = [own[len(own) // 2].accuracy for own in points.values()]
+            (low, high), name = zip(*ends, strict=True), f"{label}, {seeds} seed{'s' if seeds > 1 else ''}"
+            band(ax, list(points), low, middle, high, name, color, marker)
+        length_axis(ax, sorted({r.length for r in mine}))
+        share_axis(ax, chance)
+        ax.set_title(NEEDLES[task])
+        ax.axvline(mine[0].train_length, color=GREY, linewidth=0.8, linestyle=":")
+    axes[0].set_ylabel("share of answers right")
+    legend_below(figure, 5)
+    figure.suptitle(
+        f"Trained at {rows[0].train_length} tokens (dotted); median, worst and best seed, or the 95 % interval of one; "
+        f"chance is 1 in {1 / chance:.0f} (dashed); {samples_of(rows)} contexts for each point",
+        fontsize=10,
+    )
     return save(figure, path)
 
 
 def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
     """Bits per token against context length, a line for each run of write_rows' rows; from 0: noise is no trend."""
-    figure, ax = pyplot().subplots(figsize=(7, 4.4), layout="constrained")
+    figure, (ax,) = grid(1, 7, 0, 4.4, 0)
     for i, (name, seed) in enumerate(dict.fromkeys((r["model"], r["seed"]) for r in rows)):
         mine = sorted((r for r in rows if (r["model"], r["seed"]) == (name, seed)), key=lambda r: r["length"])
         label = f"{model_name(name)}, {mine[0]['parameters'] / 1e6:.2f}M, seed {seed}"
@@ -106,21 +166,75 @@ def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
         x, y = [r["length"] for r in mine], [r["bits_per_token"] for r in mine]
         color = COLORS[i % len(COLORS)]
         ax.errorbar(x, y, bars if any(bars) else None, marker="o", markersize=4, capsize=2, color=color, label=label)
-    for trained in sorted({r["trained_length"] for r in rows}):
-        ax.axvline(trained, color="#888888", linewidth=0.8, linestyle=":")
+    trained, windows, last = (sorted({r[name] for r in rows}) for name in ("trained_length", "windows", "tokens"))
+    for T in trained:
+        ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
     length_axis(ax, sorted({r["length"] for r in rows}))
     ax.set_ylim(0, 1.1 * max(r["bits_per_token"] for r in rows))
     ax.set_ylabel("bits per token, lower is better")
     ax.legend(fontsize=8)
-    windows, last = (sorted({r[name] for r in rows}) for name in ("windows", "tokens"))
-    bars = (
-        "bars: 95 % interval of the mean"
-        if any(r.get("standard_error") for r in rows)
-        else "the rows have no intervals"
-    )
-    trained = " and ".join(length_label(T) for T in sorted({r["trained_length"] for r in rows}))
+    known = any(r.get("standard_error") for r in rows)
+    bars = "bars: 95 % interval of the mean" if known else "the rows have no intervals"
     ax.set_title(
-        f"Perplexity of held-out text by context; trained at {trained} tokens (dotted)\nthe last "
+        "Perplexity of held-out text by context; trained at "
+        f"{' and '.join(map(length_label, trained))} tokens (dotted)\nthe last "
         f"{' or '.join(map(str, last))} tokens of {' or '.join(map(str, windows))} places; {bars}"
     )
+    return save(figure, path)
+
+
+def plot_unions(rows: list[dict], pays_below: float, text_name: str, path: Path) -> list[Path]:
+    """Union sizes of neighbouring tokens' selections as a share of tokens * K: text beside chance."""
+    figure, (left, right) = grid(2, 9.5, 0, 4, 0, width_ratios=(2, 1))
+    for i, (n, color) in enumerate(zip(rows[0]["union_share"], ("#0b6fb8", "#6aaed6", "#b9d6ec"), strict=False)):
+        x = [j + (i - 1) * 0.26 for j in range(len(rows))]
+        bars = left.bar(x, [r["union_share"][n] for r in rows], 0.24, color=color, label=f"{n} tokens")
+        left.bar_label(bars, [f"{r['union_chunks'][n]:.0f}" for r in rows], fontsize=8)
+    line = f"below {pays_below} one walk over the union is cheaper"
+    left.axhline(pays_below, color=RED, linewidth=1, linestyle="--", label=line)
+    left.set_ylabel("distinct chunks / (tokens x K)")
+    left.set_title("Union of neighbouring tokens' chunks (number: chunks)")
+    left.legend(loc="upper left", ncols=2)
+    bars = right.bar(range(len(rows)), [r["overlap"] for r in rows], 0.6, color="#3aa6a0")
+    right.bar_label(bars, fmt="%.2f", fontsize=8)
+    right.set_ylabel("share of a token's chunks")
+    right.set_title("Chosen by its predecessor too")
+    for ax in (left, right):
+        ax.set_ylim(0, 1.1)
+        ax.set_xticks(range(len(rows)), [f"K = {r['K']}\n{r['selection']}" for r in rows])
+        ax.grid(axis="x", visible=False)
+    r = rows[0]
+    figure.suptitle(
+        f"Do neighbouring tokens retrieve the same chunks? {r['tokens']} bytes of {text_name}, {r['chunks']} chunks\n"
+        "(over the tokens that see more than K chunks)",
+        fontsize=10,
+    )
+    return save(figure, path)
+
+
+def plot_chosen(chosen, S: int, files: tuple[tuple[str, int], ...], text_name: str, path: Path) -> list[Path]:
+    """chosen [T, K]: a heat map, how many of a chunk's S tokens retrieve each earlier chunk."""
+    T, K = chosen.shape
+    N = T // S
+    column = chosen[: N * S].long()
+    cell = (torch.arange(N * S) // S)[:, None] * N + column
+    counts = torch.bincount(cell[column >= 0], minlength=N * N).view(N, N)
+    share = (counts / S).masked_fill(counts == 0, float("nan"))
+    figure, (ax,) = grid(1, 7.4, 0, 6.4, 0)
+    label = f"share of the {S} tokens of a chunk that retrieve it"
+    heat_map(figure, ax, share.numpy(), label, cmap="viridis_r", interpolation="nearest")
+    names, starts = zip(*((name, start / S) for name, start in files if start < N * S), strict=True)
+    for at in starts[1:]:
+        ax.axhline(at - 0.5, color=RED, linewidth=0.6)
+        ax.axvline(at - 0.5, color=RED, linewidth=0.6)
+    if len(starts) > 1:
+        spans = zip(names, starts, (*starts[1:], N), strict=True)
+        wide = [((at + end) / 2, name) for name, at, end in spans if end - at > N * len(name) / 95]
+        top = ax.secondary_xaxis("top")
+        top.set_xticks([middle for middle, _ in wide], [name for _, name in wide], fontsize=7)
+        top.tick_params(length=0)
+    legend = "\nred: borders of files" if len(starts) > 1 else ""
+    ax.set_xlabel(f"retrieved chunk ({S} bytes each)")
+    ax.set_ylabel("chunk of the retrieving tokens")
+    ax.set_title(f"Which chunks do tokens retrieve? {T} bytes of {text_name}, K = {K}{legend}", pad=22)
     return save(figure, path)

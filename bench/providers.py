@@ -1,26 +1,41 @@
 """What the attention benchmarks compare: HSA's implementations and other attentions behind one small adapter.
 
-A provider that cannot run says precisely why; nothing is substituted for it.
+A provider that cannot run says precisely why; nothing is substituted for it. None is timed before its results are
+compared with float64, as `hsa-tl check` and the demo do too.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from hsa_tl import api, ops
-from hsa_tl.bench import baselines, published
+from hsa_tl.accuracy import Expected, complaints, expect
+from hsa_tl.bench import baselines
 from hsa_tl.bench.suite import one_of
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.oracle import attention_oracle
+from hsa_tl.oracle import attention_oracle, expect_attention
 from hsa_tl.problem import Problem
+from hsa_tl.testing import check_retrieval
 
 DENSE = ("q", "k", "v")
 HSA = (*DENSE, "weights", "indices")
 RETRIEVAL = ("q_slc", "landmarks", "own")
-LAYER = (*DENSE, *RETRIEVAL)
 D_R = 128  # dimension of the retrieval heads
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Accuracy(NamedTuple):
+    quantity: str
+    max_error: float  # max |actual - high| / max |high|
+    rms_error: float  # RMS of actual - high over the RMS of high
+    message: str  # what is wrong by the rule of `hsa_tl.accuracy`, "" if nothing
+
+    @property
+    def ok(self) -> bool:
+        return not self.message
 
 
 @dataclass(frozen=True)
@@ -29,11 +44,10 @@ class Provider:
 
     name: str
     attention: Callable[..., torch.Tensor]
-    oracle: Callable[..., torch.Tensor]
-    unavailable: Callable[[Problem], str | None]
+    unavailable: Callable[[Problem], str | None] = lambda problem: None
+    oracle: Callable[..., torch.Tensor] = attention_oracle
     uses: tuple[str, ...] = HSA
     kernel: str = "hsa_attention"
-    ours: bool = True
     backward: bool = True
     note: str = ""  # in each of its rows
     config: dict | None = None  # of hsa_attention, to which a sweep adds its selection's overlap; None if it takes none
@@ -43,13 +57,52 @@ class Provider:
         """What has a gradient."""
         return tuple(n for n in self.uses if n not in ("indices", "own")) if self.backward else ()
 
-    def incoming(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def incoming(self, tensors: Tensors) -> torch.Tensor:
         """The incoming gradient: do, or one of weights for what ends there."""
         return tensors["do" if "q" in self.uses else "dweights"]
 
+    def _results(self, function: Callable, tensors: Tensors, chunk_size: int) -> dict[str, torch.Tensor]:
+        """out and every gradient."""
+        leaves = {n: tensors[n].detach().requires_grad_() for n in self.leaves}
+        out = function(**{n: leaves.get(n, tensors[n]) for n in self.uses}, chunk_size=chunk_size)
+        if not leaves:
+            return {"out": out}
+        gradients = torch.autograd.grad(out, list(leaves.values()), self.incoming(tensors).to(out.dtype))
+        return {"out": out.detach()} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
+
+    def expected(self, tensors: Tensors, chunk_size: int) -> dict[str, Expected]:
+        """What any implementation of these equations is held against for these inputs."""
+        if self.oracle is attention_oracle:
+            return expect_attention(*(tensors[n] for n in (*HSA, "do")), chunk_size=chunk_size)
+        kept = tensors["q" if "q" in self.uses else "weights"].dtype
+
+        def oracle(*values):
+            return self._results(self.oracle, dict(zip(tensors, values, strict=True)), chunk_size)
+
+        return expect(oracle, *tensors.values(), dtype=kept, out=tensors["q"].dtype)
+
+    def compare(self, tensors: Tensors, chunk_size: int, want: dict[str, Expected]) -> list[Accuracy]:
+        """Errors of out and every gradient relative to float64, each judged by the rule of `hsa_tl.accuracy`."""
+        rows = []
+        for name, value in self._results(self.attention, tensors, chunk_size).items():
+            high, least = want[name].value, torch.finfo(torch.float64).tiny
+            norms = [(x.abs().max(), torch.linalg.norm(x)) for x in (value.double() - high, high)]
+            errors = (float(error / size.clamp(min=least)) for error, size in zip(*norms, strict=True))
+            rows.append(Accuracy(name, *errors, "; ".join(complaints(name, value, want[name]))))
+        return rows
+
+
+def selection_complaints(tensors: Tensors, chunk_size: int) -> list[str]:
+    """What is wrong with what `retrieve_chunks` chooses for the inputs, and with "own" in them."""
+    q_slc, landmarks, own = (tensors[n] for n in RETRIEVAL)
+    scores, indices = api.retrieve_chunks(q_slc, landmarks, own.shape[3], chunk_size=chunk_size)
+    if not torch.equal(indices, own):
+        return ["the selection differs from call to call"]
+    return check_retrieval(scores, indices, q_slc, landmarks, chunk_size=chunk_size)
+
 
 def why_not(impl: str, problem: Problem) -> str | None:
-    """Why impl cannot run problem here, None if it can; a failing import is a reason."""
+    """Why impl, or a part such as "triton_retrieval", cannot run problem here; None if it can."""
     try:
         if impl == "auto":
             ops.resolve(impl, problem)
@@ -59,11 +112,6 @@ def why_not(impl: str, problem: Problem) -> str | None:
         return str(error)
     except Exception as error:
         return f"hsa_tl.impl.{impl} does not import: {type(error).__name__}: {error}"
-
-
-def _hsa(impl: str) -> Provider:
-    attention = functools.partial(api.hsa_attention, impl=impl)
-    return Provider(f"hsa-{impl}", attention, attention_oracle, functools.partial(why_not, impl), config={})
 
 
 def _strategy(forward: str) -> Provider:
@@ -80,8 +128,7 @@ def _strategy(forward: str) -> Provider:
         lacking = [p for p in programs if not configs.space(p, problem)]
         return reason or (f"no config of {' and '.join(lacking)} suits {problem}" if lacking else None)
 
-    name = f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}"
-    return Provider(name, attention, attention_oracle, unavailable, config=config)
+    return Provider(f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}", attention, unavailable, config=config)
 
 
 def retrieve(q_slc, landmarks, own, *, chunk_size):
@@ -106,20 +153,15 @@ def with_retrieval_oracle(q, k, v, q_slc, landmarks, own, *, chunk_size):
     return attention_oracle(q, k, v, weights, own, chunk_size=chunk_size)
 
 
-def _dense(name: str, attention: Callable, unavailable: Callable = lambda problem: None) -> Provider:
-    return Provider(name, attention, baselines.dense_oracle, unavailable, DENSE, "dense_attention", ours=False)
+def _hsa(impl: str) -> Provider:
+    attention = functools.partial(api.hsa_attention, impl=impl)
+    return Provider(f"hsa-{impl}", attention, functools.partial(why_not, impl), config={})
 
 
-def _published(name: str, attention: Callable, unavailable: Callable, **changes) -> Provider:
-    return Provider(name, attention, changes.pop("oracle", attention_oracle), unavailable, ours=False, **changes)
-
-
-_ramstorage = functools.partial(published.checkout_unavailable, published.RAMSTORAGE, "hsa_triton")
-_hils = functools.partial(published.checkout_unavailable, published.HILS, "hils_fwd_bwd_head")
-_nsa_note = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
-_d_r = f"D_r={D_R}"
 _auto = functools.partial(why_not, "auto")
-_layer = with_retrieval, with_retrieval_oracle, _auto, LAYER
+_dense = functools.partial(Provider, oracle=baselines.dense_oracle, uses=DENSE, kernel="dense_attention")
+_retrieves = functools.partial(Provider, unavailable=_auto, note=f"D_r={D_R}")
+_one_softmax = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
 PROVIDERS = {
     p.name: p
     for p in (
@@ -130,29 +172,25 @@ PROVIDERS = {
         _dense("dense-flash", baselines.flash2, baselines.needs_half_on_cuda),
         _dense("dense-flex", baselines.flex, baselines.flex_unavailable),
         _dense("dense-fa3", baselines.flash3, baselines.flash3_unavailable),
-        *(_hsa(impl) for impl in api.IMPLS),
+        *map(_hsa, api.IMPLS),
         *(_strategy(name) for name in configs.tuned() if name.startswith("hsa_fwd_")),
-        _published("ramstorage-triton", published.ramstorage_triton, _ramstorage),
-        _published(
-            "ramstorage-tilelang",
-            published.ramstorage_tilelang,
-            published.ramstorage_tilelang_unavailable,
+        Provider("ramstorage-triton", baselines.ramstorage_triton, baselines.RAMSTORAGE_TRITON.unavailable),
+        Provider(
+            "ramstorage-tilelang", baselines.ramstorage_tilelang, baselines.ramstorage_tilelang_unavailable,
             backward=False,
         ),
-        _published("hils", published.hils, _hils),
-        _published(
-            "nsa-fla",
-            published.nsa,
-            published.nsa_unavailable,
-            oracle=published.nsa_oracle,
-            uses=(*DENSE, "indices"),
-            kernel="nsa_attention",
-            note=_nsa_note,
+        Provider("hils", baselines.hils, baselines.HILS_SCRIPT.unavailable),
+        Provider(
+            "nsa-fla", baselines.nsa, baselines.nsa_unavailable, baselines.nsa_oracle, (*DENSE, "indices"),
+            "nsa_attention", note=_one_softmax,
         ),
-        Provider("retrieve", retrieve, retrieve_oracle, _auto, RETRIEVAL, "retrieval", note=_d_r),
-        Provider("hsa-with-retrieval", *_layer, "hsa_with_retrieval", note=_d_r, config={}),
+        _retrieves("retrieve", retrieve, oracle=retrieve_oracle, uses=RETRIEVAL, kernel="retrieval"),
+        _retrieves(
+            "hsa-with-retrieval", with_retrieval, oracle=with_retrieval_oracle, uses=(*DENSE, *RETRIEVAL),
+            kernel="hsa_with_retrieval", config={},
+        ),
     )
-}
+}  # fmt: skip
 DEFAULT_PROVIDERS = {
     "cpu": ("dense", "dense-expanded", "dense-math", "hsa-auto", "retrieve", "hsa-with-retrieval"),
     "cuda": tuple(n for n in PROVIDERS if n not in ("dense-expanded", "dense-math")),

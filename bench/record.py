@@ -1,5 +1,6 @@
 """Benchmark rows: the one schema, where a number comes from, and files that are whole or absent."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -8,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 from hsa_tl.files import write_together
 
+CGROUP = Path("/sys/fs/cgroup")
 GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -45,15 +48,21 @@ class Row:
         return (self.kernel, self.provider, self.mode, self.metric, self.x, self.config, self.selection, self.device)
 
 
+COLUMNS = [f.name for f in fields(Row)]
+
+
+def json_list(rows: Iterable[dict]) -> str:
+    """A JSON list with a row a line."""
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+
+
 def write_rows(rows: list[Row], folder: Path, name: str = "bench") -> None:
     """folder/name.csv and folder/name.json, sorted."""
-    rows = sorted(rows, key=lambda r: r.key)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
+    found, out = [asdict(r) for r in sorted(rows, key=lambda r: r.key)], io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(r) for r in rows)
-    text = "[\n" + ",\n".join(json.dumps(asdict(r)) for r in rows) + "\n]\n"
-    write_together({folder / f"{name}.csv": out.getvalue(), folder / f"{name}.json": text})
+    writer.writerows(found)
+    write_together({folder / f"{name}.csv": out.getvalue(), folder / f"{name}.json": json_list(found)})
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -62,14 +71,10 @@ def read_rows(path: Path) -> list[Row]:
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        names = [f.name for f in fields(Row)]
-        if reader.fieldnames != names:
-            raise ValueError(f"{path} must have the columns {', '.join(names)}, got {reader.fieldnames}")
-        number = {"p20", "p50", "p80"}
-        return [
-            Row(**{k: int(v) if k == "x" else (float(v) if v else None) if k in number else v for k, v in r.items()})
-            for r in reader
-        ]
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
+        quantiles = ("p20", "p50", "p80")
+        return [Row(**r | {q: float(r[q]) if r[q] else None for q in quantiles} | {"x": int(r["x"])}) for r in reader]
 
 
 def read_folder(folder: Path) -> list[Row]:
@@ -95,12 +100,18 @@ def versions() -> str:
     return ", ".join(f"{k} {v}" for k, v in package_versions().items())
 
 
+def field(path: str | Path, name: str) -> str:
+    """What stands behind a name in a file of /proc or /sys. OSError: no such file or name."""
+    if found := re.search(rf"^{name}\s*:?\s*(.+)$", Path(path).read_text(), re.M):
+        return found[1]
+    raise OSError(f"{path} has no {name}")
+
+
 def memory_limit_bytes() -> int:
     """The memory this process may use: the control group's limit or the machine's memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
     try:
-        return min(total, int(limit.read_text()))
+        return min(total, int((CGROUP / "memory.max").read_text()))
     except (OSError, ValueError):
         return total
 
@@ -110,17 +121,13 @@ def free_bytes(device: str) -> int:
     if torch.device(device).type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    pages = {}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, value = line.split(":")
-            pages[name] = int(value.split()[0]) * 1024
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        reclaimable = re.search(r"^inactive_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.M)
-        used -= int(reclaimable.group(1)) if reclaimable else 0
-    except (OSError, ValueError):
-        used = 0
-    return min(memory_limit_bytes() - used, pages.get("MemAvailable", memory_limit_bytes()))
+    free = memory_limit_bytes()
+    with contextlib.suppress(OSError):
+        free = min(free, 1024 * int(field("/proc/meminfo", "MemAvailable").split()[0]))
+    with contextlib.suppress(OSError):
+        used = int((CGROUP / "memory.current").read_text()) - int(field(CGROUP / "memory.stat", "inactive_file"))
+        free = min(free, memory_limit_bytes() - used)
+    return free
 
 
 def device_state(device: str) -> str:
@@ -141,11 +148,8 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    with contextlib.suppress(OSError):
+        model = field("/proc/cpuinfo", "model name")
     return f"{model}, {torch.get_num_threads()} threads, {memory_limit_bytes() / 2**30:.0f} GiB memory limit"
 
 

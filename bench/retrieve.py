@@ -5,21 +5,21 @@ chunked prefill does (q_start = T - SEGMENT), and its rows say so. Nothing is ex
 """
 
 import functools
-from dataclasses import dataclass
+import itertools
+from typing import ClassVar
 
 import torch
 
-from hsa_tl import cases, ops
+from hsa_tl import cases
 from hsa_tl.api import IMPLS, retrieve_chunks
-from hsa_tl.bench.attention import scored_chunks
-from hsa_tl.bench.suite import Suite, Work, one_of, parse_selection
+from hsa_tl.bench.attention import retrieval_inputs, scored_chunks
+from hsa_tl.bench.providers import why_not
+from hsa_tl.bench.suite import Suite, Work, parse_selection
 from hsa_tl.problem import Problem
 from hsa_tl.testing import check_retrieval
-from hsa_tl.text import read_corpus, text_features
 
 SEGMENT = 4096  # queries of mode "segment"
 GATE_QUERIES = 128  # at the start and at the end of the gate's sequence
-PROVIDERS = ("materialise", *(f"hsa-{impl}" for impl in IMPLS))
 
 
 def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
@@ -32,66 +32,25 @@ def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
     return scores, indices.masked_fill_(scores == -torch.inf, -1).int()
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """Landmarks of T tokens, and the queries of the tokens from q_start on."""
-
-    problem: Problem
-    selection: str
-    integers: bool = False  # small whole numbers: scores are exact and ties are common
-
-    def draw(self, tokens: int, seed: int) -> torch.Tensor:
-        p, g = self.problem, torch.Generator(self.problem.device_type).manual_seed(seed)
-        shape = (p.B, tokens, p.H, p.D)
-        if self.integers:
-            return torch.randint(-2, 3, shape, generator=g, device=p.device_type).to(p.dtype)
-        return torch.randn(shape, generator=g, device=p.device_type, dtype=p.dtype)
-
-    @functools.cached_property
-    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
-        p = self.problem
-        f = text_features(read_corpus(at_least=p.T).data, p, retrieval_dim=p.D)
-        return tuple(x.to(device=p.device_type, dtype=p.dtype) for x in f[:2])
-
-    @functools.cached_property
-    def landmarks(self) -> torch.Tensor:
-        return self.features[1] if self.selection == "text" else self.draw(self.problem.N, 1)
-
-    def queries(self, q_start: int) -> torch.Tensor:
-        if self.selection == "text":
-            return self.features[0][:, q_start:]
-        return self.draw(self.problem.T - q_start, 2)
-
-
 def first_query(problem: Problem, mode: str) -> int:
     return 0 if mode == "prefill" else max(0, problem.T - SEGMENT)
 
 
 class Retrieve(Suite):
     name = "retrieve"
+    providers: ClassVar = {"materialise": "materialised_retrieval"} | {f"hsa-{impl}": "retrieval" for impl in IMPLS}
+    defaults: ClassVar = {"cpu": ("materialise", "hsa-auto")}
     modes = ("prefill", "segment")
-    default_modes = modes
     selections = ("random", "text")
     cpu_lengths, cuda_lengths = "4k,16k,64k,256k,1m,4m,16m", "4k..16m"
     multiple_of_chunk = True
-
-    def known(self):
-        return PROVIDERS
-
-    def default(self, device_type):
-        return PROVIDERS[:2] if device_type == "cpu" else PROVIDERS
-
-    def kernel(self, name):
-        return "materialised_retrieval" if name == "materialise" else "retrieval"
+    dims = "R={p.H} D_r={p.D} S={p.S} K={p.K}"
 
     def unavailable(self, name, problem, mode):
-        impl = one_of("provider", name, PROVIDERS).removeprefix("hsa-")
+        impl = name.removeprefix("hsa-")
         if impl in ("materialise", "auto", "reference"):
             return None
-        try:
-            return ops.implementation(f"{impl}_retrieval").unavailable(problem.retrieval())
-        except Exception as error:
-            return f"hsa_tl.impl.{impl}_retrieval does not import: {type(error).__name__}: {error}"
+        return why_not(f"{impl}_retrieval", problem.retrieval())
 
     def run(self, name, q_slc, landmarks, problem, q_start):
         p = problem
@@ -108,23 +67,23 @@ class Retrieve(Suite):
 
         The baseline's ties are torch.topk's: of it only the scores of the chosen chunks are compared.
         """
-        whole, normal = (Sequence(problem, "random", integers) for integers in (True, False))
-        for q_start in (0, problem.T - GATE_QUERIES):
-            part, options = slice(None, GATE_QUERIES), {"chunk_size": problem.S, "q_start": q_start}
-            for sequence in (whole, normal):
-                q = sequence.queries(q_start)[:, part]
-                found = self.run(name, q, sequence.landmarks, problem, q_start)
-                wrong = check_retrieval(*found, q, sequence.landmarks, ties=name != "materialise", **options)
-                if wrong:
-                    return f"from token {q_start} on: {wrong[0]}"
-        return None
+        for q_start, integers in itertools.product((0, problem.T - GATE_QUERIES), (True, False)):
+            q_slc, landmarks = retrieval_inputs(problem, "random", problem.D, q_start=q_start, integers=integers)
+            q = q_slc[:, :GATE_QUERIES]
+            found = self.run(name, q, landmarks, problem, q_start)
+            options = {"ties": name != "materialise", "chunk_size": problem.S, "q_start": q_start}
+            if wrong := check_retrieval(*found, q, landmarks, **options):
+                return [f"from token {q_start} on: {wrong[0]}"]
+        return []
 
     def inputs(self, problem, selection):
-        return Sequence(problem, parse_selection(selection)[0])
+        """Of a first query; the last ones are kept for the next provider."""
+        kind = parse_selection(selection)[0]
+        return functools.lru_cache(1)(lambda q_start: retrieval_inputs(problem, kind, problem.D, q_start=q_start))
 
     def call(self, name, problem, inputs, mode):
         q_start = first_query(problem, mode)
-        q_slc, landmarks = inputs.queries(q_start), inputs.landmarks
+        q_slc, landmarks = inputs(q_start)
         return torch.no_grad()(lambda: self.run(name, q_slc, landmarks, problem, q_start))
 
     def work(self, name, problem, mode):
@@ -136,6 +95,3 @@ class Retrieve(Suite):
         held = 5 * p.B * p.H * queries * p.N if name == "materialise" else 0
         note = f"queries {q_start} to {p.T} of {p.T} only" if q_start else ""
         return Work(2 * p.B * p.H * p.D * scores, rows, held, note)
-
-    def label(self, p):
-        return f"R={p.H} D_r={p.D} S={p.S} K={p.K} {p.dtype_name}"

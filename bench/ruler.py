@@ -5,7 +5,7 @@ Generated: the answers to a sample's questions are generated greedily, each afte
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from hsa_tl.bench import record
+from hsa_tl.bench.suite import one_of
 from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, evaluate, needles, ruler
 from hsa_tl.model.data import TokenFile
@@ -74,45 +75,33 @@ def chance(vocabulary: str) -> float:
     return 1 / (needles.VALUES[1] - needles.VALUES[0]) if vocabulary == "needles" else 0.0
 
 
-def has_depth(task: str, vocabulary: str) -> bool:
-    return vocabulary == "needles" or task in ruler.NIAH
-
-
 def run_ruler(
     reader: LongReader, vocabulary: str, tasks: list[str], lengths: list[int], depths: list[float], *, samples: int,
-    seed: int = 0, generate: bool = False, on_row: Callable[[RulerRow], None] = lambda row: None,
-) -> list[RulerRow]:  # fmt: skip
+    seed: int = 0, generate: bool = False,
+) -> Iterator[RulerRow]:  # fmt: skip
     """Accuracy of each task at each length and depth. vocabulary: "words", one token a byte, or "needles", the 320
     tokens of hsa_tl.model.needles. generate: see evaluate.answers_generated; each context is then read anew.
     ValueError: a task that the vocabulary does not have."""
     known = needles.TASKS if vocabulary == "needles" else ruler.TASKS
     make = evaluate.needle_samples if vocabulary == "needles" else evaluate.ruler_samples
     for task in tasks:
-        if task not in known:
-            raise ValueError(f"task must be one of {', '.join(known)}, got {task!r}")
-    method = "generated" if generate else "teacher-forced"
+        one_of("task", task, known)
+    method, answer = "teacher-forced", partial(evaluate.answers_right, reader)
     if generate:
-        answer = partial(evaluate.answers_generated, reader.model, folder=reader.folder)
-    else:
-        answer = partial(evaluate.answers_right, reader)
-    rows = []
+        method, answer = "generated", partial(evaluate.answers_generated, reader.model, folder=reader.folder)
     for length in lengths:
         for task in tasks:
-            for depth in depths if has_depth(task, vocabulary) else [None]:
+            for depth in depths if vocabulary == "needles" or task in ruler.NIAH else [None]:
                 fixed = () if depth is None else (depth,)
                 found = evaluate.accuracy(answer, make(task, length, samples, seed, fixed))
-                row = RulerRow(
-                    method, task, length, depth, found.share, found.answers, found.samples, round(found.seconds, 3)
-                )
-                rows.append(row)
-                on_row(row)
-    return rows
+                counts = found.answers, found.samples, round(found.seconds, 3)
+                yield RulerRow(method, task, length, depth, found.share, *counts)
 
 
 def run_perplexity(
     reader: LongReader, file: TokenFile, lengths: list[int], *, last: int = 4096, windows: int = 8, seed: int = 0,
-    before: int = 0, on_row: Callable[[PerplexityRow], None] = lambda row: None,
-) -> list[PerplexityRow]:  # fmt: skip
+    before: int = 0,
+) -> Iterator[PerplexityRow]:  # fmt: skip
     """Bits a token of the same tokens at every length: `windows` places of the file, each read with more before it.
 
     The last `last` tokens count, at most half of the shortest length. The places have `before` tokens or the longest
@@ -124,13 +113,10 @@ def run_perplexity(
         raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {longest}")
     last = min(last, min(lengths) // 2)
     ends = np.random.default_rng(seed).integers(longest, len(file) + 1, windows)
-    rows = []
     for length in lengths:
         bits = [evaluate.bits_per_token(reader, np.asarray(file.tokens[e - length : e]), last) for e in ends]
         error = float(np.std(bits, ddof=1) / windows**0.5) if windows > 1 else None
-        rows.append(PerplexityRow(length, float(np.mean(bits)), last, windows, error))
-        on_row(rows[-1])
-    return rows
+        yield PerplexityRow(length, float(np.mean(bits)), last, windows, error)
 
 
 def origin(device: str) -> dict[str, str]:
@@ -146,5 +132,5 @@ def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
     except (TypeError, KeyError, json.JSONDecodeError):
         raise ValueError(f"{path} must hold the rows of hsa-tl eval") from None
     kept += [asdict(run) | asdict(row) | origin(device) for row in rows]
-    write_atomic(path, "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
+    write_atomic(path, record.json_list(kept))
     return kept

@@ -16,12 +16,12 @@ TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the uni
 
 
 @torch.no_grad()
-def trained_selection(model: Model, tokens: np.ndarray, topk: int | None = None) -> torch.Tensor:
-    """indices [1, T, R, K] int32 that the first HSA layer chooses for tokens [T]; topk: default the model's.
+def trained_selection(model: Model, tokens: np.ndarray) -> torch.Tensor:
+    """indices [1, T, R, K] int32 that the first HSA layer chooses for tokens [T].
 
     ValueError: a model without HSA, or one that selects all.
     """
-    topk = model.config.topk if topk is None else topk
+    topk = model.config.topk
     if model.encoder is None or topk == "all":
         raise ValueError(f"model must have HSA with a topk, got {model.config.attention} with topk {topk}")
     ids = torch.from_numpy(tokens.astype(np.int64))[None].to(next(model.parameters()).device)

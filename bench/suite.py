@@ -1,9 +1,9 @@
 """What a benchmark is made of: providers that do the same work, a gate, and what the work costs. sweep.py runs any."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from hsa_tl import cases
 from hsa_tl.cases import Case
@@ -23,37 +23,26 @@ class Suite(ABC):
     """A kind of measurement: its providers, modes and inputs. One instance for one sweep; it may cache."""
 
     name: str
+    # The operation that each provider computes; dense_attention is what the others are held against.
+    providers: ClassVar[Mapping[str, str]]
+    # By type of device: what a sweep takes by itself, where it is not all.
+    defaults: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     modes: tuple[str, ...]
-    default_modes: tuple[str, ...]
+    default_modes: tuple[str, ...] = ()  # (): all
     selections: tuple[str, ...] = ("random",)  # kinds
     default_case = "k16-d64"
     cpu_lengths: str  # by default, as `hsa-tl bench --lengths` takes them
     cuda_lengths: str
     multiple_of_chunk = False  # whether T must be one of S
-
-    @abstractmethod
-    def known(self) -> tuple[str, ...]:
-        """Names of all providers."""
-
-    @abstractmethod
-    def default(self, device_type: str) -> tuple[str, ...]:
-        """Names of the providers that a sweep takes by itself."""
-
-    @abstractmethod
-    def kernel(self, name: str) -> str:
-        """The operation that the provider computes; dense_attention is what the others are held against."""
-
-    @abstractmethod
-    def unavailable(self, name: str, problem: Problem, mode: str) -> str | None:
-        """Why the provider cannot run here, precisely, or None."""
+    dims = "HQ={p.HQ} H={p.H} D={p.D} S={p.S} K={p.K}"  # what its rows say of a problem p
 
     @abstractmethod
     def gate_problem(self, problem: Problem) -> Problem:
         """The small problem that the gate compares at."""
 
     @abstractmethod
-    def gate(self, name: str, problem: Problem) -> str | None:
-        """What is wrong with the provider's results for a gate_problem, or None."""
+    def gate(self, name: str, problem: Problem) -> list[str]:
+        """What is wrong with the provider's results for a gate_problem."""
 
     @abstractmethod
     def inputs(self, problem: Problem, selection: str) -> Any:
@@ -67,6 +56,10 @@ class Suite(ABC):
     def work(self, name: str, problem: Problem, mode: str) -> Work:
         """FLOPs and bytes of a call."""
 
+    def unavailable(self, name: str, problem: Problem, mode: str) -> str | None:
+        """Why the provider cannot run here, precisely, or None."""
+        return None
+
     def does(self, name: str, mode: str, selection: str) -> bool:
         """Whether mode and kind of selection mean anything for the provider; if not, it has no row."""
         return True
@@ -79,12 +72,9 @@ class Suite(ABC):
         """What `inputs` takes, where it may be more than the machine has."""
         return 0
 
-    def problem(self, base: Problem, T: int) -> Problem:
-        return cases.at_length(base, T)
-
     def label(self, p: Problem) -> str:
         """The problem without its length."""
-        return f"HQ={p.HQ} H={p.H} D={p.D} S={p.S} K={p.K} {p.dtype_name}"
+        return f"{self.dims.format(p=p)} {p.dtype_name}".strip()
 
 
 def parse_selection(text: str) -> tuple[str, float]:

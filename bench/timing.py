@@ -1,16 +1,31 @@
-"""One timer: providers interleaved in one process, warm-up, quantiles; and the peak of extra memory."""
+"""One timer: providers interleaved in one process, quantiles; the peak of extra memory; neighbours that keep busy."""
 
+import contextlib
 import ctypes
 import ctypes.util
 import gc
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from hsa_tl.bench.record import field
+
 L2_FLUSH_BYTES = 256 << 20  # larger than any L2
+MAX_REPEATS = 50
+# Ends with the other end of its standard input, so also when the parent is killed.
+SPIN = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()
+print(flush=True)
+while True:
+    pass
+"""
 
 
 class Timing(NamedTuple):
@@ -20,13 +35,6 @@ class Timing(NamedTuple):
     p50: float
     p80: float
     repeats: int
-
-
-def quantiles(times_ms: list[float]) -> Timing:
-    p20, p50, p80 = torch.tensor(times_ms, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return Timing(float(p20), float(p50), float(p80), len(times_ms))
 
 
 def _time_cpu(function: Callable[[], object]) -> float:
@@ -50,46 +58,34 @@ def measure(
     functions: Mapping[str, Callable[[], object]],
     *,
     device: str = "cpu",
-    warmup: int = 1,
     min_repeats: int = 3,
-    max_repeats: int = 50,
     seconds: float = 3.0,
-    deadline: float | None = None,
+    deadline: float = float("inf"),
 ) -> dict[str, Timing]:
     """Times each function; rounds visit all of them in turn, so that a slow spell of the machine hits all alike.
 
     Every other round goes backwards, so that none always follows the same one.
-    A function repeats until `seconds` are spent on it or max_repeats are done, min_repeats at least; past `deadline`
+    A function repeats until `seconds` are spent on it or MAX_REPEATS are done, min_repeats at least; past `deadline`
     (time.monotonic) after one repeat. On CUDA between events after an L2 flush, else by the wall clock.
     """
+    once = _time_cpu
     if torch.device(device).type == "cuda":
         flush = torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
         once = lambda f: _time_cuda(f, flush)  # noqa: E731
-    else:
-        once = _time_cpu
-    for _ in range(warmup):
-        for f in functions.values():
-            once(f)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(max_repeats):
-        late = deadline is not None and time.monotonic() > deadline
+    for i in range(MAX_REPEATS):
+        late = time.monotonic() > deadline
         pending = [
-            name
-            for name, spent in times.items()
+            name for name, spent in times.items()
             if not spent or (not late and (len(spent) < min_repeats or sum(spent) < seconds * 1e3))
-        ]
-        if not pending:
-            break
+        ]  # fmt: skip
         for name in pending if i % 2 == 0 else reversed(pending):
             times[name].append(once(functions[name]))
-    return {name: quantiles(spent) for name, spent in times.items()}
+    return {name: Timing(*np.quantile(spent, (0.2, 0.5, 0.8)).tolist(), len(spent)) for name, spent in times.items()}
 
 
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
+def _status_bytes(name: str) -> int:
+    return 1024 * int(field("/proc/self/status", name).split()[0])
 
 
 def peak_extra_bytes(function: Callable[[], object], device: str = "cpu") -> int:
@@ -110,7 +106,21 @@ def peak_extra_bytes(function: Callable[[], object], device: str = "cpu") -> int
     libc = ctypes.CDLL(ctypes.util.find_library("c"))
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-    base = _status_kib("VmRSS")
+    base = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     function()
-    return max(0, _status_kib("VmHWM") - base) * 1024
+    return max(0, _status_bytes("VmHWM") - base)
+
+
+@contextlib.contextmanager
+def neighbours(n: int) -> Iterator[list[int]]:
+    """n processes that spin while the block runs, as on a machine that others use too; their ids."""
+    with contextlib.ExitStack() as stack:
+        spinning = []
+        for _ in range(n):
+            command = [sys.executable, "-I", "-S", "-c", SPIN]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.enter_context(process)  # at the end closes its input and waits
+            process.stdout.readline()
+            spinning.append(process.pid)
+        yield spinning

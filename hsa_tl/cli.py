@@ -13,7 +13,7 @@ from hsa_tl.api import IMPLS
 from hsa_tl.autotune import cli as autotune_cli
 from hsa_tl.autotune import static as static_check
 from hsa_tl.bench import cli as bench_cli
-from hsa_tl.bench import eval_cli, gate, record
+from hsa_tl.bench import record
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.bench.suite import error_line
@@ -158,7 +158,7 @@ def check(
     tensors = selection_inputs(problem, selection)._asdict()
     with progress_bar(console) as bar:
         step = bar.add_task("float64 oracle", total=1 + len(names))
-        want = gate.expected(provider(names[0]), tensors, problem.S)
+        want = provider(names[0]).expected(tensors, problem.S)
         rows, notes, failed = [], [], False
         for n in names:
             short = n.removeprefix("hsa-")
@@ -167,7 +167,7 @@ def check(
                 rows.append((short, "", "", "", "unavailable"))
                 notes.append(f"{short} is unavailable: {missing[n]}")
                 continue
-            for a in gate.compare(provider(n), tensors, problem.S, want):
+            for a in provider(n).compare(tensors, problem.S, want):
                 failed |= not a.ok
                 notes += [f"{short} {a.message}"] if a.message else []
                 rows.append((short, a.quantity, f"{a.max_error:.1e}", f"{a.rms_error:.1e}", VERDICTS[a.ok]))
@@ -207,7 +207,6 @@ def demo(
 autotune_cli.register(app)
 bench_cli.register(app)
 model_cli.register(app)
-eval_cli.register(app)
 
 if __name__ == "__main__":
     app()

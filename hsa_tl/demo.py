@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hsa_tl import api, cases, selection_overlap, text
+from hsa_tl import api, cases, text
 from hsa_tl.autotune import static as static_check
-from hsa_tl.bench import compare, gate, needle_demo, plot, plot_text, record
+from hsa_tl.bench import compare, plot, plot_eval, record
 from hsa_tl.bench.attention import Attention
+from hsa_tl.bench.lengths import ask_shipped, train_and_ask
 from hsa_tl.bench.providers import provider
-from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.bench.selections import TILES, statistics
+from hsa_tl.bench.sweep import Sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
 from hsa_tl.model.recipe import load_recipe
@@ -31,7 +33,6 @@ STATIC_CASE = "paper-d128"
 STATIC_PROGRAMS = ("hsa_fwd_union_sm90a", "hsa_fwd_chunk_sm90a", "hsa_bwd_chunk_sm90a", "hsa_decode_split")
 THREADS = 1  # a thread that waits for another one's core costs more than two save
 JUDGED_TOKENS = 1024  # the last ones, which see most; float64 takes its time
-TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
 UNION_PAYS = 0.45  # of the chunks walked token by token
 IMPLS = ("reference", "tilelang", "triton")
 SPEED = ("hsa-auto", "retrieve", "hsa-with-retrieval")
@@ -58,14 +59,14 @@ def accuracy(corpus: text.Corpus, device: str) -> tuple[Problem, list[dict]]:
     cpu = device == "cpu"
     problem = cases.at_length(_base(device), ACCURACY_TOKENS[device], K=4 if cpu else 16)
     tensors = text.text_inputs(problem, corpus).to(device)._asdict()
-    want = gate.expected(provider("hsa-reference"), tensors, problem.S)
+    want = provider("hsa-reference").expected(tensors, problem.S)
     rows = []
     for impl in IMPLS:
         p = provider(f"hsa-{impl}")
         row = {"implementation": impl, "unavailable": p.unavailable(problem)}
         if row["unavailable"] is None:
             start = time.perf_counter()
-            results = gate.compare(p, tensors, problem.S, want)
+            results = p.compare(tensors, problem.S, want)
             row |= {"seconds": time.perf_counter() - start, "errors": [r._asdict() for r in results]}
         rows.append(row)
     return problem, rows
@@ -87,14 +88,13 @@ def selections(corpus: text.Corpus, problem: Problem, topks) -> tuple[list[dict]
         first = chosen if first is None else first
         by_chance = make_selection(1, problem.T, problem.H, K, problem.S)
         for kind, indices in (("text", chosen), ("random", by_chance)):
-            unions = {str(n): text.union_size(indices, problem.S, n) for n in TILES}
-            share = {n: u / (int(n) * K) for n, u in unions.items()}
+            found = statistics(indices, problem.S)
+            share = found["union_share"]
             rows.append({
                 "selection": kind, "K": K, "tokens": problem.T, "chunks": problem.N,
                 "retrieve_seconds": seconds if kind == "text" else None,
                 "message": "; ".join(wrong) if kind == "text" else "",
-                "overlap": selection_overlap(text.choosing(indices, problem.S)),
-                "union_chunks": unions, "union_share": share,
+                "overlap": found["overlap"], "union_chunks": found["union_chunks"], "union_share": share,
                 "union_pays_from_tokens": next((int(n) for n, s in share.items() if s < UNION_PAYS), None),
                 "best_chunk_found": text.best_chunk_found(corpus.data, indices, problem.S),
             })  # fmt: skip
@@ -239,10 +239,10 @@ def run_demo(
         with act("speed"):
             dense = ("dense-expanded",) if device == "cpu" else ("dense", "dense-cudnn", "dense-flash")
             case = dataclasses.replace(cases.case("k16-d64"), name="demo", problem=base)
-            speed = run_sweep(
-                Attention(corpus), [case], lengths, ("forward", "train"), (*dense, *SPEED), "text", device,
+            speed = Sweep(
+                Attention(corpus), case, lengths, ("forward", "train"), (*dense, *SPEED), "text", device,
                 deadline_s=min(SPEED_S, end - time.monotonic()), threads=None, min_repeats=1, seconds=0.5,
-            )  # fmt: skip
+            ).run()  # fmt: skip
         _show_speed(console, speed)
         with act("static table"):
             static = static_rows(console)
@@ -252,7 +252,7 @@ def run_demo(
             written = _plots(console, out, corpus, chosen[0, :, 0], base.S, found)
         if needles is not None:
             with act("needles"):
-                ask = needle_demo.train_and_ask if needles == "train" else needle_demo.ask_shipped
+                ask = train_and_ask if needles == "train" else ask_shipped
                 ask(console, out)
     finally:
         torch.set_num_threads(threads)
@@ -301,6 +301,6 @@ def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict
     map_path = out / "chosen_chunks.png"
     return [
         *plot_or_say(console, plot.plot_speed, out / "speed.csv", out, "speed"),
-        *plot_or_say(console, plot_text.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
-        *plot_or_say(console, plot_text.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
+        *plot_or_say(console, plot_eval.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
+        *plot_or_say(console, plot_eval.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
     ]

@@ -1,4 +1,4 @@
-"""Programs that do one thing only, at the rate the machine allows: what bench/micro.py times."""
+"""Programs that do one thing only, at the rate the machine allows: what `hsa-tl bench micro` times."""
 
 import tilelang.language as T
 

@@ -10,7 +10,7 @@ import pytest
 from hsa_tl import cases, selection_overlap
 from hsa_tl.bench import providers, record, sweep, timing
 from hsa_tl.bench.attention import Attention
-from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.bench.sweep import Sweep
 
 CASE = dataclasses.replace(
     cases.case("k16-d64"), problem=cases.at_length(cases.case("k16-d64").problem, 128, HQ=2, D=16, S=16, K=2)
@@ -20,9 +20,9 @@ METRICS = {"time", "throughput", "bandwidth", "peak_extra_memory"}
 
 def attention(folder, names=("dense", "hsa-reference"), lengths=(64,), modes=("train",), **options):
     options = {"min_repeats": 1, "seconds": 0.0} | options
-    return run_sweep(
-        Attention(), [CASE], lengths, modes, names, device="cpu", out_dir=folder, **{"threads": 1} | options
-    )
+    return Sweep(
+        Attention(), CASE, lengths, modes, names, device="cpu", out_dir=folder, **{"threads": 1} | options
+    ).run()
 
 
 def times(rows):
@@ -63,7 +63,7 @@ def test_rows_have_the_schema_and_resume(tmp_path):
     for r in first:
         assert r.device and r.versions and r.commit and r.unit and r.x == 64 and r.config
     assert attention(tmp_path) == first, "measured again"
-    assert attention(tmp_path, resume=False) != first
+    assert attention(None) != first
     assert {r.key for r in record.read_rows(tmp_path / "bench.csv")} == {r.key for r in first}
     assert len(json.loads((tmp_path / "bench.json").read_text())) == len(first)
 
@@ -107,11 +107,17 @@ def test_a_point_too_slow_is_known_beforehand(lengths, monkeypatch, tmp_path):
 
     passes = dataclasses.replace(right, attention=slow)
     monkeypatch.setitem(providers.PROVIDERS, "hsa-reference", passes)
-    monkeypatch.setattr(Attention, "gate", lambda *args: None)
+    monkeypatch.setattr(Attention, "gate", lambda *args: [])
     options = {"names": ("hsa-reference",), "modes": ("forward",), "max_call_s": 0.2}
     for _ in range(2):
         row = attention(tmp_path, lengths=lengths, **options)[-1]
         assert row.x == 1 << 16 and row.note.endswith("s, the limit is 0 s") and max(ran) <= 1 << 13
+
+
+def test_a_call_without_products_says_nothing_of_longer_ones(tmp_path):
+    """One chunk has no past chunk to score, so its time is no time of a FLOP."""
+    rows = attention(tmp_path, ("retrieve",), lengths=(16, 128), modes=("forward",), max_call_s=1.0)
+    assert all(r.p50 is not None for r in rows) and {r.x for r in rows} == {16, 128}
 
 
 def test_what_selects_for_itself_has_no_row_of_anothers_selection(tmp_path):
@@ -122,7 +128,7 @@ def test_what_selects_for_itself_has_no_row_of_anothers_selection(tmp_path):
 
 def test_rounds_go_both_ways():
     order = []
-    timing.measure({n: functools.partial(order.append, n) for n in "abc"}, warmup=0, min_repeats=4, seconds=0)
+    timing.measure({n: functools.partial(order.append, n) for n in "abc"}, min_repeats=4, seconds=0)
     assert "".join(order) == "abccbaabccba"
 
 

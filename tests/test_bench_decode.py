@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from hsa_tl import cases
 from hsa_tl.bench import compare, decode, record
-from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.bench.sweep import Sweep
 from hsa_tl.cli import app
 
 CASE = dataclasses.replace(
@@ -17,7 +17,7 @@ CASE = dataclasses.replace(
 
 
 def bench(folder=None, names=None, lengths=(64, 128)):
-    return run_sweep(decode.Decode(), [CASE], lengths, None, names, out_dir=folder, **SWEEP)
+    return Sweep(decode.Decode(), CASE, lengths, None, names, out_dir=folder, **SWEEP).run()
 
 
 def test_rows(tmp_path):
@@ -50,23 +50,7 @@ def test_unavailable_and_unknown():
 
 
 def test_the_command(tmp_path):
-    run = CliRunner().invoke(
-        app,
-        [
-            "bench",
-            "decode",
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-            "--lengths",
-            "256",
-            "--seconds",
-            "0",
-            "--out",
-            str(tmp_path),
-        ],
-    )
+    run = CliRunner().invoke(app, f"bench decode --device cpu --threads 1 --lengths 256 --seconds 0 --out {tmp_path}")
     assert run.exit_code == 0 and (tmp_path / "bench.csv").exists() and "dense-grouped" in run.output
     run = CliRunner().invoke(app, ["bench", "x"])
     assert run.exit_code == 2 and "must be one of attention, retrieve, decode," in run.output and "'x'" in run.output

@@ -48,9 +48,9 @@ def test_it_launches_what_hopper_runs(untouched, mode):
 
 
 def test_the_gate_finds_a_mode_that_launches_nothing(untouched, monkeypatch):
-    assert Dispatch().gate("hsa-tilelang", PROBLEM) is None
+    assert Dispatch().gate("hsa-tilelang", PROBLEM) == []
     monkeypatch.setattr(Dispatch, "launch", lambda *_: None)
-    assert Dispatch().gate("hsa-tilelang", PROBLEM) == "forward launched nothing"
+    assert Dispatch().gate("hsa-tilelang", PROBLEM) == ["forward launched nothing"]
 
 
 def test_bench_dispatch_writes_its_rows(untouched, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tuning import FakeGpu, fake_compiler
 
 from hsa_tl import cases
-from hsa_tl.bench import agenda, gpu, page, record, roofline
+from hsa_tl.bench import gpu, page, record, roofline
 from hsa_tl.bench.roofline import Roofline
 from hsa_tl.bench.selections import load_selection
 
@@ -37,40 +38,40 @@ def steps(clock, log, broken=()):
         return run
 
     return [
-        agenda.Step("tests", step("tests", 40), 0.5, required=True),
-        agenda.Step("tune", step("tune", 30), 0.3),
-        agenda.Step("sweep", step("sweep", 30), 1.0),
+        gpu.Step("tests", step("tests", 40), 0.5, required=True),
+        gpu.Step("tune", step("tune", 30), 0.3),
+        gpu.Step("sweep", step("sweep", 30), 1.0),
     ]
 
 
 def test_the_gpu_run_resumes_and_keeps_to_its_time(tmp_path):
     path, clock, log = tmp_path / "agenda.json", Clock(), []
     source = ("H100", "abc", "torch 2")
-    assert agenda.run_agenda(steps(clock, log), agenda.read_state(path, *source), path, 70, clock)
+    assert gpu.run_agenda(steps(clock, log), gpu.read_state(path, *source), path, 70, clock)
     assert log == [("tests", 35), ("tune", 21)]
-    state = agenda.read_state(path, *source)
-    assert {k: v["status"] for k, v in state.steps.items()} == {
+    state = gpu.read_state(path, *source)
+    assert {k: v["status"] for k, v in state["steps"].items()} == {
         "tests": "done", "tune": "done", "sweep": "no time left",
     }  # fmt: skip
-    assert agenda.run_agenda(steps(clock, log), state, path, 70, clock) and log[2:] == [("sweep", 70)]
-    assert agenda.read_state(path, "H200", "abc", "torch 2").steps == {}, "another device starts anew"
+    assert gpu.run_agenda(steps(clock, log), state, path, 70, clock) and log[2:] == [("sweep", 70)]
+    assert gpu.read_state(path, "H200", "abc", "torch 2")["steps"] == {}, "another device starts anew"
 
 
 def test_red_tests_end_the_gpu_run_and_are_tried_again(tmp_path):
     path, clock, log = tmp_path / "agenda.json", Clock(), []
     source = ("H100", "abc", "torch 2")
-    assert not agenda.run_agenda(steps(clock, log, {"tests"}), agenda.read_state(path, *source), path, 100, clock)
+    assert not gpu.run_agenda(steps(clock, log, {"tests"}), gpu.read_state(path, *source), path, 100, clock)
     assert [name for name, _ in log] == ["tests"]
-    state = agenda.read_state(path, *source)
-    assert state.steps["tests"]["status"] == "failed" and "red" in state.steps["tests"]["error"]
-    assert agenda.run_agenda(steps(clock, log), state, path, 200, clock)
+    state = gpu.read_state(path, *source)
+    assert state["steps"]["tests"]["status"] == "failed" and "red" in state["steps"]["tests"]["error"]
+    assert gpu.run_agenda(steps(clock, log), state, path, 200, clock)
     assert [name for name, _ in log] == ["tests", "tests", "tune", "sweep"]
 
 
 PLAN = (
-    gpu.Sweep("roofline", Roofline, ("k16-d64",), "64", 0.5),
-    gpu.Sweep("headline", gpu.Attention, ("k16-d64",), "64,128", 0.5, ("forward",)),
-    gpu.Sweep("retrieve", gpu.Retrieve, ("k16-d64",), "64", 0.5, ("prefill",)),
+    gpu.Measure("roofline", Roofline, ("k16-d64",), "64", 0.5),
+    gpu.Measure("headline", gpu.Attention, ("k16-d64",), "64,128", 0.5, ("forward",)),
+    gpu.Measure("retrieve", gpu.Retrieve, ("k16-d64",), "64", 0.5, ("prefill",)),
 )
 
 
@@ -79,7 +80,7 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
     monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H200 (a fake)")
     monkeypatch.setattr(roofline, "COPIED_BYTES", 1 << 20)
     quick = {"min_repeats": 1, "seconds": 0.0, "threads": 1}
-    monkeypatch.setattr(gpu, "run_sweep", lambda *x, run=gpu.run_sweep, **options: run(*x, **options | quick))
+    monkeypatch.setattr(gpu, "Sweep", lambda *x, sweep=gpu.Sweep, **options: sweep(*x, **options | quick))
     clock, done = Clock(), []
 
     def takes(cost, function):
@@ -95,15 +96,15 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
     monkeypatch.setattr(gpu, "sanitize", takes(0, "sanitize"))
     monkeypatch.setattr(gpu, "needles", takes(2000, "needles"))
     monkeypatch.setattr(
-        gpu.Sweep, "run", lambda self, *x, run=gpu.Sweep.run: takes(2000, self.name)() and run(self, *x)
+        gpu.Measure, "run", lambda self, *x, run=gpu.Measure.run: takes(2000, self.name)() and run(self, *x)
     )
     folder = tmp_path / "h200"
 
     def lease(seconds):
         path, source = folder / "agenda.json", (record.device_name("cuda"), "abc", "torch 2")
-        state = agenda.read_state(path, *source)
-        assert agenda.run_agenda(gpu.agenda(folder, "cpu", PLAN), state, path, seconds, clock)
-        return [name for name, step in state.steps.items() if step["status"] == "done"]
+        state = gpu.read_state(path, *source)
+        assert gpu.run_agenda(gpu.agenda(folder, "cpu", PLAN), state, path, seconds, clock)
+        return [name for name, step in state["steps"].items() if step["status"] == "done"]
 
     assert lease(5000) == ["tests", "roofline", "headline"]
     first = record.read_folder(folder)
@@ -147,12 +148,18 @@ def test_the_agenda_names_what_there_is():
                 load_selection(Path(file), cases.at_length(suite.find_case(name).problem, T))
 
 
+TOY = """
+preset: tiny
+lr: 1.0e-3
+stages:
+  - {steps: 2, length: 64, batch: 2, data: {kind: needles, tasks: [{}]}}
+"""
+
+
 def test_needles_train_in_parts(tmp_path):
     """Training that runs out of time is evaluated as it is and goes on in the next lease."""
     recipe = tmp_path / "toy.yaml"
-    recipe.write_text(
-        "preset: tiny\nlr: 1.0e-3\nstages:\n  - {steps: 2, length: 64, batch: 2, data: {kind: needles, tasks: [{}]}}\n"
-    )
+    recipe.write_text(TOY)
     lease = functools.partial(gpu.needles, tmp_path, "cpu", recipe=recipe, lengths="256,512", runs=tmp_path)
     first, second = lease(0.0), lease(60.0)
     assert (first["finished"], first["trained_tokens"]) == (False, 128)
@@ -160,6 +167,15 @@ def test_needles_train_in_parts(tmp_path):
     rows = json.loads((tmp_path / "ruler.json").read_text())
     assert len(rows) == len(second["accuracy"]) == 2 * 2 * 5 and {r["trained_tokens"] for r in rows} == {256}
     assert (tmp_path / "ruler.png").stat().st_size > 5000
+
+
+def test_needles_are_asked_without_matplotlib(monkeypatch, tmp_path):
+    """As a machine of a lease may be: the figures are in the file, the picture can be made anywhere."""
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(TOY)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert len(gpu.needles(tmp_path, "cpu", 60.0, recipe=recipe, lengths="256,512", runs=tmp_path)["prefill"]) == 2
+    assert (tmp_path / "ruler.json").exists() and not (tmp_path / "ruler.png").exists()
 
 
 def test_a_sweep_without_time_is_unfinished(tmp_path):

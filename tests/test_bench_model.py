@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from hsa_tl import cases
 from hsa_tl.bench import compare, model, record
-from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.bench.sweep import Sweep
 from hsa_tl.cli import app
 from hsa_tl.model import Model, ModelConfig, baseline, preset
 
@@ -15,7 +15,7 @@ CASE = model.model_case("tiny")
 
 
 def bench(folder=None, names=None, lengths=(64,), modes=None):
-    return run_sweep(model.ModelBench(), [CASE], lengths, modes, names, out_dir=folder, **SWEEP)
+    return Sweep(model.ModelBench(), CASE, lengths, modes, names, out_dir=folder, **SWEEP).run()
 
 
 def test_rows(tmp_path):
@@ -24,7 +24,7 @@ def test_rows(tmp_path):
     timed = {(r.provider, r.mode) for r in compare.times(rows) if r.p50 > 0}
     assert timed == {(n, m) for n in ("hsa", "full-attention", "swa") for m in ("step", "read", "generate")}
     assert set(compare.fastest_baseline(rows)) == {("step", 64), ("read", 64), ("generate", 64)}
-    assert compare.ours(rows, "step")[0] == "hsa" and "dim=128 layers=2" in rows[0].config
+    assert compare.ratios(rows, "step")[0] == "hsa" and "dim=128 layers=2" in rows[0].config
 
 
 @pytest.mark.parametrize("name", ["hsa", "full-attention"])
@@ -78,21 +78,8 @@ def test_products_are_counted():
 
 
 def test_the_command(tmp_path):
-    words = [
-        "bench",
-        "model",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--lengths",
-        "64",
-        "--mode",
-        "read",
-        "--seconds",
-        "0",
-    ]
-    run = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
+    words = f"--device cpu --threads 1 --lengths 64 --mode read --seconds 0 --out {tmp_path}"
+    run = CliRunner().invoke(app, f"bench model {words}")
     assert run.exit_code == 0 and "full-attention" in run.output, run.output
     run = CliRunner().invoke(app, ["bench", "model", "--case", "paper-d128"])
     assert run.exit_code == 2 and "preset must be one of tiny" in run.output

@@ -56,8 +56,8 @@ def test_ratios_and_the_crossover():
     ],
 )
 def test_the_verdict_says_where_we_lose(hsa, words):
-    assert compare.verdict(rows(hsa=hsa), "train", plot.length_label).startswith(words)
-    assert compare.verdict(rows(), "forward", plot.length_label) == ""
+    assert compare.verdict(rows(hsa=hsa), "train").startswith(words)
+    assert compare.verdict(rows(), "forward") == ""
 
 
 def test_the_fastest_baseline_counts():
@@ -96,8 +96,8 @@ def test_many_panels_are_lines_of_a_figure(tmp_path):
 
 def test_every_provider_has_a_name_and_a_style():
     suites = (s() for name, s in SUITES.items() if name not in ("roofline", "micro"))
-    known = {name for s in suites for name in s.known()}
-    assert known <= set(plot.NAMES) and known <= set(plot.STYLES)
+    known = {name for s in suites for name in s.providers}
+    assert known <= set(plot.LOOKS)
 
 
 @pytest.mark.parametrize(

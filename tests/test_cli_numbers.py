@@ -151,12 +151,12 @@ def test_a_fault_is_one_line(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("a fault\nof two lines")
 
-    monkeypatch.setattr("hsa_tl.bench.cli.run_sweep", fails)
+    monkeypatch.setattr("hsa_tl.bench.cli.Sweep", fails)
     output = invoke("bench", "--device", "cpu", code=1)
     assert output == f"error: RuntimeError: a fault of two lines; {terminal.TRACEBACK}=1 shows where\n"
     monkeypatch.setenv(terminal.TRACEBACK, "1")
     assert isinstance(CliRunner().invoke(app, ["bench", "--device", "cpu"]).exception, RuntimeError)
-    assert sweep.run_sweep is not fails
+    assert sweep.Sweep is not fails
 
 
 def test_progress_is_lines_where_there_is_no_terminal(monkeypatch):

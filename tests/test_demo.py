@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from hsa_tl import cases, demo
 from hsa_tl.autotune import static
-from hsa_tl.bench import needle_demo
 from hsa_tl.cli import app
 from hsa_tl.text import read_corpus
 
@@ -36,7 +35,7 @@ def text(tmp_path):
 def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path, text):
     monkeypatch.setattr(static, "find_tool", lambda name: None)
     asked = []
-    monkeypatch.setattr(needle_demo, "ask_shipped", lambda console, out: asked.append(out))
+    monkeypatch.setattr(demo, "ask_shipped", lambda console, out: asked.append(out))
     small = dataclasses.replace(demo._base("cpu"), HQ=4, D=16, S=16)
     monkeypatch.setattr(demo, "_base", lambda device: small)
     monkeypatch.setattr(demo, "ACCURACY_TOKENS", {"cpu": 64})

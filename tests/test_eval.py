@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hsa_tl.bench import eval_cli as cli
+from hsa_tl.bench import cli
 from hsa_tl.bench import ruler as bench_ruler
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.suite import selection_label
@@ -151,4 +151,4 @@ def test_no_run_is_one_line(tmp_path):
         "must be a folder with a checkpoint or one of needle-tiny, got" in output
         and len(output.strip().splitlines()) == 1
     )
-    assert "must be ruler, perplexity or selections" in invoke("x", code=2)
+    assert "must be one of ruler, perplexity, selections" in invoke("x", code=2)

@@ -7,7 +7,7 @@ from rich.console import Console
 from tiers import tiered
 from typer.testing import CliRunner
 
-from hsa_tl.bench import lengths, needle_demo
+from hsa_tl.bench import lengths
 from hsa_tl.cli import app
 
 RECIPE = """
@@ -72,8 +72,8 @@ def test_a_foreign_file_is_named(tmp_path):
 def test_the_demos_last_act_may_train(recipe, tmp_path):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     (tmp_path / "lengths.json").write_text("[]")
-    needle_demo.train_and_ask(console, tmp_path, recipe, lengths=(128, 1024), samples=2)
+    lengths.train_and_ask(console, tmp_path, recipe, lengths=(128, 1024), samples=2)
     text = console.export_text()
     assert "128 retrieved tokens" in text and "1K" in text
     rows = json.loads((tmp_path / "lengths.json").read_text())
-    assert {(r["task"], r["length"]) for r in rows} == {(t, T) for t in needle_demo.TASKS for T in (128, 1024)}
+    assert {(r["task"], r["length"]) for r in rows} == {(t, T) for t in lengths.DEMO_TASKS for T in (128, 1024)}

@@ -12,8 +12,8 @@ import pytest
 
 from hsa_tl import cases
 from hsa_tl.bench.attention import Attention
-from hsa_tl.bench.neighbours import neighbours
-from hsa_tl.bench.sweep import run_sweep
+from hsa_tl.bench.sweep import Sweep
+from hsa_tl.bench.timing import neighbours
 
 CASE = dataclasses.replace(
     cases.case("k16-d64"), problem=cases.at_length(cases.case("k16-d64").problem, 128, HQ=2, D=16, S=16, K=2)
@@ -22,7 +22,7 @@ CASE = dataclasses.replace(
 
 PARENT = """
 import time
-from hsa_tl.bench.neighbours import neighbours
+from hsa_tl.bench.timing import neighbours
 with neighbours(2) as pids:
     print(*pids, flush=True)
     time.sleep(600)
@@ -73,7 +73,7 @@ def test_they_die_with_a_parent_that_is_killed():
 def test_rows_say_so_and_stand_beside_quiet_ones(tmp_path):
     def sweep(busy):
         options = {"out_dir": tmp_path, "threads": 1, "min_repeats": 1, "seconds": 0.0}
-        rows = run_sweep(Attention(), [CASE], [64], ["forward"], ["hsa-reference"], busy=busy, **options)
+        rows = Sweep(Attention(), CASE, [64], ["forward"], ["hsa-reference"], busy=busy, **options).run()
         return next(r for r in rows if r.metric == "time")
 
     quiet, one, two = map(sweep, (0, 1, 2))
@@ -85,4 +85,4 @@ def test_rows_say_so_and_stand_beside_quiet_ones(tmp_path):
 
 def test_a_negative_number_is_refused():
     with pytest.raises(ValueError, match="busy must be at least 0, got -1"):
-        run_sweep(Attention(), [CASE], [64], busy=-1)
+        Sweep(Attention(), CASE, [64], busy=-1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hsa_tl.bench import needle_demo
+from hsa_tl.bench import lengths
 from hsa_tl.model import load, preset, pretrained
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer
@@ -41,7 +41,7 @@ def test_shipped_weights():
     assert about.recipe["seed"] == 0 and about.steps == named.steps and about.commit and "torch" in about.versions
     assert about.recipe["stages"] == json.loads(json.dumps(named.to_dict()))["stages"], "the recipe of today"
     assert {(x["task"], x["length"]) for x in about.accuracy} == {
-        (task, T) for task in needle_demo.TASKS for T in needle_demo.LENGTHS
+        (task, T) for task in lengths.DEMO_TASKS for T in lengths.DEMO_LENGTHS
     }
     assert (pretrained.FOLDER / "needle-tiny.safetensors").stat().st_size <= 3e6
 
@@ -58,11 +58,11 @@ def one_thread():
 def test_shipped_weights_find_needles(tmp_path, one_thread):
     """As the demo's last act asks them; chance is 1 in 96."""
     console = Console(width=100, record=True, file=(tmp_path / "console").open("w"))
-    needle_demo.ask_shipped(console, tmp_path, lengths=(256, 4096), samples=10)
+    lengths.ask_shipped(console, tmp_path, lengths=(256, 4096), samples=10)
     text = console.export_text()
     assert "128 retrieved tokens" in text and "4K" in text
     rows = json.loads((tmp_path / "lengths.json").read_text())
-    assert {(r["task"], r["length"]) for r in rows} == {(t, T) for t in needle_demo.TASKS for T in (256, 4096)}
+    assert {(r["task"], r["length"]) for r in rows} == {(t, T) for t in lengths.DEMO_TASKS for T in (256, 4096)}
     assert all(r["answers"] >= r["samples"] >= 4 and r["accuracy"] >= 0.95 for r in rows), rows
 
 
@@ -117,7 +117,7 @@ def test_weights_are_made_from_a_recipe(folder, tmp_path):
         "  - {steps: 2, length: 64, batch: 2, data: {kind: needles, tasks: [{needles: 2, queries: 2}]}}\n"
     )
     console = Console(file=(tmp_path / "console").open("w"))
-    needle_demo.make_weights(console, folder, str(recipe), seed=3, lengths=(128,), samples=2)
+    lengths.make_weights(console, folder, str(recipe), seed=3, lengths=(128,), samples=2)
     about = pretrained.shipped("toy")
     assert about.recipe["seed"] == 3 and about.steps == 2 and about.train_seconds > 0 and about.device and about.commit
     assert [(x["task"], x["length"], x["answers"]) for x in about.accuracy] == [("s-niah", 128, 2), ("mq-niah", 128, 4)]
