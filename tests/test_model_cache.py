@@ -187,6 +187,16 @@ def test_rows_do_not_depend_on_each_other():
     torch.testing.assert_close(read(model, model.new_cache(1), ids[1:2], (30, 10)), whole[1:2])
 
 
+@pytest.mark.parametrize("name", ("hsa", "full", "nsa"))
+def test_two_sequences_of_different_lengths(name):
+    model, ids, wanted = whole(name)
+    cache, at = model.new_cache(2), (50, 20)
+    model(ids[:, :50], cache=cache, lengths=list(at), logits_to_keep=0)
+    got = model(torch.stack([row[n : n + 9] for row, n in zip(ids, at, strict=True)]), cache=cache).logits
+    for b, n in enumerate(at):
+        assert_accurate(f"row {b}", got[b], wanted[b, n : n + 9])
+
+
 def test_labels_and_autocast_with_a_cache():
     model, _ = models({})
     ids = torch.randint(50, (2, 90))

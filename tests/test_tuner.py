@@ -56,6 +56,15 @@ def test_the_union_has_enough_candidates():
         )
 
 
+def test_the_chunk_program_is_tried_at_every_tile_and_depth():
+    """And each of them with both ways to sum a token's pairs."""
+    ways = {}
+    for c in configs.candidates("hsa_fwd_chunk", cases.case("paper-d64").problem):
+        ways.setdefault((c.block_M, c.threads, c.num_stages, c.specialised), set()).add(c.reduce_add)
+    plain = {(64, 128, 1, 0), (128, 128, 1, 0), (128, 256, 1, 0), (192, 128, 1, 0)}
+    assert ways == {tile: {0, 1} for tile in plain | {(128, 256, stages, 1) for stages in (1, 2, 3, 4)}}
+
+
 def test_a_failing_candidate_is_a_recorded_result(tmp_path):
     journal = Journal(tmp_path / "j.jsonl")
     rows = ranked(journal=journal)

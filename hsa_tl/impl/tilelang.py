@@ -249,9 +249,8 @@ def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     pair = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
     if not indices.numel():
         return Pairs(pair, cursor[: B * H * num_chunks + 1])
-    dtype = torch.float32 if indices.device.type == "cpu" and not emulating() else torch.bfloat16
     # Of these dims only K matters to the programs.
-    problem = targeted(Problem(B, T, num_chunks, H, H, 64, 64, K, dtype=dtype, device_type=indices.device.type))
+    problem = targeted(Problem(B, T, num_chunks, H, H, 64, 64, K, device_type=indices.device.type))
     indices, tokens = indices.contiguous(), -(-T // blocks)
     compiled("pairs_count", problem)(indices, num_chunks, tokens, counts)
     torch.cumsum(counts.flatten(), 0, dtype=torch.int64, out=cursor[1:])
