@@ -278,6 +278,17 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
         assert (indices[b, n:] == -1).all() and (out[b, n:] == 0).all()
 
 
+@pytest.mark.parametrize("capacity", (200, 1), ids=("one slab", "slabs"))
+def test_a_segment_that_sees_few_chunks_has_empty_slots(capacity):
+    S, K = 16, 7
+    memory = PagedMemory(MemorySpec(1, 1, 16, 2, 8, S), capacity=capacity, pages=capacity)
+    pages, landmarks, q_slc = torch.randn(5, S, 1, 16), torch.randn(5, 2, 8), torch.randn(5 * S, 2, 8)
+    memory.append(0, pages, pages, landmarks)
+    found = memory.retrieve_segment(0, q_slc, 0, K)
+    want = retrieve_chunks(q_slc[None], landmarks[None], K, chunk_size=S)
+    assert all(torch.equal(a, b[0]) for a, b in zip(found, want, strict=True))
+
+
 def test_errors_name_the_argument():
     model, _ = models({})
     cache, ids = model.new_cache(2), torch.zeros(2, 5, dtype=torch.int64)
