@@ -39,10 +39,10 @@ WALL = 20  # times its CPU time, and 5 minutes, that a process may take
 
 def files() -> list[str]:
     """The tree: what git knows and what it does not ignore."""
-    listed = subprocess.run(
+    names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return sorted(x for x in listed.stdout.splitlines() if (ROOT / x).is_file())
+    return sorted(x for x in names.stdout.splitlines() if (ROOT / x).is_file())
 
 
 def digest(names: list[str]) -> str:
@@ -238,7 +238,8 @@ def main() -> None:
     sources = {name: (ROOT / name).read_text() for name in names if any(Path(name).match(p) for p in options.only)}
     if options.again:
         found = listed(options.again.read_text(), sources)
-        print(*(f"is no more: {name}" for name, mutant in found.items() if mutant is None), sep="\n", flush=True)
+        for name in (x for x, mutant in found.items() if mutant is None):
+            print(f"no longer there: {name}", flush=True)
         mutants, named = [m for m in found.values() if m], f"listed in {options.again}"
     else:
         mutants, named = draw(sources, options.number, options.seed), f"seed {options.seed}"

@@ -39,6 +39,7 @@ def test_every_kind_of_change_is_made():
 def test_a_change_of_a_header_is_met_by_the_header_alone():
     spans = {(m.line, m.span, m.inside) for m in mutants.mutants_of("f.py", SOURCE)}
     assert (9, (9, 9), True) in spans and (12, (12, 12), True) in spans and (3, (3, 3), False) in spans
+    assert (6, (6, 6), False) in spans, "a default, which runs at import"
 
 
 def test_a_seed_decides_and_a_longer_draw_goes_on():
