@@ -80,8 +80,10 @@ def test_the_space_is_legal_and_fits(case, program):
 
 
 def test_cases_are_what_they_say():
-    """Whole groups of heads, and whole chunks but where a short last chunk is the reason for the case."""
-    for c in cases.CASES:
+    """Each has a tag, whole groups of heads, and whole chunks but where a short last chunk is the reason for it."""
+    tagged = {c for tag in ("ci", "tune", "bench") for c in cases.find(tag)}
+    assert tagged == set(cases.CASES)
+    for c in tagged:
         p = c.problem
         assert p.HQ % p.H == 0 and p.masked == bool(p.T % p.S) == ("short last chunk" in c.why), c.name
 
