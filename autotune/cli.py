@@ -142,7 +142,9 @@ def autotune(
     device: Annotated[
         Optional[list[str]], typer.Option(help="h100, h200 or h800: static, repeatable; by default the GPU here")
     ] = None,
-    program: Annotated[Optional[list[str]], typer.Option(help="hsa_fwd_union, ...; repeatable; by default all")] = None,
+    program: Annotated[
+        Optional[list[str]], typer.Option(help="hsa_fwd_union, ...; repeatable; by default all of hsa_attention")
+    ] = None,
     minutes: Annotated[
         Optional[float], minutes_option("end after so long; by default 9 where it measures, else when all is done")
     ] = None,
@@ -163,8 +165,8 @@ def autotune(
     devices = device or [here or "h200"]
     check_devices(devices)
     programs = tuple(program or configs.tuned())
-    if unknown := set(programs) - set(configs.tuned()):
-        raise ValueError(f"program must be one of {', '.join(configs.tuned())}, got {min(unknown)!r}")
+    if unknown := set(programs) - set(configs.planned()):
+        raise ValueError(f"program must be one of {', '.join(configs.planned())}, got {min(unknown)!r}")
     named = [cases.case(name) for name in case_names or ()] + list(cases.find(tag) if tag else ())
     if tag and not cases.find(tag):
         raise ValueError(f"tag must be one that a case has, got {tag!r}")

@@ -25,7 +25,7 @@ from hsa_tl.autotune.tuner import CLASSES, programs_of
 from hsa_tl.cases import Case, at_length
 from hsa_tl.pairs import selection_overlap
 from hsa_tl.problem import Problem
-from hsa_tl.testing import Inputs, assert_attention, make_inputs, make_selection, run_with_gradients
+from hsa_tl.testing import Inputs, SelectedInputs, assert_attention, make_inputs, make_selection, run_with_gradients
 
 CHECK_TOKENS = 512
 ROUNDS = 7
@@ -33,7 +33,7 @@ LOOK_SHARE = 0.6  # of the time, at most, before the contenders' rounds
 NEAR = 1.1  # of the fastest: a contender
 CONTENDERS = 2  # of a strategy and selection
 MINUTES = 1.0  # HSA_TL_TUNING=tune spends on a direction
-QUANTITIES = {"forward": ("out",), "backward": ("dq", "dk", "dv", "dweights")}
+SELECTED = "selected_"  # begins the names of what `selected_attention` runs
 
 
 @contextlib.contextmanager
@@ -75,24 +75,34 @@ class Rig:
 
 
 def _attend(direction: str, programs: tuple, chunk_size: int):
-    """hsa_attention by the plan, and its options."""
-    from hsa_tl.api import hsa_attention
+    """The direction's operator by the plan, and its options."""
+    from hsa_tl import hsa_attention, selected_attention
 
-    named = {} if direction == "forward" else {"hsa_fwd_token": {}}
+    selected = direction.startswith(SELECTED)
+    forward = "selected_fwd_token" if selected else "hsa_fwd_token"
+    named = {} if direction.endswith("forward") else {forward: {}}
     config = named | {program: vars(config) for program, config in programs}
-    return hsa_attention, {"chunk_size": chunk_size, "impl": "tilelang", "config": config}
+    attention = selected_attention if selected else hsa_attention
+    return attention, {"chunk_size": chunk_size, "impl": "tilelang", "config": config}
+
+
+def _of(direction: str, inputs: Inputs) -> Inputs | SelectedInputs:
+    """A call of the direction's operator."""
+    return SelectedInputs.of(inputs) if direction.startswith(SELECTED) else inputs
 
 
 def check(direction: str, problem: Problem, programs: tuple, device: str = "cuda") -> None:
     """AssertionError unless the plan is as accurate as its arithmetic allows, at a small length."""
     small = at_length(problem, min(problem.T, CHECK_TOKENS))
-    inputs = make_inputs(small).to(device)
+    inputs = _of(direction, make_inputs(small).to(device))
     attend, options = _attend(direction, programs, small.S)
-    if direction == "forward":
-        actual = {"out": attend(*inputs[:5], **options)}
+    if direction.endswith("forward"):
+        outputs = attend(*inputs[: inputs._fields.index("do")], **options)
+        actual = dict(zip(inputs.RESULTS, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
     else:
-        actual = run_with_gradients(attend, inputs, **options)
-    assert_attention({name: actual[name] for name in QUANTITIES[direction]}, inputs, chunk_size=small.S)
+        found = run_with_gradients(attend, inputs, **options)
+        actual = {name: x for name, x in found.items() if name.startswith("d")}
+    assert_attention(actual, inputs, chunk_size=small.S)
 
 
 @functools.lru_cache(maxsize=len(CLASSES))
@@ -102,13 +112,14 @@ def _inputs(problem: Problem, selection: str) -> Inputs:
 
 def launch(direction: str, problem: Problem, programs: tuple, selection: str) -> Callable[[], object]:
     """A function that runs the direction by the plan on a selection, through the public operator."""
-    inputs = _inputs(problem, selection)
+    inputs = _of(direction, _inputs(problem, selection))
     attend, options = _attend(direction, programs, problem.S)
-    if direction == "forward":
-        return lambda: attend(*inputs[:5], **options)
-    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
-    out = attend(*leaves, inputs.indices, **options)
-    return lambda: torch.autograd.grad(out, leaves, inputs.do, retain_graph=True)
+    at, incoming = (inputs._fields.index(name) for name in ("indices", "do"))
+    if direction.endswith("forward"):
+        return lambda: attend(*inputs[:incoming], **options)
+    leaves = [x.detach().requires_grad_() for x in inputs[:at]]
+    outputs = attend(*leaves, inputs.indices, **options)
+    return lambda: torch.autograd.grad(outputs, leaves, inputs[incoming:], retain_graph=True)
 
 
 def _alive() -> bool:

@@ -41,7 +41,7 @@ MODES = ("table", "heuristic", "tune", "error")
 @functools.cache
 def strategies(direction: str) -> tuple[tuple[str, ...], ...]:
     """The programs that compute a direction together, of what is registered; in the order of preference."""
-    does = {name: configs.config_of(name).DIRECTION for name, launcher in configs.PROGRAMS.items() if launcher}
+    does = {name: configs.config_of(name).DIRECTION for name in configs.planned()}
     parts = [[[name for name in does if does[name] == part] for part in parts] for parts in DIRECTIONS[direction]]
     return tuple(strategy for names in parts for strategy in itertools.product(*names))
 
@@ -78,10 +78,10 @@ def _choose(direction: str, p: Problem, config: str, deterministic: bool, device
     named = json.loads(config or "{}")
     overlap = round(named.pop("overlap", OVERLAP), 1)
     operator = direction.removesuffix("forward").removesuffix("backward")
-    known = {name for x in ("forward", "backward") for s in strategies(operator + x) for name in s}
+    known = dict.fromkeys(name for x in ("forward", "backward") for s in strategies(operator + x) for name in s)
     for program, fields in named.items():
         if program not in known:
-            raise ValueError(f"config must name programs among {', '.join(sorted(known))}, got {program!r}")
+            raise ValueError(f"config must name programs among {', '.join(known)}, got {program!r}")
         configs.from_dict(program, fields)
     asked = [s for s in strategies(direction) if any(program in named for program in s)]
     if len(asked) > 1:

@@ -122,7 +122,7 @@ def windows(indices: torch.Tensor, num_chunks: int, pairs: Pairs, tokens_per_win
         begin = end
 
 
-def partial_window(problem: Problem, limit_bytes: int = 2 << 30) -> int:
+def partial_window(problem: Problem, limit_bytes: int) -> int:
     """Tokens whose partial rows [B, H, tokens * K, G, D] fit in limit_bytes: whole chunks if one fits, at least 1."""
     p = problem
     tokens = max(1, limit_bytes // (p.B * p.HQ * p.K * p.D * p.itemsize))

@@ -202,7 +202,7 @@ def dq_slc(dscores, indices, q_slc, landmarks, scale):
     """dq_slc[t] = scale * sum_k dscores[t, k] landmarks[i]; indices: rows of landmarks."""
     B, T, R, D_r = q_slc.shape
     dq = torch.empty_like(q_slc, memory_format=torch.contiguous_format)
-    rows = max(1, BLOCK_SCORES // max(1, indices.shape[3] * D_r))
+    rows = max(1, BLOCK_SCORES // (indices.shape[3] * D_r))
     for b, r in itertools.product(range(B), range(R)):
         marks = landmarks[b, :, r].to(dscores.dtype)
         if not marks.numel():

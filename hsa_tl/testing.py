@@ -40,6 +40,13 @@ class SelectedInputs(NamedTuple):
     do: torch.Tensor  # [B, T, HQ, D]
     dlse: torch.Tensor  # [B, T, HQ] float32
 
+    @classmethod
+    def of(cls, call: Inputs) -> "SelectedInputs":
+        """The same call of `selected_attention`; dlse is a normal number for each row."""
+        dlse = torch.randn(call.q.shape[:3], generator=torch.Generator().manual_seed(call.indices.numel()))
+        dlse = dlse.to(call.q.device, torch.promote_types(torch.float32, call.q.dtype))
+        return cls(call.q, call.k, call.v, call.indices, call.do, dlse)
+
 
 def _random_rows(visible: torch.Tensor, N: int, K: int, generator: torch.Generator) -> torch.Tensor:
     """For each row, min(K, visible) distinct chunks below visible, ascending, then -1: [rows, K] int64."""

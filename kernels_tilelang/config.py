@@ -40,9 +40,14 @@ PROGRAMS = {
 }
 
 
+def planned() -> tuple[str, ...]:
+    """The programs that plans are made of, which the tuner runs through the public operator."""
+    return tuple(name for name, launcher in PROGRAMS.items() if launcher)
+
+
 def tuned() -> tuple[str, ...]:
-    """The programs of `hsa_attention`'s plans, which the tuner runs through it."""
-    return tuple(name for name, launcher in PROGRAMS.items() if launcher and name.startswith("hsa_"))
+    """Those of `hsa_attention`, which the tuner takes unless told."""
+    return tuple(name for name in planned() if name.startswith("hsa_"))
 
 
 def builder(program: str) -> Callable:

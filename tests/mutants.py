@@ -4,6 +4,7 @@ dropped. Text, signatures' annotations, decorators and what is raised stay as th
 import ast
 import itertools
 import random
+import re
 from dataclasses import dataclass
 
 SWAPPED = {
@@ -30,6 +31,12 @@ class Mutant:
 
     def apply(self, source: str) -> str:
         return source[: self.start] + self.text + source[self.end :]
+
+    def lines(self, source: str) -> tuple[str, str]:
+        """The lines that it changes, before and after, as one line with single spaces."""
+        first, stop = source.rfind("\n", 0, self.start) + 1, (source + "\n").find("\n", self.end)
+        old, new = source[first:stop], source[first : self.start] + self.text + source[self.end : stop]
+        return " ".join(old.split()), " ".join(new.split())
 
 
 class _Finder(ast.NodeVisitor):
@@ -80,9 +87,10 @@ class _Finder(ast.NodeVisitor):
         self.statement = outer
 
     def function(self, node):
-        self.statement, self.depth = node, self.depth + 1
+        self.statement = node
         for default in [*node.args.defaults, *filter(None, node.args.kw_defaults)]:
             self.visit(default)
+        self.depth += 1
         for child in node.body:
             self.visit(child)
         self.depth -= 1
@@ -196,3 +204,32 @@ def draw(sources: dict[str, str], number: int, seed: int) -> list[Mutant]:
     every = [m for path in sorted(sources) for m in mutants_of(path, sources[path])]
     random.Random(seed).shuffle(every)
     return list(itertools.islice((m for m in every if changes(m, sources[m.path])), number))
+
+
+def entry(mutant: Mutant, source: str) -> str:
+    """The change as a list names it: its place, and the part of its line where it stands, before and after."""
+
+    def alike(a: str, b: str) -> int:
+        """Characters that both begin with."""
+        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+    old, new = mutant.lines(source)
+    before = alike(old, new)
+    behind = alike(old[before:][::-1], new[before:][::-1])
+    old, new = (x[max(0, before - 14) : len(x) - max(0, behind - 10)] for x in (old, new))
+    return f"- `{mutant.path}:{mutant.line}` `{old}` -> `{new}`"
+
+
+def listed(text: str, sources: dict[str, str]) -> dict[str, Mutant | None]:
+    """The changes of a list, by entry; found by their text where lines have moved since. None: there is none now."""
+    every = [(m, *m.lines(source)) for path, source in sources.items() for m in mutants_of(path, source)]
+
+    def makes(old: str, new: str, before: str, after: str) -> bool:
+        places = (i for i in range(len(before)) if before.startswith(old, i))
+        return any(before[:i] + new + before[i + len(old) :] == after for i in places)
+
+    found = {}
+    for name, path, line, old, new in re.findall(r"^(- `(\S+):(\d+)` `(.+?)` -> `(.+?)`)", text, re.M):
+        same = [m for m, before, after in every if old in before and makes(old, new, before, after)]
+        found[name] = min(same, key=lambda m: (m.path != path, abs(m.line - int(line))), default=None)
+    return found

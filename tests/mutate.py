@@ -1,17 +1,17 @@
 """make mutate: makes single changes of the source and lists those that no quick test notices.
 
     python tests/mutate.py --number 200 --seed 0 --jobs 2
+    python tests/mutate.py --again tests/mutants.md --tests test_static.py
 
 Works on copies of the tree under out/mutate. One run of the quick tests with coverage says which of them run each line;
 a change is met by those that run its line (of a line outside any function, by those that run its file), the shortest
 first, until one fails. A change that takes ten times the time of its tests is noticed too. Each change has a process of
 its own, forked from one that has imported what the tests need besides the project. A run of the same tree goes on
-where an earlier one ended.
+where an earlier one ended. --again meets those that a list names, wherever their lines stand now.
 """
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, draw
+from mutants import Mutant, draw, entry, listed
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "mutate"
@@ -39,10 +39,10 @@ WALL = 20  # times its CPU time, and 5 minutes, that a process may take
 
 def files() -> list[str]:
     """The tree: what git knows and what it does not ignore."""
-    listed = subprocess.run(
+    names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return sorted(x for x in listed.stdout.splitlines() if (ROOT / x).is_file() and not x.startswith("bench/results"))
+    return sorted(x for x in names.stdout.splitlines() if (ROOT / x).is_file())
 
 
 def digest(names: list[str]) -> str:
@@ -60,8 +60,8 @@ def copy_tree(names: list[str], target: Path) -> None:
         shutil.copyfile(ROOT / name, target / name)
     package = target / "site" / "hsa_tl"
     package.mkdir(parents=True)
-    for entry in (*(target / "hsa_tl").iterdir(), *(target / name for name in PACKAGES)):
-        (package / entry.name).symlink_to(entry)
+    for part in (*(target / "hsa_tl").iterdir(), *(target / name for name in PACKAGES)):
+        (package / part.name).symlink_to(part)
 
 
 def import_what_tests_need() -> None:
@@ -216,16 +216,12 @@ def reached(mutant: Mutant, tests: list[dict]) -> list[dict]:
     return sorted(found, key=lambda t: (t["seconds"], t["test"]))
 
 
-def difference(mutant: Mutant, source: str) -> str:
-    lines = difflib.unified_diff(source.splitlines(), mutant.apply(source).splitlines(), lineterm="", n=0)
-    return "\n".join(x for x in lines if x[0] in "+-" and not x.startswith(("+++", "---")))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", type=Path, metavar="FILE", help="the changes that are listed there, and no draw")
     parser.add_argument("--tests", nargs="+", default=["test_*.py"], help="patterns of test files, by default all")
     parser.add_argument("--only", nargs="+", default=MUTATED, help="patterns of the files to change")
     options = parser.parse_args()
@@ -240,9 +236,15 @@ def main() -> None:
     tests = coverage_map(chosen, state, options.jobs)
     print(f"{len(tests)} tests, {sum(t['seconds'] for t in tests):.0f} s of CPU", flush=True)
     sources = {name: (ROOT / name).read_text() for name in names if any(Path(name).match(p) for p in options.only)}
-    mutants = draw(sources, options.number, options.seed)
+    if options.again:
+        found = listed(options.again.read_text(), sources)
+        for name in (x for x, mutant in found.items() if mutant is None):
+            print(f"no longer there: {name}", flush=True)
+        mutants, named = [m for m in found.values() if m], f"listed in {options.again}"
+    else:
+        mutants, named = draw(sources, options.number, options.seed), f"seed {options.seed}"
     results = judge(mutants, sources, tests, state, options)
-    report(mutants, results, sources, tag, options)
+    report(mutants, results, sources, f"{named}, tree {tag}")
 
 
 def judge(mutants: list[Mutant], sources: dict, tests: list[dict], state: Path, options) -> dict[str, dict]:
@@ -289,13 +291,13 @@ def key_of(mutant: Mutant) -> str:
     return f"{mutant.path}:{mutant.line} [{mutant.start}:{mutant.end}] -> {mutant.text[:40]}"
 
 
-def report(mutants: list[Mutant], results: dict, sources: dict, tag: str, options) -> None:
-    """To the terminal, as the tables of tests/mutants.md."""
+def report(mutants: list[Mutant], results: dict, sources: dict, of: str) -> None:
+    """To the terminal: the share, and those that lived as --again reads them."""
     lived = [m for m in mutants if results[key_of(m)]["killed_by"] is None]
     share = 100 * (len(mutants) - len(lived)) / max(1, len(mutants))
-    print(f"\nseed {options.seed}, tree {tag}: {len(mutants) - len(lived)} of {len(mutants)} killed, {share:.1f} %")
+    print(f"\n{of}: {len(mutants) - len(lived)} of {len(mutants)} killed, {share:.1f} %")
     for m in lived:
-        print(f"\n{m.path}:{m.line}, run by {results[key_of(m)]['tests']} tests\n{difference(m, sources[m.path])}")
+        print(f"{entry(m, sources[m.path])}: run by {results[key_of(m)]['tests']} tests")
 
 
 if __name__ == "__main__":

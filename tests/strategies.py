@@ -100,13 +100,7 @@ def make_exact_call(d: Dims, seed: int) -> Inputs:
     return call._replace(q=torch.zeros_like(call.q), k=k, v=v, weights=weights, do=do)
 
 
-def without_weights(call: Inputs) -> SelectedInputs:
-    """The call as one of `selected_attention`; dlse is a normal number for each row."""
-    dlse = torch.randn(call.q.shape[:3], generator=torch.Generator().manual_seed(call.indices.numel()))
-    dlse = dlse.to(call.q.device, torch.promote_types(torch.float32, call.q.dtype))
-    return SelectedInputs(call.q, call.k, call.v, call.indices, call.do, dlse)
-
-
+without_weights = SelectedInputs.of
 # Each implementation of each operator, and what makes of a call one of that operator.
 each_attention = pytest.mark.parametrize(
     "impl, of",

@@ -238,6 +238,13 @@ def test_faults_are_caught(dtype, G, K):
             assert any(complaints(n, x, expected[n]) for n, x in wrong.items()), name
 
 
+def test_the_check_takes_the_operators_chunk_size():
+    """Where neither is told."""
+    call = make_call(Dims(T=20, T_kv=200, S=64))
+    assert check_attention({"out": hsa_attention(*call[:5])}, call) == []
+    assert check_attention({"out": hsa_attention(*call[:5])}, call, chunk_size=128) != []
+
+
 def test_what_is_not_a_number_is_told():
     call = causal_call(torch.bfloat16)
     right = kernel(call, torch.bfloat16)

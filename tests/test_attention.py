@@ -90,6 +90,16 @@ def test_numbers_of_an_unselected_chunk_are_not_read(impl, of, value):
     assert all(torch.equal(actual[name], clean[name]) for name in clean)
 
 
+@each_impl
+@pytest.mark.parametrize("per_head", tiered((False, True), quick=(True,)))
+def test_the_weight_of_an_empty_slot_is_not_read(impl, per_head):
+    call = _per_slot(make_call(Dims(T=10, T_kv=41, HQ=6, H=2, per_head=per_head)), [2, -1, 0])
+    bad = call._replace(weights=call.weights.clone())
+    bad.weights[..., 1] = torch.nan
+    clean, actual = run(impl, call), run(impl, bad)
+    assert all(torch.equal(actual[name], clean[name]) for name in clean)
+
+
 @each_attention
 @pytest.mark.parametrize("dims", (Dims(T=0), Dims(B=0)), ids=("no-token", "no-batch"))
 def test_nothing_to_do(impl, of, dims):

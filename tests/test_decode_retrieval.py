@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from strategies import largest_allocation, seeds
 
-from hsa_tl import landmark_bounds, retrieve_chunks, retrieve_decode
+from hsa_tl import decode_retrieval, landmark_bounds, retrieve_chunks, retrieve_decode
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.oracle import retrieve_oracle
 
@@ -95,8 +95,6 @@ def test_chunks_that_a_sequence_does_not_hold_are_hidden():
 
 
 def test_alike_neighbours_leave_most_blocks_unread(monkeypatch):
-    from hsa_tl import decode_retrieval
-
     read = []
     score_blocks = decode_retrieval._score_blocks
     monkeypatch.setattr(decode_retrieval, "_score_blocks", lambda *x: read.append(x[2].numel()) or score_blocks(*x))
@@ -116,6 +114,17 @@ def test_other_types(dtype):
     assert got[0].dtype == want[0].dtype and torch.equal(got[1], want[1])
     two_level = retrieve_decode(q, landmarks, lengths, 12, chunk_size=S, bounds=landmark_bounds(landmarks))
     assert torch.equal(two_level[1], want[1])
+
+
+def test_landmarks_converted_by_parts_give_the_same_bits(monkeypatch):
+    """16-bit ones of a sequence whose bounds spare nothing."""
+    q, landmarks = make(1, 2, 1, 16, 3000, 3, dtype=torch.bfloat16)
+    arguments = q, landmarks, int32(3000 * S), 12
+    want = retrieve_decode(*arguments, chunk_size=S)
+    monkeypatch.setattr(decode_retrieval, "_CONVERTED", 1 << 12)
+    for bounds in (None, landmark_bounds(landmarks)):
+        got = retrieve_decode(*arguments, chunk_size=S, bounds=bounds)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -151,6 +160,11 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize(
     "changes, words",
     [
+        ({"q_slc": torch.zeros(2, 2, 8)}, r"q_slc must have 4 dimensions, got shape \[2, 2, 8\]"),
+        (
+            dict.fromkeys(("q_slc", "landmarks"), torch.zeros(2, 5, 2, 8, dtype=torch.int32)),
+            r"q_slc must have dtype bfloat16, float16, float32 or float64, got torch.int32",
+        ),
         ({"lengths": int32(1)}, r"lengths must have shape \[2\] to match q_slc, got shape \[1\]"),
         ({"lengths": int32(1, 2).long()}, r"lengths must have dtype int32"),
         ({"chunks": int32(1, 2, 3)}, r"chunks must have shape \[2\]"),

@@ -7,18 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from strategies import Dims, make_call, seeds
+from strategies import Dims, attend, make_call, seeds
 from tiers import prove
 
 from hsa_tl import cases
 from hsa_tl.autotune import static
+from hsa_tl.impl import tilelang
 from hsa_tl.impl.tilelang import Call
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import why_illegal
 from hsa_tl.kernels_tilelang.config_base import WARPGROUP, blocks_per_sm, launch_registers, registers_left
 from hsa_tl.kernels_tilelang.hsa_fwd_chunk import FwdChunkConfig
 from hsa_tl.kernels_tilelang.hsa_fwd_chunk_sm90a import FwdChunkSm90aConfig
-from hsa_tl.pairs import Pairs, sort_pairs
+from hsa_tl.pairs import Pairs, partial_window, sort_pairs
 from hsa_tl.testing import Inputs, assert_attention
 
 STATIC = (
@@ -90,6 +91,23 @@ def test_sums_to_the_oracle(drawn, reduce_add, split):
     parts = partials(d, poisoned(d, call), windows, reduce_add, block_M=16)
     out = parts[-1].flatten(2, 3) if reduce_add else summed(d, call, parts)
     assert_attention({"out": out}, call, chunk_size=d.S)
+
+
+SMALL = {"block_M": 16, "threads": 128}
+
+
+def test_the_operator_adds_rows_up_or_keeps_them_in_windows(monkeypatch):
+    """Windows that fit 2 GiB, or what HSA_TL_PARTIAL_BYTES says: here 8 of the 40 tokens."""
+    d, limits = Dims(**STATIC[0]), []
+    call = make_call(d, 0)
+    monkeypatch.setattr(tilelang, "partial_window", lambda p, limit: limits.append(limit) or partial_window(p, limit))
+    monkeypatch.delenv("HSA_TL_PARTIAL_BYTES", raising=False)
+    for changes, limit in (({"reduce_add": 1}, None), ({}, None), ({}, 8 * d.HQ * d.D * d.K * 4)):
+        if limit:
+            monkeypatch.setenv("HSA_TL_PARTIAL_BYTES", str(limit))
+        out = attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_chunk": SMALL | changes})
+        assert_attention({"out": out}, call, chunk_size=16)
+    assert limits == [2 * 1024**3, limit]
 
 
 def test_many_tiles_and_a_long_segment():

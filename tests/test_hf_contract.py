@@ -72,7 +72,9 @@ MASKS = {
     "bool square": (ADDITIVE == 0).expand(2, 1, 40, 40),
     "additive padding": torch.zeros(2, 1, 1, 40),
     "3-D": (ADDITIVE == 0).expand(2, 40, 40),
+    "each head": (ADDITIVE == 0).expand(2, 3, 40, 40),
 }
+HEADS = torch.stack([ADDITIVE == 0, torch.eye(40) > 0]).expand(2, 2, 40, 40)  # which differ
 
 
 @pytest.mark.parametrize("run", ALIKE.values(), ids=ALIKE)
@@ -94,6 +96,13 @@ def test_labels_of_any_integers(dtype, model, ids):
     torch.testing.assert_close(model(ids, labels=labels.to(dtype)).loss, model(ids, labels=labels).loss)
 
 
+@pytest.mark.parametrize("keep", (1, 7, torch.tensor([3])), ids=str)
+def test_the_loss_is_of_all_tokens_whatever_logits_are_kept(keep, model, ids):
+    out = model(ids, labels=ids, logits_to_keep=keep)
+    torch.testing.assert_close(out.loss, model(ids, labels=ids).loss)
+    assert out.logits.shape[1] < 40
+
+
 # What is refused, by the argument's name.
 REFUSED = {
     "attentions": (lambda m, x: m(x, output_attentions=True), ValueError, "output_attentions must not be True"),
@@ -110,6 +119,13 @@ REFUSED = {
     "another cache": (lambda m, x: m(x, past_key_values=((),)), TypeError, "past_key_values must be an HSACache"),
     "columns out of range": (
         lambda m, x: m(x, logits_to_keep=torch.tensor([40])), ValueError, r"logits_to_keep must lie in \[-40, 40\)",
+    ),
+    "columns in rows": (
+        lambda m, x: m(x, logits_to_keep=torch.tensor([[1]])), ValueError,
+        r"logits_to_keep must be an int or 1-D, got shape \[1, 1\]",
+    ),
+    "a mask for each head": (
+        lambda m, x: m(x, attention_mask=HEADS), ValueError, "attention_mask must be the same for all heads",
     ),
     "a bias as mask": (lambda m, x: m(x, attention_mask=-torch.rand(2, 40)), ValueError, "attention_mask must be 0"),
     "beams": (lambda m, x: m.generate(x, num_beams=2, max_new_tokens=2), NotImplementedError, "past_key_values"),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,19 @@ def test_little_is_encoded_again():
     assert chunks[0] == 512 and sum(chunks[1:]) <= 2 * 2 * 6
 
 
+def test_exactly_the_chunks_that_a_change_reaches_are_encoded_again():
+    model = Model(preset("tiny")).eval()
+    chunks = []
+    model.encoder.register_forward_hook(lambda module, args, out: chunks.append(out.landmarks.shape[1]))
+    reader, tokens = LongReader(model), np.zeros(2048, np.uint16)
+    reader.read(tokens, 2)
+    for at in (0, 15, 16, 700, 1000):
+        tokens[at] += 1
+        chunks.clear()
+        reader.read(tokens, 2)
+        assert sum(chunks) == len({t // 16 for t in range(at, at + reader.lower_reach + 1)})
+
+
 def test_what_cannot_be_read_is_named():
     reader = LongReader(Model(replace(preset("tiny"), attention="full")))
     with pytest.raises(
@@ -140,6 +154,16 @@ def test_samples_for_evaluation():
     assert at == [0, 1018, 0]
     words = list(evaluate.ruler_samples("s-niah", 2000, 2, depths=(0.0, 1.0)))
     assert len({bytes(w.tokens) for w in words}) == 2
+
+
+def test_depths_spread_evenly_however_many(monkeypatch):
+    """Around the circle no gap is twice the average."""
+    task = SimpleNamespace(sample=lambda seed, i, depth, noise: depth)
+    monkeypatch.setattr(needles, "task", lambda name, length: task)
+    for n in range(1, 60):
+        depths = sorted(evaluate.needle_samples("s-niah", 1024, n))
+        gaps = np.diff([*depths, depths[0] + 1])
+        assert max(gaps) < 2 / n and depths[0] >= 0 and depths[-1] < 1
 
 
 def test_bits_of_a_uniform_model():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import assert_all_accurate
 
 from hsa_tl.accuracy import expect
-from hsa_tl.model import attention_cuda
+from hsa_tl.model import attention_cuda, context_parallel
 from hsa_tl.model.attention import SelfAttention, positions, rotate, windowed
 
 
@@ -139,3 +139,21 @@ def test_flash_attn_is_asked_for_the_window(monkeypatch, window):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     q, k, v, *_ = inputs(6, 9)
     torch.testing.assert_close(attention_cuda.flash(q, k, v, window), dense(q, k, v, window)[0])
+
+
+@pytest.mark.parametrize("window", (None, 1, 5, 12, 100))
+def test_a_rank_has_the_keys_that_its_window_reaches(window, monkeypatch):
+    """Without processes: what each rank would send is at hand."""
+    ranks, T, rank = 3, 8, 0
+    keys, values = torch.randn(2, 2, ranks * T, 2, 4)
+    parts = torch.stack([keys, values], 2).split(T, 1)
+    monkeypatch.setattr(context_parallel.dist, "get_rank", lambda group: rank)
+    monkeypatch.setattr(
+        context_parallel, "gather", lambda x, group: torch.cat([part[:, T - x.shape[1] :] for part in parts], 1)
+    )
+    for rank in range(ranks):
+        own = parts[rank].unbind(2)
+        k, v, past = context_parallel.Neighbours(None, window).extend(*own)
+        first = 0 if window is None else max(0, rank * T - window + 1)
+        assert past is None and torch.equal(k, keys[:, first : (rank + 1) * T])
+        assert torch.equal(v, values[:, first : (rank + 1) * T])

@@ -187,6 +187,16 @@ def test_rows_do_not_depend_on_each_other():
     torch.testing.assert_close(read(model, model.new_cache(1), ids[1:2], (30, 10)), whole[1:2])
 
 
+@pytest.mark.parametrize("name", ("hsa", "full", "nsa"))
+def test_two_sequences_of_different_lengths(name):
+    model, ids, wanted = whole(name)
+    cache, at = model.new_cache(2), (50, 20)
+    model(ids[:, :50], cache=cache, lengths=list(at), logits_to_keep=0)
+    got = model(torch.stack([row[n : n + 9] for row, n in zip(ids, at, strict=True)]), cache=cache).logits
+    for b, n in enumerate(at):
+        assert_accurate(f"row {b}", got[b], wanted[b, n : n + 9])
+
+
 def test_labels_and_autocast_with_a_cache():
     model, _ = models({})
     ids = torch.randint(50, (2, 90))
@@ -266,6 +276,17 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
         call = q[b : b + 1, :n], k.flatten(0, 1)[None], v.flatten(0, 1)[None], weights[b : b + 1, :n], want[1]
         torch.testing.assert_close(out[b, :n], hsa_attention(*call, chunk_size=S)[0])
         assert (indices[b, n:] == -1).all() and (out[b, n:] == 0).all()
+
+
+@pytest.mark.parametrize("capacity", (200, 1), ids=("one slab", "slabs"))
+def test_a_segment_that_sees_few_chunks_has_empty_slots(capacity):
+    S, K = 16, 7
+    memory = PagedMemory(MemorySpec(1, 1, 16, 2, 8, S), capacity=capacity, pages=capacity)
+    pages, landmarks, q_slc = torch.randn(5, S, 1, 16), torch.randn(5, 2, 8), torch.randn(5 * S, 2, 8)
+    memory.append(0, pages, pages, landmarks)
+    found = memory.retrieve_segment(0, q_slc, 0, K)
+    want = retrieve_chunks(q_slc[None], landmarks[None], K, chunk_size=S)
+    assert all(torch.equal(a, b[0]) for a, b in zip(found, want, strict=True))
 
 
 def test_errors_name_the_argument():

@@ -43,6 +43,15 @@ def test_before_the_first_whole_chunk_the_output_is_zero(layers):
     assert (out[:, :S] == 0).all() and (out[:, S:] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("heads", (2, 4))
+def test_all_chunks_by_matrix_products_alone(heads, layers):
+    """As the operator over every chunk; weights for each key/value head or each query head."""
+    memory = layers[0](torch.randn(2, T, C))
+    q, weights = torch.randn(2, T, 4, 16), torch.rand(2, T, heads, memory.longest)
+    every = torch.arange(memory.longest).int().expand(2, T, 2, -1)
+    torch.testing.assert_close(memory.attend_all(q, weights), memory.attend(q, weights, every))
+
+
 def test_every_parameter_gets_a_gradient(layers):
     encoder, layer = layers
     x = torch.randn(1, T, C)

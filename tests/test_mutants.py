@@ -39,6 +39,7 @@ def test_every_kind_of_change_is_made():
 def test_a_change_of_a_header_is_met_by_the_header_alone():
     spans = {(m.line, m.span, m.inside) for m in mutants.mutants_of("f.py", SOURCE)}
     assert (9, (9, 9), True) in spans and (12, (12, 12), True) in spans and (3, (3, 3), False) in spans
+    assert (6, (6, 6), False) in spans, "a default, which runs at import"
 
 
 def test_a_seed_decides_and_a_longer_draw_goes_on():
@@ -48,3 +49,15 @@ def test_a_seed_decides_and_a_longer_draw_goes_on():
     assert twenty[:10] == ten and len(set(twenty)) == 20 and mutants.draw(sources, 10, seed=4) != ten
     for m in twenty:
         ast.parse(m.apply(sources[m.path]))
+
+
+def test_a_list_names_its_changes_where_they_stand_now():
+    path = Path(mutants.__file__).name
+    source = Path(mutants.__file__).read_text()
+    drawn = mutants.draw({path: source}, 60, seed=5)
+    text = "\n".join(f"{mutants.entry(m, source)}: why" for m in drawn)
+    assert list(mutants.listed(text, {path: source}).values()) == drawn
+    elsewhere = f"# A line more.\n{source}"
+    moved = mutants.listed(text, {"other.py": elsewhere, path: "x = 1\n"})
+    assert [m.apply(elsewhere) for m in moved.values()] == [f"# A line more.\n{m.apply(source)}" for m in drawn]
+    assert list(mutants.listed("- `a.py:3` `x + 1` -> `x - 1`: gone", {"a.py": "x = 2\n"}).values()) == [None]

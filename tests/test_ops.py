@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from strategies import Dims, make_call, without_weights
 from tiers import prove, tiered
 
 from hsa_tl import (
+    cases,
     chunk_means,
     fusion_weights,
     hsa_attention,
@@ -95,6 +97,27 @@ def test_opcheck(name, per_head):
     operators = {n: x for n, x in vars(ops).items() if isinstance(x, torch._ops.OpOverload)}
     assert operators.keys() == {n for n in OPERATOR_CALLS if n in vars(ops)}, "an operator has no check"
     torch.library.opcheck(operators[max((n for n in operators if name.startswith(n)), key=len)], calls[name])
+
+
+def test_triton_says_why_a_gpu_cannot_run_it(monkeypatch):
+    module, problem = ops.implementation("triton"), cases.case("paper-d64").problem
+    gpu = SimpleNamespace(shared_memory_per_block=49152, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.unavailable(problem) == "no CUDA device is present"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    for capability, reason in (((7, 5), "it needs compute capability 8.0 or newer"), ((9, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert module.unavailable(problem) == reason
+    gpu.shared_memory_per_block_optin = 16384
+    assert "needs more than the 16384 bytes of shared memory" in module.unavailable(problem)
+
+
+def test_triton_caps_registers_so_that_three_programs_share_an_sm():
+    """Of its 65536; with D = 128 there is no room for three."""
+    module = ops.implementation("triton")
+    small, large = (module.plan(module.dkdv_kernel, 16, D, 64, 2) for D in (64, 128))
+    assert 3 * 32 * small["num_warps"] * small["maxnreg"] <= 65536 and "maxnreg" not in large
 
 
 def test_the_first_call_imports_no_compiler():

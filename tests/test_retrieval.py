@@ -84,6 +84,23 @@ def test_blocks_change_nothing(problem, options, block):
         assert_equals_oracle(q_slc, landmarks, **options)
 
 
+def test_blocks_are_no_smaller_than_their_budget():
+    """Tokens that see 4096 chunks each: a block holds as many scores as it may."""
+    blocks = retrieval._blocks(slice(0, 4096), slice(0, 4096), 1 << 20, 64)
+    assert {4096 * (tokens.stop - tokens.start) for tokens, *_ in blocks} == {retrieval.BLOCK_SCORES}
+
+
+@pytest.mark.parametrize("stride", (0, 1, 2, 3))
+def test_keys_of_one_access_share_no_bank(stride):
+    """16 threads, half a warp, move 8 bytes each: 8 in a row of 64 keys, those of a thread 1 << stride apart."""
+    from hsa_tl.kernels_tilelang.macros_sort import RADIX, at
+
+    first = [((c >> stride) << (stride + 3)) + (c & ((1 << stride) - 1)) for c in range(8)]
+    for x in range(RADIX):
+        spots = {at(row, j + (x << stride)) % 16 for row in (0, 1) for j in first}
+        assert spots == set(range(16))
+
+
 @pytest.mark.parametrize(
     "impl, dtype", [("reference", torch.float64), *((impl, torch.float32) for impl in IMPLS)], ids=str
 )

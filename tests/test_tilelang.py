@@ -11,6 +11,8 @@ from hsa_tl.impl.tilelang import BASE
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
     PROGRAMS,
+    config_of,
+    default,
     problem_of,
     space,
     why_illegal,
@@ -83,6 +85,37 @@ def test_the_space_is_legal_and_fits(case, program):
     assert (configs or program.endswith("_sm90a")) and len(set(configs)) == len(configs)
     for c in configs:
         assert why_illegal(program, problem, c) is None and blocks_per_sm(c, problem) >= 1
+
+
+def test_cases_are_what_they_say():
+    """Each has a tag, whole groups of heads, and whole chunks but where a short last chunk is the reason for it."""
+    tagged = {c for tag in ("ci", "tune", "bench") for c in cases.find(tag)}
+    assert tagged == set(cases.CASES)
+    for c in tagged:
+        p = c.problem
+        assert p.HQ % p.H == 0 and p.masked == bool(p.T % p.S) == ("short last chunk" in c.why), c.name
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_cpu_target_has_a_small_tile(program):
+    """It computes a tile's padding too, and short sequences are mostly that."""
+    c = default(program, problem_of(program, cases.on_cpu(PAPER)))
+    assert max(getattr(c, "block_M", 1), getattr(c, "block_N", 1)) <= 64
+
+
+@pytest.mark.parametrize("B, splits", [(1, 64), (131, 4), (132, 2), (263, 2), (264, 1)])
+def test_decode_splits_until_each_sm_has_two_ctas(B, splits):
+    """132 SMs; B CTAs without a split, and 64 slots to share out."""
+    assert space("hsa_decode_split", replace(PAPER, B=B, T=1))[0].num_splits == splits
+
+
+def test_a_thread_of_the_combine_has_vectors_in_powers_of_two():
+    """Of any rows, one for each token of its CTA; and the widest rows find a config, with few of them in flight."""
+    for threads, vectors in itertools.product(range(32, 257, 32), range(1, 257)):
+        c = config_of("hsa_combine")(threads)
+        share, rest = divmod(c.tile(vectors) * c.lanes(vectors), threads)
+        assert rest == 0 and share.bit_count() == 1 and vectors <= c.lanes(vectors) < 2 * vectors
+    assert space("hsa_combine", replace(PAPER, HQ=128, D=256))
 
 
 def test_every_shape_of_the_contract_has_a_config_or_is_listed_here():

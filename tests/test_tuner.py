@@ -57,6 +57,16 @@ def test_the_union_has_enough_candidates():
         assert len(found) >= 24
 
 
+def test_the_chunk_program_is_tried_at_every_tile_and_depth():
+    """And each of them with both ways to sum a token's pairs."""
+    ways = {}
+    for program in ("hsa_fwd_chunk", "hsa_fwd_chunk_sm90a"):
+        for c in configs.candidates(program, cases.case("paper-d64").problem):
+            ways.setdefault((c.block_M, c.threads, getattr(c, "num_stages", 0)), set()).add(c.reduce_add)
+    plain = {(64, 128, 0), (128, 128, 0), (128, 256, 0), (192, 128, 0)}
+    assert ways == {tile: {0, 1} for tile in plain | {(128, 256, stages) for stages in (1, 2, 3, 4)}}
+
+
 def test_a_failing_candidate_is_a_recorded_result(tmp_path):
     journal = Journal(tmp_path / "j.jsonl")
     rows = ranked(journal=journal)
@@ -354,7 +364,8 @@ def test_a_plan_is_checked_and_run_through_the_public_operator(monkeypatch, dire
     programs = plan.choose(direction, SMALL).programs
     monkeypatch.setattr(measure, "_inputs", lambda problem, selection: make_inputs(problem))
     result = measure.launch(direction, SMALL, programs, "0.9")()
-    assert len([result] if direction == "forward" else result) == {"forward": 1, "backward": 4}[direction]
+    results = {"forward": 1, "backward": 4, "selected_forward": 2, "selected_backward": 3}
+    assert len([result] if direction == "forward" else result) == results[direction]
     measure.check(direction, SMALL, programs, "cpu")
     ran = []
 

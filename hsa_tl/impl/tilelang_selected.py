@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from hsa_tl.impl import tilelang as launchers
-from hsa_tl.impl.tilelang import Call, run_plan
+from hsa_tl.impl.tilelang import Call
 from hsa_tl.impl.tilelang_decode import split_and_combine
 from hsa_tl.problem import Problem
 
@@ -31,7 +31,7 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
     if not q.numel():
         return torch.empty_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     call = Call.of(q, k, v, None, indices, pairs, chunk_len, scale)
-    results = run_plan("selected_forward", call, config, deterministic)
+    results = launchers.run_plan("selected_forward", call, config, deterministic)
     return results["out"].flatten(2, 3), results["lse"].flatten(2, 3)
 
 
@@ -49,7 +49,7 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
             chunk_len = (chunk_len[:, None] - inside * (shape[2] // n)).clamp(0, shape[2] // n).flatten().int()
         pairs = None
     call = Call.of(q, k, v, None, indices, pairs, chunk_len, scale, do, lse, delta)
-    results = run_plan("selected_backward", call, config, deterministic)
+    results = launchers.run_plan("selected_backward", call, config, deterministic)
     return results["dq"].flatten(2, 3), results["dk"].view(shape), results["dv"].view(shape)
 
 
