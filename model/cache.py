@@ -192,18 +192,16 @@ class Cache:
             if (dims := _dims(model.config)) != state["config"]:
                 wrong = [f"{k} = {v}" for k, v in state["config"].items() if dims.get(k) != v]
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
-            self = cls(model, len(state["lengths"]), **options | {"undo": state["undo"]})
+            capacity = max(options.get("capacity", 1 << 14), *state["lengths"])
+            self = cls(model, len(state["lengths"]), **options | {"undo": state["undo"], "capacity": capacity})
             device = self.past.device
             if self.memory is not None:
-                spec, memory = file.spec(), self.memory
-                if spec != memory.spec:
-                    raise ValueError(f"{path} must hold chunks of {memory.spec}, got {spec}")
-                self.memory = None  # another takes its place
-                self.memory = memory_file.restore(file, spec, PagedMemory, memory.options)
-            self.past = file.file.get_tensor("past").to(self.past)
+                if (spec := file.spec()) != self.memory.spec:
+                    raise ValueError(f"{path} must hold chunks of {self.memory.spec}, got {spec}")
+                file.fill(self.memory, file.pages(spec))
+            self.past = file.tensor("past").to(self.past)
             for name, tail in self._tails():
-                parts = (f"{name}.{j}" for j in range(3))
-                held, *buffers = (file.file.get_tensor(x) for x in parts if x in file.names)
+                held, *buffers = (file.tensor(x) for j in range(3) if (x := f"{name}.{j}") in file.names)
                 tail.restore(held, *(x.to(device) for x in buffers))
         self.lengths, self.undoable = state["lengths"], state["undoable"]
         if state["unread"] is not None:

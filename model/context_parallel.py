@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsa_tl import hsa_attention, retrieve_chunks
-from hsa_tl.model.hsa import ChunkMemory
+from hsa_tl.model.hsa import ChunkMemory, chunk_scores
 from hsa_tl.model.model import Model, ModelOutput
 
 IGNORE = -100
@@ -94,14 +94,14 @@ class ShardedMemory:
         self.landmarks = gather(own.landmarks, group)  # [B, N, R, E]
         self.first = dist.get_rank(group) * own.longest
 
-    @property
-    def longest(self) -> int:
-        return self.landmarks.shape[1]
-
-    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0):
+    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
         return retrieve_chunks(
-            q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, exclude_window=exclude_window
-        )
+            q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, exclude_window=exclude_window,
+            impl=impl,
+        )  # fmt: skip
+
+    def scores(self, q_slc, start: int, *, exclude_window: int = 0):
+        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, exclude_window)
 
     def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         everyone = gather(indices, self.group) - self.first

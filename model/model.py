@@ -73,8 +73,9 @@ class Layer(nn.Module):
         exclude = window if c.exclude_window else 0
         if kind == "nsa":
             self.nsa = NSALayer(
-                *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa")
-            )
+                *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa"),
+                impl="auto" if c.impl == "dense" else c.impl,
+            )  # fmt: skip
         if kind == "hsa":
             self.hsa = HSALayer(
                 *heads, c.retrieval_dim, topk=c.topk, exclude_window=exclude,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_tl import retrieve_chunks
 from hsa_tl.model.attention import KeyCache, positions, rotate
+from hsa_tl.model.hsa import visible
 from hsa_tl.model.mlp import RMSNorm
 
 BLOCK_KEYS = 1 << 22  # elements of gathered keys at once
@@ -55,19 +56,19 @@ class NSALayer(nn.Module):
     """Selection with keys and values of its own: a chunk's landmark is the mean of its keys, and scores only select.
 
     forward: x [B, T, C] -> [B, T, C], to be added to the residual stream. The query heads of a key/value head choose
-    together, by their mean. topk "all": every chunk. rope_theta: None for NoPE. start: position of x's first token.
-    cache: for each sequence one that keeps every key and value; start may then be an int32 [B].
-    keep: outputs of the last so many tokens only.
+    together, by their mean. topk "all": every chunk, without a selection. impl: of retrieval. rope_theta: None for
+    NoPE. start: position of x's first token. cache: for each sequence one that keeps every key and value; start may
+    then be an int32 [B]. keep: outputs of the last so many tokens only.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, *, chunk_size: int = 64, topk: int | str = 64,
-        exclude_window: int = 0, rope_theta: float | None = None,
+        exclude_window: int = 0, rope_theta: float | None = None, impl: str = "auto",
     ):  # fmt: skip
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.chunk_size, self.topk, self.exclude_window = chunk_size, topk, exclude_window
-        self.rope_theta = rope_theta
+        self.rope_theta, self.impl = rope_theta, impl
         self.norm, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(head_dim), RMSNorm(head_dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.k, self.v = (nn.Linear(dim, kv_heads * head_dim, bias=False) for _ in range(2))
@@ -94,11 +95,15 @@ class NSALayer(nn.Module):
             k, v, _ = cache[0].extend(k, v)
         k, v = (F.pad(y, (0, 0, 0, 0, 0, -y.shape[1] % self.chunk_size)) for y in (k, v))
         landmarks = k.unflatten(1, (-1, self.chunk_size)).mean(2)
-        q_slc = q.unflatten(2, (self.kv_heads, -1)).mean(3)
-        topk = landmarks.shape[1] if self.topk == "all" else self.topk
-        with torch.no_grad():
-            _, indices_BTHK = retrieve_chunks(
-                q_slc, landmarks, topk, chunk_size=self.chunk_size, q_start=start + skip,
-                exclude_window=self.exclude_window,
-            )  # fmt: skip
+        options = {"chunk_size": self.chunk_size, "exclude_window": self.exclude_window}
+        if self.topk == "all":
+            seen = visible(positions(start + skip, q), landmarks.shape[1], **options)
+            every = torch.arange(seen.shape[1], dtype=torch.int32, device=q.device)
+            indices_BTHK = torch.where(seen, every, -1)[:, None].expand(len(q), -1, self.kv_heads, -1)
+        else:
+            q_slc = q.unflatten(2, (self.kv_heads, -1)).mean(3)
+            with torch.no_grad():
+                _, indices_BTHK = retrieve_chunks(
+                    q_slc, landmarks, self.topk, q_start=start + skip, impl=self.impl, **options
+                )
         return self.out(attend_selected(q, k, v, indices_BTHK, self.chunk_size).flatten(2))

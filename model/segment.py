@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from hsa_tl import hsa_attention
+from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.model.memory import PagedMemory
 
 FEW = 8  # tokens of a sequence that decode as one; more are a segment
@@ -20,24 +20,25 @@ class SegmentMemory(NamedTuple):
     paged: PagedMemory
     counts: list[int]
 
-    @property
-    def longest(self) -> int:
-        return self.paged.longest
-
-    def retrieve(self, q_BTRE, start, topk: int, *, exclude_window: int = 0):
+    def retrieve(self, q_BTRE, start, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
         B, T, R, _ = q_BTRE.shape
         if T <= FEW:
-            lengths = torch.full((B,), start, dtype=torch.int32, device=q_BTRE.device) if type(start) is int else start
-            return self.paged.retrieve(q_BTRE, lengths, topk, exclude_window=exclude_window)
+            return self.paged.retrieve(q_BTRE, start, topk, exclude_window=exclude_window, impl=impl)
         dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
         scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
         indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
-        starts = [start] * B if type(start) is int else start.tolist()
+        starts = [start] * B if isinstance(start, int) else start.tolist()
         for b, (first, n) in enumerate(zip(starts, self.counts, strict=True)):
-            scores[b, :n], indices[b, :n] = self.paged.retrieve_segment(
-                b, q_BTRE[b, :n], first, topk, exclude_window=exclude_window
-            )
+            scores[b, :n], indices[b, :n] = retrieve_chunks(
+                q_BTRE[b : b + 1, :n], self.paged.landmarks(b)[None], topk, chunk_size=self.paged.spec.chunk_size,
+                q_start=first, exclude_window=exclude_window, impl=impl,
+            )  # fmt: skip
         return scores, indices
+
+    def scores(self, q_BTRE, start, *, exclude_window: int = 0) -> torch.Tensor:
+        scores, T = self.paged.scores(q_BTRE, start, exclude_window=exclude_window), q_BTRE.shape[1]
+        behind = torch.arange(T) >= torch.tensor(self.counts)[:, None]
+        return scores.masked_fill_(behind.to(scores.device)[..., None, None], -torch.inf)
 
     def attend(
         self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9

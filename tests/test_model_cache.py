@@ -253,6 +253,8 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
     q, q_slc = torch.randn(2, 100, 4, D), torch.randn(2, 100, H, E).sign()
     view = SegmentMemory(memory, counts)
     scores, indices = view.retrieve(q_slc, torch.tensor(starts, dtype=torch.int32), K, exclude_window=exclude)
+    every = view.scores(q_slc, torch.tensor(starts, dtype=torch.int32), exclude_window=exclude)
+    torch.testing.assert_close(every.topk(K).values, scores.sort(descending=True).values)
     weights = torch.rand(scores.shape)
     out = view.attend(q, weights, indices)
     monkeypatch.setattr(segment, "GATHERED", 7 * S * H * D)
