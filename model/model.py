@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.cache import Cache
 from hsa_tl.model.config import ModelConfig
-from hsa_tl.model.generate import generate, stream
+from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.nsa import NSALayer
@@ -110,7 +110,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), v_BTHD
 
 
-class Model(nn.Module):
+class Model(Generation, nn.Module):
     """The language model of a `ModelConfig`: sliding windows, one chunk memory, HSA layers that read it.
 
     The stages are methods, so that inference can run them on segments: `embed`, `lower`, `encode`, `upper`, `head`.
@@ -126,7 +126,6 @@ class Model(nn.Module):
         torch.Size([1, 40, 320])
     """
 
-    tokenizer = None
     checkpoint = staticmethod(partial(checkpoint, use_reentrant=False))  # of a layer, with activation_checkpointing
 
     def __init__(self, config: ModelConfig):
@@ -271,41 +270,6 @@ class Model(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         return {"device": device, "dtype": dtype, **options}
-
-    def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
-        """Prompts and what follows them, see `hsa_tl.model.generate.generate`.
-
-        Args:
-            input_ids (Tensor [B, T], or list of prompts): tokens; prompts of a list may differ in length.
-            max_new_tokens (int): fewer follow when every prompt has ended.
-            temperature (float): 0 takes the likeliest token. Default: 0.
-            top_p (float): draw from the likeliest tokens that together reach this probability. Default: 1.
-            seed (int): gives the same tokens every time. Default: None, torch's global generator.
-            more: top_k (int), repetition_penalty (float), eos_token (int), stop (str or list of str that end a prompt;
-                needs `tokenizer`), segment (int, tokens that the prefill reads at once) and cache, which the next call
-                continues where this one ended.
-
-        Returns:
-            Tensor [B, T + new] for a tensor, a list of 1-D tensors for a list.
-
-        Raises:
-            ValueError: an empty prompt, or an argument out of range.
-        """
-        return generate(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
-
-    def stream(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
-        """`generate`, one token of every prompt at a time.
-
-        Args:
-            input_ids, max_new_tokens, temperature, top_p, seed, more: as for `generate`.
-
-        Returns:
-            Iterator of tensors [B] int64, each as soon as it is known.
-
-        Raises:
-            ValueError: an empty prompt, or an argument out of range.
-        """
-        return stream(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: Cache | None = None,
