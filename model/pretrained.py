@@ -72,7 +72,7 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
         about = shipped(run_or_name)
         recipe, fill = recipe_of(about.recipe), lambda model: _fill(model, run_or_name, about)
     elif (found := checkpoint.latest(Path(run_or_name))) is not None:
-        recipe, fill = recipe_of(found.recipe), lambda model: checkpoint.load_weights(found, model)
+        recipe, fill = recipe_of(found.recipe), lambda model: checkpoint.load(found, model)
     else:
         names = ", ".join(shipped_names())
         raise ValueError(f"run_or_name must be a folder with a checkpoint or one of {names}, got {str(run_or_name)!r}")

@@ -12,7 +12,7 @@ from math import cos, inf, pi
 from pathlib import Path
 from typing import Any
 
-from hsa_tl.model.config import ModelConfig, preset
+from hsa_tl.model.config import ModelConfig, preset, require_ints, require_rules
 
 FOLDER = Path(__file__).parent / "recipes"
 DTYPES = ("float32", "bfloat16")
@@ -31,7 +31,7 @@ class Stage:
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _check_ints(self, steps=1, length=2, batch=1, accumulate=1)
+        require_ints(self, steps=1, length=2, batch=1, accumulate=1)
 
     @property
     def tokens(self) -> int:
@@ -64,8 +64,9 @@ class Recipe:
     start: str | None = None
 
     def __post_init__(self):
-        _check_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
-        rules = (
+        require_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
+        require_rules(
+            self,
             ("stages", bool(self.stages), "name at least one stage"),
             ("seed", self.seed < 1 << 63, "be below 2^63"),
             ("lr", 0 < self.lr < inf, "be positive and finite"),
@@ -76,9 +77,6 @@ class Recipe:
             ("clip", self.clip > 0, "be positive"),
             ("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}"),
         )
-        for name, ok, rule in rules:
-            if not ok:
-                raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
         for stage in self.stages:
             self.config(stage)
 
@@ -118,13 +116,6 @@ def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
         got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
         raise ValueError(f"model must change fields of ModelConfig, {got}")
     return ModelConfig(**(vars(config) | {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}))
-
-
-def _check_ints(values, **least: int) -> None:
-    for name, low in least.items():
-        value = getattr(values, name)
-        if type(value) is not int or value < low:
-            raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
 
 def _check_fields(kind: type, values: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ def _start(recipe: Recipe, device: str) -> Model:
         found = checkpoint.latest(Path(recipe.start))
         if found is None:
             raise ValueError(f"start must be a folder with a checkpoint, got {recipe.start}")
-        checkpoint.load_weights(found, model)
+        checkpoint.load(found, model)
     return model
 
 
