@@ -115,6 +115,8 @@ class ModelConfig:
     selection_overlap: float = 0.9
 
     def __post_init__(self):
+        if isinstance(self.rope, list):  # JSON and YAML have no tuples
+            object.__setattr__(self, "rope", tuple(self.rope))
         ints = (f.name for f in fields(self) if f.type is int)
         require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
         require_rules(

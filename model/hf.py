@@ -19,8 +19,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import SEGMENT, prefill
-from hsa_tl.model.hf_batch import Rows, arrange, read_mask, read_positions
-from hsa_tl.model.hf_cache import CACHE_NAME, CACHE_NAMES, HSACache, one_cache
+from hsa_tl.model.hf_inputs import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    HSACache,
+    Rows,
+    arrange,
+    one_cache,
+    read_mask,
+    read_positions,
+)
 from hsa_tl.model.model import Model
 from hsa_tl.validation import require_integers
 
@@ -63,14 +71,13 @@ class HSAConfig(PretrainedConfig):
 
     def _set_model(self, chosen: dict) -> None:
         try:
-            config = ModelConfig(**chosen | {"rope": tuple(chosen.get("rope", ModelConfig.rope))})  # JSON has no tuples
+            self.model = asdict(ModelConfig(**chosen))
         except TypeError as error:
             raise ValueError(f"model must hold fields of ModelConfig: {error}") from None
-        self.model = asdict(config) | {"rope": list(config.rope)}
 
     @property
     def model_config(self) -> ModelConfig:
-        return ModelConfig(**self.model | {"rope": tuple(self.model["rope"])})
+        return ModelConfig(**self.model)
 
     def to_dict(self) -> dict:
         """Also under transformers' names, for what reads the dict or config.json."""
@@ -223,13 +230,16 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError, TypeError: what this model cannot do, by name.
         """
-        inputs, config = self._inputs(input_ids, inputs_embeds), self.config
+        config = self.config
         if output_attentions or (output_attentions is None and config.output_attentions):
             raise ValueError("output_attentions must not be True: HSA never holds attention weights, got True")
-        if labels is not None:
-            if labels.shape != inputs.shape[:2]:
-                raise ValueError(f"labels must have shape {list(inputs.shape[:2])}, got shape {list(labels.shape)}")
-            labels = require_integers("labels", labels, 0, config.vocab_size, ignored=-100)
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids or inputs_embeds must be given, one of them, got {got}")
+        if input_ids is None:
+            inputs, labels = self.model.validated(inputs_embeds, labels, "inputs_embeds", 3)
+        else:
+            inputs, labels = self.model.validated(input_ids, labels)
         given = one_cache(past_key_values, cache)
         rows = self._rows(inputs, attention_mask, position_ids, given)
         cache, through = self._choose_cache(given, use_cache, inputs, rows)
@@ -249,19 +259,6 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             cache.columns += inputs.shape[1]
         out = CausalLMOutputWithPast(loss, logits, cache, states)
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
-
-    def _inputs(self, input_ids, inputs_embeds) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"input_ids or inputs_embeds must be given, one of them, got {got}")
-        if input_ids is None:
-            x, C = inputs_embeds, self.config.hidden_size
-            if x.ndim != 3 or x.shape[2] != C or not x.is_floating_point() or not x.numel():
-                raise ValueError(f"inputs_embeds must be floats [B, T, {C}], got {x.dtype} of shape {list(x.shape)}")
-            return x
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must have shape [B, T], got shape {list(input_ids.shape)}")
-        return require_integers("input_ids", input_ids, 0, self.config.vocab_size)
 
     def _rows(self, inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows | None:
         """None where every sequence is T tokens of one document."""

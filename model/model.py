@@ -21,7 +21,7 @@ from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.nsa import NSALayer
-from hsa_tl.validation import require, require_int, require_integers, require_shape, require_tensor
+from hsa_tl.validation import require, require_float, require_int, require_integers, require_shape, require_tensor
 
 HEAD_ROWS = 4096  # rows of logits that the loss holds at once
 
@@ -295,7 +295,10 @@ class Model(Generation, nn.Module):
             ValueError, TypeError: tokens or labels that are no integers, out of range (checked on a CPU, and wherever
                 HSA_TL_VALIDATE=1) or of another shape; lengths without a cache.
         """
-        input_ids, labels = self._validated(input_ids, labels, cache, logits_to_keep)
+        embedded = isinstance(input_ids, torch.Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3
+        input_ids, labels = self.validated(input_ids, labels, "input_ids", 3 if embedded else 2, cache is None)
+        if logits_to_keep is not None:
+            require_int("logits_to_keep", logits_to_keep, 0)
         if cache is None and lengths is not None:
             raise ValueError(f"lengths must come with a cache, got {lengths}")
         if cache is not None and torch.is_grad_enabled():
@@ -316,23 +319,20 @@ class Model(Generation, nn.Module):
             loss = self._loss(h_BTC[:, :-1], labels[:, 1:], logits if logits_to_keep is None else None)
         return ModelOutput(logits, loss, cache)
 
-    def _validated(self, input_ids, labels, cache, logits_to_keep):
-        if not isinstance(input_ids, torch.Tensor):
-            raise TypeError(f"input_ids must be a torch.Tensor, got {type(input_ids).__name__}")
-        V, C = self.config.vocab_size, self.config.dim
-        if input_ids.is_floating_point() and input_ids.ndim == 3:
-            require_shape("input_ids", input_ids, ("B", "T", C), "as embeddings")
+    def validated(self, inputs, labels=None, name: str = "input_ids", ndim: int = 2, some: bool = True):
+        """Tokens of ndim 2 or embeddings of 3, and labels; integers as int64. some: of at least one token."""
+        require_tensor(name, inputs, ndim)
+        if ndim == 3:
+            require_float(name, inputs)
+            require_shape(name, inputs, ("B", "T", self.config.dim), "as embeddings")
         else:
-            require_tensor("input_ids", input_ids, 2)
-            input_ids = require_integers("input_ids", input_ids, 0, V)
-        require(cache is not None or input_ids.shape[1] > 0, "input_ids", "hold at least one token", "none")
+            inputs = require_integers(name, inputs, 0, self.config.vocab_size)
+        require(not some or inputs.shape[1] > 0, name, "hold at least one token", "none")
         if labels is not None:
-            require_tensor("labels", labels, 2, input_ids)
-            require_shape("labels", labels, tuple(input_ids.shape[:2]), "like input_ids")
-            labels = require_integers("labels", labels, 0, V, ignored=-100)
-        if logits_to_keep is not None:
-            require_int("logits_to_keep", logits_to_keep, 0)
-        return input_ids, labels
+            require_tensor("labels", labels, 2, inputs)
+            require_shape("labels", labels, tuple(inputs.shape[:2]), f"like {name}")
+            labels = require_integers("labels", labels, 0, self.config.vocab_size, ignored=-100)
+        return inputs, labels
 
     def _loss(self, h_BTC, targets_BT, logits):
         if logits is not None:

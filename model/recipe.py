@@ -6,7 +6,7 @@
 model/recipes holds the paper's stages, each a file that starts from the checkpoint of the one before.
 """
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import takewhile
 from math import cos, inf, pi
 from pathlib import Path
@@ -110,12 +110,12 @@ class Recipe:
 
 
 def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """config with other fields; lists become tuples. ValueError: a field that it does not have."""
+    """config with other fields. ValueError: a field that it does not have."""
     known = {f.name for f in fields(ModelConfig)}
     if unknown := set(changes) - known:
         got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
         raise ValueError(f"model must change fields of ModelConfig, {got}")
-    return ModelConfig(**(vars(config) | {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}))
+    return replace(config, **changes)
 
 
 def _check_fields(kind: type, values: dict[str, Any]) -> None:
