@@ -36,13 +36,17 @@ def _dims(config) -> dict:
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ignored}))
 
 
-class Cache:
-    """What `Model.new_cache` returns. lengths: tokens that each sequence holds. memory: its chunks, None without HSA.
+def _near_and_far(cache) -> tuple[Tail, list[Tail]]:
+    return cache if isinstance(cache, tuple) else (cache, [])
 
-    capacity: tokens of each sequence that the chunk memory reserves at first; more are allowed. undo: tokens of each
-    sequence that `crop` can take back. memory_options: see PagedMemory (offload, cache_pages, two_level, directory).
-    unread: the last token of each sequence that a `stream` gave and nobody read yet, 1-D tensors; the next stream or
-    generate reads it first. None: there is none.
+
+class Cache:
+    """What `Model.new_cache` returns.
+
+    capacity: tokens of each sequence that the chunk memory reserves at first. undo: tokens of each that `crop` can take
+    back. memory_options: of PagedMemory (offload, cache_pages, two_level, directory). lengths: tokens that each holds.
+    memory: its chunks, None without HSA. unread: the last token of each sequence that a `stream` gave and nobody read
+    yet, 1-D tensors, which the next stream or generate reads first; None: there is none.
     """
 
     def __init__(
@@ -58,21 +62,16 @@ class Cache:
         self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
         self.memory = self.chunk = None
         if c.attention == "hsa":
-            spec = MemorySpec(
-                batch_size, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, c.chunk_size, dtype
-            )
-            chunks = -(-capacity // c.chunk_size)
-            self.memory = PagedMemory(spec, device=device, capacity=chunks, **memory_options)
+            spec = MemorySpec.of(c, batch_size, dtype)
+            self.memory = PagedMemory(spec, device=device, capacity=-(-capacity // c.chunk_size), **memory_options)
             self.chunk = Tail(self.counts, c.chunk_size - 1, undo)
         elif memory_options:
             name = next(iter(memory_options))
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.row_counts = [[0] for _ in range(batch_size)]
         self.layers = [self._layer_cache(layer) for layer in model.layers]
-        weight = model.embedding.weight
-        self.past = torch.zeros(
-            batch_size, max(0, c.conv - 1) and c.conv - 1 + undo, c.dim, dtype=weight.dtype, device=device
-        )
+        width = max(0, c.conv - 1) and c.conv - 1 + undo
+        self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
         self.waiting = Tail(self.counts, upper_reach + undo) if c.attention in ("hsa", "swa") else None
 
@@ -94,9 +93,7 @@ class Cache:
     ) -> torch.Tensor:  # fmt: skip
         """Hidden states [B, T, C] before the head, of the model's next tokens input_ids [B, T], or of embeddings.
 
-        lengths [B]: how many tokens each row holds, padded on the right; None: T. keep: only the last so many of each
-        row's tokens [B, keep, C], and nothing else that no later token needs is computed. What belongs to no token is
-        unspecified, and finite. states: see Model.hidden.
+        See Model.hidden and Model.forward; lengths None: T. What belongs to no token is unspecified, and finite.
         """
         B, T = input_ids.shape[:2]
         self.unread = None
@@ -145,9 +142,8 @@ class Cache:
             unread = [min(n, m) for n, m in zip(gone, self.waiting.held, strict=True)]
             upper = [n - m for n, m in zip(gone, unread, strict=True)]
             self.waiting.crop(unread)
-        for i, cache in enumerate(self.layers):
+        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
             taken = gone if i < self.config.lower_layers else upper
-            near, far = cache if isinstance(cache, tuple) else (cache, [])
             near.crop(taken)
             for tail, n in zip(far, taken, strict=bool(far)):
                 tail.crop([n])
@@ -160,11 +156,8 @@ class Cache:
         self.undoable = [n - m for n, m in zip(self.undoable, gone, strict=True)]
 
     def _tails(self) -> Iterator[tuple[str, Tail]]:
-        for name in ("chunk", "waiting"):
-            if (tail := getattr(self, name)) is not None:
-                yield name, tail
-        for i, cache in enumerate(self.layers):
-            near, far = cache if isinstance(cache, tuple) else (cache, [])
+        yield from ((name, tail) for name in ("chunk", "waiting") if (tail := getattr(self, name)) is not None)
+        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
             yield from ((f"layers.{i}.{j}", tail) for j, tail in enumerate((near, *far)))
 
     def save(self, path: Path | str) -> None:
@@ -188,7 +181,7 @@ class Cache:
     def load(cls, model, path: Path | str, **options) -> "Cache":
         """The cache that `save` wrote, see `Model.load_cache`."""
         with memory_file.read(Path(path), FORMAT, ("past",)) as file:
-            state = file.spec(json.loads, "state")
+            state = file.parse("state", json.loads)
             if (dims := _dims(model.config)) != state["config"]:
                 wrong = [f"{k} = {v}" for k, v in state["config"].items() if dims.get(k) != v]
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
@@ -196,9 +189,7 @@ class Cache:
             self = cls(model, len(state["lengths"]), **options | {"undo": state["undo"], "capacity": capacity})
             device = self.past.device
             if self.memory is not None:
-                if (spec := file.spec()) != self.memory.spec:
-                    raise ValueError(f"{path} must hold chunks of {self.memory.spec}, got {spec}")
-                file.fill(self.memory, file.pages(spec))
+                file.fill(self.memory, file.pages(file.spec(self.memory.spec)))
             self.past = file.tensor("past").to(self.past)
             for name, tail in self._tails():
                 held, *buffers = (file.tensor(x) for j in range(3) if (x := f"{name}.{j}") in file.names)

@@ -119,10 +119,7 @@ def _check(found: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
     stored = dcp.FileSystemReader(found.path).read_metadata().state_dict_metadata
     have = {k.removeprefix("model."): tuple(v.size) for k, v in stored.items() if k.startswith("model.")}
     want = {k: tuple(v.shape) for k, v in weights.items()}
-    differ = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
-    if differ:
-        name = differ[0]
-        raise ValueError(
-            f"{found.path} must hold the weights of this model, got {name} {have.get(name, 'missing')}, "
-            f"expected {want.get(name, 'none')}" + (f", and {len(differ) - 1} more" if differ[1:] else "")
-        )
+    if differ := sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k)):
+        got = f"{differ[0]} {have.get(differ[0], 'missing')}, expected {want.get(differ[0], 'none')}"
+        more = f", and {len(differ) - 1} more" if differ[1:] else ""
+        raise ValueError(f"{found.path} must hold the weights of this model, got {got}{more}")

@@ -60,7 +60,7 @@ class ShardedMemory:
     def __init__(self, own: ChunkMemory, mesh: DeviceMesh):
         self.own, self.mesh = own, mesh
         self.landmarks = gather(own.landmarks, mesh)  # [B, N, R, E]
-        self.first = mesh.get_local_rank() * own.longest
+        self.first = mesh.get_local_rank() * own.landmarks.shape[1]
 
     def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
         return retrieve_chunks(
@@ -73,7 +73,7 @@ class ShardedMemory:
 
     def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         everyone = gather(indices, self.mesh) - self.first
-        mine = torch.where((everyone >= 0) & (everyone < self.own.longest), everyone, -1).int()
+        mine = torch.where((everyone >= 0) & (everyone < self.own.landmarks.shape[1]), everyone, -1).int()
         out = hsa_attention(
             gather(q, self.mesh), self.own.k, self.own.v, gather(weights, self.mesh), mine,
             chunk_size=self.own.chunk_size, impl=impl, config={"overlap": overlap},
@@ -162,6 +162,11 @@ class Ranks:
                 fully_shard(part, mesh=everyone)
             fully_shard(module, mesh=everyone)
         return module
+
+    @property
+    def alone(self) -> bool:
+        """Whether the CPU's workers may share its work."""
+        return self.device == "cpu" and self.world == 1
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the data ranks."""

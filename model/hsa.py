@@ -62,10 +62,6 @@ class ChunkMemory(NamedTuple):
     landmarks: torch.Tensor  # [B, N, R, E]
 
     @property
-    def longest(self) -> int:
-        return self.landmarks.shape[1]
-
-    @property
     def chunk_size(self) -> int:
         return self.k.shape[1] // self.landmarks.shape[1]
 

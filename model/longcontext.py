@@ -76,7 +76,7 @@ class LongReader:
         S, N = self.model.config.chunk_size, len(tokens) // self.model.config.chunk_size
         if len(tokens) != len(self.tokens):
             c, p = self.model.config, next(self.model.parameters())
-            spec = MemorySpec(1, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, S, p.dtype)
+            spec = MemorySpec.of(c, 1, p.dtype)
             self.memory = PagedMemory(spec, device=p.device, capacity=max(1, N), directory=self.folder)
             stale = np.ones(N, bool)
         else:

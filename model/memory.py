@@ -375,9 +375,7 @@ class PagedMemory:
             OSError: it cannot be read.
         """
         with memory_file.read(Path(path)) as file:
-            found = file.spec()
-            if spec is not None and found != spec:
-                raise ValueError(f"{path} must hold a memory of {spec}, got {found}")
+            found = file.spec(spec)
             rows = file.pages(found)
             room = {"capacity": max(options.get("capacity", 256), *map(len, rows)),
                     "pages": max(options.get("pages") or 1, file.shape("k")[0])}  # fmt: skip

@@ -54,13 +54,17 @@ class MemorySpec:
     def landmark(self) -> tuple[int, int]:
         return self.retrieval_heads, self.retrieval_dim
 
+    @classmethod
+    def of(cls, config, batch: int, dtype: torch.dtype) -> "MemorySpec":
+        """The spec of a ModelConfig."""
+        c = config
+        return cls(batch, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, c.chunk_size, dtype)
+
     def to_json(self) -> str:
-        """The spec as text."""
         return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
 
     @classmethod
     def from_json(cls, text: str) -> "MemorySpec":
-        """The spec of what `to_json` returned."""
         values = json.loads(text)
         return cls(**(values | {"dtype": getattr(torch, values["dtype"])}))
 
@@ -99,11 +103,16 @@ class Reader:
         if not set(names) <= self.names:
             raise ValueError(f"{path} must hold {', '.join(names)}, got {', '.join(sorted(self.names))}")
 
-    def spec(self, parse: Callable[[str], object] = MemorySpec.from_json, name: str = "spec") -> object:
+    def parse(self, name: str, parse: Callable[[str], object]) -> object:
         try:
             return parse(self.metadata[name])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.path} must say the dims of its memory: {error}") from None
+
+    def spec(self, wanted: MemorySpec | None = None) -> MemorySpec:
+        if (spec := self.parse("spec", MemorySpec.from_json)) != wanted and wanted is not None:
+            raise ValueError(f"{self.path} must hold a memory of {wanted}, got {spec}")
+        return spec
 
     def shape(self, name: str) -> list[int]:
         return self.file.get_slice(name).get_shape()

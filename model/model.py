@@ -316,7 +316,11 @@ class Model(Generation, nn.Module):
         if logits_to_keep != 0:
             logits = self.head(h_BTC if logits_to_keep is None else h_BTC[:, -logits_to_keep:])
         if labels is not None:
-            loss = self._loss(h_BTC[:, :-1], labels[:, 1:], logits if logits_to_keep is None else None)
+            targets = labels[:, 1:]
+            if logits_to_keep is None:
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+            else:
+                loss = self.loss_sum(h_BTC[:, :-1], targets) / (targets != -100).sum()
         return ModelOutput(logits, loss, cache)
 
     def validated(self, inputs, labels=None, name: str = "input_ids", ndim: int = 2, some: bool = True):
@@ -333,11 +337,6 @@ class Model(Generation, nn.Module):
             require_shape("labels", labels, tuple(inputs.shape[:2]), f"like {name}")
             labels = require_integers("labels", labels, 0, self.config.vocab_size, ignored=-100)
         return inputs, labels
-
-    def _loss(self, h_BTC, targets_BT, logits):
-        if logits is not None:
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
-        return self.loss_sum(h_BTC, targets_BT) / (targets_BT != -100).sum()
 
     def loss_sum(self, h_BTC: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """The sum of cross-entropies (float32 scalar) of hidden states at targets that are not -100."""

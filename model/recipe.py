@@ -155,8 +155,8 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         _check_fields(Recipe, values)
         for stage in (s for s in values["stages"] if not isinstance(s, Stage)):
             _check_fields(Stage, stage)
-        values["stages"] = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values["stages"])
-        values["betas"] = tuple(values.get("betas", Recipe.betas))
+        stages = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values["stages"])
+        values |= {"stages": stages, "betas": tuple(values.get("betas", Recipe.betas))}
         for name in ("lr", "decay", "final", "weight_decay", "clip"):
             if isinstance(values.get(name), str):  # YAML 1.1 takes 1e-3 for a word
                 values[name] = float(values[name])

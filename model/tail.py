@@ -1,7 +1,7 @@
 """What a cache keeps of the tokens before a segment: the last so many of each sequence, or all, ready to be extended.
 
 Shape suffixes: B sequences, T tokens of a segment, P past and new tokens. A segment is padded on the right: row b holds
-counts[b] tokens of its sequence and T - counts[b] of no meaning behind them.
+counts[b] tokens of its sequence.
 """
 
 import torch
@@ -18,10 +18,8 @@ def take_rows(x: torch.Tensor, first: list[int], n: int) -> torch.Tensor:
 class Tail:
     """The last `keep` tokens of each sequence (None: all) of one or more tensors [B, T, ...]; see KeyCache.
 
-    `undo` more are held, so that `crop` can take as many back.
-
-    Tokens of a sequence end at the same column in every row. Extending writes in place; the buffer doubles when it is
-    full, and moves when a segment was ragged, so that the work for a token is constant either way.
+    `undo` more are held, which `crop` can take back. Tokens of a sequence end at the same column in every row. Extending
+    writes in place; the buffer doubles when it is full, and moves when a segment was ragged: constant work for a token.
     """
 
     def __init__(self, counts: list[int], keep: int | None = None, undo: int = 0):
@@ -43,11 +41,10 @@ class Tail:
         counts = [min(n, T) for n in self.counts]  # a layer may leave out tokens that no later one reads
         before = max(self.held)
         if not self.buffers or self.end + T > self.buffers[0].shape[1] or any(self.shift):
-            old, first = self.buffers, [self.end - before - shift for shift in self.shift]
-            self.buffers = [x.new_empty(x.shape[0], 2 * (before + T), *x.shape[2:]) for x in new]
+            old = self._held(before)
+            self.buffers, self.end = [x.new_empty(x.shape[0], 2 * (before + T), *x.shape[2:]) for x in new], before
             for buffer, x in zip(self.buffers, old, strict=bool(old)):
-                buffer[:, :before] = take_rows(x[:, : self.end], first, before)
-            self.end = before
+                buffer[:, :before] = x
         seen = before if self.keep is None else min(before, self.keep)
         begin, self.end = self.end - seen, self.end + T
         for buffer, x in zip(self.buffers, new, strict=True):
@@ -65,14 +62,13 @@ class Tail:
         self.held = [n - g for n, g in zip(self.held, gone, strict=True)]
         self.shift = [n + g for n, g in zip(self.shift, gone, strict=True)]
 
+    def _held(self, n: int) -> list[torch.Tensor]:
+        first = [self.end - n - shift for shift in self.shift]
+        return [take_rows(x[:, : self.end], first, n) for x in self.buffers]
+
     def state(self) -> list[torch.Tensor]:
         """What `restore` takes: how much each sequence holds, and the tensors [B, held, ...]."""
-        n = max(self.held)
-        first = [self.end - n - shift for shift in self.shift]
-        return [
-            torch.tensor(self.held, dtype=torch.int32),
-            *(take_rows(x[:, : self.end], first, n) for x in self.buffers),
-        ]
+        return [torch.tensor(self.held, dtype=torch.int32), *self._held(max(self.held))]
 
     def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
         self.clear()
