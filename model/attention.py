@@ -63,10 +63,6 @@ def _attend(q_BTAD, k_BPHD, v_BPHD, mask, with_lse):
     return out.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2).transpose(1, 2)
 
 
-def has_flash_attn(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16) and importlib.util.find_spec("flash_attn") is not None
-
-
 def flash(q_BTAD, k_BPHD, v_BPHD, window: int | None) -> torch.Tensor:
     """out [B, T, A, D] by flash_attn; the last query sees the last key."""
     from flash_attn import flash_attn_func
@@ -118,7 +114,8 @@ def windowed(
     where it is installed and no log-sum-exp is asked for, else FlexAttention for 128 queries and more.
     """
     if q_BTAD.is_cuda and past_B is None:
-        if not with_lse and has_flash_attn(q_BTAD.dtype):
+        half = q_BTAD.dtype in (torch.bfloat16, torch.float16)
+        if half and not with_lse and importlib.util.find_spec("flash_attn") is not None:
             return flash(q_BTAD, k_BPHD, v_BPHD, window), None
         if q_BTAD.shape[1] >= BLOCK and (window is not None or with_lse):
             return flex(q_BTAD, k_BPHD, v_BPHD, window, with_lse)

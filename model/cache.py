@@ -69,17 +69,15 @@ class Cache:
             name = next(iter(memory_options))
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.row_counts = [[0] for _ in range(batch_size)]
-        self.layers = [self._layer_cache(layer) for layer in model.layers]
+        self.layers = []  # of each what its forward takes
+        for layer in model.layers:
+            window = layer.attention.window
+            near = Tail(self.counts, None if window is None else window - 1, undo)
+            self.layers.append(near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts]))
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
         self.waiting = Tail(self.counts, upper_reach + undo) if c.attention in ("hsa", "swa") else None
-
-    def _layer_cache(self, layer):
-        """What a layer's forward takes as its cache."""
-        window = layer.attention.window
-        near = Tail(self.counts, None if window is None else window - 1, self.undo)
-        return near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts])
 
     def _count(self, counts: list[int]) -> None:
         """The layers run on a segment of so many tokens."""
@@ -106,7 +104,10 @@ class Cache:
         if not T:
             return x_BTC
         self._count(counts)
-        x_BTC = model.embed(x_BTC, self._past_embeddings(x_BTC))
+        past = self.past
+        if width := past.shape[1]:
+            self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), counts, width)
+        x_BTC = model.embed(x_BTC, past[:, self.undo :])
         if states is not None:
             states.append(x_BTC)
         caches = self.layers[: self.config.lower_layers]
@@ -202,12 +203,6 @@ class Cache:
     def _start(self, starts: list[int]) -> int | torch.Tensor:
         same = len(set(starts)) == 1
         return starts[0] if same else torch.tensor(starts, dtype=torch.int32, device=self.past.device)
-
-    def _past_embeddings(self, x_BTC):
-        n, past = self.past.shape[1], self.past
-        if n:
-            self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), self.counts, n)
-        return past[:, self.undo :]
 
     def _remember(self, model, h_BTC) -> None:
         """Encodes the chunks that the segment completes, those of all sequences at once."""

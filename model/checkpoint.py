@@ -108,14 +108,6 @@ def load(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer |
     """Fills parameters and buffers, and an optimizer, sharded over any number of ranks. ValueError: another model's."""
     optimizers = () if optimizer is None else optimizer
     weights, moments = _quietly(get_state_dict, model, optimizers)
-    _check(found, weights)
-    state = {"model": weights} | ({} if optimizer is None else {"optimizer": moments})
-    _quietly(dcp.load, state, checkpoint_id=found.path)
-    _quietly(set_state_dict, model, optimizers, model_state_dict=weights, optim_state_dict=moments)
-
-
-def _check(found: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
-    """Before anything is loaded: the same names and shapes."""
     stored = dcp.FileSystemReader(found.path).read_metadata().state_dict_metadata
     have = {k.removeprefix("model."): tuple(v.size) for k, v in stored.items() if k.startswith("model.")}
     want = {k: tuple(v.shape) for k, v in weights.items()}
@@ -123,3 +115,6 @@ def _check(found: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
         got = f"{differ[0]} {have.get(differ[0], 'missing')}, expected {want.get(differ[0], 'none')}"
         more = f", and {len(differ) - 1} more" if differ[1:] else ""
         raise ValueError(f"{found.path} must hold the weights of this model, got {got}{more}")
+    state = {"model": weights} | ({} if optimizer is None else {"optimizer": moments})
+    _quietly(dcp.load, state, checkpoint_id=found.path)
+    _quietly(set_state_dict, model, optimizers, model_state_dict=weights, optim_state_dict=moments)

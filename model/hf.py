@@ -19,16 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import SEGMENT, prefill
-from hsa_tl.model.hf_inputs import (
-    CACHE_NAME,
-    CACHE_NAMES,
-    HSACache,
-    Rows,
-    arrange,
-    one_cache,
-    read_mask,
-    read_positions,
-)
+from hsa_tl.model.hf_inputs import CACHE_NAME, CACHE_NAMES, HSACache, Rows, one_cache, read_rows
 from hsa_tl.model.model import Model
 from hsa_tl.validation import require_integers
 
@@ -84,13 +75,11 @@ class HSAConfig(PretrainedConfig):
         return super().to_dict() | {name: self.model[FIELDS[name]] for name in (*ALIASES, "vocab_size", "head_dim")}
 
 
-def _field(field: str) -> property:
-    return property(lambda self: self.model[field], lambda self, value: self._set_model(self.model | {field: value}))
-
-
 FIELDS = ALIASES | {field.name: field.name for field in fields(ModelConfig)}
-for _name in FIELDS:
-    setattr(HSAConfig, _name, _field(FIELDS[_name]))
+for _name, _field in FIELDS.items():
+    _get = lambda self, field=_field: self.model[field]  # noqa: E731
+    _set = lambda self, value, field=_field: self._set_model(self.model | {field: value})  # noqa: E731
+    setattr(HSAConfig, _name, property(_get, _set))
 
 
 class HSAForCausalLM(PreTrainedModel, GenerationMixin):
@@ -241,7 +230,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             inputs, labels = self.model.validated(input_ids, labels)
         given = one_cache(past_key_values, cache)
-        rows = self._rows(inputs, attention_mask, position_ids, given)
+        rows = read_rows(inputs, attention_mask, position_ids, given)
         cache, through = self._choose_cache(given, use_cache, inputs, rows)
         if through and self.training and labels is not None and torch.is_grad_enabled():
             raise ValueError("past_key_values must be empty in training: what runs through them has no gradient")
@@ -259,24 +248,6 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             cache.columns += inputs.shape[1]
         out = CausalLMOutputWithPast(loss, logits, cache, states)
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
-
-    def _rows(self, inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows | None:
-        """None where every sequence is T tokens of one document."""
-        if attention_mask is None and position_ids is None:
-            return None
-        B, T = inputs.shape[:2]
-        past, columns = ([0] * B, 0) if cache is None else (cache.lengths(B), cache.columns)
-        real_BT, starts_BT = torch.ones(B, T, dtype=torch.bool, device=inputs.device), None
-        if attention_mask is not None:
-            real_BT, starts_BT = read_mask(attention_mask, B, T, past, columns)
-        if position_ids is not None:
-            counted_BT = read_positions(position_ids, real_BT, past)
-            if starts_BT is not None and not torch.equal(starts_BT[:, 1:], (counted_BT & real_BT)[:, 1:]):
-                raise ValueError("position_ids must start again where attention_mask begins a document, got others")
-            starts_BT = counted_BT
-        if bool(real_BT.all()) and (starts_BT is None or not bool(starts_BT[:, 1:].any())):
-            return None
-        return arrange(real_BT, starts_BT)
 
     def _choose_cache(self, given: HSACache | None, use_cache: bool | None, inputs, rows: Rows | None):
         """The cache to return, and whether the tokens run through it now or when it is used.

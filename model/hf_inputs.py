@@ -202,3 +202,22 @@ def one_cache(*caches) -> HSACache | None:
     if given and not isinstance(given[0], HSACache):
         raise TypeError(f"past_key_values must be an HSACache, got {type(given[0]).__name__}")
     return given[0] if given else None
+
+
+def read_rows(inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows | None:
+    """None where every sequence is T tokens of one document."""
+    if attention_mask is None and position_ids is None:
+        return None
+    B, T = inputs.shape[:2]
+    past, columns = ([0] * B, 0) if cache is None else (cache.lengths(B), cache.columns)
+    real_BT, starts_BT = torch.ones(B, T, dtype=torch.bool, device=inputs.device), None
+    if attention_mask is not None:
+        real_BT, starts_BT = read_mask(attention_mask, B, T, past, columns)
+    if position_ids is not None:
+        counted_BT = read_positions(position_ids, real_BT, past)
+        if starts_BT is not None and not torch.equal(starts_BT[:, 1:], (counted_BT & real_BT)[:, 1:]):
+            raise ValueError("position_ids must start again where attention_mask begins a document, got others")
+        starts_BT = counted_BT
+    if bool(real_BT.all()) and (starts_BT is None or not bool(starts_BT[:, 1:].any())):
+        return None
+    return arrange(real_BT, starts_BT)

@@ -275,13 +275,9 @@ class HSALayer(nn.Module):
         return q_BTAD.to(dtype), q_BTRE.to(dtype)
 
     def mix(
-        self,
-        x_BTC: torch.Tensor,
-        memory: Memory,
-        start: int | torch.Tensor = 0,
-        swa_lse_BTA: torch.Tensor | None = None,
+        self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0, lse_BTA: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp swa_lse."""
+        """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp lse."""
         _require_hidden(x_BTC, self.q.in_features)
         q_BTAD, q_BTRE = self.queries(x_BTC, start)
         impl = "auto" if self.impl == "dense" else self.impl
@@ -295,7 +291,7 @@ class HSALayer(nn.Module):
             )
         window_BTA = None
         if self.fusion == "joint":
-            weights, window_BTA = fusion_weights(scores_BTRK, "joint", swa_lse_BTA)  # [B, T, A, K]
+            weights, window_BTA = fusion_weights(scores_BTRK, "joint", lse_BTA)  # [B, T, A, K]
         else:
             weights = fusion_weights(scores_BTRK, self.fusion)
         if self.impl == "dense" and isinstance(memory, ChunkMemory):

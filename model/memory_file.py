@@ -117,24 +117,24 @@ class Reader:
     def shape(self, name: str) -> list[int]:
         return self.file.get_slice(name).get_shape()
 
-    def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        found, kind = self.shape(name), self.file.get_slice(name).get_dtype()
-        if tuple(found) != shape or kind != TYPES[dtype]:
-            rule = f"hold {name} of shape {list(shape)} and type {TYPES[dtype]}"
-            raise ValueError(f"{self.path} must {rule}, got {found} {kind}")
+    def _expect(self, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
+        for name, shape in shapes.items():
+            found, kind = self.shape(name), self.file.get_slice(name).get_dtype()
+            if tuple(found) != shape or kind != TYPES[dtype]:
+                rule = f"hold {name} of shape {list(shape)} and type {TYPES[dtype]}"
+                raise ValueError(f"{self.path} must {rule}, got {found} {kind}")
 
     def pages(self, spec: MemorySpec) -> list[torch.Tensor]:
         """The pages of each sequence of a PagedMemory of this spec."""
-        self._expect("chunks", (spec.batch,), torch.int32)
+        self._expect(torch.int32, chunks=(spec.batch,))
         held, pages = self.tensor("chunks").tolist(), self.shape("k")[0]
-        self._expect("page_table", (spec.batch, max(held)), torch.int32)
+        self._expect(torch.int32, page_table=(spec.batch, max(held)))
         rows = [row[:n].clone() for row, n in zip(self.tensor("page_table"), held, strict=True)]
         whole = all(len(row.unique()) == len(row) and bool(((row >= 0) & (row < pages)).all()) for row in rows)
         if min(held) < 0 or not whole:
             raise ValueError(f"{self.path} must give each page to one chunk of a sequence, its page_table does not")
-        for name in ("k", "v"):
-            self._expect(name, (pages, *spec.page), spec.dtype)
-        self._expect("landmarks", (max(held), spec.batch, *spec.landmark), spec.dtype)
+        page, landmarks = (pages, *spec.page), (max(held), spec.batch, *spec.landmark)
+        self._expect(spec.dtype, k=page, v=page, landmarks=landmarks)
         return rows
 
     def fill(self, memory, rows: list[torch.Tensor]):

@@ -307,7 +307,10 @@ class Model(Generation, nn.Module):
         keep = 1 if logits_to_keep == 0 and cache is None else logits_to_keep
         if labels is not None:
             # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
-            keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
+            keep = None
+            if logits_to_keep == 0 and not torch.compiler.is_compiling():
+                any_T = (labels[:, 1:] != -100).any(0)
+                keep = len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels.shape[1]
         with_cache = cache is not None and labels is not None
         h_BTC = self.hidden(input_ids, cache, None if with_cache else keep, lengths)
         if labels is not None:
@@ -345,13 +348,5 @@ class Model(Generation, nn.Module):
             labelled = (targets != -100).nonzero()[:, 0]
             h, targets = h[labelled], targets[labelled]
         blocks = zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        return sum(checkpoint(self._block_loss, x, y, use_reentrant=False) for x, y in blocks)
-
-    def _block_loss(self, h_TC, targets_T):
-        return F.cross_entropy(self.head(h_TC).float(), targets_T, reduction="sum")
-
-
-def _labelled(labels_BT: torch.Tensor) -> int:
-    """How many of the last positions the first label needs, and all after it."""
-    any_T = (labels_BT[:, 1:] != -100).any(0)
-    return len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels_BT.shape[1]
+        loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")  # noqa: E731
+        return sum(checkpoint(loss, x, y, use_reentrant=False) for x, y in blocks)

@@ -8,7 +8,7 @@ model/recipes holds the paper's stages, each a file that starts from the checkpo
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import takewhile
-from math import cos, inf, pi
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,11 @@ class Recipe:
     def config(self, stage: Stage | None = None) -> ModelConfig:
         """The model's configuration in a stage; by default after training: without any stage's changes."""
         changes = self.model | ({} if stage is None else stage.model)
-        return with_changes(preset(self.preset), changes)
+        known = [f.name for f in fields(ModelConfig)]
+        if unknown := set(changes) - set(known):
+            got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
+            raise ValueError(f"model must change fields of ModelConfig, {got}")
+        return replace(preset(self.preset), **changes)
 
     def lr_at(self, step: int) -> float:
         rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -107,15 +111,6 @@ class Recipe:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """config with other fields. ValueError: a field that it does not have."""
-    known = {f.name for f in fields(ModelConfig)}
-    if unknown := set(changes) - known:
-        got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
-        raise ValueError(f"model must change fields of ModelConfig, {got}")
-    return replace(config, **changes)
 
 
 def _check_fields(kind: type, values: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ def take_rows(x: torch.Tensor, first: list[int], n: int) -> torch.Tensor:
 class Tail:
     """The last `keep` tokens of each sequence (None: all) of one or more tensors [B, T, ...]; see KeyCache.
 
-    `undo` more are held, which `crop` can take back. Tokens of a sequence end at the same column in every row. Extending
-    writes in place; the buffer doubles when it is full, and moves when a segment was ragged: constant work for a token.
+    `undo` more are held, which `crop` can take back. Tokens of a sequence end at the same column in every row. Buffers
+    double when they are full, and move when a segment was ragged, so that the work for a token is constant either way.
     """
 
     def __init__(self, counts: list[int], keep: int | None = None, undo: int = 0):

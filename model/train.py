@@ -194,17 +194,6 @@ def _start(recipe: Recipe, device: str) -> Model:
     return model
 
 
-def _rng(device: str) -> dict[str, torch.Tensor]:
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device == "cuda" else {})
-
-
-def _keep_log(path: Path, step: int) -> None:
-    """Drops the lines of steps that the resumed run will do again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
-    write_atomic(path, "".join(kept))
-
-
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """The numbers of SIGINT and SIGTERM as they come; the second of a kind ends the process as ever.
@@ -281,7 +270,9 @@ def _train(
         first = found.step
     writes, writer = ranks.rank == 0, None
     if writes:
-        _keep_log(run / LOG, first)
+        # Lines of steps that the resumed run will do again go.
+        lines = (run / LOG).read_text().splitlines(keepends=True) if (run / LOG).exists() else []
+        write_atomic(run / LOG, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] < first))
     with contextlib.suppress(ImportError):  # where the tensorboard package is installed
         from torch.utils.tensorboard import SummaryWriter
 
@@ -318,7 +309,10 @@ def _train(
             late, stopped = (x > 0 for x in ranks.sum(float(late), float(bool(signals))))  # of any rank
             if due or late or stopped:
                 saved = time.perf_counter()
-                checkpoint.save(run, first, values, model, optimizer, _rng(device), recipe.keep)
+                rng = {"cpu": torch.get_rng_state()}
+                if device == "cuda":
+                    rng["cuda"] = torch.cuda.get_rng_state()
+                checkpoint.save(run, first, values, model, optimizer, rng, recipe.keep)
                 saving_s = time.perf_counter() - saved
             on_step(done)
             if late or stopped:
