@@ -8,7 +8,7 @@ model/recipes holds the paper's stages, each a file that starts from the checkpo
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import takewhile
-from math import inf
+from math import cos, inf, pi
 from pathlib import Path
 from typing import Any
 
