@@ -218,9 +218,7 @@ def prepare(
 ) -> dict[str, TokenFile]:  # fmt: skip
     """Writes out/train.bin and out/held_out.bin with their sidecars: no document is in both.
 
-    A file of text in a folder is in one of them whole, of one file alone the end is held out, and rows of JSON lines
-    and Parquet are split one by one. Binary files are left out. The four files change together, or none does where the
-    call fails.
+    What is split how says `hsa-tl prepare`; binary files are left out. The four files change together, or none does.
     sources: folders and files, by default Python's standard library. held_out: share of the files in (0, 1). field: of
     the rows. progress: called with files read and their total. ValueError: no text, or none for one of the splits; a
     row without the field. ImportError: Parquet without pyarrow.

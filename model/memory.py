@@ -41,8 +41,8 @@ class PagedMemory:
         cache_pages (int): of that cache. Default: 1024.
         two_level (bool): keep bounds of landmarks and let `retrieve` skip blocks, see `hsa_tl.retrieve_decode`.
             Default: False.
-        directory (str or Path): keep keys and values in memory-mapped files there, which go with the memory; on a GPU
-            with offload only. Default: None.
+        directory (str or Path): keep keys and values, and landmarks on a CPU, in memory-mapped files there, which go
+            with the memory; on a GPU with offload only. Default: None.
 
     Raises:
         ValueError: a size that is not a positive int, or a directory on a GPU without offload.
@@ -90,20 +90,22 @@ class PagedMemory:
 
     def reserve(self, pages: int, chunks: int) -> None:
         """Makes room for so many pages, and for so many chunks of each sequence."""
-        make = {"dtype": self.spec.dtype, "device": self.device}
-        host = {"device": "cpu", "pin_memory": self.device.type == "cuda"} if self.cache is not None else {}
+        B, dtype = self.spec.batch, self.spec.dtype
+
+        def new(*shape: int, device: torch.device = self.device) -> torch.Tensor:
+            if self.directory is not None and device.type == "cpu":
+                return mapped(self.directory, shape, dtype)
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=device != self.device)
+
         while (room := sum(map(len, self.k_slabs))) < pages:
-            shape = (room or pages, *self.spec.page)
             for slabs in (self.k_slabs, self.v_slabs):
-                if self.directory is None:
-                    slabs.append(torch.empty(shape, **make | host))
-                else:
-                    slabs.append(mapped(self.directory, shape, self.spec.dtype))
+                home = self.device if self.cache is None else torch.device("cpu")
+                slabs.append(new(room or pages, *self.spec.page, device=home))
         while (room := self.host_table.shape[1]) < chunks:
             blocks = -(-(room or chunks) // BLOCK)
-            self.landmark_slabs.append(torch.empty(self.spec.batch, blocks * BLOCK, *self.spec.landmark, **make))
+            self.landmark_slabs.append(new(B, blocks * BLOCK, *self.spec.landmark))
             if self.two_level:
-                self.bound_slabs.append(torch.empty(self.spec.batch, blocks, 2, *self.spec.landmark, **make))
+                self.bound_slabs.append(new(B, blocks, 2, *self.spec.landmark))
                 self._clear_bounds(self.bound_slabs[-1:])
             self.host_table = F.pad(self.host_table, (0, blocks * BLOCK), value=-1)
             self.page_table = self.host_table.to(self.device, copy=True)
@@ -294,17 +296,35 @@ class PagedMemory:
         Returns:
             Tensor [B, T, HQ, D].
         """
-        if self.cache is not None:
-            return self._attend_offloaded(q, weights, indices, scale, impl)
-        if len(self.k_slabs) == 1:
-            k, v = self.k_slabs[0], self.v_slabs[0]
-            return hsa_decode(q, k, v, weights, indices, self.page_table, scale=scale, impl=impl)
-        page, out = self.pages_of(indices), 0
-        for (first, k), v in zip(placed(self.k_slabs), self.v_slabs, strict=True):
-            elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
-            part = torch.where(elsewhere, -1, indices)
-            out = out + hsa_decode(q, k, v, weights, part, self.page_table - first, scale=scale, impl=impl)
+        out = None
+        for k, v, part, table in self._parts(indices):
+            y = hsa_decode(q, k, v, weights, part, table, scale=scale, impl=impl)
+            out = y if out is None else out + y
         return out
+
+    def _parts(self, indices):
+        """Disjoint parts of a selection: k and v to read, the chunks of the part, and their places in k and v."""
+        page = None if self.cache is None and len(self.k_slabs) == 1 else self.pages_of(indices)
+        if page is None:
+            yield self.k_slabs[0], self.v_slabs[0], indices, self.page_table
+        elif self.cache is None:
+            for (first, k), v in zip(placed(self.k_slabs), self.v_slabs, strict=True):
+                elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
+                yield k, v, torch.where(elsewhere, -1, indices), self.page_table - first
+        else:
+            if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
+                raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
+            named, inverse = page.unique(return_inverse=True)
+            named = named.tolist()
+            empty = int(bool(named) and named[0] < 0)
+            for start in range(empty, max(len(named), empty + 1), self.cache.size):
+                group = named[start : start + self.cache.size]
+                slots = self.cache.fetch(group, self.k_slabs, self.v_slabs) or [0]
+                self.cache.wait()
+                table = torch.tensor(slots, dtype=torch.int32).to(self.device, non_blocking=True)
+                mine = (inverse >= start) & (inverse < start + len(group))
+                part = torch.where(mine, inverse - start, -1).int()
+                yield self.cache.k, self.cache.v, part, table.expand(len(indices), -1)
 
     def pages_of(self, indices: torch.Tensor) -> torch.Tensor:
         """[B, T, H, K]: the page of each slot, -1 for an empty one."""
@@ -331,24 +351,6 @@ class PagedMemory:
         if self.cache is not None:
             pages = self.pages_of(indices).unique().tolist()
             self.cache.fetch([p for p in pages if p >= 0][: self.cache.size], self.k_slabs, self.v_slabs)
-
-    def _attend_offloaded(self, q, weights, indices, scale, impl):
-        page = self.pages_of(indices)
-        if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
-            raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
-        named, inverse = page.unique(return_inverse=True)
-        named, out = named.tolist(), None
-        empty = int(bool(named) and named[0] < 0)
-        for start in range(empty, max(len(named), empty + 1), self.cache.size):
-            group = named[start : start + self.cache.size]
-            slots = self.cache.fetch(group, self.k_slabs, self.v_slabs) or [0]
-            self.cache.wait()
-            table = torch.tensor(slots, dtype=torch.int32).to(self.device, non_blocking=True).expand(len(q), -1)
-            mine = (inverse >= start) & (inverse < start + len(group))
-            part = torch.where(mine, inverse - start, -1).int()
-            y = hsa_decode(q, self.cache.k, self.cache.v, weights, part, table, scale=scale, impl=impl)
-            out = y if out is None else out + y
-        return out
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file; `path` then holds all of it or what it held before.
