@@ -9,31 +9,156 @@ on the memory and on the hidden states of at most as many tokens before it as th
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
 retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
 
-Of the tokens before these it holds `undo` more, so that `crop` can take tokens back.
+Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
+row b holds counts[b] tokens of its sequence.
 
-Shape suffixes: B sequences, T tokens, C channels, H key/value heads, D head dim, M chunks, S chunk size.
+Shape suffixes: B sequences, T tokens of a segment, P past and new tokens, C channels, A query heads, H key/value heads,
+D head dim, M chunks, S chunk size, R retrieval heads, E retrieval dim, K selected chunks.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.model import memory_file
 from hsa_tl.model.memory import MemorySpec, PagedMemory
-from hsa_tl.model.segment import SegmentMemory
-from hsa_tl.model.tail import Tail, take_rows
 from hsa_tl.validation import require_int
 
 FORMAT = "hsa_tl.cache.1"
+FEW = 8  # tokens of a sequence that decode as one; more are a segment
+GATHERED = 1 << 26  # elements of keys that a segment gathers at once, and as many of values
 
 
 def _dims(config) -> dict:
     """What a cache depends on, as JSON has it."""
     ignored = ("impl", "activation_checkpointing", "topk")
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ignored}))
+
+
+def take_rows(x: torch.Tensor, first: list[int], n: int) -> torch.Tensor:
+    """x[b, first[b] : first[b] + n] of x [B, P, ...]; columns outside x repeat its first or last one."""
+    if len(set(first)) == 1 and 0 <= first[0] <= x.shape[1] - n:
+        return x[:, first[0] : first[0] + n]
+    column = torch.tensor(first, device=x.device)[:, None] + torch.arange(n, device=x.device)
+    return x[torch.arange(len(x), device=x.device)[:, None], column.clamp(0, x.shape[1] - 1)]
+
+
+class Tail:
+    """The last `keep` tokens of each sequence (None: all) of one or more tensors [B, T, ...]; see KeyCache.
+
+    `undo` more are held, which `crop` can take back. Tokens of a sequence end at the same column in every row. Buffers
+    double when they are full, and move when a segment was ragged, so that the work for a token is constant either way.
+    """
+
+    def __init__(self, counts: list[int], keep: int | None = None, undo: int = 0):
+        """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`."""
+        self.counts, self.keep, self.undo = counts, keep, undo
+        self.clear()
+
+    def clear(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+        self.end = 0  # of the columns that are in use
+        self.held, self.shift = [0] * len(self.counts), [0] * len(self.counts)  # of each row; columns of no meaning
+
+    def extend(self, *new: torch.Tensor) -> tuple:
+        """Views [B, P, ...] of what was held and the new [B, T, ...]; how many before the new are real, see KeyCache.
+
+        The views hold until the next call.
+        """
+        T = new[0].shape[1]
+        counts = [min(n, T) for n in self.counts]  # a layer may leave out tokens that no later one reads
+        before = max(self.held)
+        if not self.buffers or self.end + T > self.buffers[0].shape[1] or any(self.shift):
+            old = self._held(before)
+            self.buffers, self.end = [x.new_empty(x.shape[0], 2 * (before + T), *x.shape[2:]) for x in new], before
+            for buffer, x in zip(self.buffers, old, strict=bool(old)):
+                buffer[:, :before] = x
+        seen = before if self.keep is None else min(before, self.keep)
+        begin, self.end = self.end - seen, self.end + T
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer[:, self.end - T : self.end] = x
+        past = None
+        if min(self.held) < seen:
+            past = torch.tensor([min(n, seen) for n in self.held], dtype=torch.int32, device=new[0].device)
+        held = [n + more for n, more in zip(self.held, counts, strict=True)]
+        self.held = held if self.keep is None else [min(n, self.keep + self.undo) for n in held]
+        self.shift = [T - n for n in counts]
+        return *(buffer[:, begin : self.end] for buffer in self.buffers), past
+
+    def crop(self, gone: list[int]) -> None:
+        """Takes back the last so many tokens of each sequence."""
+        self.held = [n - g for n, g in zip(self.held, gone, strict=True)]
+        self.shift = [n + g for n, g in zip(self.shift, gone, strict=True)]
+
+    def _held(self, n: int) -> list[torch.Tensor]:
+        first = [self.end - n - shift for shift in self.shift]
+        return [take_rows(x[:, : self.end], first, n) for x in self.buffers]
+
+    def state(self) -> list[torch.Tensor]:
+        """What `restore` takes: how much each sequence holds, and the tensors [B, held, ...]."""
+        return [torch.tensor(self.held, dtype=torch.int32), *self._held(max(self.held))]
+
+    def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
+        self.clear()
+        self.held, self.buffers = held.tolist(), list(buffers)
+        self.end = max(self.held)
+
+
+class SegmentMemory(NamedTuple):
+    """The Memory that an HSA layer reads, of a segment with counts[b] tokens in row b: few tokens decode through the
+    memory's pages, many share what they gather."""
+
+    paged: PagedMemory
+    counts: list[int]
+
+    def retrieve(self, q_BTRE, start, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
+        B, T, R, _ = q_BTRE.shape
+        if T <= FEW:
+            return self.paged.retrieve(q_BTRE, start, topk, exclude_window=exclude_window, impl=impl)
+        dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
+        scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
+        indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
+        starts = [start] * B if isinstance(start, int) else start.tolist()
+        for b, (first, n) in enumerate(zip(starts, self.counts, strict=True)):
+            scores[b, :n], indices[b, :n] = retrieve_chunks(
+                q_BTRE[b : b + 1, :n], self.paged.landmarks(b)[None], topk, chunk_size=self.paged.spec.chunk_size,
+                q_start=first, exclude_window=exclude_window, impl=impl,
+            )  # fmt: skip
+        return scores, indices
+
+    def scores(self, q_BTRE, start, *, exclude_window: int = 0) -> torch.Tensor:
+        scores, T = self.paged.scores(q_BTRE, start, exclude_window=exclude_window), q_BTRE.shape[1]
+        behind = torch.arange(T) >= torch.tensor(self.counts)[:, None]
+        return scores.masked_fill_(behind.to(scores.device)[..., None, None], -torch.inf)
+
+    def attend(
+        self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9
+    ) -> torch.Tensor:  # fmt: skip
+        if q_BTAD.shape[1] <= FEW:
+            return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
+        page = self.paged.pages_of(indices_BTHK)
+        # The pool is common to all sequences: to the operator, the batch is one long row of tokens.
+        rows = (x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
+        return self._attend(*rows, impl, {"overlap": overlap}).view_as(q_BTAD)
+
+    def _attend(self, q, weights, page, impl, config):
+        """q [1, T, A, D], weights [1, T, H or A, K], page [1, T, H, K]: every page is gathered once."""
+        named, at = page.unique(return_inverse=True)
+        empty = int(named[0] < 0)  # -1 comes first
+        spec, half = self.paged.spec, q.shape[1] // 2
+        if half and (len(named) - empty) * spec.chunk_size * spec.heads * spec.head_dim > GATHERED:
+            halves = zip(*(x.split([half, x.shape[1] - half], 1) for x in (q, weights, page)), strict=True)
+            return torch.cat([self._attend(*x, impl, config) for x in halves], 1)
+        if len(named) == empty:
+            return torch.zeros_like(q)
+        k, v = (x.flatten(0, 1)[None] for x in self.paged.gather(named[empty:]))
+        indices = (at - empty).int()
+        return hsa_attention(q, k, v, weights, indices, chunk_size=spec.chunk_size, impl=impl, config=config)
 
 
 def _near_and_far(cache) -> tuple[Tail, list[Tail]]:

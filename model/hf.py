@@ -250,10 +250,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _choose_cache(self, given: HSACache | None, use_cache: bool | None, inputs, rows: Rows | None):
-        """The cache to return, and whether the tokens run through it now or when it is used.
-
-        A cache has no gradient, so that where gradients are wanted the tokens are read a second time.
-        """
+        """The cache to return, and whether the tokens run through it now; if gradients are wanted, when it is used."""
         wanted = getattr(self.config, "use_cache", None) if use_cache is None else use_cache
         asked = given is not None or bool(wanted)
         if rows is not None and len(rows.lengths) > len(inputs):

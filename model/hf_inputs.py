@@ -63,10 +63,7 @@ def arrange(real_BT: torch.Tensor, starts_BT: torch.Tensor | None = None) -> Row
 
 
 def read_positions(position_ids: torch.Tensor, real_BT: torch.Tensor, past: list[int]) -> torch.Tensor:
-    """Which columns begin a document: where positions start again at 0. past: tokens that each sequence holds.
-
-    ValueError: other positions than those that the model counts itself.
-    """
+    """Which columns begin a document: where positions start again at 0. past: tokens that each sequence holds."""
     B, T = real_BT.shape
     if position_ids.ndim != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
         raise ValueError(f"position_ids must have shape {[B, T]}, got shape {list(position_ids.shape)}")

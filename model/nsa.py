@@ -35,8 +35,8 @@ def attend_selected(
 ) -> torch.Tensor:
     """out [B, T, A, D]: one softmax over the keys of all chunks that a token chose; 0 if it chose none.
 
-    k, v [B, N * chunk_size, H, D]; indices [B, T, H, K] int32, -1 for an empty slot, without duplicates. Works in
-    blocks of tokens, recomputed in the backward pass: memory O(T), not O(T * K * chunk_size).
+    k, v [B, N * chunk_size, H, D]; indices without duplicates. Blocks of tokens are recomputed in the backward pass:
+    memory O(T), not O(T * K * chunk_size).
     """
     B, T, A, D = q_BTAD.shape
     H, N = k_BPHD.shape[2], k_BPHD.shape[1] // chunk_size

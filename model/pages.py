@@ -89,10 +89,7 @@ class PageCounts:
 
 
 class PageCache:
-    """`size` pages on the device of those in host memory: least recently used out first.
-
-    A stored page never changes until `forget` is told.
-    """
+    """`size` pages on the device of those in host memory: least recently used out first."""
 
     def __init__(self, page: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device):
         self.size = size

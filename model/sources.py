@@ -148,10 +148,7 @@ KINDS = {"text": _text, "self-copy": _self_copy, "needles": _needles, "ruler": _
 
 
 def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
-    """The source that a recipe's `data` names by its kind: text, self-copy, needles or ruler.
-
-    ValueError: another kind, or options that the kind does not have.
-    """
+    """The source that a recipe's `data` names by its kind: text, self-copy, needles or ruler."""
     options = dict(spec)
     kind = options.pop("kind", None)
     if kind not in KINDS:

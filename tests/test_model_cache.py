@@ -11,12 +11,12 @@ from tiers import tiered
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
-from hsa_tl.model import Model, preset, segment
+from hsa_tl.model import Model, preset
+from hsa_tl.model import cache as caches
 from hsa_tl.model.attention import rotate
+from hsa_tl.model.cache import SegmentMemory, Tail
 from hsa_tl.model.generate import prefill
 from hsa_tl.model.memory import MemorySpec, PagedMemory
-from hsa_tl.model.segment import SegmentMemory
-from hsa_tl.model.tail import Tail
 
 SMALL = replace(
     preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, layers=4, groups=2,
@@ -257,7 +257,7 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
     torch.testing.assert_close(every.topk(K).values, scores.sort(descending=True).values)
     weights = torch.rand(scores.shape)
     out = view.attend(q, weights, indices)
-    monkeypatch.setattr(segment, "GATHERED", 7 * S * H * D)
+    monkeypatch.setattr(caches, "GATHERED", 7 * S * H * D)
     torch.testing.assert_close(view.attend(q, weights, indices), out)
     for b, n in enumerate(counts):
         k, v, landmarks = content[b]

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hsa_tl import fusion_weights, transforms
-from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset, segment
+from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset
+from hsa_tl.model import cache as caches
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.nsa import NSALayer, attend_selected
@@ -292,7 +293,7 @@ def test_an_impl_that_cannot_retrieve_is_named():
 def test_the_layer_says_what_overlap_it_expects(monkeypatch):
     """In a forward over a ChunkMemory and in a prefill over pages; a share, or the config is refused."""
     asked = []
-    for module in (hsa, segment):
+    for module in (hsa, caches):
         run = module.hsa_attention
         monkeypatch.setattr(module, "hsa_attention", lambda *x, run=run, **y: asked.append(y["config"]) or run(*x, **y))
     model = Model(dataclasses.replace(SMALL, selection_overlap=0.4)).eval()
