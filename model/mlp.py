@@ -85,7 +85,10 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, rate: float = 1e-3) -> None:
-        """Raises by `rate` the bias of experts with less than the ranks' mean load since the last call; lowers others."""
+        """Raises by `rate` the bias of experts with less than the mean load since the last call, lowers the others'.
+
+        Loads are summed over all processes where torch.distributed is initialised.
+        """
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load_E)
         load_E = self.load_E.float()

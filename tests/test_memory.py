@@ -368,32 +368,6 @@ def test_sequences_share_pages_and_give_them_back(options, tmp_path):
         assert again.pages == 78
 
 
-@each_kind
-def test_other_chunks_take_the_place_of_stored_ones(options):
-    """As if they had been appended; no cached page is stale, and no bound hides them."""
-    memory, content = filled((5, 0, 70), **options)
-    q, q_slc, lengths = torch.randn(3, 1, H * G, D), torch.randn(3, 1, H, E), int32([5 * S, 0, 70 * S])
-    scores, indices = memory.retrieve(q_slc, lengths, K)
-    memory.attend(q, fusion_weights(scores), indices)
-    new = chunks(60)
-    memory.replace(2, 8, *new)
-    fresh = PagedMemory(SPEC, **options)
-    fresh.append(0, *content[0])
-    fresh.append(2, *(torch.cat([x[:8], y, x[68:]]) for x, y in zip(content[2], new, strict=True)))
-    results = []
-    for m in (memory, fresh):
-        scores, indices = m.retrieve(q_slc, lengths, K)
-        results.append((scores, indices.float(), m.attend(q, fusion_weights(scores), indices)))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
-    memory.fork(2, 1)
-    for start in (8, 11):
-        with pytest.raises(
-            ValueError, match=f"start must be of chunks that the sequence holds, and alone, got {start}"
-        ):
-            memory.replace(2, start, *new)
-
-
 def test_forks_and_crops_that_cannot_be():
     memory, _ = filled((2, 1))
     for call, message in (
