@@ -243,17 +243,16 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             )  # fmt: skip
         if cache is not None:
             if not through:
-                lengths = [inputs.shape[1]] * len(inputs) if rows is None else rows.lengths
-                cache.unread = (inputs if rows is None else rows.take(inputs)).detach(), lengths
+                cache.unread = rows.take(inputs).detach(), rows.lengths
             cache.columns += inputs.shape[1]
         out = CausalLMOutputWithPast(loss, logits, cache, states)
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
-    def _choose_cache(self, given: HSACache | None, use_cache: bool | None, inputs, rows: Rows | None):
+    def _choose_cache(self, given: HSACache | None, use_cache: bool | None, inputs, rows: Rows):
         """The cache to return, and whether the tokens run through it now; if gradients are wanted, when it is used."""
         wanted = getattr(self.config, "use_cache", None) if use_cache is None else use_cache
         asked = given is not None or bool(wanted)
-        if rows is not None and len(rows.lengths) > len(inputs):
+        if len(rows.lengths) > len(inputs):
             if given is not None or use_cache:
                 raise ValueError(
                     "use_cache must be False where position_ids or attention_mask pack documents, got a cache"
@@ -263,46 +262,34 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             given = HSACache(inputs.shape[1])
         return given, asked and (given.columns > 0 or not torch.is_grad_enabled())
 
-    def _run(self, inputs, rows: Rows | None, cache: HSACache | None, labels, num_items, with_states, logits_to_keep):
+    def _run(self, inputs, rows: Rows, cache: HSACache | None, labels, num_items, with_states, logits_to_keep):
         """loss, logits and hidden states. cache: what the tokens run through."""
         (B, T), model = inputs.shape[:2], self.model
         columns, last = kept_columns(logits_to_keep, T)
-        x = inputs if rows is None else rows.take(inputs)
-        lengths = [T] * B if rows is None else rows.lengths
-        keep = None
-        if last and labels is None and not with_states and (rows is None or cache is not None):
+        x, keep = rows.take(inputs), None
+        if last and labels is None and not with_states and (rows.columns_RL is None or cache is not None):
             keep = min(last, x.shape[1])
         state = None if cache is None else cache.read(model, B)
-        if state is not None and T > SEGMENT and keep == 1 and x.ndim == 2 and min(lengths):
-            prompts = [row[:n] for row, n in zip(x, lengths, strict=True)]
+        if state is not None and T > SEGMENT and keep == 1 and x.ndim == 2 and min(rows.lengths):
+            prompts = [row[:n] for row, n in zip(x, rows.lengths, strict=True)]
             return None, prefill(model, prompts, state)[0][:, None], None
         states = [] if with_states else None
-        h_RLC = model.hidden(x, state, keep, None if state is None else lengths, states)
-        if rows is None:
-            h_BTC = h_RLC if keep else h_RLC[:, columns]
-        elif keep:  # each row's own last tokens; the last columns show no others
-            first = torch.tensor(lengths, device=x.device)[:, None] - keep
-            h_BTC = rows._replace(place_BT=(rows.place_BT - first).clamp(0, keep - 1)).put(h_RLC, columns)
-        else:
-            h_BTC = rows.put(h_RLC, columns)
-        logits, loss = model.head(h_BTC), None
+        h_RLC = model.hidden(x, state, keep, None if state is None else rows.lengths, states)
+        logits, loss = model.head(rows.put(h_RLC, columns, keep)), None
         if labels is not None:
-            loss = self._loss(labels, num_items, rows, h_RLC, logits if columns == slice(None) else None)
+            target_RL = F.pad(rows.take(labels, -100)[:, 1:], (0, 1), value=-100)
+            if columns == slice(None):
+                target = rows.put(target_RL)
+                target = target if rows.real_BT is None else target.masked_fill(~rows.real_BT, -100)
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+            else:
+                loss = model.loss_sum(h_RLC, target_RL)
+            items = (target_RL != -100).sum() if num_items is None else num_items
+            loss = loss / torch.as_tensor(items, device=loss.device).reshape(())
         if states is not None:
             states[-1] = model.norm(states[-1])
-            states = tuple(states if rows is None else map(rows.put, states))
+            states = tuple(map(rows.put, states))
         return loss, logits, states
-
-    def _loss(self, labels, num_items, rows: Rows | None, h_RLC, logits_BTV) -> torch.Tensor:
-        target_RL = F.pad((labels if rows is None else rows.take_tokens(labels, -100))[:, 1:], (0, 1), value=-100)
-        if logits_BTV is None:
-            total = self.model.loss_sum(h_RLC, target_RL)
-        else:
-            target_BT = target_RL if rows is None else rows.put(target_RL).masked_fill(~rows.real_BT, -100)
-            total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum")
-        if num_items is None:
-            num_items = (target_RL != -100).sum()
-        return total / torch.as_tensor(num_items, device=total.device).reshape(())
 
 
 def kept_columns(logits_to_keep: int | torch.Tensor, T: int) -> tuple[slice | torch.Tensor, int]:

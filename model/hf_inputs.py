@@ -22,27 +22,32 @@ MEMORY_OPTIONS = ("undo", "offload", "cache_pages", "two_level", "directory")
 
 
 class Rows(NamedTuple):
-    """The documents of a batch as rows that are padded on the right."""
+    """The documents of a batch as rows that are padded on the right; without columns they are the batch's own."""
 
-    columns_RL: torch.Tensor  # of the flat batch [B * T], 0 behind a row's last token
     lengths: list[int]
-    real_BT: torch.Tensor  # which columns hold a token
-    row_BT: torch.Tensor
+    columns_RL: torch.Tensor | None = None  # of the flat batch [B * T], 0 behind a row's last token
+    real_BT: torch.Tensor | None = None  # which columns hold a token
+    row_BT: torch.Tensor | None = None
     # Where a column's token stands in its row; padding shows the token before it, and the first one before all.
-    place_BT: torch.Tensor
+    place_BT: torch.Tensor | None = None
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, ...] as [R, L, ...]."""
-        return x.flatten(0, 1)[self.columns_RL]
-
-    def take_tokens(self, x: torch.Tensor, padding: int) -> torch.Tensor:
-        """As `take`, and the padding where rows hold none."""
+    def take(self, x: torch.Tensor, padding: int | None = None) -> torch.Tensor:
+        """x [B, T, ...] as [R, L, ...], with the padding, if that is given, where rows hold no token."""
+        if self.columns_RL is None:
+            return x
+        x = x.flatten(0, 1)[self.columns_RL]
         ends = torch.tensor(self.lengths, device=x.device)[:, None]
-        return self.take(x).masked_fill(torch.arange(self.columns_RL.shape[1], device=x.device) >= ends, padding)
+        return x if padding is None else x.masked_fill(torch.arange(x.shape[1], device=x.device) >= ends, padding)
 
-    def put(self, x_RL: torch.Tensor, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
-        """[R, L, ...] as [B, columns, ...]."""
-        return x_RL[self.row_BT[:, columns], self.place_BT[:, columns]]
+    def put(self, x_RL: torch.Tensor, columns: slice | torch.Tensor = slice(None), keep: int | None = None):
+        """[R, L, ...] as [B, columns, ...]. keep: x is of each row's last so many tokens, and so are the columns."""
+        if self.columns_RL is None:
+            return x_RL if keep or columns == slice(None) else x_RL[:, columns]
+        place_BT = self.place_BT
+        if keep:
+            first = torch.tensor(self.lengths, device=x_RL.device)[:, None] - keep
+            place_BT = (place_BT - first).clamp(0, keep - 1)
+        return x_RL[self.row_BT[:, columns], place_BT[:, columns]]
 
 
 def arrange(real_BT: torch.Tensor, starts_BT: torch.Tensor | None = None) -> Rows:
@@ -59,7 +64,7 @@ def arrange(real_BT: torch.Tensor, starts_BT: torch.Tensor | None = None) -> Row
     place_BT = rank_BT - (lengths.cumsum(0) - lengths)[row_BT]
     columns_RL = torch.zeros(R, max(1, int(lengths.max())), dtype=torch.int64, device=real_BT.device)
     columns_RL[row_BT[real_BT], place_BT[real_BT]] = real_BT.flatten().nonzero()[:, 0]
-    return Rows(columns_RL, lengths.tolist(), real_BT, row_BT, place_BT)
+    return Rows(lengths.tolist(), columns_RL, real_BT, row_BT, place_BT)
 
 
 def read_positions(position_ids: torch.Tensor, real_BT: torch.Tensor, past: list[int]) -> torch.Tensor:
@@ -201,11 +206,10 @@ def one_cache(*caches) -> HSACache | None:
     return given[0] if given else None
 
 
-def read_rows(inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows | None:
-    """None where every sequence is T tokens of one document."""
-    if attention_mask is None and position_ids is None:
-        return None
+def read_rows(inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows:
     B, T = inputs.shape[:2]
+    if attention_mask is None and position_ids is None:
+        return Rows([T] * B)
     past, columns = ([0] * B, 0) if cache is None else (cache.lengths(B), cache.columns)
     real_BT, starts_BT = torch.ones(B, T, dtype=torch.bool, device=inputs.device), None
     if attention_mask is not None:
@@ -216,5 +220,5 @@ def read_rows(inputs, attention_mask, position_ids, cache: HSACache | None) -> R
             raise ValueError("position_ids must start again where attention_mask begins a document, got others")
         starts_BT = counted_BT
     if bool(real_BT.all()) and (starts_BT is None or not bool(starts_BT[:, 1:].any())):
-        return None
+        return Rows([T] * B)
     return arrange(real_BT, starts_BT)
