@@ -132,11 +132,21 @@ class PagedMemory:
         self.hold(sequence, start, torch.tensor(pages, dtype=torch.int32))
         self._store(sequence, start, k, v, landmarks)
 
-    def replace(self, sequence: int, start: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
-        """Puts other chunks, as in `append`, in the place of those that no other sequence shares from `start` on."""
+    def replace(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor, start: int) -> None:
+        """Puts other chunks in the place of those from `start` on.
+
+        Args:
+            sequence, k, v, landmarks: as for `append`.
+            start (int): the first of them.
+
+        Raises:
+            ValueError: as in `append`; a chunk that the sequence does not hold, or that another one shares.
+        """
         self._check_chunks(sequence, k, v, landmarks)
         pages = self.host_table[sequence, start : start + len(landmarks)].tolist()
-        if start + len(pages) > self.held[sequence] or any(self.counts.references[page] > 1 for page in pages):
+        if not 0 <= start <= self.held[sequence] - len(landmarks) or any(
+            self.counts.references[page] > 1 for page in pages
+        ):
             raise ValueError(f"start must be of chunks that the sequence holds, and alone, got {start}")
         if self.cache is not None:
             self.cache.forget(pages)

@@ -89,7 +89,7 @@ def test_other_chunks_take_the_place_of_stored_ones(options):
     scores, indices = memory.retrieve(q_slc, lengths, K)
     memory.attend(q, fusion_weights(scores), indices)
     new = chunks(60)
-    memory.replace(2, 8, *new)
+    memory.replace(2, *new, start=8)
     fresh = PagedMemory(SPEC, **options)
     fresh.append(0, *content[0])
     fresh.append(2, *(torch.cat([x[:8], y, x[68:]]) for x, y in zip(content[2], new, strict=True)))
@@ -100,11 +100,11 @@ def test_other_chunks_take_the_place_of_stored_ones(options):
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
     memory.fork(2, 1)
-    for start in (8, 11):
+    for start in (8, 11, -1):
         with pytest.raises(
             ValueError, match=f"start must be of chunks that the sequence holds, and alone, got {start}"
         ):
-            memory.replace(2, start, *new)
+            memory.replace(2, *new, start=start)
 
 
 def test_what_cannot_be_read_is_named():
