@@ -144,9 +144,8 @@ class PagedMemory:
         """
         self._check_chunks(sequence, k, v, landmarks)
         pages = self.host_table[sequence, start : start + len(landmarks)].tolist()
-        if not 0 <= start <= self.held[sequence] - len(landmarks) or any(
-            self.counts.references[page] > 1 for page in pages
-        ):
+        shared = any(self.counts.references[page] > 1 for page in pages)
+        if shared or not 0 <= start <= self.held[sequence] - len(landmarks):
             raise ValueError(f"start must be of chunks that the sequence holds, and alone, got {start}")
         if self.cache is not None:
             self.cache.forget(pages)
