@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import shutil
 import stat
@@ -125,6 +126,15 @@ def write_together(files: dict[Path, str | bytes]) -> None:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """All of data, as `atomic_file` writes it."""
     write_together({path: data})
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file of any size, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

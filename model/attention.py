@@ -4,15 +4,19 @@ Shape suffixes: B batch, T tokens, C channels, A query heads, H key/value heads,
 keys, W window, N blocks of W tokens.
 """
 
+import functools
+import importlib.util
 import math
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from hsa_tl.model import attention_cuda
 from hsa_tl.model.mlp import RMSNorm
+
+BLOCK = 128  # rows and columns of a FlexAttention block
 
 
 class KeyCache(Protocol):
@@ -59,6 +63,45 @@ def _attend(q_BTAD, k_BPHD, v_BPHD, mask, with_lse):
     return out.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2).transpose(1, 2)
 
 
+def flash(q_BTAD, k_BPHD, v_BPHD, window: int | None) -> torch.Tensor:
+    """out [B, T, A, D] by flash_attn; the last query sees the last key."""
+    from flash_attn import flash_attn_func
+
+    sides = (-1 if window is None else window - 1, 0)
+    return flash_attn_func(q_BTAD, k_BPHD, v_BPHD, causal=True, window_size=sides)
+
+
+@functools.lru_cache(maxsize=16)
+def block_mask(T: int, P: int, window: int, device: torch.device) -> BlockMask:
+    """Query t of T sees keys (t + P - T - window, t + P - T] of P. Built from its blocks: no T x P memory."""
+    before = P - T
+    rows, columns = -(-T // BLOCK), -(-P // BLOCK)
+    first_query = torch.arange(rows, device=device) * BLOCK + before
+    last_query = (first_query + BLOCK - 1).clamp(max=P - 1)
+    low = (first_query - window + 1).clamp(min=0) // BLOCK
+    count = last_query // BLOCK - low + 1
+    order = (low[:, None] + torch.arange(columns, device=device)) % columns
+    mask = lambda b, h, t, p: (p <= t + before) & (p > t + before - window)  # noqa: E731
+    return BlockMask.from_kv_blocks(
+        count.int()[None, None], order.int()[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=(T, P)
+    )
+
+
+_compiled = functools.cache(lambda: torch.compile(flex_attention))
+
+
+def flex(q_BTAD, k_BPHD, v_BPHD, window: int | None, with_lse: bool):
+    """As `windowed`, by FlexAttention."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTAD, k_BPHD, v_BPHD))
+    T, P = q.shape[2], k.shape[2]
+    run = _compiled() if q.is_cuda else flex_attention
+    out, aux = run(
+        q, k, v, block_mask=block_mask(T, P, P if window is None else window, q.device), enable_gqa=True,
+        return_aux=AuxRequest(lse=with_lse),
+    )  # fmt: skip
+    return out.transpose(1, 2), aux.lse.transpose(1, 2) if with_lse else None
+
+
 def windowed(
     q_BTAD: torch.Tensor, k_BPHD: torch.Tensor, v_BPHD: torch.Tensor, window: int | None = None,
     past_B: torch.Tensor | None = None, with_lse: bool = False,
@@ -71,10 +114,11 @@ def windowed(
     where it is installed and no log-sum-exp is asked for, else FlexAttention for 128 queries and more.
     """
     if q_BTAD.is_cuda and past_B is None:
-        if not with_lse and attention_cuda.has_flash_attn(q_BTAD.dtype):
-            return attention_cuda.flash(q_BTAD, k_BPHD, v_BPHD, window), None
-        if q_BTAD.shape[1] >= attention_cuda.BLOCK and (window is not None or with_lse):
-            return attention_cuda.flex(q_BTAD, k_BPHD, v_BPHD, window, with_lse)
+        half = q_BTAD.dtype in (torch.bfloat16, torch.float16)
+        if half and not with_lse and importlib.util.find_spec("flash_attn") is not None:
+            return flash(q_BTAD, k_BPHD, v_BPHD, window), None
+        if q_BTAD.shape[1] >= BLOCK and (window is not None or with_lse):
+            return flex(q_BTAD, k_BPHD, v_BPHD, window, with_lse)
     q, (B, T, _, _) = q_BTAD, q_BTAD.shape
     W = T if window is None else window
     before = k_BPHD.shape[1] - T
@@ -130,14 +174,8 @@ class SelfAttention(nn.Module):
             self.value_mix = nn.Parameter(torch.full((2,), 0.5))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def attend(
-        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None,
-        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
-        """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D].
-
-        keep: only the last so many positions ask; the first two results are of these.
-        """
+    def project(self, x_BTC, start=0, keep: int | None = None, first_v_BTHD=None):
+        """q of the last `keep` positions, k and v of all, and how many q leaves out."""
         x = self.norm(x_BTC)
         before = 0 if keep is None else max(0, x.shape[1] - keep)
         q = self.q_norm(self.q(x[:, before:]).unflatten(-1, (self.heads, self.head_dim)))
@@ -151,13 +189,22 @@ class SelfAttention(nn.Module):
         if self.rope_theta is not None:
             position = positions(start, x)
             q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
-        q, k, own_v = q.to(v.dtype), k.to(v.dtype), v
-        past = None
+        return q.to(v.dtype), k.to(v.dtype), v, before
+
+    def attend(
+        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None,
+        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
+        """Heads' outputs [B, T, A, D] before the projection, log-sum-exp [B, T, A] or None, values [B, T, H, D].
+
+        keep: only the last so many positions ask; the first two results are of these.
+        """
+        q, k, own_v, before = self.project(x_BTC, start, keep, first_v_BTHD)
+        v, past = own_v, None
         if cache is not None:
             k, v, past = cache.extend(k, v)
             past = None if past is None else past + before
-        out, lse = windowed(q, k, v, self.window, past, with_lse)
-        return out, lse, own_v
+        return *windowed(q, k, v, self.window, past, with_lse), own_v
 
     def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None):
         """[B, T, C], to be added to the residual stream."""

@@ -9,25 +9,29 @@ on the memory and on the hidden states of at most as many tokens before it as th
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
 retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
 
-Of the tokens before these it holds `undo` more, so that `crop` can take tokens back.
+Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
+row b holds counts[b] tokens of its sequence.
 
-Shape suffixes: B sequences, T tokens, C channels, H key/value heads, D head dim, M chunks, S chunk size.
+Shape suffixes: B sequences, T tokens of a segment, P past and new tokens, C channels, A query heads, H key/value heads,
+D head dim, M chunks, S chunk size, R retrieval heads, E retrieval dim, K selected chunks.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.model import memory_file
 from hsa_tl.model.memory import MemorySpec, PagedMemory
-from hsa_tl.model.segment import SegmentMemory
-from hsa_tl.model.tail import Tail, take_rows
 from hsa_tl.validation import require_int
 
 FORMAT = "hsa_tl.cache.1"
+FEW = 8  # tokens of a sequence that decode as one; more are a segment
+GATHERED = 1 << 26  # elements of keys that a segment gathers at once, and as many of values
 
 
 def _dims(config) -> dict:
@@ -36,13 +40,138 @@ def _dims(config) -> dict:
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ignored}))
 
 
-class Cache:
-    """What `Model.new_cache` returns. lengths: tokens that each sequence holds. memory: its chunks, None without HSA.
+def take_rows(x: torch.Tensor, first: list[int], n: int) -> torch.Tensor:
+    """x[b, first[b] : first[b] + n] of x [B, P, ...]; columns outside x repeat its first or last one."""
+    if len(set(first)) == 1 and 0 <= first[0] <= x.shape[1] - n:
+        return x[:, first[0] : first[0] + n]
+    column = torch.tensor(first, device=x.device)[:, None] + torch.arange(n, device=x.device)
+    return x[torch.arange(len(x), device=x.device)[:, None], column.clamp(0, x.shape[1] - 1)]
 
-    capacity: tokens of each sequence that the chunk memory reserves at first; more are allowed. undo: tokens of each
-    sequence that `crop` can take back. memory_options: see PagedMemory (offload, cache_pages, two_level, directory).
-    unread: the last token of each sequence that a `stream` gave and nobody read yet, 1-D tensors; the next stream or
-    generate reads it first. None: there is none.
+
+class Tail:
+    """The last `keep` tokens of each sequence (None: all) of one or more tensors [B, T, ...]; see KeyCache.
+
+    `undo` more are held, which `crop` can take back. Tokens of a sequence end at the same column in every row. Buffers
+    double when they are full, and move when a segment was ragged, so that the work for a token is constant either way.
+    """
+
+    def __init__(self, counts: list[int], keep: int | None = None, undo: int = 0):
+        """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`."""
+        self.counts, self.keep, self.undo = counts, keep, undo
+        self.clear()
+
+    def clear(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+        self.end = 0  # of the columns that are in use
+        self.held, self.shift = [0] * len(self.counts), [0] * len(self.counts)  # of each row; columns of no meaning
+
+    def extend(self, *new: torch.Tensor) -> tuple:
+        """Views [B, P, ...] of what was held and the new [B, T, ...]; how many before the new are real, see KeyCache.
+
+        The views hold until the next call.
+        """
+        T = new[0].shape[1]
+        counts = [min(n, T) for n in self.counts]  # a layer may leave out tokens that no later one reads
+        before = max(self.held)
+        if not self.buffers or self.end + T > self.buffers[0].shape[1] or any(self.shift):
+            old = self._held(before)
+            self.buffers, self.end = [x.new_empty(x.shape[0], 2 * (before + T), *x.shape[2:]) for x in new], before
+            for buffer, x in zip(self.buffers, old, strict=bool(old)):
+                buffer[:, :before] = x
+        seen = before if self.keep is None else min(before, self.keep)
+        begin, self.end = self.end - seen, self.end + T
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer[:, self.end - T : self.end] = x
+        past = None
+        if min(self.held) < seen:
+            past = torch.tensor([min(n, seen) for n in self.held], dtype=torch.int32, device=new[0].device)
+        held = [n + more for n, more in zip(self.held, counts, strict=True)]
+        self.held = held if self.keep is None else [min(n, self.keep + self.undo) for n in held]
+        self.shift = [T - n for n in counts]
+        return *(buffer[:, begin : self.end] for buffer in self.buffers), past
+
+    def crop(self, gone: list[int]) -> None:
+        """Takes back the last so many tokens of each sequence."""
+        self.held = [n - g for n, g in zip(self.held, gone, strict=True)]
+        self.shift = [n + g for n, g in zip(self.shift, gone, strict=True)]
+
+    def _held(self, n: int) -> list[torch.Tensor]:
+        first = [self.end - n - shift for shift in self.shift]
+        return [take_rows(x[:, : self.end], first, n) for x in self.buffers]
+
+    def state(self) -> list[torch.Tensor]:
+        """What `restore` takes: how much each sequence holds, and the tensors [B, held, ...]."""
+        return [torch.tensor(self.held, dtype=torch.int32), *self._held(max(self.held))]
+
+    def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
+        self.clear()
+        self.held, self.buffers = held.tolist(), list(buffers)
+        self.end = max(self.held)
+
+
+class SegmentMemory(NamedTuple):
+    """The Memory that an HSA layer reads, of a segment with counts[b] tokens in row b: few tokens decode through the
+    memory's pages, many share what they gather."""
+
+    paged: PagedMemory
+    counts: list[int]
+
+    def retrieve(self, q_BTRE, start, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
+        B, T, R, _ = q_BTRE.shape
+        if T <= FEW:
+            return self.paged.retrieve(q_BTRE, start, topk, exclude_window=exclude_window, impl=impl)
+        dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
+        scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
+        indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
+        starts = [start] * B if isinstance(start, int) else start.tolist()
+        for b, (first, n) in enumerate(zip(starts, self.counts, strict=True)):
+            scores[b, :n], indices[b, :n] = retrieve_chunks(
+                q_BTRE[b : b + 1, :n], self.paged.landmarks(b)[None], topk, chunk_size=self.paged.spec.chunk_size,
+                q_start=first, exclude_window=exclude_window, impl=impl,
+            )  # fmt: skip
+        return scores, indices
+
+    def scores(self, q_BTRE, start, *, exclude_window: int = 0) -> torch.Tensor:
+        scores, T = self.paged.scores(q_BTRE, start, exclude_window=exclude_window), q_BTRE.shape[1]
+        behind = torch.arange(T) >= torch.tensor(self.counts)[:, None]
+        return scores.masked_fill_(behind.to(scores.device)[..., None, None], -torch.inf)
+
+    def attend(
+        self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9
+    ) -> torch.Tensor:  # fmt: skip
+        if q_BTAD.shape[1] <= FEW:
+            return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
+        page = self.paged.pages_of(indices_BTHK)
+        # The pool is common to all sequences: to the operator, the batch is one long row of tokens.
+        rows = (x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
+        return self._attend(*rows, impl, {"overlap": overlap}).view_as(q_BTAD)
+
+    def _attend(self, q, weights, page, impl, config):
+        """q [1, T, A, D], weights [1, T, H or A, K], page [1, T, H, K]: every page is gathered once."""
+        named, at = page.unique(return_inverse=True)
+        empty = int(named[0] < 0)  # -1 comes first
+        spec, half = self.paged.spec, q.shape[1] // 2
+        if half and (len(named) - empty) * spec.chunk_size * spec.heads * spec.head_dim > GATHERED:
+            halves = zip(*(x.split([half, x.shape[1] - half], 1) for x in (q, weights, page)), strict=True)
+            return torch.cat([self._attend(*x, impl, config) for x in halves], 1)
+        if len(named) == empty:
+            return torch.zeros_like(q)
+        k, v = (x.flatten(0, 1)[None] for x in self.paged.gather(named[empty:]))
+        indices = (at - empty).int()
+        return hsa_attention(q, k, v, weights, indices, chunk_size=spec.chunk_size, impl=impl, config=config)
+
+
+def _near_and_far(cache) -> tuple[Tail, list[Tail]]:
+    return cache if isinstance(cache, tuple) else (cache, [])
+
+
+class Cache:
+    """What `Model.new_cache` returns.
+
+    capacity: tokens of each sequence that the chunk memory reserves at first. undo: tokens of each that `crop` can take
+    back. memory_options: of PagedMemory (offload, cache_pages, two_level, directory). lengths: tokens that each holds.
+    memory: its chunks, None without HSA. unread: the last token of each sequence that a `stream` gave and nobody read
+    yet, 1-D tensors, which the next stream or generate reads first; None: there is none.
     """
 
     def __init__(
@@ -58,29 +187,22 @@ class Cache:
         self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
         self.memory = self.chunk = None
         if c.attention == "hsa":
-            spec = MemorySpec(
-                batch_size, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, c.chunk_size, dtype
-            )
-            chunks = -(-capacity // c.chunk_size)
-            self.memory = PagedMemory(spec, device=device, capacity=chunks, **memory_options)
+            spec = MemorySpec.of(c, batch_size, dtype)
+            self.memory = PagedMemory(spec, device=device, capacity=-(-capacity // c.chunk_size), **memory_options)
             self.chunk = Tail(self.counts, c.chunk_size - 1, undo)
         elif memory_options:
             name = next(iter(memory_options))
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.row_counts = [[0] for _ in range(batch_size)]
-        self.layers = [self._layer_cache(layer) for layer in model.layers]
-        weight = model.embedding.weight
-        self.past = torch.zeros(
-            batch_size, max(0, c.conv - 1) and c.conv - 1 + undo, c.dim, dtype=weight.dtype, device=device
-        )
+        self.layers = []  # of each what its forward takes
+        for layer in model.layers:
+            window = layer.attention.window
+            near = Tail(self.counts, None if window is None else window - 1, undo)
+            self.layers.append(near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts]))
+        width = max(0, c.conv - 1) and c.conv - 1 + undo
+        self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
         self.waiting = Tail(self.counts, upper_reach + undo) if c.attention in ("hsa", "swa") else None
-
-    def _layer_cache(self, layer):
-        """What a layer's forward takes as its cache."""
-        window = layer.attention.window
-        near = Tail(self.counts, None if window is None else window - 1, self.undo)
-        return near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts])
 
     def _count(self, counts: list[int]) -> None:
         """The layers run on a segment of so many tokens."""
@@ -94,9 +216,7 @@ class Cache:
     ) -> torch.Tensor:  # fmt: skip
         """Hidden states [B, T, C] before the head, of the model's next tokens input_ids [B, T], or of embeddings.
 
-        lengths [B]: how many tokens each row holds, padded on the right; None: T. keep: only the last so many of each
-        row's tokens [B, keep, C], and nothing else that no later token needs is computed. What belongs to no token is
-        unspecified, and finite. states: see Model.hidden.
+        See Model.hidden and Model.forward; lengths None: T. What belongs to no token is unspecified, and finite.
         """
         B, T = input_ids.shape[:2]
         self.unread = None
@@ -109,7 +229,10 @@ class Cache:
         if not T:
             return x_BTC
         self._count(counts)
-        x_BTC = model.embed(x_BTC, self._past_embeddings(x_BTC))
+        past = self.past
+        if width := past.shape[1]:
+            self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), counts, width)
+        x_BTC = model.embed(x_BTC, past[:, self.undo :])
         if states is not None:
             states.append(x_BTC)
         caches = self.layers[: self.config.lower_layers]
@@ -145,9 +268,8 @@ class Cache:
             unread = [min(n, m) for n, m in zip(gone, self.waiting.held, strict=True)]
             upper = [n - m for n, m in zip(gone, unread, strict=True)]
             self.waiting.crop(unread)
-        for i, cache in enumerate(self.layers):
+        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
             taken = gone if i < self.config.lower_layers else upper
-            near, far = cache if isinstance(cache, tuple) else (cache, [])
             near.crop(taken)
             for tail, n in zip(far, taken, strict=bool(far)):
                 tail.crop([n])
@@ -160,11 +282,8 @@ class Cache:
         self.undoable = [n - m for n, m in zip(self.undoable, gone, strict=True)]
 
     def _tails(self) -> Iterator[tuple[str, Tail]]:
-        for name in ("chunk", "waiting"):
-            if (tail := getattr(self, name)) is not None:
-                yield name, tail
-        for i, cache in enumerate(self.layers):
-            near, far = cache if isinstance(cache, tuple) else (cache, [])
+        yield from ((name, tail) for name in ("chunk", "waiting") if (tail := getattr(self, name)) is not None)
+        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
             yield from ((f"layers.{i}.{j}", tail) for j, tail in enumerate((near, *far)))
 
     def save(self, path: Path | str) -> None:
@@ -188,22 +307,18 @@ class Cache:
     def load(cls, model, path: Path | str, **options) -> "Cache":
         """The cache that `save` wrote, see `Model.load_cache`."""
         with memory_file.read(Path(path), FORMAT, ("past",)) as file:
-            state = file.spec(json.loads, "state")
+            state = file.parse("state", json.loads)
             if (dims := _dims(model.config)) != state["config"]:
                 wrong = [f"{k} = {v}" for k, v in state["config"].items() if dims.get(k) != v]
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
-            self = cls(model, len(state["lengths"]), **options | {"undo": state["undo"]})
+            capacity = max(options.get("capacity", 1 << 14), *state["lengths"])
+            self = cls(model, len(state["lengths"]), **options | {"undo": state["undo"], "capacity": capacity})
             device = self.past.device
             if self.memory is not None:
-                spec, memory = file.spec(), self.memory
-                if spec != memory.spec:
-                    raise ValueError(f"{path} must hold chunks of {memory.spec}, got {spec}")
-                self.memory = None  # another takes its place
-                self.memory = memory_file.restore(file, spec, PagedMemory, memory.options)
-            self.past = file.file.get_tensor("past").to(self.past)
+                file.fill(self.memory, file.pages(file.spec(self.memory.spec)))
+            self.past = file.tensor("past").to(self.past)
             for name, tail in self._tails():
-                parts = (f"{name}.{j}" for j in range(3))
-                held, *buffers = (file.file.get_tensor(x) for x in parts if x in file.names)
+                held, *buffers = (file.tensor(x) for j in range(3) if (x := f"{name}.{j}") in file.names)
                 tail.restore(held, *(x.to(device) for x in buffers))
         self.lengths, self.undoable = state["lengths"], state["undoable"]
         if state["unread"] is not None:
@@ -213,12 +328,6 @@ class Cache:
     def _start(self, starts: list[int]) -> int | torch.Tensor:
         same = len(set(starts)) == 1
         return starts[0] if same else torch.tensor(starts, dtype=torch.int32, device=self.past.device)
-
-    def _past_embeddings(self, x_BTC):
-        n, past = self.past.shape[1], self.past
-        if n:
-            self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), self.counts, n)
-        return past[:, self.undo :]
 
     def _remember(self, model, h_BTC) -> None:
         """Encodes the chunks that the segment completes, those of all sequences at once."""

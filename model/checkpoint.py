@@ -5,7 +5,6 @@ run/step-00000100/*.distcp, .metadata   weights and optimizer, each rank's shard
                   meta.json             step, recipe, size and checksum of every other file
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,9 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from hsa_tl.files import write_atomic
+from hsa_tl.files import sha256_of, write_atomic
 
 RNG, META = "rng.pt", "meta.json"
 
@@ -45,11 +44,7 @@ def _wait() -> None:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _quietly(function, *args, **kwargs):
@@ -109,34 +104,17 @@ def latest(run: Path) -> Checkpoint | None:
     return None
 
 
-def load_weights(found: Checkpoint, model: nn.Module) -> None:
-    """Fills the model's parameters and buffers, sharded or not. ValueError: weights of another model."""
-    weights = get_model_state_dict(model)
-    _check(found, weights)
-    _quietly(dcp.load, {"model": weights}, checkpoint_id=found.path)
-    model.load_state_dict(weights)
-
-
-def load(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills model and optimizer, sharded over any number of ranks. ValueError: weights of another model."""
-    weights, moments = _quietly(get_state_dict, model, optimizer)
-    _check(found, weights)
-    state = {"model": weights, "optimizer": moments}
-    _quietly(dcp.load, state, checkpoint_id=found.path)
-    _quietly(
-        set_state_dict, model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )  # fmt: skip
-
-
-def _check(found: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
-    """Before anything is loaded: the same names and shapes."""
+def load(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Fills parameters and buffers, and an optimizer, sharded over any number of ranks. ValueError: another model's."""
+    optimizers = () if optimizer is None else optimizer
+    weights, moments = _quietly(get_state_dict, model, optimizers)
     stored = dcp.FileSystemReader(found.path).read_metadata().state_dict_metadata
     have = {k.removeprefix("model."): tuple(v.size) for k, v in stored.items() if k.startswith("model.")}
     want = {k: tuple(v.shape) for k, v in weights.items()}
-    differ = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
-    if differ:
-        name = differ[0]
-        raise ValueError(
-            f"{found.path} must hold the weights of this model, got {name} {have.get(name, 'missing')}, "
-            f"expected {want.get(name, 'none')}" + (f", and {len(differ) - 1} more" if differ[1:] else "")
-        )
+    if differ := sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k)):
+        got = f"{differ[0]} {have.get(differ[0], 'missing')}, expected {want.get(differ[0], 'none')}"
+        more = f", and {len(differ) - 1} more" if differ[1:] else ""
+        raise ValueError(f"{found.path} must hold the weights of this model, got {got}{more}")
+    state = {"model": weights} | ({} if optimizer is None else {"optimizer": moments})
+    _quietly(dcp.load, state, checkpoint_id=found.path)
+    _quietly(set_state_dict, model, optimizers, model_state_dict=weights, optim_state_dict=moments)

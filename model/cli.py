@@ -161,12 +161,11 @@ def train(
     with _lost_ranks():
         device = pick_device(device)
         chosen, run = recipe_from(recipe, text, out, steps, length, batch, tokenizer)
-        chosen = chosen if seed is None else dataclasses.replace(chosen, seed=seed)
-        chosen = chosen if start is None else dataclasses.replace(chosen, start=str(start))
+        changes = {"seed": seed, "start": None if start is None else str(start)}
         if attention is not None:
-            model = chosen.model | {"attention": attention}
-            chosen = dataclasses.replace(chosen, name=f"{chosen.name}-{attention}", model=model)
-            run = run.with_name(chosen.name) if out is None else run
+            changes |= {"name": f"{chosen.name}-{attention}", "model": chosen.model | {"attention": attention}}
+            run = run.with_name(changes["name"]) if out is None else run
+        chosen = dataclasses.replace(chosen, **{k: v for k, v in changes.items() if v is not None})
         torch.set_num_threads(threads)
         done: list[training.Step] = []
         with progress_bar(console) as bar:

@@ -7,6 +7,21 @@ FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint")
 VALUE_RESIDUALS = ("none", "resformer", "svformer")
 
 
+def require_ints(values: object, **least: int) -> None:
+    """ValueError: a field of values that is no int, or less than its least."""
+    for name, low in least.items():
+        value = getattr(values, name)
+        if type(value) is not int or value < low:
+            raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+
+
+def require_rules(values: object, *rules: tuple[str, bool, str]) -> None:
+    """ValueError: the first rule (field, whether it holds, what it says) that does not hold."""
+    for name, ok, rule in rules:
+        if not ok:
+            raise ValueError(f"{name} must {rule}, got {getattr(values, name)!r}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Dims and options of a `Model`. `dataclasses.replace` changes them, and every change is validated.
@@ -100,11 +115,12 @@ class ModelConfig:
     selection_overlap: float = 0.9
 
     def __post_init__(self):
-        for field in fields(self):
-            value, low = getattr(self, field.name), 0 if field.name in MAY_BE_ZERO else 1
-            if field.type is int and (type(value) is not int or value < low):
-                raise ValueError(f"{field.name} must be an int of at least {low}, got {value!r}")
-        rules = (
+        if isinstance(self.rope, list):  # JSON and YAML have no tuples
+            object.__setattr__(self, "rope", tuple(self.rope))
+        ints = (f.name for f in fields(self) if f.type is int)
+        require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
+        require_rules(
+            self,
             ("heads", self.heads % self.kv_heads == 0, f"be a multiple of kv_heads = {self.kv_heads}"),
             ("head_dim", self.head_dim % 2 == 0, "be even"),
             ("dim", self.dim % self.encoder_heads == 0, f"be a multiple of encoder_heads = {self.encoder_heads}"),
@@ -117,18 +133,11 @@ class ModelConfig:
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
             ("topk", self.topk == "all" or (type(self.topk) is int and self.topk > 0), 'be a positive int or "all"'),
-            (
-                "retrieval_heads",
-                self.kv_heads % self.retrieval_heads == 0,
-                f"divide kv_heads = {self.kv_heads}",
-            ),
+            ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
             ("selection_overlap", 0 <= self.selection_overlap <= 1, "lie in [0, 1]"),
             ("experts_per_token", not self.experts or self.experts_per_token <= self.experts, "be at most experts"),
         )
-        for name, ok, rule in rules:
-            if not ok:
-                raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
 
     @property
     def lower_layers(self) -> int:

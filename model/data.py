@@ -12,39 +12,40 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
-from hsa_tl.files import TEMPORARY, atomic_files, locked
+from hsa_tl.files import TEMPORARY, atomic_files, locked, sha256_of
 from hsa_tl.model import documents
 from hsa_tl.model.documents import TextFile
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
 BYTE_END = 256  # end of document of the byte-level tokenizer
-BLOCK = 1 << 24
 
 
-class Tokenizer(Protocol):
-    """Text to token ids and back; `encode_all` gives arrays. `end` is the id that ends a document, None without one."""
+class Tokenizer:
+    """Text to token ids and back. `end` is the id that ends a document, None without one."""
 
     name: str
     vocab_size: int
     end: int | None
 
-    def encode(self, text: str | bytes) -> list[int]: ...
-    def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]: ...
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str: ...
+    def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def encode(self, text: str | bytes) -> list[int]:
+        return self.encode_all([text])[0].tolist()
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        raise NotImplementedError
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token a byte of UTF-8, ids 0 to 255; 256 ends a document."""
 
     name, vocab_size, end = "bytes", 257, BYTE_END
-
-    def encode(self, text: str | bytes) -> list[int]:
-        return list(text.encode() if isinstance(text, str) else text)
 
     def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         data = (t.encode() if isinstance(t, str) else t for t in texts)
@@ -55,7 +56,7 @@ class ByteTokenizer:
         return tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
 
-class FileTokenizer:
+class FileTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, read by the `tokenizers` library; without special tokens around a text.
 
     end: the id of the first of <|endoftext|>, </s>, <eos> that it has. ImportError: no `tokenizers`. ValueError: not
@@ -74,15 +75,11 @@ class FileTokenizer:
             raise ValueError(f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {error}") from None
         self.name = f"{Path(path).name} {hashlib.sha256(data).hexdigest()}"
         self.vocab_size = self.inner.get_vocab_size()
-        ends = [self.inner.token_to_id(t) for t in ("<|endoftext|>", "</s>", "<eos>")]
-        if (end := next((i for i in ends if i is not None), None)) is None:
+        ends = (self.inner.token_to_id(t) for t in ("<|endoftext|>", "</s>", "<eos>"))
+        self.end = next((i for i in ends if i is not None), None)
+        if self.end is None:
             raise ValueError(f"tokenizer must have <|endoftext|>, </s> or <eos>, got {path}")
-        self.end = end
         self.dtype = token_dtype(self.vocab_size)
-
-    def encode(self, text: str | bytes) -> list[int]:
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         texts = [t.decode(errors="replace") if isinstance(t, bytes) else t for t in texts]
@@ -138,14 +135,8 @@ class TokenFile:
 
     def verify(self) -> None:
         """Reads the whole file. ValueError if its checksum is not the sidecar's."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != self.sidecar.sha256:
-            raise ValueError(
-                f"{self.path} must have sha256 {self.sidecar.sha256}, got {digest.hexdigest()}: prepare it again"
-            )
+        if (got := sha256_of(self.path)) != self.sidecar.sha256:
+            raise ValueError(f"{self.path} must have sha256 {self.sidecar.sha256}, got {got}: prepare it again")
 
 
 def sidecar_path(path: Path) -> Path:
@@ -175,12 +166,11 @@ class _Writer:
         self.digest.update(raw)
         self.tokens, self.documents = self.tokens + len(data), self.documents + 1
 
-    def sidecar(self, name: str) -> bytes:
-        """Its text. ValueError: there was no document."""
+    def sidecar(self, name: str, of: str = "") -> bytes:
+        """Its text. ValueError: there was no document; of: what there were."""
         if not self.documents:
-            raise ValueError(f"{name} must have at least one document, got none")
-        t = self.tokenizer
-        digest = self.digest.hexdigest()
+            raise ValueError(f"{name} must have at least one document, got none{of}")
+        t, digest = self.tokenizer, self.digest.hexdigest()
         sidecar = Sidecar(self.tokens, self.documents, self.dtype.name, t.vocab_size, t.name, t.end, digest)
         return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
 
@@ -198,12 +188,8 @@ def write_tokens(path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer)
 def is_output(path: Path) -> bool:
     """Whether `write_tokens` wrote the file, or is writing it."""
     tokens = path.with_suffix("") if path.suffix == ".json" else path
-    if path.name.startswith(TEMPORARY):
-        return True
-    if not (tokens.is_file() and sidecar_path(tokens).is_file()):
-        return False
     try:
-        return bool(read_sidecar(tokens))
+        return path.name.startswith(TEMPORARY) or (tokens.is_file() and bool(read_sidecar(tokens)))
     except (OSError, ValueError):
         return False
 
@@ -226,26 +212,13 @@ def _one_file(file: TextFile, held_out: float) -> Iterator[tuple[str, bytes]]:
             yield SPLITS[middle > size * (1 - held_out) or done == size], part
 
 
-def _split(files: list[TextFile], held_out: float, field: str, alone: bool) -> Iterator[tuple[int, str, bytes]]:
-    """(files read, split, text) of every document."""
-    for i, file in enumerate(files):
-        if alone and file.path.suffix.lower() not in documents.ROWS:
-            found = _one_file(file, held_out)
-        else:
-            found = ((split_of(name, held_out), text) for name, text in documents.documents(file, field))
-        for split, text in found:
-            yield i + 1, split, text
-
-
 def prepare(
     sources: list[Path] | None, out: Path, tokenizer: Tokenizer | None = None, *, held_out: float = 0.1,
     field: str = "text", progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TokenFile]:  # fmt: skip
     """Writes out/train.bin and out/held_out.bin with their sidecars: no document is in both.
 
-    A file of text in a folder is in one of them whole, of one file alone the end is held out, and rows of JSON lines
-    and Parquet are split one by one. Binary files are left out. The four files change together, or none does where the
-    call fails.
+    What is split how says `hsa-tl prepare`; binary files are left out. The four files change together, or none does.
     sources: folders and files, by default Python's standard library. held_out: share of the files in (0, 1). field: of
     the rows. progress: called with files read and their total. ValueError: no text, or none for one of the splits; a
     row without the field. ImportError: Parquet without pyarrow.
@@ -260,16 +233,18 @@ def prepare(
     # Two calls at once would each replace what the other has just moved.
     with locked(out), atomic_files(*paths, *map(sidecar_path, paths)) as opened:
         writers = {split: _Writer(file, tokenizer) for split, file in zip(SPLITS, opened[:2], strict=True)}
-        for done, split, text in _split(files, held_out, field, alone):
-            writers[split].add(text)
-            progress(done, len(files))
+        for done, file in enumerate(files, 1):
+            if alone and file.path.suffix.lower() not in documents.ROWS:
+                found = _one_file(file, held_out)
+            else:
+                found = ((split_of(name, held_out), text) for name, text in documents.documents(file, field))
+            for split, text in found:
+                writers[split].add(text)
+                progress(done, len(files))
+        where = ", ".join(map(str, sources)) if sources else "the standard library"
+        of = f" of the {sum(w.documents for w in writers.values())} in {where}: take another held_out"
         for (split, writer), sidecar in zip(writers.items(), opened[2:], strict=True):
-            try:
-                sidecar.write(writer.sidecar(split))
-            except ValueError as error:
-                where = ", ".join(map(str, sources)) if sources else "the standard library"
-                total = sum(w.documents for w in writers.values())
-                raise ValueError(f"{error} of the {total} in {where}: take another held_out") from None
+            sidecar.write(writer.sidecar(split, of))
     return {split: TokenFile(path) for split, path in zip(SPLITS, paths, strict=True)}
 
 

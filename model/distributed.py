@@ -1,16 +1,132 @@
-"""The ranks of a training run that torchrun started: data times context parallelism, parameters sharded by FSDP2."""
+"""Training on the ranks that torchrun started: data times context parallelism, parameters sharded by FSDP2.
+
+Context parallelism spreads the tokens of a sequence over ranks, the chunk memory with them. Rank r of W holds tokens
+[r T / W, (r + 1) T / W), a whole number of chunks. A sliding window takes the keys that it lacks from the ranks before.
+Chunks stay where they are: every rank serves the pairs of its own chunks for all tokens, and since HSA's output is a
+sum over chunks, the partial outputs are reduce-scattered to the tokens' ranks. Landmarks are few and are gathered, so
+retrieval is exact.
+
+Every rank runs the same collectives in the same order, forward and backward, whatever it needs of them.
+"""
 
 import os
 import warnings
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 
-from hsa_tl.model.context_parallel import ContextParallel
-from hsa_tl.model.model import Model
+from hsa_tl import hsa_attention, retrieve_chunks
+from hsa_tl.model.hsa import ChunkMemory, chunk_scores
+from hsa_tl.model.model import Model, ModelOutput
+
+IGNORE = -100
+
+
+def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """x [B, t, ...] of every rank, one after the other: [B, W t, ...]. Gradients add up at their rank."""
+    return DTensor.from_local(x, mesh, [Shard(1)], run_check=False).full_tensor(grad_placements=[Partial()])
+
+
+def scatter_sum(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The rank's part [B, t, ...] of the sum of all ranks' x [B, W t, ...]."""
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
+
+
+class Neighbours:
+    """A KeyCache: the keys before a rank's tokens that a window of `window` tokens reaches (None: all) come from the
+    ranks before it."""
+
+    def __init__(self, mesh: DeviceMesh, window: int | None):
+        self.mesh, self.window = mesh, window
+
+    def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        T, rank = k_BTHD.shape[1], self.mesh.get_local_rank()
+        tail = T if self.window is None else min(T, self.window - 1)
+        before = rank * tail if self.window is None else min(rank * tail, self.window - 1)
+        both = torch.stack([k_BTHD, v_BTHD], 2)
+        past = gather(both[:, T - tail :], self.mesh)[:, rank * tail - before : rank * tail]
+        k, v = torch.cat([past, both], 1).unbind(2)
+        return k, v, None
+
+
+class ShardedMemory:
+    """A Memory over the chunks of all ranks; see hsa_tl.model.hsa. `own`: this rank's."""
+
+    def __init__(self, own: ChunkMemory, mesh: DeviceMesh):
+        self.own, self.mesh = own, mesh
+        self.landmarks = gather(own.landmarks, mesh)  # [B, N, R, E]
+        self.first = mesh.get_local_rank() * own.landmarks.shape[1]
+
+    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
+        return retrieve_chunks(
+            q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, exclude_window=exclude_window,
+            impl=impl,
+        )  # fmt: skip
+
+    def scores(self, q_slc, start: int, *, exclude_window: int = 0):
+        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, exclude_window)
+
+    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
+        everyone = gather(indices, self.mesh) - self.first
+        mine = torch.where((everyone >= 0) & (everyone < self.own.landmarks.shape[1]), everyone, -1).int()
+        out = hsa_attention(
+            gather(q, self.mesh), self.own.k, self.own.v, gather(weights, self.mesh), mine,
+            chunk_size=self.own.chunk_size, impl=impl, config={"overlap": overlap},
+        )  # fmt: skip
+        return scatter_sum(out.float(), self.mesh).to(q.dtype)  # W 16-bit sums would lose what one process keeps
+
+
+class ContextParallel(nn.Module):
+    """`model`, with the tokens of each sequence spread over the ranks of `mesh`; parameters are the same everywhere.
+
+    forward: input_ids, labels [B, T], the same on every rank, T a multiple of ranks * chunk_size -> ModelOutput with
+    this rank's logits [B, T / W, V] and a loss. The mean of the ranks' losses is the model's loss, and the mean of
+    their gradients its gradient: what FSDP2 and DistributedDataParallel compute. logits_to_keep=0: no logits.
+    ValueError: another T. NotImplementedError: NSA, or impl "dense", whose memory is no sum over chunks here.
+    """
+
+    def __init__(self, model: Model, mesh: DeviceMesh | None = None):
+        super().__init__()
+        self.model = model
+        self.mesh = mesh or init_device_mesh(model.embedding.weight.device.type, (dist.get_world_size(),))
+
+    def part(self, T: int) -> slice:
+        """The tokens of this rank."""
+        ranks, S = self.mesh.size(), self.model.config.chunk_size
+        if T % (ranks * S):
+            raise ValueError(f"input_ids must have a multiple of {ranks} ranks * {S} tokens, got {T}")
+        start = T // ranks * self.mesh.get_local_rank()
+        return slice(start, start + T // ranks)
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, logits_to_keep: int | None = None
+    ) -> ModelOutput:
+        model, part = self.model, self.part(input_ids.shape[1])
+        if model.config.attention == "nsa" or model.config.impl == "dense":
+            raise NotImplementedError(
+                'context parallelism needs attention "hsa", "swa" or "full", and not impl="dense"'
+            )
+        past = None
+        if model.conv is not None and part.start:
+            past = model.embedding(input_ids[:, part.start - model.config.conv + 1 : part.start])
+        x_BTC = model.embed(input_ids[:, part], past)
+        caches = [Neighbours(self.mesh, layer.attention.window) for layer in model.layers]
+        lower = model.config.lower_layers
+        h_BTC, first_v_BTHD = model.lower(x_BTC, part.start, caches[:lower])
+        own = model.encode(h_BTC, part.start)
+        memory = None if own is None else ShardedMemory(own, self.mesh)
+        h_BTC = model.upper(h_BTC, memory, first_v_BTHD, part.start, caches[lower:])
+        logits = None if logits_to_keep == 0 else model.head(h_BTC)
+        if labels is None:
+            return ModelOutput(logits)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        ranks, total = self.mesh.size(), (targets != IGNORE).sum()
+        return ModelOutput(logits, model.loss_sum(h_BTC, targets[:, part]) * ranks / total)
 
 
 class Ranks:
@@ -37,7 +153,7 @@ class Ranks:
 
     def shard(self, model: Model) -> nn.Module:
         """What to call instead of the model, whose parameters become shards: see ContextParallel for its loss."""
-        module = ContextParallel(model, self.mesh.get_group("context")) if self.context > 1 else model
+        module = ContextParallel(model, self.mesh["context"]) if self.context > 1 else model
         if self.world > 1:
             # A warning for those who write into a layer's output, at every call of every layer.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
@@ -46,6 +162,11 @@ class Ranks:
                 fully_shard(part, mesh=everyone)
             fully_shard(module, mesh=everyone)
         return module
+
+    @property
+    def alone(self) -> bool:
+        """Whether the CPU's workers may share its work."""
+        return self.device == "cpu" and self.world == 1
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the data ranks."""

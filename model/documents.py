@@ -36,8 +36,7 @@ def text_files(sources: list[Path] | None, skip: Callable[[Path], bool]) -> list
             raise ValueError(f"a source of text must be a folder or a file, got {source}")
         if source.is_file() and skip(source):
             raise ValueError(f"a source of text must be text, got {source}, which hsa-tl prepare wrote")
-        found = [TextFile(source.name, source)] if source.is_file() else sorted(_walk(source))
-        for file in found:
+        for file in [TextFile(source.name, source)] if source.is_file() else sorted(_walk(source)):
             if not skip(file.path):
                 files.setdefault(os.path.realpath(file.path), file)
     return list(files.values())

@@ -78,127 +78,115 @@ def penalize(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty: float) -> 
     return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
-class Stops:
-    """Which sequences have had one of the stop strings, by the text of their new tokens."""
-
-    def __init__(self, stop: Sequence[str], tokenizer, batch_size: int):
-        self.stop, self.tokenizer = stop, tokenizer
-        # A token may be as little as a byte; some special ones have no text.
-        self.last = 8 + max((len(s.encode()) for s in stop), default=0)
-        self.new: list[list[int]] = [[] for _ in range(batch_size)]
-
-    def had(self, token_B: torch.Tensor) -> list[bool]:
-        """After one more token each."""
-        if not self.stop:
-            return [False] * len(self.new)
-        for row, token in zip(self.new, token_B.tolist(), strict=True):
-            row.append(token)
-            del row[: -self.last]
-        texts = [self.tokenizer.decode(row) for row in self.new]
-        return [any(s in text for s in self.stop) for text in texts]
-
-
-def stream(
-    model, input_ids: Prompts, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int | None = None, **options,
-) -> Iterator[torch.Tensor]:  # fmt: skip
-    """Yields the next token of every prompt, int64 [B], as soon as it is known; see `generate`.
-
-    A prompt that has ended gets eos_token from then on; the stream ends when all have.
-    """
-    steps = _checked(model, input_ids, max_new_tokens, temperature, top_p, seed, **options)
-    return (token for token, _ in steps)
-
-
-def _checked(
+def _steps(
     model, input_ids, max_new_tokens, temperature, top_p, seed, *, top_k: int = 0, repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (), eos_token: int | None = None, segment: int = SEGMENT, cache: Cache | None = None,
-):  # fmt: skip
-    """_stream, with the arguments checked at once."""
+) -> Iterator[tuple[torch.Tensor, list[bool]]]:  # fmt: skip
+    """Checks all at once; then tokens [B], and of which prompts they are: those that have not ended before."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    V, tokenizer = model.config.vocab_size, model.tokenizer
     for name, value, ok, rule in (
         ("max_new_tokens", max_new_tokens, type(max_new_tokens) is int and max_new_tokens >= 0, "be an int from 0 on"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "be finite and at least 0"),
         ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1"),
         ("top_k", top_k, type(top_k) is int and top_k >= 0, "be an int from 0 on, 0 for any number"),
         ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "be finite and above 0"),
-        (
-            "eos_token",
-            eos_token,
-            eos_token is None or 0 <= eos_token < model.config.vocab_size,
-            f"be a token, 0 to {model.config.vocab_size - 1}",
-        ),
+        ("eos_token", eos_token, eos_token is None or 0 <= eos_token < V, f"be a token, 0 to {V - 1}"),
         ("stop", stop, all(isinstance(s, str) and s for s in stop), "be strings of at least one character"),
-        ("stop", stop, not stop or model.tokenizer is not None, "go to a model with a tokenizer (model.tokenizer)"),
+        ("stop", stop, not stop or tokenizer is not None, "go to a model with a tokenizer (model.tokenizer)"),
     ):
         require(ok, name, rule, repr(value))
     for name, value, none in (("top_p", top_p, 1), ("top_k", top_k, 0), ("seed", seed, None)):
         if temperature == 0 and value != none:
             warnings.warn(f"{name} is ignored at temperature 0, got {value}", stacklevel=3)
-    tokenizer = model.tokenizer
-    end = eos_token if eos_token is not None else getattr(tokenizer, "end", None) or 0
     rows = _rows(model, input_ids, cache)
+    filler = eos_token if eos_token is not None else getattr(tokenizer, "end", None) or 0
+    new: list[list[int]] = [[] for _ in rows]  # the last tokens of each, whose text may hold a stop string:
+    most = 8 + max((len(s.encode()) for s in stop), default=0)  # one may be a byte, and some have no text
 
-    def choose(logits, seen, generator):
-        if repetition_penalty != 1:
-            logits = penalize(logits, seen, repetition_penalty)
-        return sample(logits, temperature, top_p, generator, top_k)
+    def ended(tokens: torch.Tensor) -> list[bool]:
+        for row, token in zip(new, tokens.tolist(), strict=True):
+            row.append(token)
+            del row[:-most]
+        texts = [tokenizer.decode(row) if stop else "" for row in new]
+        return [row[-1] == eos_token or any(s in x for s in stop) for row, x in zip(new, texts, strict=True)]
 
-    ended = None if eos_token is None and not stop else Stops(stop, tokenizer, len(rows))
-    return _stream(model, rows, max_new_tokens, choose, seed, eos_token, end, ended, segment, cache)
+    def steps(cache):
+        device = rows[0].device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        alive, unread, token = [True] * len(rows), [None] * len(rows), None
+        seen = torch.zeros(len(rows), V, dtype=torch.bool, device=device)
+        for mine, row in zip(seen, rows, strict=True):
+            mine[row] = True
+        for _ in range(max_new_tokens):
+            if token is None:
+                logits, cache = prefill(model, rows, cache, segment)
+            else:  # what has ended is read no further
+                lengths = None if all(alive) else [int(x) for x in alive]
+                logits = model(token[:, None], cache=cache, lengths=lengths, logits_to_keep=1).logits[:, -1]
+            if repetition_penalty != 1:
+                logits = penalize(logits, seen, repetition_penalty)
+            token = sample(logits, temperature, top_p, generator, top_k)
+            if not all(alive):
+                token = token.masked_fill(~torch.tensor(alive, device=device), filler)
+            seen.scatter_(1, token[:, None], True)
+            unread = [x if on else old for x, old, on in zip(token.split(1), unread, alive, strict=True)]
+            cache.unread, now = unread, alive
+            if eos_token is not None or stop:
+                alive = [on and not over for on, over in zip(alive, ended(token), strict=True)]
+            yield token, now
+            if not any(alive):
+                return
+
+    return steps(cache)
 
 
-def _stream(model, rows, max_new_tokens, choose, seed, eos_token, end, stops: Stops | None, segment, cache):
-    """Yields tokens [B], and of which prompts they are: those that have not ended before."""
-    B, device = len(rows), rows[0].device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    alive, unread = [True] * B, [None] * B
-    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-    for mine, row in zip(seen, rows, strict=True):
-        mine[row] = True
-    for i in range(max_new_tokens):
-        if i == 0:
-            logits, cache = prefill(model, rows, cache, segment)
-        else:  # what has ended is read no further
-            lengths = None if all(alive) else [int(x) for x in alive]
-            logits = model(token[:, None], cache=cache, lengths=lengths, logits_to_keep=1).logits[:, -1]  # noqa: F821
-        token = choose(logits, seen, generator)
-        if stops is not None and not all(alive):
-            token = token.masked_fill(~torch.tensor(alive, device=device), end)
-        seen.scatter_(1, token[:, None], True)
-        unread = [x if on else old for x, old, on in zip(token.split(1), unread, alive, strict=True)]
-        cache.unread = unread
-        now = list(alive)
-        if stops is not None:
-            over = zip(alive, stops.had(token), token.tolist(), strict=True)
-            alive = [on and not had and x != eos_token for on, had, x in over]
-        yield token, now
-        if not any(alive):
-            return
+class Generation:
+    """How a model writes on: the methods of `hsa_tl.model.Model` for it."""
 
+    tokenizer = None  # what hsa_tl.model.load puts there
 
-def generate(
-    model, input_ids: Prompts, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int | None = None, **options,
-) -> torch.Tensor | list[torch.Tensor]:  # fmt: skip
-    """Prompts and what follows: [B, T + new] for a tensor [B, T], a list of 1-D tensors for a list of prompts.
+    def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
+        """Prompts and what follows them.
 
-    max_new_tokens: fewer follow when every prompt has ended; one that ended earlier is filled up with eos_token (or the
-    tokenizer's end) in a tensor, and ends there in a list. temperature: 0 for the likeliest token. top_p: draw from the
-    likeliest tokens that together reach this probability. seed: the same tokens every time; None: from torch's global
-    generator. options:
+        Args:
+            input_ids (Tensor [B, T], or list of prompts): tokens; prompts of a list may differ in length.
+            max_new_tokens (int): fewer follow when every prompt has ended. One that ended earlier is filled up with
+                eos_token (or the tokenizer's end) in a tensor, and ends there in a list.
+            temperature (float): 0 takes the likeliest token. Default: 0.
+            top_p (float): draw from the likeliest tokens that together reach this probability. Default: 1.
+            seed (int): gives the same tokens every time. Default: None, torch's global generator.
+            more: top_k (int): draw from so many of the likeliest at most. repetition_penalty (float): divides the
+                logits of tokens of these prompts and of what follows. eos_token (int): ends a prompt. stop (str or
+                list of str): one in the new text ends a prompt; needs `tokenizer`. segment (int): tokens that the
+                prefill reads at once, 4096. cache: what the prompts continue; it goes on where this call ends, its
+                last token included.
 
-    top_k: draw from so many of the likeliest at most; 0: any number. repetition_penalty: divides the logits of tokens
-    of these prompts and of what follows. eos_token: ends a prompt. stop: a string or several; one in the new text ends
-    a prompt. segment: tokens that prefill reads at once, 4096. cache: what the prompts continue; it goes on where this
-    call ends, its last token included.
+        Returns:
+            Tensor [B, T + new] for a tensor, a list of 1-D tensors for a list.
 
-    ValueError: an empty prompt or an argument out of range. UserWarning: an argument that has no effect.
-    """
-    rows = _rows(model, input_ids, options.get("cache"))
-    steps = list(_checked(model, rows, max_new_tokens, temperature, top_p, seed, **options))
-    new = torch.stack([token for token, _ in steps], 1) if steps else rows[0].new_empty(len(rows), 0)
-    if isinstance(input_ids, torch.Tensor):
-        return torch.cat([torch.stack(rows), new], 1)
-    ends = [sum(now[b] for _, now in steps) for b in range(len(rows))]
-    return [torch.cat([row, x[:end]]) for row, x, end in zip(rows, new, ends, strict=True)]
+        Raises:
+            ValueError: an empty prompt, or an argument out of range. UserWarning: one that has no effect.
+        """
+        rows = _rows(self, input_ids, more.get("cache"))
+        steps = list(_steps(self, rows, max_new_tokens, temperature, top_p, seed, **more))
+        new = torch.stack([token for token, _ in steps], 1) if steps else rows[0].new_empty(len(rows), 0)
+        if isinstance(input_ids, torch.Tensor):
+            return torch.cat([torch.stack(rows), new], 1)
+        ends = [sum(now[b] for _, now in steps) for b in range(len(rows))]
+        return [torch.cat([row, x[:end]]) for row, x, end in zip(rows, new, ends, strict=True)]
+
+    def stream(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
+        """`generate`, one token of every prompt at a time.
+
+        Args:
+            input_ids, max_new_tokens, temperature, top_p, seed, more: as for `generate`.
+
+        Returns:
+            Iterator of tensors [B] int64, each as soon as it is known; it ends when all prompts have.
+
+        Raises:
+            ValueError: an empty prompt, or an argument out of range.
+        """
+        steps = _steps(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
+        return (token for token, _ in steps)

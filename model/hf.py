@@ -19,8 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import SEGMENT, prefill
-from hsa_tl.model.hf_batch import Rows, arrange, read_mask, read_positions
-from hsa_tl.model.hf_cache import CACHE_NAME, CACHE_NAMES, HSACache, one_cache
+from hsa_tl.model.hf_inputs import CACHE_NAME, CACHE_NAMES, HSACache, Rows, one_cache, read_rows
 from hsa_tl.model.model import Model
 from hsa_tl.validation import require_integers
 
@@ -63,27 +62,24 @@ class HSAConfig(PretrainedConfig):
 
     def _set_model(self, chosen: dict) -> None:
         try:
-            config = ModelConfig(**chosen | {"rope": tuple(chosen.get("rope", ModelConfig.rope))})  # JSON has no tuples
+            self.model = asdict(ModelConfig(**chosen))
         except TypeError as error:
             raise ValueError(f"model must hold fields of ModelConfig: {error}") from None
-        self.model = asdict(config) | {"rope": list(config.rope)}
 
     @property
     def model_config(self) -> ModelConfig:
-        return ModelConfig(**self.model | {"rope": tuple(self.model["rope"])})
+        return ModelConfig(**self.model)
 
     def to_dict(self) -> dict:
         """Also under transformers' names, for what reads the dict or config.json."""
         return super().to_dict() | {name: self.model[FIELDS[name]] for name in (*ALIASES, "vocab_size", "head_dim")}
 
 
-def _field(field: str) -> property:
-    return property(lambda self: self.model[field], lambda self, value: self._set_model(self.model | {field: value}))
-
-
 FIELDS = ALIASES | {field.name: field.name for field in fields(ModelConfig)}
-for _name in FIELDS:
-    setattr(HSAConfig, _name, _field(FIELDS[_name]))
+for _name, _field in FIELDS.items():
+    _get = lambda self, field=_field: self.model[field]  # noqa: E731
+    _set = lambda self, value, field=_field: self._set_model(self.model | {field: value})  # noqa: E731
+    setattr(HSAConfig, _name, property(_get, _set))
 
 
 class HSAForCausalLM(PreTrainedModel, GenerationMixin):
@@ -223,15 +219,18 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError, TypeError: what this model cannot do, by name.
         """
-        inputs, config = self._inputs(input_ids, inputs_embeds), self.config
+        config = self.config
         if output_attentions or (output_attentions is None and config.output_attentions):
             raise ValueError("output_attentions must not be True: HSA never holds attention weights, got True")
-        if labels is not None:
-            if labels.shape != inputs.shape[:2]:
-                raise ValueError(f"labels must have shape {list(inputs.shape[:2])}, got shape {list(labels.shape)}")
-            labels = require_integers("labels", labels, 0, config.vocab_size, ignored=-100)
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids or inputs_embeds must be given, one of them, got {got}")
+        if input_ids is None:
+            inputs, labels = self.model.validated(inputs_embeds, labels, "inputs_embeds", 3)
+        else:
+            inputs, labels = self.model.validated(input_ids, labels)
         given = one_cache(past_key_values, cache)
-        rows = self._rows(inputs, attention_mask, position_ids, given)
+        rows = read_rows(inputs, attention_mask, position_ids, given)
         cache, through = self._choose_cache(given, use_cache, inputs, rows)
         if through and self.training and labels is not None and torch.is_grad_enabled():
             raise ValueError("past_key_values must be empty in training: what runs through them has no gradient")
@@ -244,51 +243,16 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             )  # fmt: skip
         if cache is not None:
             if not through:
-                lengths = [inputs.shape[1]] * len(inputs) if rows is None else rows.lengths
-                cache.unread = (inputs if rows is None else rows.take(inputs)).detach(), lengths
+                cache.unread = rows.take(inputs).detach(), rows.lengths
             cache.columns += inputs.shape[1]
         out = CausalLMOutputWithPast(loss, logits, cache, states)
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
-    def _inputs(self, input_ids, inputs_embeds) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"input_ids or inputs_embeds must be given, one of them, got {got}")
-        if input_ids is None:
-            x, C = inputs_embeds, self.config.hidden_size
-            if x.ndim != 3 or x.shape[2] != C or not x.is_floating_point() or not x.numel():
-                raise ValueError(f"inputs_embeds must be floats [B, T, {C}], got {x.dtype} of shape {list(x.shape)}")
-            return x
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must have shape [B, T], got shape {list(input_ids.shape)}")
-        return require_integers("input_ids", input_ids, 0, self.config.vocab_size)
-
-    def _rows(self, inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows | None:
-        """None where every sequence is T tokens of one document."""
-        if attention_mask is None and position_ids is None:
-            return None
-        B, T = inputs.shape[:2]
-        past, columns = ([0] * B, 0) if cache is None else (cache.lengths(B), cache.columns)
-        real_BT, starts_BT = torch.ones(B, T, dtype=torch.bool, device=inputs.device), None
-        if attention_mask is not None:
-            real_BT, starts_BT = read_mask(attention_mask, B, T, past, columns)
-        if position_ids is not None:
-            counted_BT = read_positions(position_ids, real_BT, past)
-            if starts_BT is not None and not torch.equal(starts_BT[:, 1:], (counted_BT & real_BT)[:, 1:]):
-                raise ValueError("position_ids must start again where attention_mask begins a document, got others")
-            starts_BT = counted_BT
-        if bool(real_BT.all()) and (starts_BT is None or not bool(starts_BT[:, 1:].any())):
-            return None
-        return arrange(real_BT, starts_BT)
-
-    def _choose_cache(self, given: HSACache | None, use_cache: bool | None, inputs, rows: Rows | None):
-        """The cache to return, and whether the tokens run through it now or when it is used.
-
-        A cache has no gradient, so that where gradients are wanted the tokens are read a second time.
-        """
+    def _choose_cache(self, given: HSACache | None, use_cache: bool | None, inputs, rows: Rows):
+        """The cache to return, and whether the tokens run through it now; if gradients are wanted, when it is used."""
         wanted = getattr(self.config, "use_cache", None) if use_cache is None else use_cache
         asked = given is not None or bool(wanted)
-        if rows is not None and len(rows.lengths) > len(inputs):
+        if len(rows.lengths) > len(inputs):
             if given is not None or use_cache:
                 raise ValueError(
                     "use_cache must be False where position_ids or attention_mask pack documents, got a cache"
@@ -298,46 +262,34 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             given = HSACache(inputs.shape[1])
         return given, asked and (given.columns > 0 or not torch.is_grad_enabled())
 
-    def _run(self, inputs, rows: Rows | None, cache: HSACache | None, labels, num_items, with_states, logits_to_keep):
+    def _run(self, inputs, rows: Rows, cache: HSACache | None, labels, num_items, with_states, logits_to_keep):
         """loss, logits and hidden states. cache: what the tokens run through."""
         (B, T), model = inputs.shape[:2], self.model
         columns, last = kept_columns(logits_to_keep, T)
-        x = inputs if rows is None else rows.take(inputs)
-        lengths = [T] * B if rows is None else rows.lengths
-        keep = None
-        if last and labels is None and not with_states and (rows is None or cache is not None):
+        x, keep = rows.take(inputs), None
+        if last and labels is None and not with_states and (rows.columns_RL is None or cache is not None):
             keep = min(last, x.shape[1])
         state = None if cache is None else cache.read(model, B)
-        if state is not None and T > SEGMENT and keep == 1 and x.ndim == 2 and min(lengths):
-            prompts = [row[:n] for row, n in zip(x, lengths, strict=True)]
+        if state is not None and T > SEGMENT and keep == 1 and x.ndim == 2 and min(rows.lengths):
+            prompts = [row[:n] for row, n in zip(x, rows.lengths, strict=True)]
             return None, prefill(model, prompts, state)[0][:, None], None
         states = [] if with_states else None
-        h_RLC = model.hidden(x, state, keep, None if state is None else lengths, states)
-        if rows is None:
-            h_BTC = h_RLC if keep else h_RLC[:, columns]
-        elif keep:  # each row's own last tokens; the last columns show no others
-            first = torch.tensor(lengths, device=x.device)[:, None] - keep
-            h_BTC = rows._replace(place_BT=(rows.place_BT - first).clamp(0, keep - 1)).put(h_RLC, columns)
-        else:
-            h_BTC = rows.put(h_RLC, columns)
-        logits, loss = model.head(h_BTC), None
+        h_RLC = model.hidden(x, state, keep, None if state is None else rows.lengths, states)
+        logits, loss = model.head(rows.put(h_RLC, columns, keep)), None
         if labels is not None:
-            loss = self._loss(labels, num_items, rows, h_RLC, logits if columns == slice(None) else None)
+            target_RL = F.pad(rows.take(labels, -100)[:, 1:], (0, 1), value=-100)
+            if columns == slice(None):
+                target = rows.put(target_RL)
+                target = target if rows.real_BT is None else target.masked_fill(~rows.real_BT, -100)
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+            else:
+                loss = model.loss_sum(h_RLC, target_RL)
+            items = (target_RL != -100).sum() if num_items is None else num_items
+            loss = loss / torch.as_tensor(items, device=loss.device).reshape(())
         if states is not None:
             states[-1] = model.norm(states[-1])
-            states = tuple(states if rows is None else map(rows.put, states))
+            states = tuple(map(rows.put, states))
         return loss, logits, states
-
-    def _loss(self, labels, num_items, rows: Rows | None, h_RLC, logits_BTV) -> torch.Tensor:
-        target_RL = F.pad((labels if rows is None else rows.take_tokens(labels, -100))[:, 1:], (0, 1), value=-100)
-        if logits_BTV is None:
-            total = self.model.loss_sum(h_RLC, target_RL)
-        else:
-            target_BT = target_RL if rows is None else rows.put(target_RL).masked_fill(~rows.real_BT, -100)
-            total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum")
-        if num_items is None:
-            num_items = (target_RL != -100).sum()
-        return total / torch.as_tensor(num_items, device=total.device).reshape(())
 
 
 def kept_columns(logits_to_keep: int | torch.Tensor, T: int) -> tuple[slice | torch.Tensor, int]:

@@ -21,15 +21,31 @@ from hsa_tl.validation import require, require_common, require_int, require_shap
 class Memory(Protocol):
     """What an HSA layer reads: a ChunkMemory in training, a PagedMemory in inference."""
 
-    @property
-    def longest(self) -> int:
-        """Chunks of the longest sequence."""
-
-    def retrieve(self, q_slc, start, topk: int, *, exclude_window: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def retrieve(
+        self, q_slc, start, topk: int, *, exclude_window: int = 0, impl: str = "auto"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """scores, indices [B, T, R, topk]; start: position of the first query, int or int32 [B]."""
+
+    def scores(self, q_slc, start, *, exclude_window: int = 0) -> torch.Tensor:
+        """[B, T, R, N] of every chunk, -inf where a token does not see it: what top-k "all" has instead."""
 
     def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         """out [B, T, A, D]; overlap: of neighbouring tokens' selections, by which programs are chosen."""
+
+
+def visible(position: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
+    """bool [.., chunks]: which chunks the tokens at these positions see, as `hsa_tl.retrieve_chunks` has it."""
+    first, position = torch.arange(chunks, device=position.device) * chunk_size, position[..., None]
+    return (first + chunk_size <= position) & (first <= position - exclude_window)
+
+
+def chunk_scores(q_slc, landmarks, start, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
+    """`Memory.scores` of these landmarks [B, N, R, E]; no autocast."""
+    dtype = torch.promote_types(q_slc.dtype, torch.float32)
+    with torch.autocast(q_slc.device.type, enabled=False):
+        scores = torch.einsum("btre,bnre->btrn", q_slc.to(dtype), landmarks.to(dtype)).mul_(q_slc.shape[-1] ** -0.5)
+    seen = visible(positions(start, q_slc), landmarks.shape[1], chunk_size, exclude_window)
+    return scores.masked_fill_(~seen[..., None, :], -torch.inf)
 
 
 class ChunkMemory(NamedTuple):
@@ -46,14 +62,10 @@ class ChunkMemory(NamedTuple):
     landmarks: torch.Tensor  # [B, N, R, E]
 
     @property
-    def longest(self) -> int:
-        return self.landmarks.shape[1]
-
-    @property
     def chunk_size(self) -> int:
         return self.k.shape[1] // self.landmarks.shape[1]
 
-    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0):
+    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
         """`hsa_tl.retrieve_chunks` over the landmarks.
 
         Args:
@@ -61,24 +73,18 @@ class ChunkMemory(NamedTuple):
             start (int): position of the first query.
             topk (int): K.
             exclude_window (int): default: 0.
+            impl (str): default: "auto".
 
         Returns:
             scores [B, T, R, K] float32 and indices [B, T, R, K] int32.
         """
         return retrieve_chunks(
-            q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, exclude_window=exclude_window
-        )
+            q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, exclude_window=exclude_window,
+            impl=impl,
+        )  # fmt: skip
 
     def scores(self, q_slc: torch.Tensor, start: int, *, exclude_window: int = 0) -> torch.Tensor:
-        """Retrieval scores [B, T, R, N] float32 of every chunk, -inf for those that a token does not see."""
-        N, S = self.landmarks.shape[1], self.chunk_size
-        scores = torch.einsum("btre,bnre->btrn", q_slc.float(), self.landmarks.float()) * q_slc.shape[-1] ** -0.5
-        position = positions(start, q_slc)[:, None]
-        first = torch.arange(N, device=position.device) * S
-        hidden = first + S > position
-        if exclude_window:
-            hidden = hidden | (first > position - exclude_window)
-        return scores.masked_fill(hidden[:, None], -torch.inf)
+        return chunk_scores(q_slc, self.landmarks, start, self.chunk_size, exclude_window)
 
     def attend_all(self, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """out [B, T, A, D] of q [B, T, A, D] and weights [B, T, R or A, N] of every chunk, by matrix products alone.
@@ -222,13 +228,13 @@ class HSALayer(nn.Module):
         kv_heads (int): H.
         head_dim (int): D.
         retrieval_dim (int): D_r.
-        topk (int or "all"): K; "all" takes every chunk there is. Default: 64.
+        topk (int or "all"): K; "all" takes every chunk there is, without a selection. Default: 64.
         exclude_window (int): see `hsa_tl.retrieve_chunks`. Default: 0.
         fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
         retrieval_heads (int): R; each retrieves for its share of the key/value heads. Default: kv_heads.
         rope_theta (float): base of RoPE on the queries. Default: None, no positions.
-        impl (str): of the operators. "dense", for topk="all", takes masked products over every chunk of a ChunkMemory,
-            which is fast for some hundred tokens; another memory is read by the operators. Default: "auto".
+        impl (str): of the operators, retrieval's too. "dense", for topk="all", takes masked products over every chunk
+            of a ChunkMemory, fast for some hundred tokens; operators read another memory. Default: "auto".
         selection_overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
     """
 
@@ -243,6 +249,7 @@ class HSALayer(nn.Module):
         require(heads % kv_heads == 0, "heads", f"be a multiple of kv_heads = {kv_heads}", heads)
         require(kv_heads % (retrieval_heads or 1) == 0, "retrieval_heads", f"divide {kv_heads}", retrieval_heads)
         require_int("exclude_window", exclude_window, 0)
+        require(impl != "dense" or topk == "all", "impl", 'not be "dense" unless topk is "all"', repr(impl))
         require(fusion in FUSIONS, "fusion", f"be one of {', '.join(FUSIONS)}", repr(fusion))
         self.heads, self.kv_heads = heads, kv_heads
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
@@ -268,32 +275,31 @@ class HSALayer(nn.Module):
         return q_BTAD.to(dtype), q_BTRE.to(dtype)
 
     def mix(
-        self,
-        x_BTC: torch.Tensor,
-        memory: Memory,
-        start: int | torch.Tensor = 0,
-        swa_lse_BTA: torch.Tensor | None = None,
+        self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0, lse_BTA: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp swa_lse."""
+        """forward, and the weight [B, T, A] that fusion "joint" leaves to the window of log-sum-exp lse."""
         _require_hidden(x_BTC, self.q.in_features)
         q_BTAD, q_BTRE = self.queries(x_BTC, start)
-        if self.impl == "dense" and isinstance(memory, ChunkMemory):
-            scores_BTRK, indices_BTRK = memory.scores(q_BTRE, start, exclude_window=self.exclude_window), None
+        impl = "auto" if self.impl == "dense" else self.impl
+        if self.topk == "all":
+            scores_BTRK = memory.scores(q_BTRE, start, exclude_window=self.exclude_window)
+            every = torch.arange(scores_BTRK.shape[-1], dtype=torch.int32, device=x_BTC.device)
+            indices_BTRK = torch.where(scores_BTRK == -torch.inf, -1, every)
         else:
-            topk = max(1, memory.longest) if self.topk == "all" else self.topk
-            scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, topk, exclude_window=self.exclude_window)
+            scores_BTRK, indices_BTRK = memory.retrieve(
+                q_BTRE, start, self.topk, exclude_window=self.exclude_window, impl=impl
+            )
         window_BTA = None
         if self.fusion == "joint":
-            weights, window_BTA = fusion_weights(scores_BTRK, "joint", swa_lse_BTA)  # [B, T, A, K]
+            weights, window_BTA = fusion_weights(scores_BTRK, "joint", lse_BTA)  # [B, T, A, K]
         else:
             weights = fusion_weights(scores_BTRK, self.fusion)
-        if indices_BTRK is None:
+        if self.impl == "dense" and isinstance(memory, ChunkMemory):
             return self.out(memory.attend_all(q_BTAD, weights).flatten(2)), window_BTA
         share = self.kv_heads // self.retrieval_heads
         if share > 1:
             indices_BTRK = indices_BTRK.repeat_interleave(share, 2)
             weights = weights if self.fusion == "joint" else weights.repeat_interleave(share, 2)
-        impl = "auto" if self.impl == "dense" else self.impl
         out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=impl, overlap=self.selection_overlap)
         return self.out(out_BTAD.flatten(2)), window_BTA
 

@@ -10,59 +10,17 @@ reaches are encoded again. Both give what the whole model gives.
 Shape suffixes: as in hsa_tl.model.hsa.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from hsa_tl import hsa_decode, retrieve_decode
+from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.model import Model
 
 SEGMENT = 1 << 14  # tokens at once
 ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is quadratic
-
-
-class FlatMemory:
-    """The chunks of one sequence in place: keys and values [N, S, H, D], landmarks [1, N, R, E]; what HSALayer reads.
-
-    folder: keeps them in files mapped there, not on the heap.
-    """
-
-    def __init__(self, model: Model, chunks: int, folder: Path | None = None):
-        c = model.config
-        p = next(model.parameters())
-        self.chunk_size = c.chunk_size
-
-        def make(name: str, *shape: int) -> torch.Tensor:
-            if folder is None:
-                return torch.empty(shape, dtype=p.dtype, device=p.device)
-            folder.mkdir(parents=True, exist_ok=True)
-            size = int(np.prod(shape))
-            return torch.from_file(str(folder / name), shared=True, size=max(1, size), dtype=p.dtype)[:size].view(shape)
-
-        self.k, self.v = (make(x, chunks, c.chunk_size, c.kv_heads, c.head_dim) for x in ("keys", "values"))
-        self.landmarks = make("landmarks", 1, chunks, c.retrieval_heads, c.retrieval_dim)
-        self.table = torch.arange(chunks, dtype=torch.int32, device=p.device)[None]
-
-    @property
-    def longest(self) -> int:
-        return self.landmarks.shape[1]
-
-    def write(self, first: int, chunks: int, part) -> None:
-        """Chunks [first, first + chunks) of a ChunkMemory part that begins with them."""
-        S = self.chunk_size
-        for to, x in ((self.k, part.k), (self.v, part.v)):
-            to[first : first + chunks] = x[0, : chunks * S].unflatten(0, (chunks, S))
-        self.landmarks[:, first : first + chunks] = part.landmarks[:, :chunks]
-
-    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0):
-        lengths = torch.tensor([start], dtype=torch.int32, device=q_slc.device)
-        return retrieve_decode(
-            q_slc, self.landmarks, lengths, topk, chunk_size=self.chunk_size, exclude_window=exclude_window
-        )
-
-    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
-        return hsa_decode(q, self.k, self.v, weights, indices, self.table, impl=impl)
 
 
 class LongReader:
@@ -85,7 +43,7 @@ class LongReader:
         self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
         self.upper_reach = sum(x.reach for x in upper)
         self.tokens = np.empty(0, np.uint16)
-        self.memory: FlatMemory | None = None
+        self.memory: PagedMemory | None = None
 
     @torch.no_grad()
     def read(self, tokens: np.ndarray, keep: int) -> torch.Tensor:
@@ -117,7 +75,10 @@ class LongReader:
         """Brings the memory to these tokens: all chunks the first time, then those that a changed token reaches."""
         S, N = self.model.config.chunk_size, len(tokens) // self.model.config.chunk_size
         if len(tokens) != len(self.tokens):
-            self.memory, stale = FlatMemory(self.model, N, self.folder), np.ones(N, bool)
+            c, p = self.model.config, next(self.model.parameters())
+            spec = MemorySpec.of(c, 1, p.dtype)
+            self.memory = PagedMemory(spec, device=p.device, capacity=max(1, N), directory=self.folder)
+            stale = np.ones(N, bool)
         else:
             changed = np.flatnonzero(tokens != self.tokens)
             # +1 where a changed token's reach begins, -1 behind it; counted in chunks.
@@ -132,5 +93,8 @@ class LongReader:
             for a in range(first, last, step):
                 b = min(last, a + step)
                 h_BTC, _ = self._lower(tokens, a * S, b * S)
-                self.memory.write(a, b - a, self.model.encode(h_BTC, a * S))
+                part = self.model.encode(h_BTC, a * S)
+                store = self.memory.append if a == self.memory.longest else partial(self.memory.replace, start=a)
+                n = b - a  # what is more of the encoder's is not whole
+                store(0, k=part.k[0, : n * S], v=part.v[0, : n * S], landmarks=part.landmarks[0, :n])
         self.tokens = np.array(tokens)

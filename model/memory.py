@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hsa_tl import hsa_decode, landmark_bounds, retrieve_chunks, retrieve_decode
+from hsa_tl import hsa_decode, landmark_bounds, retrieve_decode
 from hsa_tl.model import memory_file
+from hsa_tl.model.hsa import chunk_scores
 from hsa_tl.model.memory_file import MemorySpec
-from hsa_tl.model.page_cache import PageCache
-from hsa_tl.model.slabs import PageCounts, mapped, merge, write_pages, write_rows
+from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, pieces, placed, write
 
 BLOCK = 64  # landmarks that share a bound
 
@@ -41,8 +41,8 @@ class PagedMemory:
         cache_pages (int): of that cache. Default: 1024.
         two_level (bool): keep bounds of landmarks and let `retrieve` skip blocks, see `hsa_tl.retrieve_decode`.
             Default: False.
-        directory (str or Path): keep keys and values in memory-mapped files there, which go with the memory; on a GPU
-            with offload only. Default: None.
+        directory (str or Path): keep keys and values, and landmarks on a CPU, in memory-mapped files there, which go
+            with the memory; on a GPU with offload only. Default: None.
 
     Raises:
         ValueError: a size that is not a positive int, or a directory on a GPU without offload.
@@ -57,29 +57,21 @@ class PagedMemory:
         for name, value in (("capacity", capacity), ("pages", pages), ("cache_pages", cache_pages)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        self.spec, self.device, self.two_level = spec, torch.device(device), two_level
-        self.options = {  # of another memory like this one
-            "device": device, "capacity": capacity, "pages": pages, "offload": offload, "cache_pages": cache_pages,
-            "two_level": two_level, "directory": directory,
-        }  # fmt: skip
-        if directory is not None and self.device.type != "cpu" and not offload:
-            raise ValueError(f"directory must come with offload=True on {self.device}, got {directory}")
+        if directory is not None and torch.device(device).type != "cpu" and not offload:
+            raise ValueError(f"directory must come with offload=True on {device}, got {directory}")
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self.first_pages, self.first_chunks = pages, -(-capacity // BLOCK) * BLOCK
+        self.spec, self.device, self.two_level, self.directory = spec, torch.device(device), two_level, directory
         self.cache = PageCache(spec.page, cache_pages, spec.dtype, self.device) if offload else None
-        self.k_slabs: list[torch.Tensor] = []  # [pages, S, H, D]
-        self.v_slabs: list[torch.Tensor] = []
-        self.landmark_slabs: list[torch.Tensor] = []  # [B, chunks, R, E], one after the other along the sequences
-        self.bound_slabs: list[torch.Tensor] = []  # [B, chunks / BLOCK, 2, R, E]
+        self.k_slabs: Slabs = []  # [pages, S, H, D]
+        self.v_slabs: Slabs = []
+        self.landmark_slabs: Slabs = []  # [B, chunks, R, E], one after the other along the sequences
+        self.bound_slabs: Slabs = []  # [B, chunks / BLOCK, 2, R, E]
         self.held = [0] * spec.batch  # chunks
         self.counts = PageCounts()
-        self.host_table = torch.full((spec.batch, self.first_chunks), -1, dtype=torch.int32)
-        self.page_table = self.host_table.to(self.device, copy=True)
+        self.host_table = torch.empty(spec.batch, 0, dtype=torch.int32)  # on the device: page_table
         self.chunks = torch.zeros(spec.batch, dtype=torch.int32, device=self.device)
-        self._add_pages()
-        self._add_landmarks()
+        self.reserve(pages, capacity)
 
     @property
     def nbytes(self) -> int:
@@ -96,31 +88,31 @@ class PagedMemory:
         """Chunks of the longest sequence."""
         return max(self.held)
 
-    def _add_pages(self) -> None:
-        n = max(self.first_pages, sum(map(len, self.k_slabs)))
-        shape, dtype = (n, *self.spec.page), self.spec.dtype
-        where = {"device": self.device}
-        if self.cache is not None:
-            where = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        if self.directory is not None:
-            k, v = (mapped(self.directory, shape, dtype) for _ in range(2))
-        else:
-            k, v = (torch.empty(shape, dtype=dtype, **where) for _ in range(2))
-        self.k_slabs.append(k)
-        self.v_slabs.append(v)
+    def reserve(self, pages: int, chunks: int) -> None:
+        """Makes room for so many pages, and for so many chunks of each sequence."""
+        B, dtype = self.spec.batch, self.spec.dtype
 
-    def _add_landmarks(self) -> None:
-        n, B = max(self.first_chunks, sum(x.shape[1] for x in self.landmark_slabs)), self.spec.batch
-        make = {"dtype": self.spec.dtype, "device": self.device}
-        self.landmark_slabs.append(torch.empty(B, n, *self.spec.landmark, **make))
-        if self.two_level:
-            bounds = torch.empty(B, n // BLOCK, 2, *self.spec.landmark, **make)
-            bounds[:, :, 0], bounds[:, :, 1] = torch.inf, -torch.inf
-            self.bound_slabs.append(bounds)
-        missing = sum(x.shape[1] for x in self.landmark_slabs) - self.host_table.shape[1]
-        if missing > 0:
-            self.host_table = F.pad(self.host_table, (0, missing), value=-1)
+        def new(*shape: int, device: torch.device = self.device) -> torch.Tensor:
+            if self.directory is not None and device.type == "cpu":
+                return mapped(self.directory, shape, dtype)
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=device != self.device)
+
+        while (room := sum(map(len, self.k_slabs))) < pages:
+            for slabs in (self.k_slabs, self.v_slabs):
+                home = self.device if self.cache is None else torch.device("cpu")
+                slabs.append(new(room or pages, *self.spec.page, device=home))
+        while (room := self.host_table.shape[1]) < chunks:
+            blocks = -(-(room or chunks) // BLOCK)
+            self.landmark_slabs.append(new(B, blocks * BLOCK, *self.spec.landmark))
+            if self.two_level:
+                self.bound_slabs.append(new(B, blocks, 2, *self.spec.landmark))
+                self._clear_bounds(self.bound_slabs[-1:])
+            self.host_table = F.pad(self.host_table, (0, blocks * BLOCK), value=-1)
             self.page_table = self.host_table.to(self.device, copy=True)
+
+    def _clear_bounds(self, views: Slabs) -> None:
+        for x in views:
+            x[..., 0, :, :], x[..., 1, :, :] = torch.inf, -torch.inf
 
     def append(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
         """Adds whole chunks to a sequence; nothing is stored if an argument is wrong.
@@ -134,33 +126,64 @@ class PagedMemory:
         Raises:
             ValueError: a sequence that is not there; shapes or dtypes that disagree.
         """
+        self._check_chunks(sequence, k, v, landmarks)
+        pages, start = self.counts.take(len(landmarks)), self.held[sequence]
+        self.reserve(len(self.counts.references), start + len(pages))
+        self.hold(sequence, start, torch.tensor(pages, dtype=torch.int32))
+        self._store(sequence, start, k, v, landmarks)
+
+    def replace(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor, start: int) -> None:
+        """Puts other chunks in the place of those from `start` on.
+
+        Args:
+            sequence, k, v, landmarks: as for `append`.
+            start (int): the first of them.
+
+        Raises:
+            ValueError: as in `append`; a chunk that the sequence does not hold, or that another one shares.
+        """
+        self._check_chunks(sequence, k, v, landmarks)
+        pages = self.host_table[sequence, start : start + len(landmarks)].tolist()
+        shared = any(self.counts.references[page] > 1 for page in pages)
+        if shared or not 0 <= start <= self.held[sequence] - len(landmarks):
+            raise ValueError(f"start must be of chunks that the sequence holds, and alone, got {start}")
+        if self.cache is not None:
+            self.cache.forget(pages)
+        self._store(sequence, start, k, v, landmarks)
+
+    def _check_chunks(self, sequence, k, v, landmarks) -> None:
         self._check_sequence("sequence", sequence)
-        S, H, D = self.spec.page
-        C = landmarks.shape[0]
-        for name, x, shape in (("landmarks", landmarks, (C, *self.spec.landmark)), ("k", k, None), ("v", v, None)):
-            allowed = [shape] if shape else [(C, S, H, D), (C * S, H, D)]
-            if tuple(x.shape) not in allowed:
-                raise ValueError(f"{name} must have shape {list(allowed[0])}, got shape {list(x.shape)}")
+        (S, H, D), C = self.spec.page, len(landmarks)
+        of_keys = [(C, S, H, D), (C * S, H, D)]
+        marks = [(C, *self.spec.landmark)]
+        for name, x, shapes in (("landmarks", landmarks, marks), ("k", k, of_keys), ("v", v, of_keys)):
+            if tuple(x.shape) not in shapes:
+                raise ValueError(f"{name} must have shape {list(shapes[0])}, got shape {list(x.shape)}")
             if x.dtype != self.spec.dtype:
                 raise ValueError(f"{name} must have dtype {self.spec.dtype}, got {x.dtype}")
-        pages, start = self.counts.take(C), self.held[sequence]
-        while sum(map(len, self.k_slabs)) < len(self.counts.references):
-            self._add_pages()
-        while sum(x.shape[1] for x in self.landmark_slabs) < start + C:
-            self._add_landmarks()
+
+    def _store(self, sequence: int, start: int, k, v, landmarks) -> None:
+        pages = self.host_table[sequence, start : start + len(landmarks)].tolist()
         for slabs, x in ((self.k_slabs, k), (self.v_slabs, v)):
-            write_pages(slabs, pages, x.detach().reshape(C, S, H, D))
-        rows = [x[sequence] for x in self.landmark_slabs]
-        write_rows(rows, start, landmarks.detach())
+            write(slabs, pages, x.detach().reshape(-1, *self.spec.page))
+        landmarks = landmarks.detach()
+        write(self._rows(sequence), range(start, start + len(pages)), landmarks)
         if self.two_level:
-            self._widen(sequence, start, landmarks.detach().to(self.device))
-        self._hold(sequence, start, torch.tensor(pages, dtype=torch.int32))
+            self.widen(sequence, start, landmarks.to(self.device))
+
+    def _rows(self, sequence: int) -> Slabs:
+        return [x[sequence] for x in self.landmark_slabs]
+
+    def landmarks(self, sequence: int) -> torch.Tensor:
+        """[chunks, R, E] of one sequence; copied where they lie in several slabs."""
+        views = [x for x in pieces(self._rows(sequence), 0, self.held[sequence]) if len(x)]
+        return views[0] if len(views) == 1 else torch.cat(views or self._rows(sequence)[:1])[: self.held[sequence]]
 
     def _check_sequence(self, name: str, sequence: int) -> None:
         if type(sequence) is not int or not 0 <= sequence < self.spec.batch:
             raise ValueError(f"{name} must be an int in [0, {self.spec.batch}), got {sequence!r}")
 
-    def _hold(self, sequence: int, start: int, pages: torch.Tensor) -> None:
+    def hold(self, sequence: int, start: int, pages: torch.Tensor) -> None:
         """From chunk `start` on, the sequence holds these pages and no more."""
         self.held[sequence] = end = start + len(pages)
         self.host_table[sequence, start:] = -1
@@ -185,11 +208,9 @@ class PagedMemory:
         freed = self.counts.release(self.host_table[sequence, chunks:held].tolist())
         if self.cache is not None:
             self.cache.forget(freed)
-        self._hold(sequence, chunks, torch.empty(0, dtype=torch.int32))
-        first = -(-chunks // BLOCK)  # block without a landmark; the bounds of one that keeps some stay wide
-        for bounds in self.bound_slabs:
-            bounds[sequence, max(0, first) :, 0], bounds[sequence, max(0, first) :, 1] = torch.inf, -torch.inf
-            first -= bounds.shape[1]
+        self.hold(sequence, chunks, torch.empty(0, dtype=torch.int32))
+        # From the first block without a landmark on; the bounds of one that keeps some stay wide.
+        self._clear_bounds(pieces([x[sequence] for x in self.bound_slabs], -(-chunks // BLOCK), 1 << 60))
 
     def free(self, sequence: int) -> None:
         """Takes all of a sequence's chunks away, so that another one can take its place.
@@ -217,71 +238,56 @@ class PagedMemory:
         self.counts.share(pages.tolist())
         for x in (*self.landmark_slabs, *self.bound_slabs):
             x[target] = x[source]
-        self._hold(target, 0, pages)
+        self.hold(target, 0, pages)
 
-    def _widen(self, sequence: int, start: int, landmarks: torch.Tensor) -> None:
+    def widen(self, sequence: int, start: int, landmarks: torch.Tensor) -> None:
+        """Lets the bounds hold the landmarks [C, R, E] of chunks from `start` on."""
         first = start // BLOCK * BLOCK
         padded = torch.cat([landmarks[:1].expand(start - first, -1, -1), landmarks])  # to the start of its block
-        low, high = landmark_bounds(padded[None])[0].unbind(1)
-        at = first // BLOCK
-        for bounds in self.bound_slabs:
-            n = bounds.shape[1]
-            a, b = max(0, at), min(n, at + len(low))
-            if a < b:
-                mine = bounds[sequence, a:b]
-                mine[:, 0] = torch.minimum(mine[:, 0], low[a - at : b - at])
-                mine[:, 1] = torch.maximum(mine[:, 1], high[a - at : b - at])
-            at -= n
+        new = landmark_bounds(padded[None])[0]
+        views = pieces([x[sequence] for x in self.bound_slabs], first // BLOCK, first // BLOCK + len(new))
+        for mine, other in zip(views, new.split(list(map(len, views))), strict=True):
+            mine[:, 0] = torch.minimum(mine[:, 0], other[:, 0])
+            mine[:, 1] = torch.maximum(mine[:, 1], other[:, 1])
 
     def retrieve(
-        self, q_slc: torch.Tensor, lengths: torch.Tensor, topk: int, *, exclude_window: int = 0,
-        scale: float | None = None,
+        self, q_slc: torch.Tensor, lengths: torch.Tensor | int, topk: int, *, exclude_window: int = 0,
+        scale: float | None = None, impl: str = "auto",
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """`hsa_tl.retrieve_decode` over the landmarks.
 
         Args:
             q_slc (Tensor [B, T, R, D_r]): retrieval queries.
-            lengths (Tensor [B], int32): tokens of each sequence before these.
-            topk, exclude_window, scale: as there.
+            lengths (Tensor [B] int32, or int): tokens of each sequence before these.
+            topk, exclude_window, scale, impl: as there.
 
         Returns:
             scores [B, T, R, K] and indices [B, T, R, K] int32.
         """
-        S, start, parts = self.spec.chunk_size, 0, []
-        for i, landmarks in enumerate(self.landmark_slabs):
+        lengths, parts = self._lengths(lengths), []
+        for i, (first, landmarks) in enumerate(placed(self.landmark_slabs, 1)):
             # Positions count from the slab's first token; visibility only knows differences.
-            scores, indices = retrieve_decode(
-                q_slc, landmarks, lengths - start * S, topk, chunk_size=S, exclude_window=exclude_window, scale=scale,
-                chunks=(self.chunks - start).clamp(0, landmarks.shape[1]).int(),
+            found = retrieve_decode(
+                q_slc, landmarks, lengths - first * self.spec.chunk_size, topk, chunk_size=self.spec.chunk_size,
+                exclude_window=exclude_window, scale=scale, impl=impl,
+                chunks=(self.chunks - first).clamp(0, landmarks.shape[1]).int(),
                 bounds=self.bound_slabs[i] if self.two_level else None,
             )  # fmt: skip
-            parts.append((scores, torch.where(indices >= 0, indices + start, -1)))
-            start += landmarks.shape[1]
+            parts.append((first, found))
         return merge(parts, topk)
 
-    def retrieve_segment(
-        self, sequence: int, q_slc: torch.Tensor, start: int, topk: int, *, exclude_window: int = 0,
-        scale: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """scores, indices [T, R, topk] for many tokens q_slc [T, R, E] of one sequence from position start on.
+    def scores(self, q_slc: torch.Tensor, lengths: torch.Tensor | int, *, exclude_window: int = 0) -> torch.Tensor:
+        """[B, T, R, longest] of every chunk, see hsa_tl.model.hsa.Memory; one where no sequence holds any."""
+        S, lengths, most = self.spec.chunk_size, self._lengths(lengths), max(1, self.longest)
+        scores = torch.cat([
+            chunk_scores(q_slc, landmarks[:, : most - first], lengths - first * S, S, exclude_window)
+            for first, landmarks in placed(self.landmark_slabs, 1) if first < most
+        ], -1)  # fmt: skip
+        missing = torch.arange(most, device=scores.device) >= self.chunks[:, None]
+        return scores.masked_fill_(missing[:, None, None], -torch.inf)
 
-        The selection of hsa_tl.retrieve_chunks over the sequence's landmarks, in its bounded memory.
-        """
-        S, held, first, parts = self.spec.chunk_size, self.held[sequence], 0, []
-        for landmarks in self.landmark_slabs:
-            marks = landmarks[sequence, : max(0, held - first)]
-            skip = min(len(q_slc), max(0, first * S - start))  # tokens before the slab see none of it
-            found = retrieve_chunks(
-                q_slc[None, skip:], marks[None], topk, chunk_size=S, q_start=max(0, start - first * S),
-                exclude_window=exclude_window, scale=scale,
-            )  # fmt: skip
-            scores, indices = (F.pad(x[0], (0, 0, 0, 0, skip, 0), value=-1) for x in found)
-            scores[:skip] = -torch.inf
-            parts.append((scores, torch.where(indices >= 0, indices + first, -1)))
-            first += landmarks.shape[1]
-            if first >= held:
-                break
-        return merge(parts, topk)
+    def _lengths(self, lengths: torch.Tensor | int) -> torch.Tensor:
+        return torch.full_like(self.chunks, lengths) if isinstance(lengths, int) else lengths
 
     def attend(
         self, q: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None,
@@ -299,18 +305,35 @@ class PagedMemory:
         Returns:
             Tensor [B, T, HQ, D].
         """
-        if self.cache is not None:
-            return self._attend_offloaded(q, weights, indices, scale, impl)
-        if len(self.k_slabs) == 1:
-            k, v = self.k_slabs[0], self.v_slabs[0]
-            return hsa_decode(q, k, v, weights, indices, self.page_table, scale=scale, impl=impl)
-        page, out, first = self.pages_of(indices), 0, 0
-        for k, v in zip(self.k_slabs, self.v_slabs, strict=True):
-            elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
-            part = torch.where(elsewhere, -1, indices)
-            out = out + hsa_decode(q, k, v, weights, part, self.page_table - first, scale=scale, impl=impl)
-            first += len(k)
+        out = None
+        for k, v, part, table in self._parts(indices):
+            y = hsa_decode(q, k, v, weights, part, table, scale=scale, impl=impl)
+            out = y if out is None else out + y
         return out
+
+    def _parts(self, indices):
+        """Disjoint parts of a selection: k and v to read, the chunks of the part, and their places in k and v."""
+        page = None if self.cache is None and len(self.k_slabs) == 1 else self.pages_of(indices)
+        if page is None:
+            yield self.k_slabs[0], self.v_slabs[0], indices, self.page_table
+        elif self.cache is None:
+            for (first, k), v in zip(placed(self.k_slabs), self.v_slabs, strict=True):
+                elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
+                yield k, v, torch.where(elsewhere, -1, indices), self.page_table - first
+        else:
+            if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
+                raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
+            named, inverse = page.unique(return_inverse=True)
+            named = named.tolist()
+            empty = int(bool(named) and named[0] < 0)
+            for start in range(empty, max(len(named), empty + 1), self.cache.size):
+                group = named[start : start + self.cache.size]
+                slots = self.cache.fetch(group, self.k_slabs, self.v_slabs) or [0]
+                self.cache.wait()
+                table = torch.tensor(slots, dtype=torch.int32).to(self.device, non_blocking=True)
+                mine = (inverse >= start) & (inverse < start + len(group))
+                part = torch.where(mine, inverse - start, -1).int()
+                yield self.cache.k, self.cache.v, part, table.expand(len(indices), -1)
 
     def pages_of(self, indices: torch.Tensor) -> torch.Tensor:
         """[B, T, H, K]: the page of each slot, -1 for an empty one."""
@@ -322,11 +345,10 @@ class PagedMemory:
         """k, v [M, S, H, D] of pages [M], on the device."""
         out = []
         for slabs in (self.k_slabs, self.v_slabs):
-            at, first, x = pages.to(slabs[0].device), 0, slabs[0].new_empty(len(pages), *self.spec.page)
-            for slab in slabs:
+            at, x = pages.to(slabs[0].device), slabs[0].new_empty(len(pages), *self.spec.page)
+            for first, slab in placed(slabs):
                 here = ((at >= first) & (at < first + len(slab))).nonzero()[:, 0]
                 x[here] = slab[at[here] - first]
-                first += len(slab)
             out.append(x.to(self.device))
         return tuple(out)
 
@@ -338,24 +360,6 @@ class PagedMemory:
         if self.cache is not None:
             pages = self.pages_of(indices).unique().tolist()
             self.cache.fetch([p for p in pages if p >= 0][: self.cache.size], self.k_slabs, self.v_slabs)
-
-    def _attend_offloaded(self, q, weights, indices, scale, impl):
-        page = self.pages_of(indices)
-        if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
-            raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
-        named, inverse = page.unique(return_inverse=True)
-        named, out = named.tolist(), None
-        empty = int(bool(named) and named[0] < 0)
-        for start in range(empty, max(len(named), empty + 1), self.cache.size):
-            group = named[start : start + self.cache.size]
-            slots = self.cache.fetch(group, self.k_slabs, self.v_slabs) or [0]
-            self.cache.wait()
-            table = torch.tensor(slots, dtype=torch.int32).to(self.device, non_blocking=True).expand(len(q), -1)
-            mine = (inverse >= start) & (inverse < start + len(group))
-            part = torch.where(mine, inverse - start, -1).int()
-            y = hsa_decode(q, self.cache.k, self.cache.v, weights, part, table, scale=scale, impl=impl)
-            out = y if out is None else out + y
-        return out
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file; `path` then holds all of it or what it held before.
@@ -382,7 +386,8 @@ class PagedMemory:
             OSError: it cannot be read.
         """
         with memory_file.read(Path(path)) as file:
-            found = file.spec()
-            if spec is not None and found != spec:
-                raise ValueError(f"{path} must hold a memory of {spec}, got {found}")
-            return memory_file.restore(file, found, cls, options)
+            found = file.spec(spec)
+            rows = file.pages(found)
+            room = {"capacity": max(options.get("capacity", 256), *map(len, rows)),
+                    "pages": max(options.get("pages") or 1, file.shape("k")[0])}  # fmt: skip
+            return file.fill(cls(found, **options | room), rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hsa_tl.files import atomic_file
-from hsa_tl.model.slabs import PageCounts, first_rows
+from hsa_tl.model.pages import PageCounts, pieces
 
 FORMAT = "hsa_tl.memory.1"
 NAMES = ("chunks", "page_table", "k", "v", "landmarks")
@@ -54,13 +54,17 @@ class MemorySpec:
     def landmark(self) -> tuple[int, int]:
         return self.retrieval_heads, self.retrieval_dim
 
+    @classmethod
+    def of(cls, config, batch: int, dtype: torch.dtype) -> "MemorySpec":
+        """The spec of a ModelConfig."""
+        c = config
+        return cls(batch, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, c.chunk_size, dtype)
+
     def to_json(self) -> str:
-        """The spec as text."""
         return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
 
     @classmethod
     def from_json(cls, text: str) -> "MemorySpec":
-        """The spec of what `to_json` returned."""
         values = json.loads(text)
         return cls(**(values | {"dtype": getattr(torch, values["dtype"])}))
 
@@ -91,7 +95,7 @@ class Reader:
     """Tensors of an open file; every method raises ValueError where the file is not what it must be."""
 
     def __init__(self, path: Path, file, format: str, names: tuple[str, ...]):
-        self.path, self.file = path, file
+        self.path, self.file, self.tensor = path, file, file.get_tensor
         self.metadata, self.names = file.metadata() or {}, set(file.keys())
         if (found := self.metadata.get("format", "no format")) != format:
             kind = "chunk memory" if format == FORMAT else "cache"
@@ -99,30 +103,55 @@ class Reader:
         if not set(names) <= self.names:
             raise ValueError(f"{path} must hold {', '.join(names)}, got {', '.join(sorted(self.names))}")
 
-    def spec(self, parse: Callable[[str], object] = MemorySpec.from_json, name: str = "spec") -> object:
+    def parse(self, name: str, parse: Callable[[str], object]) -> object:
         try:
             return parse(self.metadata[name])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.path} must say the dims of its memory: {error}") from None
 
-    def expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        found = self.file.get_slice(name)
-        if tuple(found.get_shape()) != shape or found.get_dtype() != TYPES[dtype]:
-            rule = f"hold {name} of shape {list(shape)} and type {TYPES[dtype]}"
-            raise ValueError(f"{self.path} must {rule}, got {list(found.get_shape())} {found.get_dtype()}")
+    def spec(self, wanted: MemorySpec | None = None) -> MemorySpec:
+        if (spec := self.parse("spec", MemorySpec.from_json)) != wanted and wanted is not None:
+            raise ValueError(f"{self.path} must hold a memory of {wanted}, got {spec}")
+        return spec
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        self.expect(name, shape, dtype)
-        return self.file.get_tensor(name).clone()
+    def shape(self, name: str) -> list[int]:
+        return self.file.get_slice(name).get_shape()
 
-    def into(self, name: str, out: torch.Tensor) -> None:
-        """The tensor's rows into the first of out's."""
-        rows = self.file.get_slice(name)
-        n = rows.get_shape()[0]
-        start = 0
-        for block in _blocks(out[:n]):
-            block.copy_(rows[start : start + len(block)])
-            start += len(block)
+    def _expect(self, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
+        for name, shape in shapes.items():
+            found, kind = self.shape(name), self.file.get_slice(name).get_dtype()
+            if tuple(found) != shape or kind != TYPES[dtype]:
+                rule = f"hold {name} of shape {list(shape)} and type {TYPES[dtype]}"
+                raise ValueError(f"{self.path} must {rule}, got {found} {kind}")
+
+    def pages(self, spec: MemorySpec) -> list[torch.Tensor]:
+        """The pages of each sequence of a PagedMemory of this spec."""
+        self._expect(torch.int32, chunks=(spec.batch,))
+        held, pages = self.tensor("chunks").tolist(), self.shape("k")[0]
+        self._expect(torch.int32, page_table=(spec.batch, max(held)))
+        rows = [row[:n].clone() for row, n in zip(self.tensor("page_table"), held, strict=True)]
+        whole = all(len(row.unique()) == len(row) and bool(((row >= 0) & (row < pages)).all()) for row in rows)
+        if min(held) < 0 or not whole:
+            raise ValueError(f"{self.path} must give each page to one chunk of a sequence, its page_table does not")
+        page, landmarks = (pages, *spec.page), (max(held), spec.batch, *spec.landmark)
+        self._expect(spec.dtype, k=page, v=page, landmarks=landmarks)
+        return rows
+
+    def fill(self, memory, rows: list[torch.Tensor]):
+        """An empty PagedMemory with what the file holds; rows: what `pages` returned."""
+        memory.counts = PageCounts(torch.bincount(torch.cat(rows), minlength=self.shape("k")[0]).tolist())
+        memory.reserve(len(memory.counts.references), max(map(len, rows)))
+        landmarks = [x.transpose(0, 1) for x in memory.landmark_slabs]
+        for name, slabs in (("k", memory.k_slabs), ("v", memory.v_slabs), ("landmarks", landmarks)):
+            source, start = self.file.get_slice(name), 0
+            for block in (b for piece in pieces(slabs, 0, self.shape(name)[0]) for b in _blocks(piece)):
+                block.copy_(source[start : start + len(block)])
+                start += len(block)
+        for sequence, row in enumerate(rows):
+            memory.hold(sequence, 0, row)
+            if memory.two_level and len(row):
+                memory.widen(sequence, 0, memory.landmarks(sequence))
+        return memory
 
 
 @contextlib.contextmanager
@@ -145,34 +174,8 @@ def contents(memory) -> dict[str, list[torch.Tensor]]:
     return {
         "chunks": [torch.tensor(memory.held, dtype=torch.int32)],
         "page_table": [memory.host_table[:, :longest]],
-        "k": first_rows(memory.k_slabs, pages),
-        "v": first_rows(memory.v_slabs, pages),
+        "k": pieces(memory.k_slabs, 0, pages),
+        "v": pieces(memory.v_slabs, 0, pages),
         # Chunks first: each slab is then a run of the file.
-        "landmarks": first_rows([x.transpose(0, 1) for x in memory.landmark_slabs], longest),
+        "landmarks": pieces([x.transpose(0, 1) for x in memory.landmark_slabs], 0, longest),
     }
-
-
-def restore(file: Reader, spec: MemorySpec, make: Callable, options: dict):
-    """The PagedMemory of a file, made by make(spec, **options) with room for what the file holds."""
-    chunks = file.tensor("chunks", (spec.batch,), torch.int32)
-    longest, pages = int(chunks.max()), file.file.get_slice("k").get_shape()[0]
-    table = file.tensor("page_table", (spec.batch, longest), torch.int32)
-    held = torch.arange(longest) < chunks[:, None]
-    rows = [row[mine] for row, mine in zip(table, held, strict=True)]
-    whole = all(len(row.unique()) == len(row) for row in rows) and bool(((table >= 0) & (table < pages))[held].all())
-    if int(chunks.min()) < 0 or not whole:
-        raise ValueError(f"{file.path} must give each page to one chunk of a sequence, its page_table does not")
-    for name, shape in (("k", (pages, *spec.page)), ("v", (pages, *spec.page))):
-        file.expect(name, shape, spec.dtype)
-    file.expect("landmarks", (longest, spec.batch, *spec.landmark), spec.dtype)
-    capacity, room = max(options.pop("capacity", 256), longest), max(options.pop("pages", None) or 1, pages)
-    memory = make(spec, capacity=capacity, pages=room, **options)
-    file.into("k", memory.k_slabs[0])
-    file.into("v", memory.v_slabs[0])
-    file.into("landmarks", memory.landmark_slabs[0].transpose(0, 1))
-    memory.counts = PageCounts(torch.bincount(table[held], minlength=pages).tolist())
-    for sequence, row in enumerate(rows):
-        memory._hold(sequence, 0, row)
-        if memory.two_level and len(row):
-            memory._widen(sequence, 0, memory.landmark_slabs[0][sequence, : len(row)])
-    return memory

@@ -30,10 +30,7 @@ class SwiGLU(nn.Module):
 
 
 def grouped_product(x_MC: torch.Tensor, weight_ECF: torch.Tensor, load_E: torch.Tensor) -> torch.Tensor:
-    """[M, F]: rows of x times their expert's matrix; the first load[0] rows are expert 0's, and so on.
-
-    In bfloat16 on CUDA one grouped product, without a host synchronisation; elsewhere a product an expert.
-    """
+    """[M, F]: rows of x times their expert's matrix; the first load[0] rows are expert 0's, and so on."""
     if x_MC.is_cuda and x_MC.dtype == torch.bfloat16:
         return torch._grouped_mm(x_MC, weight_ECF, offs=load_E.cumsum(0, dtype=torch.int32))
     parts = x_MC.split(load_E.tolist())

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.cache import Cache
 from hsa_tl.model.config import ModelConfig
-from hsa_tl.model.generate import generate, stream
+from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.nsa import NSALayer
-from hsa_tl.validation import require, require_int, require_integers, require_shape, require_tensor
+from hsa_tl.validation import require, require_float, require_int, require_integers, require_shape, require_tensor
 
 HEAD_ROWS = 4096  # rows of logits that the loss holds at once
 
@@ -73,8 +73,9 @@ class Layer(nn.Module):
         exclude = window if c.exclude_window else 0
         if kind == "nsa":
             self.nsa = NSALayer(
-                *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa")
-            )
+                *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa"),
+                impl="auto" if c.impl == "dense" else c.impl,
+            )  # fmt: skip
         if kind == "hsa":
             self.hsa = HSALayer(
                 *heads, c.retrieval_dim, topk=c.topk, exclude_window=exclude,
@@ -109,7 +110,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), v_BTHD
 
 
-class Model(nn.Module):
+class Model(Generation, nn.Module):
     """The language model of a `ModelConfig`: sliding windows, one chunk memory, HSA layers that read it.
 
     The stages are methods, so that inference can run them on segments: `embed`, `lower`, `encode`, `upper`, `head`.
@@ -125,7 +126,6 @@ class Model(nn.Module):
         torch.Size([1, 40, 320])
     """
 
-    tokenizer = None
     checkpoint = staticmethod(partial(checkpoint, use_reentrant=False))  # of a layer, with activation_checkpointing
 
     def __init__(self, config: ModelConfig):
@@ -271,41 +271,6 @@ class Model(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         return {"device": device, "dtype": dtype, **options}
 
-    def generate(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
-        """Prompts and what follows them, see `hsa_tl.model.generate.generate`.
-
-        Args:
-            input_ids (Tensor [B, T], or list of prompts): tokens; prompts of a list may differ in length.
-            max_new_tokens (int): fewer follow when every prompt has ended.
-            temperature (float): 0 takes the likeliest token. Default: 0.
-            top_p (float): draw from the likeliest tokens that together reach this probability. Default: 1.
-            seed (int): gives the same tokens every time. Default: None, torch's global generator.
-            more: top_k (int), repetition_penalty (float), eos_token (int), stop (str or list of str that end a prompt;
-                needs `tokenizer`), segment (int, tokens that the prefill reads at once) and cache, which the next call
-                continues where this one ended.
-
-        Returns:
-            Tensor [B, T + new] for a tensor, a list of 1-D tensors for a list.
-
-        Raises:
-            ValueError: an empty prompt, or an argument out of range.
-        """
-        return generate(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
-
-    def stream(self, input_ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed=None, **more):
-        """`generate`, one token of every prompt at a time.
-
-        Args:
-            input_ids, max_new_tokens, temperature, top_p, seed, more: as for `generate`.
-
-        Returns:
-            Iterator of tensors [B] int64, each as soon as it is known.
-
-        Raises:
-            ValueError: an empty prompt, or an argument out of range.
-        """
-        return stream(self, input_ids, max_new_tokens, temperature, top_p, seed, **more)
-
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: Cache | None = None,
         logits_to_keep: int | None = None, lengths: torch.Tensor | list[int] | None = None,
@@ -330,7 +295,10 @@ class Model(nn.Module):
             ValueError, TypeError: tokens or labels that are no integers, out of range (checked on a CPU, and wherever
                 HSA_TL_VALIDATE=1) or of another shape; lengths without a cache.
         """
-        input_ids, labels = self._validated(input_ids, labels, cache, logits_to_keep)
+        embedded = isinstance(input_ids, torch.Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3
+        input_ids, labels = self.validated(input_ids, labels, "input_ids", 3 if embedded else 2, cache is None)
+        if logits_to_keep is not None:
+            require_int("logits_to_keep", logits_to_keep, 0)
         if cache is None and lengths is not None:
             raise ValueError(f"lengths must come with a cache, got {lengths}")
         if cache is not None and torch.is_grad_enabled():
@@ -339,7 +307,10 @@ class Model(nn.Module):
         keep = 1 if logits_to_keep == 0 and cache is None else logits_to_keep
         if labels is not None:
             # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
-            keep = _labelled(labels) if logits_to_keep == 0 and not torch.compiler.is_compiling() else None
+            keep = None
+            if logits_to_keep == 0 and not torch.compiler.is_compiling():
+                any_T = (labels[:, 1:] != -100).any(0)
+                keep = len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels.shape[1]
         with_cache = cache is not None and labels is not None
         h_BTC = self.hidden(input_ids, cache, None if with_cache else keep, lengths)
         if labels is not None:
@@ -348,31 +319,27 @@ class Model(nn.Module):
         if logits_to_keep != 0:
             logits = self.head(h_BTC if logits_to_keep is None else h_BTC[:, -logits_to_keep:])
         if labels is not None:
-            loss = self._loss(h_BTC[:, :-1], labels[:, 1:], logits if logits_to_keep is None else None)
+            targets = labels[:, 1:]
+            if logits_to_keep is None:
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+            else:
+                loss = self.loss_sum(h_BTC[:, :-1], targets) / (targets != -100).sum()
         return ModelOutput(logits, loss, cache)
 
-    def _validated(self, input_ids, labels, cache, logits_to_keep):
-        if not isinstance(input_ids, torch.Tensor):
-            raise TypeError(f"input_ids must be a torch.Tensor, got {type(input_ids).__name__}")
-        V, C = self.config.vocab_size, self.config.dim
-        if input_ids.is_floating_point() and input_ids.ndim == 3:
-            require_shape("input_ids", input_ids, ("B", "T", C), "as embeddings")
+    def validated(self, inputs, labels=None, name: str = "input_ids", ndim: int = 2, some: bool = True):
+        """Tokens of ndim 2 or embeddings of 3, and labels; integers as int64. some: of at least one token."""
+        require_tensor(name, inputs, ndim)
+        if ndim == 3:
+            require_float(name, inputs)
+            require_shape(name, inputs, ("B", "T", self.config.dim), "as embeddings")
         else:
-            require_tensor("input_ids", input_ids, 2)
-            input_ids = require_integers("input_ids", input_ids, 0, V)
-        require(cache is not None or input_ids.shape[1] > 0, "input_ids", "hold at least one token", "none")
+            inputs = require_integers(name, inputs, 0, self.config.vocab_size)
+        require(not some or inputs.shape[1] > 0, name, "hold at least one token", "none")
         if labels is not None:
-            require_tensor("labels", labels, 2, input_ids)
-            require_shape("labels", labels, tuple(input_ids.shape[:2]), "like input_ids")
-            labels = require_integers("labels", labels, 0, V, ignored=-100)
-        if logits_to_keep is not None:
-            require_int("logits_to_keep", logits_to_keep, 0)
-        return input_ids, labels
-
-    def _loss(self, h_BTC, targets_BT, logits):
-        if logits is not None:
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
-        return self.loss_sum(h_BTC, targets_BT) / (targets_BT != -100).sum()
+            require_tensor("labels", labels, 2, inputs)
+            require_shape("labels", labels, tuple(inputs.shape[:2]), f"like {name}")
+            labels = require_integers("labels", labels, 0, self.config.vocab_size, ignored=-100)
+        return inputs, labels
 
     def loss_sum(self, h_BTC: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """The sum of cross-entropies (float32 scalar) of hidden states at targets that are not -100."""
@@ -381,13 +348,5 @@ class Model(nn.Module):
             labelled = (targets != -100).nonzero()[:, 0]
             h, targets = h[labelled], targets[labelled]
         blocks = zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        return sum(checkpoint(self._block_loss, x, y, use_reentrant=False) for x, y in blocks)
-
-    def _block_loss(self, h_TC, targets_T):
-        return F.cross_entropy(self.head(h_TC).float(), targets_T, reduction="sum")
-
-
-def _labelled(labels_BT: torch.Tensor) -> int:
-    """How many of the last positions the first label needs, and all after it."""
-    any_T = (labels_BT[:, 1:] != -100).any(0)
-    return len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels_BT.shape[1]
+        loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")  # noqa: E731
+        return sum(checkpoint(loss, x, y, use_reentrant=False) for x, y in blocks)

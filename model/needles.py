@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsa_tl.model.data import Sample, distinct
+from hsa_tl.model.config import require_ints
+from hsa_tl.model.data import Sample, Tokenizer, distinct
 
 VOCAB = 320
 MARK, ASK = 0, 1
@@ -25,20 +26,17 @@ WORDS = np.array(
 IDS = {word: i for i, word in enumerate(WORDS.tolist())}
 
 
-class NeedleTokenizer:
+class NeedleTokenizer(Tokenizer):
     """The vocabulary as words between blanks: MARK, ASK, noise n0 to n125, keys k0 to k95, values v0 to v95."""
 
     name, vocab_size, end = "needles", VOCAB, None
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """ValueError: a word that is none of the vocabulary."""
-        words = (text.decode() if isinstance(text, bytes) else text).split()
-        if unknown := [w for w in words if w not in IDS]:
-            raise ValueError(f"text must be words such as MARK, ASK, n0, k0 and v0, got {unknown[0]!r}")
-        return [IDS[w] for w in words]
-
     def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
-        return [np.array(self.encode(t), np.uint16) for t in texts]
+        """ValueError: a word that is none of the vocabulary."""
+        split = [(t.decode() if isinstance(t, bytes) else t).split() for t in texts]
+        if unknown := [w for words in split for w in words if w not in IDS]:
+            raise ValueError(f"text must be words such as MARK, ASK, n0, k0 and v0, got {unknown[0]!r}")
+        return [np.array([IDS[w] for w in words], np.uint16) for words in split]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return " ".join(WORDS[np.asarray(tokens)])
@@ -60,10 +58,7 @@ class NeedleTask:
     key_symbols: int = KEY_COUNT
 
     def __post_init__(self):
-        for name, least in (("length", 1), ("needles", 0), ("queries", 1), ("key_tokens", 1), ("key_symbols", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1)
         if self.key_symbols > KEY_COUNT:
             raise ValueError(f"key_symbols must be at most {KEY_COUNT}, got {self.key_symbols}")
         if not self.queries <= self.count <= self.most:

@@ -8,12 +8,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hsa_tl import retrieve_chunks
-from hsa_tl.model.attention import KeyCache, positions, rotate
-from hsa_tl.model.mlp import RMSNorm
+from hsa_tl.model.attention import KeyCache, SelfAttention, positions
+from hsa_tl.model.hsa import visible
 
 BLOCK_KEYS = 1 << 22  # elements of gathered keys at once
 
@@ -36,8 +35,8 @@ def attend_selected(
 ) -> torch.Tensor:
     """out [B, T, A, D]: one softmax over the keys of all chunks that a token chose; 0 if it chose none.
 
-    k, v [B, N * chunk_size, H, D]; indices [B, T, H, K] int32, -1 for an empty slot, without duplicates. Works in
-    blocks of tokens, recomputed in the backward pass: memory O(T), not O(T * K * chunk_size).
+    k, v [B, N * chunk_size, H, D]; indices without duplicates. Blocks of tokens are recomputed in the backward pass:
+    memory O(T), not O(T * K * chunk_size).
     """
     B, T, A, D = q_BTAD.shape
     H, N = k_BPHD.shape[2], k_BPHD.shape[1] // chunk_size
@@ -51,27 +50,21 @@ def attend_selected(
     return torch.cat(parts, 1).flatten(2, 3)
 
 
-class NSALayer(nn.Module):
+class NSALayer(SelfAttention):
     """Selection with keys and values of its own: a chunk's landmark is the mean of its keys, and scores only select.
 
     forward: x [B, T, C] -> [B, T, C], to be added to the residual stream. The query heads of a key/value head choose
-    together, by their mean. topk "all": every chunk. rope_theta: None for NoPE. start: position of x's first token.
-    cache: for each sequence one that keeps every key and value; start may then be an int32 [B].
-    keep: outputs of the last so many tokens only.
+    together, by their mean. topk "all": every chunk, without a selection. impl: of retrieval. rope_theta: None for
+    NoPE. start: position of x's first token. cache: for each sequence one that keeps every key and value; start may
+    then be an int32 [B]. keep: outputs of the last so many tokens only.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, *, chunk_size: int = 64, topk: int | str = 64,
-        exclude_window: int = 0, rope_theta: float | None = None,
+        exclude_window: int = 0, rope_theta: float | None = None, impl: str = "auto",
     ):  # fmt: skip
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.chunk_size, self.topk, self.exclude_window = chunk_size, topk, exclude_window
-        self.rope_theta = rope_theta
-        self.norm, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(head_dim), RMSNorm(head_dim)
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k, self.v = (nn.Linear(dim, kv_heads * head_dim, bias=False) for _ in range(2))
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        super().__init__(dim, heads, kv_heads, head_dim, rope_theta=rope_theta)
+        self.chunk_size, self.topk, self.exclude_window, self.impl = chunk_size, topk, exclude_window, impl
 
     def forward(
         self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: list[KeyCache] | None = None,
@@ -81,24 +74,20 @@ class NSALayer(nn.Module):
             starts = [start] * len(cache) if isinstance(start, int) else start.tolist()
             rows = zip(x_BTC.split(1), starts, cache, strict=True)
             return torch.cat([self(x, first, [c], keep) for x, first, c in rows])
-        x = self.norm(x_BTC)
-        skip = 0 if keep is None else x.shape[1] - keep
-        q = self.q_norm(self.q(x[:, skip:]).unflatten(-1, (self.heads, self.head_dim)))
-        k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
-        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        if self.rope_theta is not None:
-            position = positions(start, x)
-            q, k = rotate(q, position[skip:], self.rope_theta), rotate(k, position, self.rope_theta)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v, skip = self.project(x_BTC, start, keep)
         if cache is not None:
             k, v, _ = cache[0].extend(k, v)
         k, v = (F.pad(y, (0, 0, 0, 0, 0, -y.shape[1] % self.chunk_size)) for y in (k, v))
         landmarks = k.unflatten(1, (-1, self.chunk_size)).mean(2)
-        q_slc = q.unflatten(2, (self.kv_heads, -1)).mean(3)
-        topk = landmarks.shape[1] if self.topk == "all" else self.topk
-        with torch.no_grad():
-            _, indices_BTHK = retrieve_chunks(
-                q_slc, landmarks, topk, chunk_size=self.chunk_size, q_start=start + skip,
-                exclude_window=self.exclude_window,
-            )  # fmt: skip
+        options = {"chunk_size": self.chunk_size, "exclude_window": self.exclude_window}
+        if self.topk == "all":
+            seen = visible(positions(start + skip, q), landmarks.shape[1], **options)
+            every = torch.arange(seen.shape[1], dtype=torch.int32, device=q.device)
+            indices_BTHK = torch.where(seen, every, -1)[:, None].expand(len(q), -1, self.kv_heads, -1)
+        else:
+            q_slc = q.unflatten(2, (self.kv_heads, -1)).mean(3)
+            with torch.no_grad():
+                _, indices_BTHK = retrieve_chunks(
+                    q_slc, landmarks, self.topk, q_start=start + skip, impl=self.impl, **options
+                )
         return self.out(attend_selected(q, k, v, indices_BTHK, self.chunk_size).flatten(2))

@@ -70,28 +70,27 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
 
     if isinstance(run_or_name, str) and run_or_name in shipped_names():
         about = shipped(run_or_name)
-        recipe, fill = recipe_of(about.recipe), lambda model: _fill(model, run_or_name, about)
+        model = Model((recipe := recipe_of(about.recipe)).config())
+        model.load_state_dict(_weights(FOLDER / f"{run_or_name}.safetensors", about))
     elif (found := checkpoint.latest(Path(run_or_name))) is not None:
-        recipe, fill = recipe_of(found.recipe), lambda model: checkpoint.load_weights(found, model)
+        model = Model((recipe := recipe_of(found.recipe)).config())
+        checkpoint.load(found, model)
     else:
         names = ", ".join(shipped_names())
         raise ValueError(f"run_or_name must be a folder with a checkpoint or one of {names}, got {str(run_or_name)!r}")
-    model = Model(recipe.config())
-    fill(model)
     model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data)
     return model.to(device).eval()
 
 
-def _fill(model: Model, name: str, about: Shipped) -> None:
+def _weights(path: Path, about: Shipped) -> dict[str, torch.Tensor]:
     try:
         from safetensors.torch import load
     except ImportError:
         raise ImportError("shipped weights need safetensors: pip install 'hsa-tl[model]'") from None
-    path = FOLDER / f"{name}.safetensors"
     data = path.read_bytes()
     if (got := hashlib.sha256(data).hexdigest()) != about.sha256:
         raise ValueError(f"{path} must have the sha256 {about.sha256}, got {got}")
-    model.load_state_dict(load(data))
+    return load(data)
 
 
 def save_weights(run: Path, folder: Path, name: str, **origin) -> list[Path]:

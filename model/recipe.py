@@ -6,13 +6,13 @@
 model/recipes holds the paper's stages, each a file that starts from the checkpoint of the one before.
 """
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import takewhile
 from math import cos, inf, pi
 from pathlib import Path
 from typing import Any
 
-from hsa_tl.model.config import ModelConfig, preset
+from hsa_tl.model.config import ModelConfig, preset, require_ints, require_rules
 
 FOLDER = Path(__file__).parent / "recipes"
 DTYPES = ("float32", "bfloat16")
@@ -31,7 +31,7 @@ class Stage:
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _check_ints(self, steps=1, length=2, batch=1, accumulate=1)
+        require_ints(self, steps=1, length=2, batch=1, accumulate=1)
 
     @property
     def tokens(self) -> int:
@@ -64,8 +64,9 @@ class Recipe:
     start: str | None = None
 
     def __post_init__(self):
-        _check_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
-        rules = (
+        require_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
+        require_rules(
+            self,
             ("stages", bool(self.stages), "name at least one stage"),
             ("seed", self.seed < 1 << 63, "be below 2^63"),
             ("lr", 0 < self.lr < inf, "be positive and finite"),
@@ -76,9 +77,6 @@ class Recipe:
             ("clip", self.clip > 0, "be positive"),
             ("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}"),
         )
-        for name, ok, rule in rules:
-            if not ok:
-                raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
         for stage in self.stages:
             self.config(stage)
 
@@ -97,7 +95,11 @@ class Recipe:
     def config(self, stage: Stage | None = None) -> ModelConfig:
         """The model's configuration in a stage; by default after training: without any stage's changes."""
         changes = self.model | ({} if stage is None else stage.model)
-        return with_changes(preset(self.preset), changes)
+        known = [f.name for f in fields(ModelConfig)]
+        if unknown := set(changes) - set(known):
+            got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
+            raise ValueError(f"model must change fields of ModelConfig, {got}")
+        return replace(preset(self.preset), **changes)
 
     def lr_at(self, step: int) -> float:
         rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -109,22 +111,6 @@ class Recipe:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """config with other fields; lists become tuples. ValueError: a field that it does not have."""
-    known = {f.name for f in fields(ModelConfig)}
-    if unknown := set(changes) - known:
-        got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
-        raise ValueError(f"model must change fields of ModelConfig, {got}")
-    return ModelConfig(**(vars(config) | {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}))
-
-
-def _check_ints(values, **least: int) -> None:
-    for name, low in least.items():
-        value = getattr(values, name)
-        if type(value) is not int or value < low:
-            raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
 
 def _check_fields(kind: type, values: dict[str, Any]) -> None:
@@ -164,8 +150,8 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         _check_fields(Recipe, values)
         for stage in (s for s in values["stages"] if not isinstance(s, Stage)):
             _check_fields(Stage, stage)
-        values["stages"] = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values["stages"])
-        values["betas"] = tuple(values.get("betas", Recipe.betas))
+        stages = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values["stages"])
+        values |= {"stages": stages, "betas": tuple(values.get("betas", Recipe.betas))}
         for name in ("lr", "decay", "final", "weight_decay", "clip"):
             if isinstance(values.get(name), str):  # YAML 1.1 takes 1e-3 for a word
                 values[name] = float(values[name])

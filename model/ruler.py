@@ -104,7 +104,7 @@ def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.
                 kept[i], excess = False, excess - len(needles[i])
             i -= 1
         needles = [x for x, keep in zip(needles, kept, strict=True) if keep]
-    starts = _places(rng, body, np.array([len(x) for x in needles]), "needles")
+    starts = _places(rng, body, needles, "needles")
     if depth is not None and count == 1:
         starts[0] = round(depth * (body - len(needles[0])))
     return _assemble(body, filler, needles, starts, tail, spans)
@@ -127,6 +127,13 @@ def _numbers(rng, count: int, digits: int = 7) -> list[str]:
     return [str(10 ** (digits - 1) + v) for v in distinct(rng, 9 * 10 ** (digits - 1), count).tolist()]
 
 
+def _letters(rng, count: int, length: int) -> list[str]:
+    """Distinct words of so many consonants."""
+    codes = rng.permutation(len(LETTERS) ** length)[:count]
+    digits = codes[:, None] // len(LETTERS) ** np.arange(length) % len(LETTERS)
+    return [bytes(LETTERS[row]).decode() for row in digits]
+
+
 def _sentences(keys: list[str], values: list[str]) -> list[str]:
     return [f"\nThe code of {k} is {v}.\n" for k, v in zip(keys, values, strict=True)]
 
@@ -142,8 +149,9 @@ def _question(tokenizer: Tokenizer, asked: list[tuple[str, str]]) -> tuple[np.nd
     return np.concatenate(parts), np.array(spans)
 
 
-def _places(rng, body: int, sizes: np.ndarray, what: str) -> np.ndarray:
-    """Ascending starts in [0, body) at which pieces of these sizes do not overlap."""
+def _places(rng, body: int, pieces: list[np.ndarray], what: str) -> np.ndarray:
+    """Ascending starts in [0, body) at which the pieces do not overlap."""
+    sizes = np.array([len(x) for x in pieces])
     room = body - int(sizes.sum())
     if room < 0:
         raise ValueError(f"length must leave {int(sizes.sum())} tokens for the {what}, got {max(body, 0)}")
@@ -174,9 +182,7 @@ def _assemble(body: int, filler, pieces: list[np.ndarray], starts: np.ndarray, t
 
 def _variables(length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> Sample:
     """Chains of assignments; asked is who holds the first chain's value, in the order of the text."""
-    codes = rng.permutation(len(LETTERS) ** 3)[: CHAINS * (HOPS + 1)]
-    digits = codes[:, None] // len(LETTERS) ** np.arange(3) % len(LETTERS)
-    names = [bytes(LETTERS[row]).decode() for row in digits]
+    names = _letters(rng, CHAINS * (HOPS + 1), 3)
     values = _numbers(rng, CHAINS, 5)
     chain_of = rng.permutation(np.repeat(np.arange(CHAINS), HOPS + 1))  # of each statement, in the order of the text
     held, statements = [[] for _ in range(CHAINS)], []
@@ -188,16 +194,12 @@ def _variables(length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> Sa
     tail, spans = _question(tokenizer, [(question, " ".join(held[0]))])
     pieces = tokenizer.encode_all(statements)
     body = length - len(tail)
-    return _assemble(
-        body, filler, pieces, _places(rng, body, np.array([len(p) for p in pieces]), "statements"), tail, spans
-    )
+    return _assemble(body, filler, pieces, _places(rng, body, pieces, "statements"), tail, spans)
 
 
 def _frequent(length: int, rng, tokenizer: Tokenizer) -> Sample:
     """A body of made-up words with Zipf frequencies; asked are the most frequent ones, in falling order."""
-    codes = rng.permutation(len(LETTERS) ** 4)[:LEXICON]
-    digits = codes[:, None] // len(LETTERS) ** np.arange(4) % len(LETTERS)
-    words = [bytes(LETTERS[row]).decode().lower() for row in digits]
+    words = [w.lower() for w in _letters(rng, LEXICON, 4)]
     pieces = tokenizer.encode_all([w + " " for w in words])
     question = f"\nQuestion: which {FREQUENT} words are the most frequent? Answer: "
     tail, spans = _question(tokenizer, [(question, " ".join(words[:FREQUENT]))])

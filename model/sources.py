@@ -6,15 +6,16 @@
 labels are input_ids where the loss counts, -100 elsewhere; the model shifts them.
 """
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hsa_tl.model import needles, ruler
-from hsa_tl.model.data import ByteTokenizer, Sample, TokenFile, Tokenizer, make_tokenizer
+from hsa_tl.model.data import ByteTokenizer, TokenFile, Tokenizer, make_tokenizer
 
 IGNORE = -100
 HELD_OUT = 999  # where a recipe's seed makes one for each stage, those of validation
@@ -26,27 +27,27 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [B, T] int64
 
 
-class Source(Protocol):
+class Source:
+    """Samples by their numbers; `row` gives one: its tokens, and the positions that the loss counts, None for all."""
+
     length: int
     vocab_size: int
 
-    def batch(self, index: int, size: int) -> Batch: ...
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        raise NotImplementedError
 
-
-def _stack(rows: list[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
-    """Of (tokens, positions of the targets, None for all)."""
-    tokens = torch.from_numpy(np.stack([t for t, _ in rows]).astype(np.int64))
-    labels = torch.full_like(tokens, IGNORE)
-    for i, (_, at) in enumerate(rows):
-        if at is None:
-            labels[i] = tokens[i]
-        else:
-            at = torch.from_numpy(at)
+    def batch(self, index: int, size: int) -> Batch:
+        """Samples index .. index + size."""
+        rows = [self.row(i) for i in range(index, index + size)]
+        tokens = torch.from_numpy(np.stack([t for t, _ in rows]).astype(np.int64))
+        labels = torch.full_like(tokens, IGNORE)
+        for i, (_, at) in enumerate(rows):
+            at = slice(None) if at is None else torch.from_numpy(at)
             labels[i, at] = tokens[i, at]
-    return Batch(tokens, labels)
+        return Batch(tokens, labels)
 
 
-class TextSource:
+class TextSource(Source):
     """Windows of a token file in random order, each once an epoch; the loss counts every token.
 
     needles: share of the samples whose window becomes the haystack of a RULER task (the paper's 1 %). self_copy: the
@@ -84,7 +85,7 @@ class TextSource:
         start = shift + int(self._epoch[1][i]) * self.window
         return np.asarray(self.file.tokens[start : start + self.window])
 
-    def _row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         tokens = self._tokens(index)
         if self.self_copy:
             return np.concatenate([tokens, tokens]), np.arange(self.window, self.length)
@@ -95,26 +96,18 @@ class TextSource:
         sample = ruler.ruler_sample(name, self.length, self.seed, index, tokenizer=self.tokenizer, haystack=tokens)
         return sample.tokens, None
 
-    def batch(self, index: int, size: int) -> Batch:
-        """Samples index .. index + size."""
-        return _stack([self._row(i) for i in range(index, index + size)])
 
-
-class TaskSource:
+class TaskSource(Source):
     """Samples of tasks in turn by lot; the loss counts the answers only."""
 
     def __init__(self, tasks: list, weights: list[float], length: int, vocab_size: int, seed: int):
         self.tasks, self.length, self.vocab_size, self.seed = tasks, length, vocab_size, seed
         self.share = np.array(weights) / sum(weights)
 
-    def sample(self, index: int) -> Sample:
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.random.default_rng([self.seed, 2, index]).choice(len(self.tasks), p=self.share)
-        return self.tasks[chosen](self.seed, index)
-
-    def batch(self, index: int, size: int) -> Batch:
-        """Samples index .. index + size."""
-        samples = [self.sample(i) for i in range(index, index + size)]
-        return _stack([(s.tokens, s.targets()) for s in samples])
+        sample = self.tasks[chosen](self.seed, index)
+        return sample.tokens, sample.targets()
 
 
 def tokenizer_of(spec: dict[str, Any]) -> Tokenizer:
@@ -122,57 +115,51 @@ def tokenizer_of(spec: dict[str, Any]) -> Tokenizer:
     return needles.NeedleTokenizer() if spec["kind"] == "needles" else make_tokenizer(spec.get("tokenizer"))
 
 
-def _text(spec: dict, length: int, seed: int, **options) -> TextSource:
-    tokenizer = make_tokenizer(spec.pop("tokenizer", None))
-    return TextSource(TokenFile(spec.pop("path")), length, seed, tokenizer=tokenizer, **options, **spec)
+def _text(length: int, seed: int, *, path, tokenizer=None, needles=0.0) -> TextSource:
+    return TextSource(TokenFile(path), length, seed, needles=needles, tokenizer=make_tokenizer(tokenizer))
 
 
-def _needles(spec: dict, length: int, seed: int) -> TaskSource:
+def _self_copy(length: int, seed: int, *, path, tokenizer=None) -> TextSource:
+    return TextSource(TokenFile(path), length, seed, self_copy=True, tokenizer=make_tokenizer(tokenizer))
+
+
+def _needles(length: int, seed: int, *, tasks) -> TaskSource:
     """tasks: of NeedleTask's fields and a weight, 1 by default."""
-    tasks = [dict(t) for t in spec.pop("tasks")]
-    weights = [t.pop("weight", 1.0) for t in tasks]
-    known = [f.name for f in fields(needles.NeedleTask) if f.name != "length"]
+    known = [f.name for f in fields(needles.NeedleTask) if f.name != "length"] + ["weight"]
     for name in (name for t in tasks for name in t if name not in known):
-        raise ValueError(f"a task of needles must have the options {', '.join(known)}, weight, got {name!r}")
-    made = [needles.NeedleTask(length, **t).sample for t in tasks]
-    return TaskSource(made, weights, length, needles.VOCAB, seed, **spec)
+        raise ValueError(f"a task of needles must have the options {', '.join(known)}, got {name!r}")
+    weights = [t.get("weight", 1.0) for t in tasks]
+    options = [{k: v for k, v in t.items() if k != "weight"} for t in tasks]
+    samples = [needles.NeedleTask(length, **x).sample for x in options]
+    return TaskSource(samples, weights, length, needles.VOCAB, seed)
 
 
-def _ruler(spec: dict, length: int, seed: int) -> TaskSource:
+def _ruler(length: int, seed: int, *, tasks=ruler.TASKS, tokenizer=None) -> TaskSource:
     """tasks: names; tokenizer: a file, by default bytes."""
-    tokenizer = make_tokenizer(spec.pop("tokenizer", None))
-    names = spec.pop("tasks", list(ruler.TASKS))
+    tokenizer = make_tokenizer(tokenizer)
+    samples = [
+        lambda seed, index, name=name: ruler.ruler_sample(name, length, seed, index, tokenizer=tokenizer)
+        for name in tasks
+    ]
+    return TaskSource(samples, [1.0] * len(samples), length, tokenizer.vocab_size, seed)
 
-    def make(name):
-        return lambda seed, index: ruler.ruler_sample(name, length, seed, index, tokenizer=tokenizer)
 
-    return TaskSource(list(map(make, names)), [1.0] * len(names), length, tokenizer.vocab_size, seed, **spec)
-
-
-KINDS = {
-    "text": (_text, ("path", "tokenizer", "needles")),
-    "self-copy": (lambda spec, length, seed: _text(spec, length, seed, self_copy=True), ("path", "tokenizer")),
-    "needles": (_needles, ("tasks",)),
-    "ruler": (_ruler, ("tasks", "tokenizer")),
-}
+KINDS = {"text": _text, "self-copy": _self_copy, "needles": _needles, "ruler": _ruler}
 
 
 def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
-    """The source that a recipe's `data` names by its kind: text, self-copy, needles or ruler.
-
-    ValueError: another kind, or options that the kind does not have.
-    """
-    spec = dict(spec)
-    kind = spec.pop("kind", None)
+    """The source that a recipe's `data` names by its kind: text, self-copy, needles or ruler."""
+    options = dict(spec)
+    kind = options.pop("kind", None)
     if kind not in KINDS:
         raise ValueError(f"data's kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    make, known = KINDS[kind]
-    if unknown := [name for name in spec if name not in known]:
+    known = {p.name: p for p in inspect.signature(KINDS[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if unknown := [name for name in options if name not in known]:
         raise ValueError(f"data of kind {kind} must have the options {', '.join(known)}, got {unknown[0]!r}")
+    if missing := [name for name, p in known.items() if p.default is p.empty and name not in options]:
+        raise ValueError(f"data of kind {kind} must have the option {missing[0]!r}, got none")
     try:
-        return make(spec, length, seed)
-    except KeyError as error:
-        raise ValueError(f"data of kind {kind} must have the option {error}, got none") from None
+        return KINDS[kind](length, seed, **options)
     except TypeError as error:
         raise ValueError(f"data of kind {kind} must have options of the right types, got {error}") from None
 

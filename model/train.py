@@ -6,6 +6,7 @@ A step reads the samples that its number names, so that a resumed run is the run
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -93,21 +94,22 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(decay, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
 
 
+def _spread(function):
+    """Makes a function of a module, .., ranks use the CPU's workers where it is alone there."""
+
+    @functools.wraps(function)
+    def run(*args):
+        return workers.call(function, *args) if args[-1].alone else function(*args)
+
+    return run
+
+
 def _parts(batches: list[Batch], module: nn.Module, ranks: Ranks) -> list[Batch]:
-    """The batches, on one CPU cut into what a worker trains on at a time; a mixture of experts counts what it sees."""
-    if ranks.device != "cpu" or ranks.world > 1 or any(isinstance(m, MoE) for m in module.modules()):
+    """The batches, cut into what a worker trains on at a time; a mixture of experts counts what it sees."""
+    if not ranks.alone or any(isinstance(m, MoE) for m in module.modules()):
         return batches
     rows = max(1, PART_TOKENS // batches[0].input_ids.shape[1])
     return [Batch(*x) for b in batches for x in zip(*(tensor.split(rows) for tensor in b), strict=True)]
-
-
-def train_step(
-    module: nn.Module, optimizer, recipe: Recipe, batches: list[Batch], lr: float, ranks: Ranks
-) -> tuple[float, float]:
-    """Gradients of the batches taken together, over all ranks, one update; loss and gradient norm."""
-    if ranks.device == "cpu" and ranks.world == 1:
-        return workers.call(_train_step, module, optimizer, recipe, batches, lr, ranks)
-    return _train_step(module, optimizer, recipe, batches, lr, ranks)
 
 
 def _labels(*batches: Batch) -> int:
@@ -120,7 +122,11 @@ def _loss(module: nn.Module, part: Batch, recipe: Recipe, ranks: Ranks) -> torch
         return module(part.input_ids.to(ranks.device), labels=part.labels.to(ranks.device), logits_to_keep=0).loss
 
 
-def _train_step(module, optimizer, recipe, batches, lr, ranks):
+@_spread
+def train_step(
+    module: nn.Module, optimizer, recipe: Recipe, batches: list[Batch], lr: float, ranks: Ranks
+) -> tuple[float, float]:
+    """Gradients of the batches taken together, over all ranks, one update; loss and gradient norm."""
     total = max(1.0, *ranks.sum(_labels(*batches)))
     parameters = [p for p in module.parameters() if p.requires_grad]
     losses = []
@@ -157,14 +163,9 @@ def _train_step(module, optimizer, recipe, batches, lr, ranks):
     return loss_sum, norm.item()
 
 
+@_spread
 def validate(module: nn.Module, recipe: Recipe, batches: list[Batch], ranks: Ranks) -> float:
     """The loss over the labels of the batches, over all ranks; changes nothing."""
-    if ranks.device == "cpu" and ranks.world == 1:
-        return workers.call(_validate, module, recipe, batches, ranks)
-    return _validate(module, recipe, batches, ranks)
-
-
-def _validate(module, recipe, batches, ranks):
     total = max(1.0, *ranks.sum(_labels(*batches)))
     losses = []
 
@@ -189,35 +190,8 @@ def _start(recipe: Recipe, device: str) -> Model:
         found = checkpoint.latest(Path(recipe.start))
         if found is None:
             raise ValueError(f"start must be a folder with a checkpoint, got {recipe.start}")
-        checkpoint.load_weights(found, model)
+        checkpoint.load(found, model)
     return model
-
-
-def _rng(device: str) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if device == "cuda" else {})
-
-
-def _set_rng(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _keep_log(path: Path, step: int) -> None:
-    """Drops the lines of steps that the resumed run will do again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
-    write_atomic(path, "".join(kept))
-
-
-def _writer(run: Path):
-    """A TensorBoard writer where the tensorboard package is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(run)
 
 
 @contextlib.contextmanager
@@ -290,12 +264,19 @@ def _train(
                 f"weights on with these settings, take another folder and start: {run}"
             )
         checkpoint.load(found, model, optimizer)
-        _set_rng(found.rng)
+        torch.set_rng_state(found.rng["cpu"])
+        if "cuda" in found.rng:
+            torch.cuda.set_rng_state(found.rng["cuda"])
         first = found.step
-    writes = ranks.rank == 0
+    writes, writer = ranks.rank == 0, None
     if writes:
-        _keep_log(run / LOG, first)
-    writer = _writer(run) if writes else None
+        # Lines of steps that the resumed run will do again go.
+        lines = (run / LOG).read_text().splitlines(keepends=True) if (run / LOG).exists() else []
+        write_atomic(run / LOG, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] < first))
+    with contextlib.suppress(ImportError):  # where the tensorboard package is installed
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run) if writes else None
     source: Source | None = None
     held_out: list[Batch] = []
     stage_number, stopped, saving_s = None, False, 0.0
@@ -328,7 +309,10 @@ def _train(
             late, stopped = (x > 0 for x in ranks.sum(float(late), float(bool(signals))))  # of any rank
             if due or late or stopped:
                 saved = time.perf_counter()
-                checkpoint.save(run, first, values, model, optimizer, _rng(device), recipe.keep)
+                rng = {"cpu": torch.get_rng_state()}
+                if device == "cuda":
+                    rng["cuda"] = torch.cuda.get_rng_state()
+                checkpoint.save(run, first, values, model, optimizer, rng, recipe.keep)
                 saving_s = time.perf_counter() - saved
             on_step(done)
             if late or stopped:

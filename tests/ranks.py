@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hsa_tl.model import Model, preset
-from hsa_tl.model.context_parallel import ContextParallel
+from hsa_tl.model.distributed import ContextParallel
 from hsa_tl.model.recipe import Recipe, recipe_of
 from hsa_tl.model.train import train
 

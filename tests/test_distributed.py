@@ -43,7 +43,7 @@ def test_context_parallel_equals_one_process(count, tmp_path):
 
 def test_tokens_must_share_out_evenly():
     from hsa_tl.model import Model, preset
-    from hsa_tl.model.context_parallel import ContextParallel
+    from hsa_tl.model.distributed import ContextParallel
 
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:

@@ -20,7 +20,7 @@ METHODS = {
     model.ChunkMemory: ("retrieve", "attend"),
     model.HSALayer: ("forward",),
     model.Model: ("forward", "generate", "stream", "new_cache", "load_cache"),
-    model.PagedMemory: ("append", "crop", "free", "fork", "retrieve", "attend", "save", "load"),
+    model.PagedMemory: ("append", "replace", "crop", "free", "fork", "retrieve", "attend", "save", "load"),
 }
 CALLS = {name: x for name, x in NAMES.items() if callable(x)} | {
     f"{c.__module__}.{c.__name__}.{name}": getattr(c, name) for c, names in METHODS.items() for name in names

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_memory import SPEC, D, E, G, H, K, S, chunks, each_kind, filled, int32
 from tiers import tiered
 
+from hsa_tl import fusion_weights
 from hsa_tl.accuracy import assert_accurate, expect
-from hsa_tl.model import Model, evaluate, needles, preset
+from hsa_tl.model import Model, PagedMemory, evaluate, needles, preset
 from hsa_tl.model.data import Sample
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 
@@ -91,6 +93,32 @@ def test_exactly_the_chunks_that_a_change_reaches_are_encoded_again():
         chunks.clear()
         reader.read(tokens, 2)
         assert sum(chunks) == len({t // 16 for t in range(at, at + reader.lower_reach + 1)})
+
+
+@each_kind
+def test_other_chunks_take_the_place_of_stored_ones(options):
+    """As if they had been appended; no cached page is stale, and no bound hides them."""
+    memory, content = filled((5, 0, 70), **options)
+    q, q_slc, lengths = torch.randn(3, 1, H * G, D), torch.randn(3, 1, H, E), int32([5 * S, 0, 70 * S])
+    scores, indices = memory.retrieve(q_slc, lengths, K)
+    memory.attend(q, fusion_weights(scores), indices)
+    new = chunks(60)
+    memory.replace(2, *new, start=8)
+    fresh = PagedMemory(SPEC, **options)
+    fresh.append(0, *content[0])
+    fresh.append(2, *(torch.cat([x[:8], y, x[68:]]) for x, y in zip(content[2], new, strict=True)))
+    results = []
+    for m in (memory, fresh):
+        scores, indices = m.retrieve(q_slc, lengths, K)
+        results.append((scores, indices.float(), m.attend(q, fusion_weights(scores), indices)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    memory.fork(2, 1)
+    for start in (8, 11, -1):
+        with pytest.raises(
+            ValueError, match=f"start must be of chunks that the sequence holds, and alone, got {start}"
+        ):
+            memory.replace(2, *new, start=start)
 
 
 def test_what_cannot_be_read_is_named():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import assert_all_accurate
 
 from hsa_tl.accuracy import expect
-from hsa_tl.model import attention_cuda, context_parallel
+from hsa_tl.model import attention, distributed
 from hsa_tl.model.attention import SelfAttention, positions, rotate, windowed
 
 
@@ -122,8 +122,8 @@ def test_qk_norm_makes_scores_blind_to_the_scale_of_projections():
 @pytest.mark.parametrize("T, P, window", ((200, 200, 37), (300, 450, 128), (130, 300, None)))
 def test_flex_attention_sees_the_window(T, P, window):
     """What CUDA runs compiled, here eager: mask, log-sum-exp; and the blocks that it would visit."""
-    check(lambda q, k, v: attention_cuda.flex(q, k, v, window, True), T, P, window, gradients=False)
-    blocks = attention_cuda.block_mask(T, P, P if window is None else window, torch.device("cpu")).to_dense()[0, 0]
+    check(lambda q, k, v: attention.flex(q, k, v, window, True), T, P, window, gradients=False)
+    blocks = attention.block_mask(T, P, P if window is None else window, torch.device("cpu")).to_dense()[0, 0]
     t, p = torch.arange(T)[:, None] + P - T, torch.arange(P)
     seen = (p <= t) & (p > t - (P if window is None else window))
     seen = torch.nn.functional.pad(seen, (0, -P % 128, 0, -T % 128))
@@ -138,22 +138,21 @@ def test_flash_attn_is_asked_for_the_window(monkeypatch, window):
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     q, k, v, *_ = inputs(6, 9)
-    torch.testing.assert_close(attention_cuda.flash(q, k, v, window), dense(q, k, v, window)[0])
+    torch.testing.assert_close(attention.flash(q, k, v, window), dense(q, k, v, window)[0])
 
 
 @pytest.mark.parametrize("window", (None, 1, 5, 12, 100))
 def test_a_rank_has_the_keys_that_its_window_reaches(window, monkeypatch):
     """Without processes: what each rank would send is at hand."""
-    ranks, T, rank = 3, 8, 0
+    ranks, T = 3, 8
     keys, values = torch.randn(2, 2, ranks * T, 2, 4)
     parts = torch.stack([keys, values], 2).split(T, 1)
-    monkeypatch.setattr(context_parallel.dist, "get_rank", lambda group: rank)
     monkeypatch.setattr(
-        context_parallel, "gather", lambda x, group: torch.cat([part[:, T - x.shape[1] :] for part in parts], 1)
+        distributed, "gather", lambda x, mesh: torch.cat([part[:, T - x.shape[1] :] for part in parts], 1)
     )
     for rank in range(ranks):
-        own = parts[rank].unbind(2)
-        k, v, past = context_parallel.Neighbours(None, window).extend(*own)
+        mesh = types.SimpleNamespace(get_local_rank=lambda rank=rank: rank)
+        k, v, past = distributed.Neighbours(mesh, window).extend(*parts[rank].unbind(2))
         first = 0 if window is None else max(0, rank * T - window + 1)
         assert past is None and torch.equal(k, keys[:, first : (rank + 1) * T])
         assert torch.equal(v, values[:, first : (rank + 1) * T])

@@ -11,12 +11,12 @@ from tiers import tiered
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
-from hsa_tl.model import Model, preset, segment
+from hsa_tl.model import Model, preset
+from hsa_tl.model import cache as caches
 from hsa_tl.model.attention import rotate
+from hsa_tl.model.cache import SegmentMemory, Tail
 from hsa_tl.model.generate import prefill
 from hsa_tl.model.memory import MemorySpec, PagedMemory
-from hsa_tl.model.segment import SegmentMemory
-from hsa_tl.model.tail import Tail
 
 SMALL = replace(
     preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, layers=4, groups=2,
@@ -263,9 +263,11 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
     q, q_slc = torch.randn(2, 100, 4, D), torch.randn(2, 100, H, E).sign()
     view = SegmentMemory(memory, counts)
     scores, indices = view.retrieve(q_slc, torch.tensor(starts, dtype=torch.int32), K, exclude_window=exclude)
+    every = view.scores(q_slc, torch.tensor(starts, dtype=torch.int32), exclude_window=exclude)
+    torch.testing.assert_close(every.topk(K).values, scores.sort(descending=True).values)
     weights = torch.rand(scores.shape)
     out = view.attend(q, weights, indices)
-    monkeypatch.setattr(segment, "GATHERED", 7 * S * H * D)
+    monkeypatch.setattr(caches, "GATHERED", 7 * S * H * D)
     torch.testing.assert_close(view.attend(q, weights, indices), out)
     for b, n in enumerate(counts):
         k, v, landmarks = content[b]
@@ -284,9 +286,9 @@ def test_a_segment_that_sees_few_chunks_has_empty_slots(capacity):
     memory = PagedMemory(MemorySpec(1, 1, 16, 2, 8, S), capacity=capacity, pages=capacity)
     pages, landmarks, q_slc = torch.randn(5, S, 1, 16), torch.randn(5, 2, 8), torch.randn(5 * S, 2, 8)
     memory.append(0, pages, pages, landmarks)
-    found = memory.retrieve_segment(0, q_slc, 0, K)
+    found = memory.retrieve(q_slc[None], 0, K)
     want = retrieve_chunks(q_slc[None], landmarks[None], K, chunk_size=S)
-    assert all(torch.equal(a, b[0]) for a, b in zip(found, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_errors_name_the_argument():

@@ -47,8 +47,9 @@ def test_before_the_first_whole_chunk_the_output_is_zero(layers):
 def test_all_chunks_by_matrix_products_alone(heads, layers):
     """As the operator over every chunk; weights for each key/value head or each query head."""
     memory = layers[0](torch.randn(2, T, C))
-    q, weights = torch.randn(2, T, 4, 16), torch.rand(2, T, heads, memory.longest)
-    every = torch.arange(memory.longest).int().expand(2, T, 2, -1)
+    chunks = memory.landmarks.shape[1]
+    q, weights = torch.randn(2, T, 4, 16), torch.rand(2, T, heads, chunks)
+    every = torch.arange(chunks).int().expand(2, T, 2, -1)
     torch.testing.assert_close(memory.attend_all(q, weights), memory.attend(q, weights, every))
 
 

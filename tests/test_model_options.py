@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hsa_tl import fusion_weights
-from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset, segment
+from hsa_tl import fusion_weights, transforms
+from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset
+from hsa_tl.model import cache as caches
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
+from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.nsa import NSALayer, attend_selected
 
 SMALL = ModelConfig(
@@ -164,14 +166,12 @@ def test_joint_weights_of_window_and_chunks_sum_to_one():
 class Exact(ChunkMemory):
     """Its retrieval scores are the chunks' true log-sum-exps, of the queries in `q`."""
 
-    def retrieve(self, q_slc, start, topk, *, exclude_window=0):
+    def scores(self, q_slc, start, *, exclude_window=0):
         N, S = self.landmarks.shape[1], self.chunk_size
         score = torch.einsum("btad,bpad->btap", self.q, self.k) / self.q.shape[-1] ** 0.5
         lse = score.unflatten(-1, (N, S)).logsumexp(-1)
-        chunk = torch.arange(N, dtype=torch.int32)
-        hidden = chunk >= torch.arange(self.q.shape[1])[:, None] // S
-        indices = chunk.expand(lse.shape).masked_fill(hidden[:, None], -1)
-        return lse.masked_fill(hidden[:, None], -torch.inf), indices
+        hidden = torch.arange(N) >= torch.arange(self.q.shape[1])[:, None] // S
+        return lse.masked_fill(hidden[:, None], -torch.inf)
 
 
 def test_all_chunks_with_exact_weights_are_full_attention_over_chunks():
@@ -243,10 +243,57 @@ def test_head_ratio_of_presets(name):
     assert c.heads == (4 if name == "tiny" else 16) * c.kv_heads
 
 
+@pytest.mark.parametrize("attention", ("hsa", "nsa"))
+def test_all_chunks_need_no_selection(attention, monkeypatch):
+    """What retrieval would choose of every chunk, in every memory, and retrieval is never asked."""
+    every, x = model_and_tokens(attention=attention, topk="all", retrieval_heads=1, exclude_window=True)
+    many = Model(dataclasses.replace(every.config, topk=T))
+    many.load_state_dict(every.state_dict())
+
+    @torch.no_grad()
+    def results(model):
+        found = [model.train()(x).logits, LongReader(model.eval()).read(x[0].numpy().astype("uint16"), 40)]
+        cache = model.new_cache(2, **({"capacity": 1} if attention == "hsa" else {}))
+        parts = [
+            model(part, cache=cache, lengths=[part.shape[1], 1]).logits[:, :1] for part in x.split((1, 1, 90, 58), 1)
+        ]
+        return [*found, torch.cat(parts, 1)]
+
+    want = results(many)
+    for name in ("retrieve", "retrieve_decode"):
+        monkeypatch.setattr(transforms, name, lambda *_: pytest.fail("there is nothing to select"))
+    for got, wanted in zip(results(every), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("attention", ("hsa", "nsa"))
+def test_impl_reaches_retrieval(attention, monkeypatch):
+    asked = []
+    for name in ("retrieve", "retrieve_decode"):
+        run = getattr(transforms, name)
+        monkeypatch.setattr(transforms, name, lambda *x, run=run: asked.append(x[-1]) or run(*x))
+    model, x = model_and_tokens(attention=attention, impl="reference")
+    with torch.no_grad():
+        model(x)
+        cache = model.eval().new_cache(2)
+        for part in x.split((149, 1), 1):
+            model(part, cache=cache)
+    assert len(asked) > 2 and set(asked) == {"reference"}
+
+
+def test_an_impl_that_cannot_retrieve_is_named():
+    """No other takes its place."""
+    model, x = model_and_tokens(impl="tilelang")
+    with pytest.raises(NotImplementedError, match="impl='tilelang' cannot retrieve by bounds"):
+        model.eval()(x[:, :1], cache=model.new_cache(2, two_level=True))
+    with pytest.raises(ValueError, match='impl must not be "dense" unless topk is "all"'):
+        HSALayer(32, 4, 2, 16, 16, topk=3, impl="dense")
+
+
 def test_the_layer_says_what_overlap_it_expects(monkeypatch):
     """In a forward over a ChunkMemory and in a prefill over pages; a share, or the config is refused."""
     asked = []
-    for module in (hsa, segment):
+    for module in (hsa, caches):
         run = module.hsa_attention
         monkeypatch.setattr(module, "hsa_attention", lambda *x, run=run, **y: asked.append(y["config"]) or run(*x, **y))
     model = Model(dataclasses.replace(SMALL, selection_overlap=0.4)).eval()

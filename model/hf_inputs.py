@@ -1,4 +1,4 @@
-"""What transformers says about a batch, read: attention masks of every form, position_ids, documents packed in a row.
+"""What transformers hands to `hsa_tl.model.hf`: masks of every form, position_ids, packed documents, past_key_values.
 
 The model wants rows that begin with a document's first token and end in padding, so every document becomes such a row,
 and each column of the batch remembers which token of which row it shows.
@@ -6,33 +6,48 @@ and each column of the batch remembers which token of which row it shows.
 Shape suffixes: B sequences, T columns of the batch, R documents, L tokens of the longest.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
+from transformers import Cache, GenerationMixin
+
+from hsa_tl.model.generate import SEGMENT
+from hsa_tl.model.model import Model
+
+CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the argument in 5.24
+CACHE_NAME = CACHE_NAMES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
+
+MEMORY_OPTIONS = ("undo", "offload", "cache_pages", "two_level", "directory")
 
 
 class Rows(NamedTuple):
-    """The documents of a batch as rows that are padded on the right."""
+    """The documents of a batch as rows that are padded on the right; without columns they are the batch's own."""
 
-    columns_RL: torch.Tensor  # of the flat batch [B * T], 0 behind a row's last token
     lengths: list[int]
-    real_BT: torch.Tensor  # which columns hold a token
-    row_BT: torch.Tensor
+    columns_RL: torch.Tensor | None = None  # of the flat batch [B * T], 0 behind a row's last token
+    real_BT: torch.Tensor | None = None  # which columns hold a token
+    row_BT: torch.Tensor | None = None
     # Where a column's token stands in its row; padding shows the token before it, and the first one before all.
-    place_BT: torch.Tensor
+    place_BT: torch.Tensor | None = None
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, ...] as [R, L, ...]."""
-        return x.flatten(0, 1)[self.columns_RL]
-
-    def take_tokens(self, x: torch.Tensor, padding: int) -> torch.Tensor:
-        """As `take`, and the padding where rows hold none."""
+    def take(self, x: torch.Tensor, padding: int | None = None) -> torch.Tensor:
+        """x [B, T, ...] as [R, L, ...], with the padding, if that is given, where rows hold no token."""
+        if self.columns_RL is None:
+            return x
+        x = x.flatten(0, 1)[self.columns_RL]
         ends = torch.tensor(self.lengths, device=x.device)[:, None]
-        return self.take(x).masked_fill(torch.arange(self.columns_RL.shape[1], device=x.device) >= ends, padding)
+        return x if padding is None else x.masked_fill(torch.arange(x.shape[1], device=x.device) >= ends, padding)
 
-    def put(self, x_RL: torch.Tensor, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
-        """[R, L, ...] as [B, columns, ...]."""
-        return x_RL[self.row_BT[:, columns], self.place_BT[:, columns]]
+    def put(self, x_RL: torch.Tensor, columns: slice | torch.Tensor = slice(None), keep: int | None = None):
+        """[R, L, ...] as [B, columns, ...]. keep: x is of each row's last so many tokens, and so are the columns."""
+        if self.columns_RL is None:
+            return x_RL if keep or columns == slice(None) else x_RL[:, columns]
+        place_BT = self.place_BT
+        if keep:
+            first = torch.tensor(self.lengths, device=x_RL.device)[:, None] - keep
+            place_BT = (place_BT - first).clamp(0, keep - 1)
+        return x_RL[self.row_BT[:, columns], place_BT[:, columns]]
 
 
 def arrange(real_BT: torch.Tensor, starts_BT: torch.Tensor | None = None) -> Rows:
@@ -49,14 +64,11 @@ def arrange(real_BT: torch.Tensor, starts_BT: torch.Tensor | None = None) -> Row
     place_BT = rank_BT - (lengths.cumsum(0) - lengths)[row_BT]
     columns_RL = torch.zeros(R, max(1, int(lengths.max())), dtype=torch.int64, device=real_BT.device)
     columns_RL[row_BT[real_BT], place_BT[real_BT]] = real_BT.flatten().nonzero()[:, 0]
-    return Rows(columns_RL, lengths.tolist(), real_BT, row_BT, place_BT)
+    return Rows(lengths.tolist(), columns_RL, real_BT, row_BT, place_BT)
 
 
 def read_positions(position_ids: torch.Tensor, real_BT: torch.Tensor, past: list[int]) -> torch.Tensor:
-    """Which columns begin a document: where positions start again at 0. past: tokens that each sequence holds.
-
-    ValueError: other positions than those that the model counts itself.
-    """
+    """Which columns begin a document: where positions start again at 0. past: tokens that each sequence holds."""
     B, T = real_BT.shape
     if position_ids.ndim != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
         raise ValueError(f"position_ids must have shape {[B, T]}, got shape {list(position_ids.shape)}")
@@ -136,3 +148,77 @@ def _seen(mask: torch.Tensor) -> torch.Tensor:
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"attention_mask must {rule}, got values from {low} to {high}")
     return mask == 1
+
+
+class HSACache(Cache):
+    """An hsa_tl.model.cache.Cache where transformers expects past_key_values. It only grows.
+
+    Args:
+        capacity (int): tokens of a sequence to make room for at first. Default: 16384.
+        memory_options: of `Model.new_cache`: undo, offload, cache_pages, two_level, directory.
+    """
+
+    is_compileable = is_croppable = False
+    is_linear = is_sliding = (False,)  # transformers asks for each layer; without any it would take all for recurrent
+
+    def __init__(self, capacity: int = 1 << 14, **memory_options):
+        super().__init__(layers=[])
+        if unknown := memory_options.keys() - MEMORY_OPTIONS:
+            raise TypeError(f"memory_options must be among {', '.join(MEMORY_OPTIONS)}, got {min(unknown)}")
+        self.options = {"capacity": capacity, **memory_options}
+        self.state, self.columns = None, 0  # columns: of the batch that were read
+        self.unread = None  # what a forward with gradients saw: inputs [B, T], lengths
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def lengths(self, B: int) -> list[int]:
+        """Tokens that each of B sequences holds."""
+        if self.unread is not None:
+            return self.unread[1]
+        return [0] * B if self.state is None else self.state.lengths
+
+    def read(self, model: Model, B: int):
+        """The Cache, with everything in it."""
+        if self.state is None:
+            self.state = model.new_cache(B, **self.options)
+        if self.unread is not None:
+            (inputs, lengths), self.unread = self.unread, None
+            for begin in range(0, inputs.shape[1], SEGMENT):
+                part = inputs[:, begin : begin + SEGMENT]
+                counts = [min(max(0, n - begin), part.shape[1]) for n in lengths]
+                model.hidden(part, self.state, 0, counts)
+        return self.state
+
+    def _only_grows(self, *args, **options):
+        raise NotImplementedError("past_key_values of this model only grow: beam search and assistants cannot use them")
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _only_grows
+
+
+def one_cache(*caches) -> HSACache | None:
+    """The cache that came under one of its names."""
+    given = [x for x in caches if x is not None]
+    if len(given) > 1 and given[0] is not given[1]:
+        raise ValueError("past_key_values and cache must be one, got two")
+    if given and not isinstance(given[0], HSACache):
+        raise TypeError(f"past_key_values must be an HSACache, got {type(given[0]).__name__}")
+    return given[0] if given else None
+
+
+def read_rows(inputs, attention_mask, position_ids, cache: HSACache | None) -> Rows:
+    B, T = inputs.shape[:2]
+    if attention_mask is None and position_ids is None:
+        return Rows([T] * B)
+    past, columns = ([0] * B, 0) if cache is None else (cache.lengths(B), cache.columns)
+    real_BT, starts_BT = torch.ones(B, T, dtype=torch.bool, device=inputs.device), None
+    if attention_mask is not None:
+        real_BT, starts_BT = read_mask(attention_mask, B, T, past, columns)
+    if position_ids is not None:
+        counted_BT = read_positions(position_ids, real_BT, past)
+        if starts_BT is not None and not torch.equal(starts_BT[:, 1:], (counted_BT & real_BT)[:, 1:]):
+            raise ValueError("position_ids must start again where attention_mask begins a document, got others")
+        starts_BT = counted_BT
+    if bool(real_BT.all()) and (starts_BT is None or not bool(starts_BT[:, 1:].any())):
+        return Rows([T] * B)
+    return arrange(real_BT, starts_BT)
