@@ -28,7 +28,7 @@ from hsa_tl.files import cache_folder
 from hsa_tl.kernels_tilelang import compile
 
 FOLDER = Path(__file__).parent
-COMPILER = ("g++", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-w", f"-I{FOLDER}")
+COMPILER = ("g++", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-w")
 MAP_TYPES = {6: 2, 7: 4, 9: 2}  # CUtensorMapDataType: float16, float32, bfloat16 -> bytes
 MARGIN = 4096  # bytes between buffers, which no access may touch
 PAGE = 256
@@ -56,21 +56,6 @@ class _TensorMap(ctypes.Structure):
     ]  # fmt: skip
 
 
-@functools.cache
-def _runtime() -> list[str]:
-    """Object files of the emulator itself."""
-    sources = sorted(FOLDER.glob("*.cpp"))
-    text = "".join(p.read_text() for p in sorted(FOLDER.iterdir()) if p.is_file())
-    folder = cache_folder() / "emulator" / hashlib.sha256(text.encode()).hexdigest()
-    made = []
-    for source in sources:
-        target = folder / f"{source.stem}.o"
-        if not target.is_file():
-            _compile([*COMPILER, "-O2", "-c", str(source)], target)
-        made.append(str(target))
-    return made
-
-
 def _compile(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -82,6 +67,22 @@ def _compile(command: list[str], target: Path) -> None:
         if run.returncode:
             raise RuntimeError(f"the host's compiler refused the program: {run.stderr[:2000]}")
         made.rename(target)
+
+
+def _object(text: str, *flags: str) -> Path:
+    """The object file of a C++ source; compiled anew if it, a header of the emulator or the flags change."""
+    headers = [p.read_text() for p in sorted(FOLDER.glob("*.h"))]
+    target = _cached("\0".join((text, *headers, *COMPILER, *flags)), ".o")
+    if not target.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "source.cpp"
+            source.write_text(text)
+            _compile([*COMPILER, f"-I{FOLDER}", *flags, "-c", str(source)], target)
+    return target
+
+
+def _cached(text: str, suffix: str) -> Path:
+    return cache_folder() / "emulator" / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}"
 
 
 def host_source(source: str) -> str:
@@ -108,17 +109,12 @@ def signature(source: str) -> tuple[str, list[tuple[str, str]]]:
 
 @functools.cache
 def _library(source: str) -> ctypes.CDLL:
-    """The kernel compiled for the host, with each of its memory accesses announced to the emulator."""
-    text = host_source(source)
-    runtime = _runtime()
-    name = hashlib.sha256((runtime[0] + text).encode()).hexdigest()
-    path = cache_folder() / "emulator" / f"{name}.so"
+    """The kernel compiled for the host, each of its memory accesses announced, and linked to the emulator."""
+    objects = [_object(host_source(source), "-O1", "-g1", "-fsanitize=thread")]
+    objects += [_object(p.read_text(), "-O2") for p in sorted(FOLDER.glob("*.cpp"))]
+    path = _cached("".join(map(str, objects)), ".so")
     if not path.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            cpp, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.o"
-            cpp.write_text(text)
-            _compile([*COMPILER, "-O1", "-g1", "-fsanitize=thread", "-c", str(cpp)], made)
-            _compile(["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", str(made), *runtime], path)
+        _compile(["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects)], path)
     return ctypes.CDLL(str(path))
 
 
@@ -162,10 +158,8 @@ class Emulated:
         library = _library(self.source)
         values = [self.parameter(kind, name, arena, scalars | dims, dims) for kind, name in signature(self.source)[1]]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        text, seed = (
-            ctypes.create_string_buffer(1 << 14),
-            ctypes.c_uint32(int(os.environ.get("HSA_TL_EMULATE_SEED", 0))),
-        )
+        text = ctypes.create_string_buffer(1 << 14)
+        seed = ctypes.c_uint32(int(os.environ.get("HSA_TL_EMULATE_SEED", 0)))
         library.hopper_buffers((ctypes.c_size_t * len(arena.bounds))(*arena.bounds), len(arena.bounds) // 2)
         faults = library.hopper_launch(
             parameters, (ctypes.c_int * 3)(*grid), threads, ctypes.c_size_t(self.shared_bytes), self.registers,

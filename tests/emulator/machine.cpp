@@ -14,7 +14,8 @@ namespace hopper {
 char* dynamic_shared;
 
 constexpr size_t STACK = 256 << 10;
-constexpr int MAX_REPORTS = 20, NAMED_BARRIERS = 16, MBARRIERS = 64;
+constexpr int MAX_REPORTS = 20, NAMED_BARRIERS = 16;
+constexpr uint32_t OF_A_KIND = 32;  // agents; a CTA has at most 32 warps
 
 std::vector<Thread> threads;
 Thread* current;
@@ -96,8 +97,6 @@ std::string blocked_threads() {
     text += "; " + std::to_string(ids.size()) + " threads from " + std::to_string(ids[0]) + " wait for " + waits;
   return text;
 }
-
-uint32_t agents() { return threads.size() / 128 + 1 + threads.size() / 32 + 1 + MBARRIERS; }
 }  // namespace
 
 void report(const std::string& message) {
@@ -119,17 +118,16 @@ void wake(Thread& thread) {
   runnable.push_back(thread.id);
 }
 
-uint32_t agent_of_warpgroup(int group) { return threads.size() + group; }
-uint32_t agent_of_stores(int thread) { return threads.size() + threads.size() / 128 + 1 + thread / 32; }
-uint32_t agent_of_mbarrier(int number) {
-  if (number >= MBARRIERS) fail("more mbarriers than the emulator has agents for");
-  return threads.size() + threads.size() / 128 + 1 + threads.size() / 32 + 1 + number;
+uint32_t agent(Agent kind, uint32_t number) {
+  if (number >= OF_A_KIND) fail("more mbarriers than the emulator has agents for");
+  return threads.size() + kind * OF_A_KIND + number;
 }
 std::string thread_name(uint32_t who) {
+  static const char* agents[] = {"wgmma of warpgroup ", "the read of a TMA store of warp ",
+                                 "the write of a TMA store of warp ", "a TMA load to mbarrier "};
   if (who < threads.size()) return "thread " + std::to_string(who);
-  if (who < agent_of_stores(0)) return "wgmma of warpgroup " + std::to_string(who - agent_of_warpgroup(0));
-  if (who < agent_of_mbarrier(0)) return "a TMA store of warp " + std::to_string(who - agent_of_stores(0));
-  return "a TMA load to mbarrier " + std::to_string(who - agent_of_mbarrier(0));
+  who -= threads.size();
+  return agents[who / OF_A_KIND] + std::to_string(who % OF_A_KIND);
 }
 
 void Sum::add(const Stamp& s) {
@@ -282,7 +280,7 @@ void run_cta(int count, int launch_registers, uint32_t seed) {
   luck.seed(seed);
   random_order = seed != 0;
   reset_copies(), reset_products();
-  Clock nothing = std::make_shared<const Steps>(count + agents());
+  Clock nothing = std::make_shared<const Steps>(count + 4 * OF_A_KIND);
   runnable.clear();
   for (int i = 0; i < count; ++i) {
     Thread& t = threads[i];

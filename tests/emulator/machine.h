@@ -59,6 +59,9 @@ struct Thread {
   uint32_t product_steps = 0;      // groups committed ever
 };
 
+// The asynchronous units: wgmma of a warpgroup, the two ends of a warp's TMA stores, the TMA loads to an mbarrier.
+enum Agent { WGMMA, STORE_READS, STORE_WRITES, LOADS };
+
 enum Access : uint8_t { READ, WRITE, ATOMIC, ASYNC_READ, ASYNC_WRITE };
 
 extern std::vector<Thread> threads;
@@ -71,9 +74,7 @@ extern uint32_t cta;  // 1 + its place in the launch
 void report(const std::string& message);              // notes a fault and goes on
 void block(const Wait& wait);                         // until someone calls wake
 void wake(Thread& thread);
-uint32_t agent_of_warpgroup(int group);
-uint32_t agent_of_stores(int thread);
-uint32_t agent_of_mbarrier(int number);
+uint32_t agent(Agent kind, uint32_t number);
 void acquire(Stamp& stamp, const Clock& seen, const Clock& fenced);
 void learn(Stamp& stamp, uint32_t agent, uint32_t step);
 Stamp handed(const Stamp& issuer, uint32_t agent, uint32_t step);  // to an agent, which knows what its issuer knows
@@ -85,8 +86,6 @@ void access(const void* at, size_t bytes, Access kind, const Stamp& stamp, const
 void reset_shadow(char* shared, size_t shared_bytes, char* arena, size_t arena_bytes);
 void end_shadow();
 void free_shadow();
-bool in_shared(const void* at, size_t bytes);
-bool in_arena(const void* at, size_t bytes);
 
 // copies.cpp, products.cpp
 void reset_products();

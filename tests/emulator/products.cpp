@@ -127,7 +127,6 @@ void carry_out(int group, size_t which, uint32_t step) {
     if (!alike(p, threads[i].products[which].product))
       fail("the threads of warpgroup " + std::to_string(group) + " multiply different tiles");
   auto read = [&](uint32_t address, int from_warp, int to_warp) {
-    if (!in_shared(shared_at(address), 16)) fail("wgmma reads outside shared memory");
     for (int w = from_warp; w < to_warp; ++w) {
       Stamp as = threads[first + 32 * w].products[which].stamp;
       as.step = step;
@@ -181,7 +180,7 @@ void wgmma_fence() { current->products_fenced = true; }
 void wgmma(const Product& product) {
   if (!current->products_fenced) fail("wgmma without wgmma.fence");
   bool first = current->id % 32 == 0;  // of its warp: it speaks for all
-  Stamp stamp = first ? handed(current->now, agent_of_warpgroup(current->id / 128), 0) : Stamp();
+  Stamp stamp = first ? handed(current->now, agent(WGMMA, current->id / 128), 0) : Stamp();
   current->products.push_back({product, stamp});
   ++current->open_products;
   auto [entry, fresh] = held.try_emplace(product.d, product.d, product.d + product.N / 2);
@@ -226,7 +225,7 @@ void wgmma_wait(int groups) {
       }
       t.products.erase(t.products.begin(), t.products.begin() + size);
       t.groups.erase(t.groups.begin());
-      learn(t.now, agent_of_warpgroup(group), step);
+      learn(t.now, agent(WGMMA, group), step);
     }
   }
   for (int i = 128 * group; i < 128 * (group + 1); ++i)
