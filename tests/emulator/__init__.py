@@ -172,11 +172,12 @@ class Emulated:
 
     def located(self, library: ctypes.CDLL, text: str) -> str:
         """Fault messages with lines of the generated source in place of addresses."""
-        places = sorted(set(re.findall(r"@([0-9a-f]+)", text)))
-        command = ["addr2line", "-e", library._name, *(hex(int(x, 16) - 1) for x in places)]
-        lines = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        found = {x: line.rsplit("/", 1)[-1].split(" ")[0] for x, line in zip(places, lines, strict=False)}
-        return re.sub(r"@([0-9a-f]+)", lambda m: f"({found.get(m[1], '?')})", text)
+        addresses = [hex(int(x, 16) - 1) for x in re.findall(r"@([0-9a-f]+)", text)]
+        command = ["addr2line", "-a", "-i", "-e", library._name, *addresses]
+        told = subprocess.run(command, capture_output=True, text=True).stdout
+        # For each address a line that begins with 0x, then its place and, from the inside out, those it is inlined in.
+        places = iter(x.split()[-1].rsplit("/", 1)[-1] for x in re.split(r"^0x", told, flags=re.MULTILINE)[1:])
+        return re.sub(r"@[0-9a-f]+", lambda m: f"({next(places, '?')})", text)
 
     def evaluate(self, expression, dims: dict[str, int]) -> int:
         """An integer expression of the launch, at these dims."""

@@ -76,7 +76,9 @@ template <class Each> void tile(const Box& box, Each each) {
   const CUtensorMap& map = box.map;
   uint64_t item = map.strides[0], row = map.box[0] * item, rows = 1, begin = shared_address(box.shared);
   for (uint32_t d = 1; d < map.rank; ++d) rows *= map.box[d];
-  if (begin % 128) fail("a TMA copy's shared address is not aligned to 128 bytes");
+  uint64_t unit = item == 1 ? 16 : 128;  // a run of bytes, without a tensor map, may stand at any 16
+  if (begin % unit) fail("a TMA copy's shared address is not aligned to " + std::to_string(unit) + " bytes");
+  if (row % 16 || reinterpret_cast<uintptr_t>(map.base) % 16) fail("a TMA copy takes whole 16 bytes");
   if (map.swizzle && row > (16u << map.swizzle)) fail("a TMA copy's rows are wider than its swizzle");
   for (uint64_t r = 0; r < rows; ++r) {
     uint64_t rest = r;

@@ -186,6 +186,13 @@ template <class... At> void tma_store(const CUtensorMap& map, const void* shared
   int coordinates[] = {at...};
   hopper::tma_store(map, shared, coordinates);
 }
+inline CUtensorMap run_of_bytes(const void* global, uint32_t bytes) {  // of a copy without a tensor map
+  return {static_cast<char*>(const_cast<void*>(global)), {bytes}, {1}, {bytes}, 1, 0};
+}
+inline void tma_load(void* shared, const void* global, Barrier& full, uint32_t bytes) {
+  tma_load(run_of_bytes(global, bytes), full, shared, 0);
+}
+inline void tma_store(void* global, void* shared, uint32_t bytes) { tma_store(run_of_bytes(global, bytes), shared, 0); }
 template <int bytes> void cp_async_gs(void* shared, const void* global) { hopper::copy_async(shared, global, bytes); }
 template <int bytes> void cp_async_gs_conditional(void* shared, const void* global, bool wanted) {
   hopper::copy_async(shared, wanted ? global : nullptr, bytes);
