@@ -176,7 +176,8 @@ class Emulated:
         command = ["addr2line", "-a", "-i", "-e", library._name, *addresses]
         told = subprocess.run(command, capture_output=True, text=True).stdout
         # For each address a line that begins with 0x, then its place and, from the inside out, those it is inlined in.
-        places = iter(x.split()[-1].rsplit("/", 1)[-1] for x in re.split(r"^0x", told, flags=re.MULTILINE)[1:])
+        places = (x.splitlines()[-1] for x in re.split(r"^0x", told, flags=re.MULTILINE)[1:])
+        places = (x.rsplit("/", 1)[-1].split(" ")[0] for x in places)
         return re.sub(r"@[0-9a-f]+", lambda m: f"({next(places, '?')})", text)
 
     def evaluate(self, expression, dims: dict[str, int]) -> int:
