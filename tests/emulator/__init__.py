@@ -75,9 +75,9 @@ def _object(text: str, *flags: str) -> Path:
     target = _cached("\0".join((text, *headers, *COMPILER, *flags)), ".o")
     if not target.is_file():
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "source.cpp"
+            source = Path(folder) / "kernel.cu"
             source.write_text(text)
-            _compile([*COMPILER, f"-I{FOLDER}", *flags, "-c", str(source)], target)
+            _compile([*COMPILER, f"-I{FOLDER}", *flags, "-x", "c++", "-c", str(source)], target)
     return target
 
 

@@ -244,7 +244,8 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
 }
 
 void set_registers(int count) {
-  int more = (count - current->registers);
+  if (count < 24 || count > 256 || count % 8) fail("setmaxnreg takes 24 to 256 registers, got " + std::to_string(count));
+  int more = count - current->registers;
   while (more > free_registers) block({.kind = Wait::REGISTERS, .number = more});
   free_registers -= more;
   current->registers = count;
