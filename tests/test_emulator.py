@@ -275,10 +275,10 @@ WRITTEN = (r"tma_store_wait<0, false>", "tma_store_wait<0, true>")  # says only 
 FENCE = r"(tl::fence_proxy_async\(\);)"
 # name: (pattern in the source, what stands there instead, what the emulator says)
 BROKEN_ROUND_TRIP = {
-    "a thread reads what a store may not have written": (*WRITTEN, "race: thread .* reads global .* write of a TMA store"),
-    "TMA reads what a store may not have written": (*WRITTEN, "race: a TMA load .* reads global .* write of a TMA store"),
+    "a thread reads what a store may not have written": (*WRITTEN, "race: thread .* after the write of a TMA store"),
+    "TMA reads what a store may not have written": (*WRITTEN, "race: a TMA load .* after the write of a TMA store"),
     "a tile is overwritten that a store may not have read": (
-        r"tl::tma_store_wait<0, true>\(\);", "", "race with a read: thread .* writes shared .* read of a TMA store",
+        r"tl::tma_store_wait<0, true>\(\);", "", "race with a read: thread .* after the read of a TMA store",
     ),
     "TMA reads global memory that threads wrote": (
         FENCE, r"scratch[threadIdx.x] = x[threadIdx.x]; \1", "no fence.proxy.async: a TMA load .* reads global",
