@@ -12,7 +12,7 @@ struct Mbarrier {
   int64_t bytes = 0;  // expected less arrived
   uint32_t phase = 0;
   Sum sum;
-  Clock done_seen, done_fenced;
+  Known done;  // with the last phase
   uint32_t copies = 0;  // ever begun
 };
 std::map<void*, Mbarrier> mbarriers;
@@ -65,9 +65,7 @@ void settle(Mbarrier& m) {
   if (m.pending || m.bytes) return;
   m.phase ^= 1;
   m.pending = m.count;
-  m.sum.resize(current->now.seen->size());
-  m.done_seen = std::make_shared<const Steps>(m.sum.seen);
-  m.done_fenced = std::make_shared<const Steps>(m.sum.fenced);
+  m.done = m.sum.known();
   wake_waiting(m);
 }
 
@@ -158,7 +156,7 @@ void mbarrier_wait(void* at, uint32_t parity) {
   Mbarrier& m = find(at);
   while (m.phase == (parity & 1))
     block({.kind = Wait::MBARRIER, .object = &m, .number = int(parity & 1)});
-  if (m.done_seen) acquire(current->now, m.done_seen, m.done_fenced);
+  if (m.done.seen) acquire(current->now, m.done);
 }
 
 void mbarrier_arrive(void* at) {
@@ -198,7 +196,6 @@ bool complete_a_copy(uint32_t choice) {
   tile(load.box, [](char* to, char* from, size_t bytes) { from ? memcpy(to, from, bytes) : memset(to, 0, bytes); });
   Mbarrier& m = *load.mbarrier;
   m.bytes -= bytes_of(load.box.map);
-  m.sum.resize(threads[0].now.seen->size());
   auto& step = m.sum.seen[agent(LOADS, m.number)];
   step = std::max(step, load.step);
   settle(m);

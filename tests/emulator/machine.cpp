@@ -130,14 +130,15 @@ std::string thread_name(uint32_t who) {
   return agents[who / OF_A_KIND] + std::to_string(who % OF_A_KIND);
 }
 
+size_t clock_size() { return threads.size() + (LOADS + 1) * OF_A_KIND; }
+
 void Sum::add(const Stamp& s) {
-  resize(s.seen->size());
   auto raise = [](Steps& to, Clock& last, const Clock& from) {
     if (last == from) return;
     for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], (*from)[i]);
     last = from;
   };
-  raise(seen, last_seen, s.seen), raise(fenced, last_fenced, s.fenced);
+  raise(seen, last.seen, s.seen), raise(fenced, last.fenced, s.fenced);
   seen[s.who] = std::max(seen[s.who], s.step);
   fenced[s.who] = std::max(fenced[s.who], s.fenced_step);
 }
@@ -157,11 +158,11 @@ struct Joined {  // remembers the last: a warpgroup's threads often join alike
 };
 }  // namespace
 
-void acquire(Stamp& s, const Clock& seen, const Clock& fenced) {
+void acquire(Stamp& s, const Known& known) {
   static Joined join_seen, join_fenced;
-  s.seen = join_seen(s.seen, seen);
-  s.fenced_step = std::max(s.fenced_step, (*fenced)[s.who]);
-  s.fenced = join_fenced(s.fenced, fenced);
+  s.seen = join_seen(s.seen, known.seen);
+  s.fenced_step = std::max(s.fenced_step, (*known.fenced)[s.who]);
+  s.fenced = join_fenced(s.fenced, known.fenced);
 }
 void learn(Stamp& s, uint32_t agent, uint32_t step) {
   if ((*s.seen)[agent] >= step) return;
@@ -179,7 +180,7 @@ Stamp handed(const Stamp& s, uint32_t agent, uint32_t step) {
   Steps seen(*s.seen), fenced(*s.fenced);
   seen[s.who] = s.step, fenced[s.who] = s.fenced_step;
   auto share = [](Steps& steps) { return std::make_shared<const Steps>(std::move(steps)); };
-  return {share(seen), share(fenced), agent, step, 0};
+  return {{share(seen), share(fenced)}, agent, step, 0};
 }
 
 void fence_proxy() {
@@ -201,12 +202,11 @@ void barrier(int id, int count) {
   b.waiting.push_back(current->id);
   if (int(b.waiting.size()) < count)
     return block({.kind = Wait::BARRIER, .number = id});
-  auto seen = std::make_shared<const Steps>(std::move(b.sum.seen));
-  auto fenced = std::make_shared<const Steps>(std::move(b.sum.fenced));
+  Known known = b.sum.known();
   auto together = std::move(b.waiting);
   b = Named();
   for (int i : together) {
-    acquire(threads[i].now, seen, fenced);
+    acquire(threads[i].now, known);
     if (i != current->id) wake(threads[i]);
   }
 }
@@ -281,12 +281,12 @@ void run_cta(int count, int launch_registers, uint32_t seed) {
   luck.seed(seed);
   random_order = seed != 0;
   reset_copies(), reset_products();
-  Clock nothing = std::make_shared<const Steps>(count + 4 * OF_A_KIND);
+  Clock nothing = std::make_shared<const Steps>(clock_size());
   runnable.clear();
   for (int i = 0; i < count; ++i) {
     Thread& t = threads[i];
     t.id = i, t.stack = stacks + i * STACK, t.registers = launch_registers;
-    t.now = {nothing, nothing, uint32_t(i), 1, 0};
+    t.now = {{nothing, nothing}, uint32_t(i), 1, 0};
     create(t);
     runnable.push_back(i);
   }

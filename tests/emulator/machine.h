@@ -15,8 +15,11 @@ namespace hopper {
 using Steps = std::vector<uint32_t>;
 using Clock = std::shared_ptr<const Steps>;
 
-struct Stamp {  // what an operation may take as having happened, and as visible to the asynchronous proxy
+struct Known {  // what may be taken as having happened, and as visible to the asynchronous proxy
   Clock seen, fenced;
+};
+
+struct Stamp : Known {  // of an operation: what is known, to whom, and at which of its own steps
   uint32_t who, step, fenced_step;
   bool sees(uint32_t other, uint32_t at) const { return other == who ? at <= step : at <= (*seen)[other]; }
   bool sees_fenced(uint32_t other, uint32_t at) const {
@@ -24,17 +27,13 @@ struct Stamp {  // what an operation may take as having happened, and as visible
   }
 };
 
-// What those who arrive at a barrier know together.
-struct Sum {
-  Steps seen, fenced;
-  Clock last_seen, last_fenced;  // of the last who came: many share theirs
-  void add(const Stamp& stamp);
-  void resize(size_t size) { seen.resize(size), fenced.resize(size); }
-};
+size_t clock_size();
 
-struct Issued {
-  Product product;
-  Stamp stamp;
+struct Sum {  // what those who arrive at a barrier know together
+  Steps seen = Steps(clock_size()), fenced = Steps(clock_size());
+  Known last;  // of the last who came: many share theirs
+  void add(const Stamp& stamp);
+  Known known() const { return {std::make_shared<const Steps>(seen), std::make_shared<const Steps>(fenced)}; }
 };
 
 struct Wait {  // for what a blocked thread waits
@@ -52,11 +51,15 @@ struct Thread {
   Wait wait;
   Stamp now;
   int registers = 0;
-  std::vector<Issued> products;    // wgmma issued and not waited for, in order
-  std::vector<int> groups;         // sizes of its committed groups
-  int open_products = 0;           // issued since the last commit
+  struct Issued {
+    Product product;
+    Stamp stamp;
+  };
+  std::vector<Issued> products;  // wgmma issued and not waited for, in order
+  std::vector<int> groups;       // sizes of its committed groups
+  int open_products = 0;         // issued since the last commit
   bool products_fenced = false;
-  uint32_t product_steps = 0;      // groups committed ever
+  uint32_t product_steps = 0;    // groups committed ever
 };
 
 // The asynchronous units: wgmma of a warpgroup, the two ends of a warp's TMA stores, the TMA loads to an mbarrier.
@@ -75,7 +78,7 @@ void report(const std::string& message);              // notes a fault and goes 
 void block(const Wait& wait);                         // until someone calls wake
 void wake(Thread& thread);
 uint32_t agent(Agent kind, uint32_t number);
-void acquire(Stamp& stamp, const Clock& seen, const Clock& fenced);
+void acquire(Stamp& stamp, const Known& known);
 void learn(Stamp& stamp, uint32_t agent, uint32_t step);
 Stamp handed(const Stamp& issuer, uint32_t agent, uint32_t step);  // to an agent, which knows what its issuer knows
 void collective(const void* argument, const char* what, void (*run)(const void* const* arguments));

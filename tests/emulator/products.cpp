@@ -217,7 +217,7 @@ void wgmma_wait(int groups) {
       Thread& t = threads[i];
       for (int j = 0; j < size; ++j) {
         float* d = t.products[j].product.d;
-        auto later = [&](const Issued& x) { return x.product.d == d; };
+        auto later = [&](const Thread::Issued& x) { return x.product.d == d; };
         auto done = held.find(d);
         if (done == held.end() || std::any_of(t.products.begin() + size, t.products.end(), later)) continue;
         std::copy(done->second.begin(), done->second.end(), d);
