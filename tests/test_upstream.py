@@ -106,7 +106,7 @@ def test_a_pipeline_of_one_iteration_ends(arguments):
         {"hsa_fwd_union": {"specialised": 0}},
         {"hsa_fwd_union": {"specialised": 1}},
         {"hsa_bwd_dq_token": {}, "hsa_bwd_dkdv_chunk": {}},
-        {"hsa_bwd_chunk": {"specialised": 1}},
+        {"hsa_bwd_chunk": {"block_M": 128, "threads": 256, "num_stages": 2, "specialised": 1}},
     ],
     ids=lambda programs: "-".join(f"{k}{v.get('specialised', '')}" for k, v in programs.items()),
 )
@@ -309,7 +309,7 @@ def test_two_warpgroups_wait_for_a_tile_that_both_read():
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_a_barrier_in_a_branch_that_depends_on_data_is_moved_out_of_it():
+def test_a_barrier_in_a_branch_that_depends_on_data_is_moved_out_of_it(capfd):
     """2612, present: of threads that write and then read in one branch, none waits; TileLang only warns of it."""
 
     @T.prim_func
@@ -324,6 +324,7 @@ def test_a_barrier_in_a_branch_that_depends_on_data_is_moved_out_of_it():
 
     with pytest.raises(emulator.Fault, match="uninitialised"):
         run(mirror, torch.randn(2, 128), torch.ones(128, dtype=torch.int32), torch.empty(2, 128))
+    assert "ThreadSync" in capfd.readouterr().err
 
 
 @prove  # lowers every program
