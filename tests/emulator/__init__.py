@@ -69,10 +69,15 @@ def _compile(command: list[str], target: Path) -> None:
         made.rename(target)
 
 
+def _included(text: str) -> str:
+    """The emulator's headers that a C++ source includes, one behind the other."""
+    headers = [(FOLDER / name).read_text() for name in re.findall(r'#include "(\w+\.h)"', text)]
+    return "".join(header + _included(header) for header in headers)
+
+
 def _object(text: str, *flags: str) -> Path:
-    """The object file of a C++ source; compiled anew if it, a header of the emulator or the flags change."""
-    headers = [p.read_text() for p in sorted(FOLDER.glob("*.h"))]
-    target = _cached("\0".join((text, *headers, *COMPILER, *flags)), ".o")
+    """The object file of a C++ source; compiled anew if it, what it includes or the flags change."""
+    target = _cached("\0".join((text, _included(text), *COMPILER, *flags)), ".o")
     if not target.is_file():
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "kernel.cu"

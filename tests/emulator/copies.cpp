@@ -69,14 +69,16 @@ void settle(Mbarrier& m) {
   wake_waiting(m);
 }
 
-// Calls each(shared, global or null, bytes) for every run of 16 bytes of the box.
+constexpr size_t RUN = 16;  // bytes; all copies are of whole ones
+
+// Calls each(shared, global or null) for every run of the box.
 template <class Each> void tile(const Box& box, Each each) {
   const CUtensorMap& map = box.map;
   uint64_t item = map.strides[0], row = map.box[0] * item, rows = 1, begin = shared_address(box.shared);
   for (uint32_t d = 1; d < map.rank; ++d) rows *= map.box[d];
-  uint64_t unit = item == 1 ? 16 : 128;  // a run of bytes, without a tensor map, may stand at any 16
+  uint64_t unit = item == 1 ? RUN : 128;  // bytes without a tensor map may stand at any run
   if (begin % unit) fail("a TMA copy's shared address is not aligned to " + std::to_string(unit) + " bytes");
-  if (row % 16 || reinterpret_cast<uintptr_t>(map.base) % 16) fail("a TMA copy takes whole 16 bytes");
+  if (row % RUN || reinterpret_cast<uintptr_t>(map.base) % RUN) fail("a TMA copy takes whole 16 bytes");
   if (map.swizzle && row > (16u << map.swizzle)) fail("a TMA copy's rows are wider than its swizzle");
   for (uint64_t r = 0; r < rows; ++r) {
     uint64_t rest = r;
@@ -88,12 +90,12 @@ template <class Each> void tile(const Box& box, Each each) {
       inside &= 0 <= i && i < int64_t(map.dims[d]);
       offset += i * map.strides[d];
     }
-    for (uint64_t b = 0; b < row; b += 16) {
+    for (uint64_t b = 0; b < row; b += RUN) {
       uint64_t to = begin + r * row + b;
       to ^= (to >> 7 & ((1u << map.swizzle) - 1)) << 4;
       int64_t i = box.at[0] + int64_t(b / item);
       bool here = inside && 0 <= i && i < int64_t(map.dims[0]);
-      each(box.shared + (to - begin), here ? map.base + offset + i * item : nullptr, std::min<uint64_t>(16, row - b));
+      each(box.shared + (to - begin), here ? map.base + offset + i * item : nullptr);
     }
   }
 }
@@ -179,10 +181,10 @@ void tma_load(const CUtensorMap& map, void* mbarrier, void* shared, const int* a
   Load load{{map, shared, at}, &m, ++m.copies};
   Stamp stamp = handed(now, agent(LOADS, m.number), load.step);
   auto pc = __builtin_return_address(0);
-  tile(load.box, [&](char* to, char* from, size_t bytes) {
-    if (from) access(from, bytes, ASYNC_READ, stamp, pc);
-    access(to, bytes, ASYNC_WRITE, stamp, pc);
-    memset(to, 0xff, bytes);
+  tile(load.box, [&](char* to, char* from) {
+    if (from) access(from, RUN, ASYNC_READ, stamp, pc);
+    access(to, RUN, ASYNC_WRITE, stamp, pc);
+    memset(to, 0xff, RUN);
   });
   ++current->now.step;
   loads.push_back(load);
@@ -193,7 +195,7 @@ bool complete_a_copy(uint32_t choice) {
   auto chosen = loads.begin() + choice % loads.size();
   Load load = *chosen;
   loads.erase(chosen);
-  tile(load.box, [](char* to, char* from, size_t bytes) { from ? memcpy(to, from, bytes) : memset(to, 0, bytes); });
+  tile(load.box, [](char* to, char* from) { from ? memcpy(to, from, RUN) : memset(to, 0, RUN); });
   Mbarrier& m = *load.mbarrier;
   m.bytes -= bytes_of(load.box.map);
   auto& step = m.sum.seen[agent(LOADS, m.number)];
@@ -209,9 +211,9 @@ void tma_store(const CUtensorMap& map, const void* shared, const int* at) {
   Stamp reads = handed(current->now, agent(STORE_READS, current->id / 32), mine.committed + 1);
   Stamp writes = handed(current->now, agent(STORE_WRITES, current->id / 32), mine.committed + 1);
   auto pc = __builtin_return_address(0);
-  tile(box, [&](char* from, char* to, size_t bytes) {
-    access(from, bytes, ASYNC_READ, reads, pc);
-    if (to) access(to, bytes, ASYNC_WRITE, writes, pc);
+  tile(box, [&](char* from, char* to) {
+    access(from, RUN, ASYNC_READ, reads, pc);
+    if (to) access(to, RUN, ASYNC_WRITE, writes, pc);
   });
   ++current->now.step;
   mine.open.push_back(box);
@@ -228,7 +230,7 @@ void tma_wait(uint32_t left, bool only_read) {
   Stores& mine = stores[current->id];
   for (; mine.groups.size() > left; mine.groups.erase(mine.groups.begin()))
     for (auto& box : mine.groups.front())
-      tile(box, [](char* from, char* to, size_t bytes) { if (to) memcpy(to, from, bytes); });
+      tile(box, [](char* from, char* to) { if (to) memcpy(to, from, RUN); });
   uint32_t done = mine.committed - std::min(left, mine.committed);
   learn(current->now, agent(STORE_READS, current->id / 32), done);
   if (!only_read) learn(current->now, agent(STORE_WRITES, current->id / 32), done);

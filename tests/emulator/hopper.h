@@ -123,7 +123,7 @@ void mma(Type type, float* d, const uint32_t* a, const uint32_t* b);
 void wgmma(const Product& product);
 void wgmma_fence();
 void wgmma_commit();
-void wgmma_wait(int groups);
+void wgmma_wait(int left);
 
 float atomic_add(float* at, float value);
 int atomic_add(int* at, int value);

@@ -40,12 +40,12 @@ struct Named {
 };
 Named named[NAMED_BARRIERS];
 
-struct Warp {
-  const void* arguments[32];
+struct Group {
+  const void* arguments[128];
   const char* what = nullptr;
   int arrived = 0;
 };
-std::vector<Warp> warps;
+std::vector<Group> warps, warpgroups;
 int free_registers;
 
 void start() {
@@ -80,8 +80,7 @@ void create(Thread& thread) {
 std::string describe(const Wait& w) {
   switch (w.kind) {
     case Wait::BARRIER: return "barrier " + std::to_string(w.number);
-    case Wait::WARP: return std::string(w.name) + " of their warp";
-    case Wait::PRODUCTS: return "wgmma.wait_group of their warpgroup";
+    case Wait::GROUP: return std::string(w.name) + (w.number == 32 ? " of their warp" : " of their warpgroup");
     case Wait::REGISTERS:
       return std::to_string(w.number) + " more registers, " + std::to_string(free_registers) + " free";
     default: return mbarrier_state(w.object) + ", parity " + std::to_string(w.number);
@@ -211,23 +210,23 @@ void barrier(int id, int count) {
   }
 }
 
-// All 32 threads of the warp come with an argument; the last runs it for them all.
-void collective(const void* argument, const char* what, void (*run)(const void* const*)) {
-  Warp& warp = warps[current->id / 32];
-  if (warp.arrived && warp.what != what)
-    fail("warp " + std::to_string(current->id / 32) + " diverges: " + warp.what + " and " + what);
-  warp.what = what;
-  warp.arguments[current->id % 32] = argument;
-  int first = current->id / 32 * 32;
-  if (++warp.arrived < 32) return block({.kind = Wait::WARP, .name = what});
-  warp.arrived = 0;
-  run(warp.arguments);
-  for (int i = first; i < first + 32; ++i)
+// All threads of the warp (size 32) or warpgroup (128) come with an argument; the last runs it for them all.
+void collective(int size, const void* argument, const char* what, void (*run)(const void* const*)) {
+  int number = current->id / size;
+  Group& group = (size == 32 ? warps : warpgroups)[number];
+  if (group.arrived && group.what != what)
+    fail("warp " + std::to_string(current->id / 32) + " diverges: " + group.what + " and " + what);
+  group.what = what;
+  group.arguments[current->id % size] = argument;
+  if (++group.arrived < size) return block({.kind = Wait::GROUP, .name = what, .number = size});
+  group.arrived = 0;
+  run(group.arguments);
+  for (int i = size * number; i < size * (number + 1); ++i)
     if (i != current->id) wake(threads[i]);
 }
 
 bool elect() {
-  collective(nullptr, "elect.sync", [](const void* const*) {});
+  collective(32, nullptr, "elect.sync", [](const void* const*) {});
   return current->id % 32 == 0;
 }
 
@@ -236,7 +235,7 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
     uint32_t in, out;
     int mask;
   } mine = {value, 0, mask};
-  collective(&mine, "shfl.sync.bfly", [](const void* const* all) {
+  collective(32, &mine, "shfl.sync.bfly", [](const void* const* all) {
     auto at = [&](int i) { return static_cast<decltype(&mine)>(const_cast<void*>(all[i])); };
     for (int i = 0; i < 32; ++i) at(i)->out = at(i ^ at(i)->mask)->in;
   });
@@ -244,7 +243,7 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
 }
 
 void set_registers(int count) {
-  if (count < 24 || count > 256 || count % 8) fail("setmaxnreg takes 24 to 256 registers, got " + std::to_string(count));
+  if (count < 24 || count > 256 || count % 8) fail("setmaxnreg cannot ask for " + std::to_string(count) + " registers");
   int more = count - current->registers;
   while (more > free_registers) block({.kind = Wait::REGISTERS, .number = more});
   free_registers -= more;
@@ -275,7 +274,7 @@ namespace {
 void run_cta(int count, int launch_registers, uint32_t seed) {
   threads.clear();
   threads.resize(count);
-  warps.assign(count / 32, Warp());
+  warps.assign(count / 32, Group()), warpgroups.assign(count / 128 + 1, Group());
   for (auto& b : named) b = Named();
   free_registers = 0;
   luck.seed(seed);

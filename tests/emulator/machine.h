@@ -37,10 +37,10 @@ struct Sum {  // what those who arrive at a barrier know together
 };
 
 struct Wait {  // for what a blocked thread waits
-  enum Kind { BARRIER, WARP, PRODUCTS, REGISTERS, MBARRIER } kind;
+  enum Kind { BARRIER, GROUP, REGISTERS, MBARRIER } kind;
   const void* object = nullptr;
-  const char* name = nullptr;  // of the warp's instruction
-  int number = 0;              // the barrier's, or how many registers; for an mbarrier the parity
+  const char* name = nullptr;  // of the group's instruction
+  int number = 0;              // the barrier's, threads of the group, or how many registers; an mbarrier's parity
 };
 
 struct Thread {
@@ -81,7 +81,7 @@ uint32_t agent(Agent kind, uint32_t number);
 void acquire(Stamp& stamp, const Known& known);
 void learn(Stamp& stamp, uint32_t agent, uint32_t step);
 Stamp handed(const Stamp& issuer, uint32_t agent, uint32_t step);  // to an agent, which knows what its issuer knows
-void collective(const void* argument, const char* what, void (*run)(const void* const* arguments));
+void collective(int size, const void* argument, const char* what, void (*run)(const void* const* arguments));
 std::string thread_name(uint32_t who);
 
 // shadow.cpp
