@@ -1,5 +1,6 @@
 """Faults reported of TileLang, as in test_upstream.py: fragments, stores, atomics, registers, and how it is built."""
 
+import ast
 import importlib.metadata
 import re
 
@@ -117,6 +118,10 @@ def test_a_store_in_one_warpgroups_branch_needs_its_scope():
     assert not out.any()
     run(store({"leader_scope_threads": 128}), x, out)
     assert torch.equal(out, x)
+    for name, text in ours().items():
+        for call in ast.walk(ast.parse(text)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "T.tma_copy":
+                assert {"barrier", "leader_scope_threads"} & {x.arg for x in call.keywords}, name
 
 
 def test_a_bulk_store_keeps_its_tail():

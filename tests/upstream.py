@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from tvm import tirx
+from tilelang import tvm
 
 from hsa_tl import cases
 from hsa_tl.kernels_tilelang import compile, config
@@ -15,14 +15,14 @@ N = 64  # rows and columns of a tile
 PROBLEM = cases.case("paper-d128").problem
 
 
-def run(program: tirx.PrimFunc, *tensors: torch.Tensor) -> str:
+def run(program: tvm.tirx.PrimFunc, *tensors: torch.Tensor) -> str:
     """Runs a program in the emulator; its CUDA source."""
     kernel = compile.compile_ir(program, "cuda")
     kernel(*tensors)
     return kernel.source
 
 
-def cuda_source(program: tirx.PrimFunc) -> str:
+def cuda_source(program: tvm.tirx.PrimFunc) -> str:
     return compile.lower_ir(program).kernel_source
 
 

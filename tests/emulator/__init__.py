@@ -3,8 +3,9 @@
 The CPU target proves a program's tiles; this proves what TileLang makes of them for sm_90a. The generated source is
 compiled for the host against hopper.h and run one CTA after another, in bfloat16 or float16. Faults are
 reported as compute-sanitizer would on a GPU, and more: races (by vector clocks, so whether or not they show), reads of
-what nothing wrote, accesses out of bounds or misaligned, missing proxy fences, deadlocks, divergent warp instructions,
-barriers that two groups share, wgmma accumulators read too early. Timing is not emulated.
+what nothing wrote, accesses out of bounds or misaligned, missing fences of the asynchronous proxy and of mbarriers,
+waits for stores that promise less than is taken, deadlocks, divergent warp instructions, barriers that two groups
+share, wgmma accumulators read too early. Timing is not emulated.
 
     with attached():
         hsa_attention(...)  # CPU tensors in bfloat16 or float16, impl="tilelang"
