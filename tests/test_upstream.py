@@ -263,9 +263,8 @@ def test_a_tile_that_is_read_before_it_is_copied_is_wrong():
     out = torch.empty(8, N)
     run(sums(True), x, out)
     assert torch.equal(out, x.float().sum(1))
-    with pytest.raises((emulator.Fault, AssertionError)):
-        run(sums(False), x, out.zero_())
-        assert torch.equal(out, x.float().sum(1))
+    with pytest.raises(emulator.Fault, match="race"):
+        run(sums(False), x, out)
 
 
 def test_a_read_does_not_pass_an_atomic():
@@ -292,10 +291,11 @@ def test_a_read_does_not_pass_an_atomic():
     assert torch.equal(out, counts.cumsum(0).int() - counts)
 
 
-def test_two_pipelines_of_one_tile_are_refused():
+@pytest.mark.parametrize("stages", [2, 3])
+def test_two_pipelines_of_one_tile_are_refused(stages):
     """2309, present, for stages that differ and those that do not: two pipelines that fill one tile do not compile.
 
-    No program has two pipelines; where one would help, it needs tiles of its own as long as this holds.
+    No program has two pipelines; nothing gets simpler when this is gone.
     """
 
     @T.prim_func
@@ -309,14 +309,14 @@ def test_two_pipelines_of_one_tile_are_refused():
             for i in T.Pipelined(4, num_stages=2):
                 T.copy(x[i, :, :], tile)
                 T.gemm(tile, k_shared, acc)
-            for i in T.Pipelined(4, num_stages=3):
+            for i in T.Pipelined(4, num_stages=stages):
                 T.copy(x[4 + i, :, :], tile)
                 T.gemm(tile, k_shared, acc)
             T.copy(acc, out)
 
     with pytest.raises(tvm.error.InternalError, match="CanProveEqual"):
         cuda_source(twice)
-    assert all(text.count("T.Pipelined(") <= 1 for name, text in ours().items() if name != "micro.py")
+    assert all(text.count("T.Pipelined(") <= 1 for text in ours().values())
 
 
 def test_two_warpgroups_wait_for_a_tile_that_both_read():
@@ -352,7 +352,10 @@ def test_two_warpgroups_wait_for_a_tile_that_both_read():
 
 
 def test_a_barrier_in_a_branch_that_depends_on_data_is_moved_out_of_it(capfd):
-    """2612, present: of threads that write and then read in one branch, none waits; TileLang only warns of it."""
+    """2612, present: of threads that write and then read in one branch, none waits; TileLang only warns of it.
+
+    No barrier of ours is needed in such a branch; nothing gets simpler when this is gone.
+    """
 
     @T.prim_func
     def mirror(x: T.Tensor((2, 128), "float32"), mask: T.Tensor((128,), "int32"), out: T.Tensor((2, 128), "float32")):
