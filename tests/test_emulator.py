@@ -7,6 +7,7 @@ from dataclasses import asdict
 import emulator
 import hypothesis
 import pytest
+import tilelang.language as T
 import torch
 from hypothesis import strategies as st
 from strategies import TYPES, Dims, hard_calls, make_call, seeds, without_weights
@@ -267,6 +268,85 @@ def test_what_is_broken_is_told(broken, monkeypatch):
     program, pattern, replacement, fault = broken
     with pytest.raises(emulator.Fault, match=fault):
         run_changed(program, pattern, replacement, monkeypatch)
+
+
+def round_trip():
+    """A tile from x to scratch and back, all by TMA; scratch is read by threads as well."""
+
+    @T.prim_func
+    def round_trip(
+        x: T.Tensor((64, 64), "bfloat16"),
+        scratch: T.Tensor((64, 64), "bfloat16"),
+        out: T.Tensor((2, 64, 64), "bfloat16"),
+    ):
+        with T.Kernel(1, threads=128):
+            tile = T.alloc_shared([64, 64], "bfloat16")
+            full = T.alloc_barrier(arrive_count=128)
+            T.tma_copy(x, tile, barrier=full)
+            T.barrier_arrive(full)
+            T.barrier_wait(full, 0)
+            T.tma_copy(tile, scratch)
+            T.tma_store_wait(0)
+            T.sync_threads()
+            for i, j in T.Parallel(64, 64):
+                tile[i, j] = 0
+            T.tma_store_wait(0, read=False)
+            T.fence_proxy_async()
+            T.sync_threads()
+            for i, j in T.Parallel(64, 64):
+                out[0, i, j] = scratch[i, j]
+            T.tma_copy(scratch, tile, barrier=full)
+            T.barrier_arrive(full)
+            T.barrier_wait(full, 1)
+            for i, j in T.Parallel(64, 64):
+                out[1, i, j] = tile[i, j]
+
+    return round_trip
+
+
+def run_round_trip(pattern: str, replacement: str) -> None:
+    kernel = compile.compile_ir(round_trip(), "cuda")
+    kernel.source, count = re.subn(pattern, replacement, kernel.source, count=1)
+    assert count, f"{pattern!r} is not in the source"
+    x = torch.randn(64, 64).bfloat16()
+    scratch, out = torch.zeros_like(x), torch.zeros(2, 64, 64).bfloat16()
+    kernel(x, scratch, out)
+    assert torch.equal(scratch, x) and torch.equal(out, torch.stack((x, x)))
+
+
+WRITTEN = (r"tma_store_wait<0, false>", "tma_store_wait<0, true>")  # says only that the tile was read
+FENCE = r"(tl::fence_proxy_async\(\);)"
+# name: (pattern in the source, what stands there instead, what the emulator says)
+BROKEN_ROUND_TRIP = {
+    "a thread reads what a store may not have written": (*WRITTEN, "race: thread .* after the write of a TMA store"),
+    "TMA reads what a store may not have written": (*WRITTEN, "race: a TMA load .* after the write of a TMA store"),
+    "a tile is overwritten that a store may not have read": (
+        r"tl::tma_store_wait<0, true>\(\);", "", "race with a read: thread .* after the read of a TMA store",
+    ),
+    "TMA reads global memory that threads wrote": (
+        FENCE, r"scratch[threadIdx.x] = x[threadIdx.x]; \1", "no fence.proxy.async: a TMA load .* reads global",
+    ),
+    "an mbarrier is not fenced": (r"tl::fence_barrier_init\(\);", "", "no fence.mbarrier_init: .* a TMA load"),
+    "an mbarrier is fenced before it is initialised": (
+        r"(if [^;]*full\[0\]\.init\(128\);\s*\})\s*(tl::fence_barrier_init\(\);)", r"\2\1",
+        "no fence.mbarrier_init: .* a TMA load",
+    ),
+    "an mbarrier is used before all know of it": (
+        r"(tl::fence_barrier_init\(\);\s*)__syncthreads\(\);",
+        r"\1tl::__sync_thread_partial(14 + threadIdx.x / 64, 64);", "uses an mbarrier before it knows",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN_ROUND_TRIP)
+def test_what_is_broken_of_a_round_trip_is_told(broken):
+    pattern, replacement, fault = BROKEN_ROUND_TRIP[broken]
+    with pytest.raises(emulator.Fault, match=fault):
+        run_round_trip(pattern, replacement)
+
+
+def test_a_round_trip_that_is_not_broken_passes():
+    run_round_trip("}", "}")
 
 
 @pytest.mark.parametrize("program", tiered((*SPECIALISED, "hsa_fwd_token"), quick=(UNION, "hsa_bwd_chunk_sm90a")))

@@ -3,8 +3,9 @@
 The CPU target proves a program's tiles; this proves what TileLang makes of them for sm_90a. The generated source is
 compiled for the host against hopper.h and run one CTA after another, in bfloat16 or float16. Faults are
 reported as compute-sanitizer would on a GPU, and more: races (by vector clocks, so whether or not they show), reads of
-what nothing wrote, accesses out of bounds or misaligned, missing proxy fences, deadlocks, divergent warp instructions,
-barriers that two groups share, wgmma accumulators read too early. Timing is not emulated.
+what nothing wrote, accesses out of bounds or misaligned, missing fences of the asynchronous proxy and of mbarriers,
+waits for stores that promise less than is taken, deadlocks, divergent warp instructions, barriers that two groups
+share, wgmma accumulators read too early. Timing is not emulated.
 
     with attached():
         hsa_attention(...)  # CPU tensors in bfloat16 or float16, impl="tilelang"
@@ -28,7 +29,7 @@ from hsa_tl.files import cache_folder
 from hsa_tl.kernels_tilelang import compile
 
 FOLDER = Path(__file__).parent
-COMPILER = ("g++", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-w", f"-I{FOLDER}")
+COMPILER = ("g++", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-w")
 MAP_TYPES = {6: 2, 7: 4, 9: 2}  # CUtensorMapDataType: float16, float32, bfloat16 -> bytes
 MARGIN = 4096  # bytes between buffers, which no access may touch
 PAGE = 256
@@ -56,21 +57,6 @@ class _TensorMap(ctypes.Structure):
     ]  # fmt: skip
 
 
-@functools.cache
-def _runtime() -> list[str]:
-    """Object files of the emulator itself."""
-    sources = sorted(FOLDER.glob("*.cpp"))
-    text = "".join(p.read_text() for p in sorted(FOLDER.iterdir()) if p.is_file())
-    folder = cache_folder() / "emulator" / hashlib.sha256(text.encode()).hexdigest()
-    made = []
-    for source in sources:
-        target = folder / f"{source.stem}.o"
-        if not target.is_file():
-            _compile([*COMPILER, "-O2", "-c", str(source)], target)
-        made.append(str(target))
-    return made
-
-
 def _compile(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -82,6 +68,27 @@ def _compile(command: list[str], target: Path) -> None:
         if run.returncode:
             raise RuntimeError(f"the host's compiler refused the program: {run.stderr[:2000]}")
         made.rename(target)
+
+
+def _included(text: str) -> str:
+    """The emulator's headers that a C++ source includes, one behind the other."""
+    headers = [(FOLDER / name).read_text() for name in re.findall(r'#include "(\w+\.h)"', text)]
+    return "".join(header + _included(header) for header in headers)
+
+
+def _object(text: str, *flags: str) -> Path:
+    """The object file of a C++ source; compiled anew if it, what it includes or the flags change."""
+    target = _cached("\0".join((text, _included(text), *COMPILER, *flags)), ".o")
+    if not target.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.cu"
+            source.write_text(text)
+            _compile([*COMPILER, f"-I{FOLDER}", *flags, "-x", "c++", "-c", str(source)], target)
+    return target
+
+
+def _cached(text: str, suffix: str) -> Path:
+    return cache_folder() / "emulator" / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}"
 
 
 def host_source(source: str) -> str:
@@ -108,17 +115,12 @@ def signature(source: str) -> tuple[str, list[tuple[str, str]]]:
 
 @functools.cache
 def _library(source: str) -> ctypes.CDLL:
-    """The kernel compiled for the host, with each of its memory accesses announced to the emulator."""
-    text = host_source(source)
-    runtime = _runtime()
-    name = hashlib.sha256((runtime[0] + text).encode()).hexdigest()
-    path = cache_folder() / "emulator" / f"{name}.so"
+    """The kernel compiled for the host, each of its memory accesses announced, and linked to the emulator."""
+    objects = [_object(host_source(source), "-O1", "-g1", "-fsanitize=thread")]
+    objects += [_object(p.read_text(), "-O2") for p in sorted(FOLDER.glob("*.cpp"))]
+    path = _cached("".join(map(str, objects)), ".so")
     if not path.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            cpp, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.o"
-            cpp.write_text(text)
-            _compile([*COMPILER, "-O1", "-g1", "-fsanitize=thread", "-c", str(cpp)], made)
-            _compile(["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", str(made), *runtime], path)
+        _compile(["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects)], path)
     return ctypes.CDLL(str(path))
 
 
@@ -162,10 +164,8 @@ class Emulated:
         library = _library(self.source)
         values = [self.parameter(kind, name, arena, scalars | dims, dims) for kind, name in signature(self.source)[1]]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        text, seed = (
-            ctypes.create_string_buffer(1 << 14),
-            ctypes.c_uint32(int(os.environ.get("HSA_TL_EMULATE_SEED", 0))),
-        )
+        text = ctypes.create_string_buffer(1 << 14)
+        seed = ctypes.c_uint32(int(os.environ.get("HSA_TL_EMULATE_SEED", 0)))
         library.hopper_buffers((ctypes.c_size_t * len(arena.bounds))(*arena.bounds), len(arena.bounds) // 2)
         faults = library.hopper_launch(
             parameters, (ctypes.c_int * 3)(*grid), threads, ctypes.c_size_t(self.shared_bytes), self.registers,
@@ -178,11 +178,13 @@ class Emulated:
 
     def located(self, library: ctypes.CDLL, text: str) -> str:
         """Fault messages with lines of the generated source in place of addresses."""
-        places = sorted(set(re.findall(r"@([0-9a-f]+)", text)))
-        command = ["addr2line", "-e", library._name, *(hex(int(x, 16) - 1) for x in places)]
-        lines = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        found = {x: line.rsplit("/", 1)[-1].split(" ")[0] for x, line in zip(places, lines, strict=False)}
-        return re.sub(r"@([0-9a-f]+)", lambda m: f"({found.get(m[1], '?')})", text)
+        addresses = [hex(int(x, 16) - 1) for x in re.findall(r"@([0-9a-f]+)", text)]
+        command = ["addr2line", "-a", "-i", "-e", library._name, *addresses]
+        told = subprocess.run(command, capture_output=True, text=True).stdout
+        # For each address a line that begins with 0x, then its place and, from the inside out, those it is inlined in.
+        places = (x.splitlines()[-1] for x in re.split(r"^0x", told, flags=re.MULTILINE)[1:])
+        places = (x.rsplit("/", 1)[-1].split(" ")[0] for x in places)
+        return re.sub(r"@[0-9a-f]+", lambda m: f"({next(places, '?')})", text)
 
     def evaluate(self, expression, dims: dict[str, int]) -> int:
         """An integer expression of the launch, at these dims."""

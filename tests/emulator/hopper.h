@@ -97,17 +97,18 @@ void set_registers(int count);
 void fence_proxy();
 
 void mbarrier_init(void* at, uint32_t count);
+void fence_mbarriers();
 void mbarrier_wait(void* at, uint32_t parity);
 void mbarrier_arrive(void* at);
 void mbarrier_expect(void* at, uint32_t bytes);
 void tma_load(const CUtensorMap& map, void* mbarrier, void* shared, const int* at);
 void tma_store(const CUtensorMap& map, const void* shared, const int* at);
 void tma_commit();
-void tma_wait(int groups);
+void tma_wait(uint32_t left, bool only_read);
 
 void copy_async(void* shared, const void* global, int bytes);  // from nowhere: zeros
 void copy_commit();
-void copy_wait(int groups);
+void copy_wait(int left);
 
 enum Type { BF16, F16 };
 struct Product {  // D[M, N] += A[M, 16] B[16, N], float32 accumulators; A from registers if a is given
@@ -122,7 +123,7 @@ void mma(Type type, float* d, const uint32_t* a, const uint32_t* b);
 void wgmma(const Product& product);
 void wgmma_fence();
 void wgmma_commit();
-void wgmma_wait(int groups);
+void wgmma_wait(int left);
 
 float atomic_add(float* at, float value);
 int atomic_add(int* at, int value);
@@ -160,7 +161,7 @@ constexpr hopper::Type type_of(DataType t) { return t == DataType::kBFloat16 ? h
 
 inline void __sync_thread_partial(int id, int threads) { hopper::barrier(id, threads); }
 inline void fence_proxy_async() { hopper::fence_proxy(); }
-inline void fence_barrier_init() {}
+inline void fence_barrier_init() { hopper::fence_mbarriers(); }
 template <class T> void prefetch_tma_descriptor(const T&) {}
 template <class T> void warpgroup_fence_operand(T*, int) {}
 inline void warpgroup_arrive() { hopper::wgmma_fence(); }
@@ -185,6 +186,13 @@ template <class... At> void tma_store(const CUtensorMap& map, const void* shared
   int coordinates[] = {at...};
   hopper::tma_store(map, shared, coordinates);
 }
+inline CUtensorMap run_of_bytes(const void* global, uint32_t bytes) {  // of a copy without a tensor map
+  return {static_cast<char*>(const_cast<void*>(global)), {bytes}, {1}, {bytes}, 1, 0};
+}
+inline void tma_load(void* shared, const void* global, Barrier& full, uint32_t bytes) {
+  tma_load(run_of_bytes(global, bytes), full, shared, 0);
+}
+inline void tma_store(void* global, void* shared, uint32_t bytes) { tma_store(run_of_bytes(global, bytes), shared, 0); }
 template <int bytes> void cp_async_gs(void* shared, const void* global) { hopper::copy_async(shared, global, bytes); }
 template <int bytes> void cp_async_gs_conditional(void* shared, const void* global, bool wanted) {
   hopper::copy_async(shared, wanted ? global : nullptr, bytes);
@@ -192,7 +200,7 @@ template <int bytes> void cp_async_gs_conditional(void* shared, const void* glob
 inline void cp_async_commit() { hopper::copy_commit(); }
 template <int groups> void cp_async_wait() { hopper::copy_wait(groups); }
 inline void tma_store_arrive() { hopper::tma_commit(); }
-template <int groups, bool read = true> void tma_store_wait() { hopper::tma_wait(groups); }
+template <int left, bool only_read = true> void tma_store_wait() { hopper::tma_wait(left, only_read); }
 
 #define LDMATRIX(n)                                                                                       \
   inline void ptx_ldmatrix_x##n(const void* row, void* out) { hopper::load_matrix(row, out, n, false); }  \

@@ -14,7 +14,8 @@ namespace hopper {
 char* dynamic_shared;
 
 constexpr size_t STACK = 256 << 10;
-constexpr int MAX_REPORTS = 20, NAMED_BARRIERS = 16, MBARRIERS = 64;
+constexpr int MAX_REPORTS = 20, NAMED_BARRIERS = 16;
+constexpr uint32_t OF_A_KIND = 32;  // agents; a CTA has at most 32 warps
 
 std::vector<Thread> threads;
 Thread* current;
@@ -39,12 +40,12 @@ struct Named {
 };
 Named named[NAMED_BARRIERS];
 
-struct Warp {
-  const void* arguments[32];
+struct Group {
+  const void* arguments[128];
   const char* what = nullptr;
   int arrived = 0;
 };
-std::vector<Warp> warps;
+std::vector<Group> warps, warpgroups;
 int free_registers;
 
 void start() {
@@ -79,8 +80,7 @@ void create(Thread& thread) {
 std::string describe(const Wait& w) {
   switch (w.kind) {
     case Wait::BARRIER: return "barrier " + std::to_string(w.number);
-    case Wait::WARP: return std::string(w.name) + " of their warp";
-    case Wait::PRODUCTS: return "wgmma.wait_group of their warpgroup";
+    case Wait::GROUP: return std::string(w.name) + (w.number == 32 ? " of their warp" : " of their warpgroup");
     case Wait::REGISTERS:
       return std::to_string(w.number) + " more registers, " + std::to_string(free_registers) + " free";
     default: return mbarrier_state(w.object) + ", parity " + std::to_string(w.number);
@@ -96,8 +96,6 @@ std::string blocked_threads() {
     text += "; " + std::to_string(ids.size()) + " threads from " + std::to_string(ids[0]) + " wait for " + waits;
   return text;
 }
-
-uint32_t agents() { return threads.size() / 128 + 1 + threads.size() / 32 + 1 + MBARRIERS; }
 }  // namespace
 
 void report(const std::string& message) {
@@ -119,27 +117,27 @@ void wake(Thread& thread) {
   runnable.push_back(thread.id);
 }
 
-uint32_t agent_of_warpgroup(int group) { return threads.size() + group; }
-uint32_t agent_of_stores(int thread) { return threads.size() + threads.size() / 128 + 1 + thread / 32; }
-uint32_t agent_of_mbarrier(int number) {
-  if (number >= MBARRIERS) fail("more mbarriers than the emulator has agents for");
-  return threads.size() + threads.size() / 128 + 1 + threads.size() / 32 + 1 + number;
+uint32_t agent(Agent kind, uint32_t number) {
+  if (number >= OF_A_KIND) fail("more mbarriers than the emulator has agents for");
+  return threads.size() + kind * OF_A_KIND + number;
 }
 std::string thread_name(uint32_t who) {
+  static const char* agents[] = {"wgmma of warpgroup ", "the read of a TMA store of warp ",
+                                 "the write of a TMA store of warp ", "a TMA load to mbarrier "};
   if (who < threads.size()) return "thread " + std::to_string(who);
-  if (who < agent_of_stores(0)) return "wgmma of warpgroup " + std::to_string(who - agent_of_warpgroup(0));
-  if (who < agent_of_mbarrier(0)) return "a TMA store of warp " + std::to_string(who - agent_of_stores(0));
-  return "a TMA load to mbarrier " + std::to_string(who - agent_of_mbarrier(0));
+  who -= threads.size();
+  return agents[who / OF_A_KIND] + std::to_string(who % OF_A_KIND);
 }
 
+size_t clock_size() { return threads.size() + (LOADS + 1) * OF_A_KIND; }
+
 void Sum::add(const Stamp& s) {
-  resize(s.seen->size());
   auto raise = [](Steps& to, Clock& last, const Clock& from) {
     if (last == from) return;
     for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], (*from)[i]);
     last = from;
   };
-  raise(seen, last_seen, s.seen), raise(fenced, last_fenced, s.fenced);
+  raise(seen, last.seen, s.seen), raise(fenced, last.fenced, s.fenced);
   seen[s.who] = std::max(seen[s.who], s.step);
   fenced[s.who] = std::max(fenced[s.who], s.fenced_step);
 }
@@ -159,11 +157,11 @@ struct Joined {  // remembers the last: a warpgroup's threads often join alike
 };
 }  // namespace
 
-void acquire(Stamp& s, const Clock& seen, const Clock& fenced) {
+void acquire(Stamp& s, const Known& known) {
   static Joined join_seen, join_fenced;
-  s.seen = join_seen(s.seen, seen);
-  s.fenced_step = std::max(s.fenced_step, (*fenced)[s.who]);
-  s.fenced = join_fenced(s.fenced, fenced);
+  s.seen = join_seen(s.seen, known.seen);
+  s.fenced_step = std::max(s.fenced_step, (*known.fenced)[s.who]);
+  s.fenced = join_fenced(s.fenced, known.fenced);
 }
 void learn(Stamp& s, uint32_t agent, uint32_t step) {
   if ((*s.seen)[agent] >= step) return;
@@ -181,7 +179,7 @@ Stamp handed(const Stamp& s, uint32_t agent, uint32_t step) {
   Steps seen(*s.seen), fenced(*s.fenced);
   seen[s.who] = s.step, fenced[s.who] = s.fenced_step;
   auto share = [](Steps& steps) { return std::make_shared<const Steps>(std::move(steps)); };
-  return {share(seen), share(fenced), agent, step, 0};
+  return {{share(seen), share(fenced)}, agent, step, 0};
 }
 
 void fence_proxy() {
@@ -203,33 +201,32 @@ void barrier(int id, int count) {
   b.waiting.push_back(current->id);
   if (int(b.waiting.size()) < count)
     return block({.kind = Wait::BARRIER, .number = id});
-  auto seen = std::make_shared<const Steps>(std::move(b.sum.seen));
-  auto fenced = std::make_shared<const Steps>(std::move(b.sum.fenced));
+  Known known = b.sum.known();
   auto together = std::move(b.waiting);
   b = Named();
   for (int i : together) {
-    acquire(threads[i].now, seen, fenced);
+    acquire(threads[i].now, known);
     if (i != current->id) wake(threads[i]);
   }
 }
 
-// All 32 threads of the warp come with an argument; the last runs it for them all.
-void collective(const void* argument, const char* what, void (*run)(const void* const*)) {
-  Warp& warp = warps[current->id / 32];
-  if (warp.arrived && warp.what != what)
-    fail("warp " + std::to_string(current->id / 32) + " diverges: " + warp.what + " and " + what);
-  warp.what = what;
-  warp.arguments[current->id % 32] = argument;
-  int first = current->id / 32 * 32;
-  if (++warp.arrived < 32) return block({.kind = Wait::WARP, .name = what});
-  warp.arrived = 0;
-  run(warp.arguments);
-  for (int i = first; i < first + 32; ++i)
+// All threads of the warp (size 32) or warpgroup (128) come with an argument; the last runs it for them all.
+void collective(int size, const void* argument, const char* what, void (*run)(const void* const*)) {
+  int number = current->id / size;
+  Group& group = (size == 32 ? warps : warpgroups)[number];
+  if (group.arrived && group.what != what)
+    fail("warp " + std::to_string(current->id / 32) + " diverges: " + group.what + " and " + what);
+  group.what = what;
+  group.arguments[current->id % size] = argument;
+  if (++group.arrived < size) return block({.kind = Wait::GROUP, .name = what, .number = size});
+  group.arrived = 0;
+  run(group.arguments);
+  for (int i = size * number; i < size * (number + 1); ++i)
     if (i != current->id) wake(threads[i]);
 }
 
 bool elect() {
-  collective(nullptr, "elect.sync", [](const void* const*) {});
+  collective(32, nullptr, "elect.sync", [](const void* const*) {});
   return current->id % 32 == 0;
 }
 
@@ -238,7 +235,7 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
     uint32_t in, out;
     int mask;
   } mine = {value, 0, mask};
-  collective(&mine, "shfl.sync.bfly", [](const void* const* all) {
+  collective(32, &mine, "shfl.sync.bfly", [](const void* const* all) {
     auto at = [&](int i) { return static_cast<decltype(&mine)>(const_cast<void*>(all[i])); };
     for (int i = 0; i < 32; ++i) at(i)->out = at(i ^ at(i)->mask)->in;
   });
@@ -246,7 +243,8 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
 }
 
 void set_registers(int count) {
-  int more = (count - current->registers);
+  if (count < 24 || count > 256 || count % 8) fail("setmaxnreg cannot ask for " + std::to_string(count) + " registers");
+  int more = count - current->registers;
   while (more > free_registers) block({.kind = Wait::REGISTERS, .number = more});
   free_registers -= more;
   current->registers = count;
@@ -276,18 +274,18 @@ namespace {
 void run_cta(int count, int launch_registers, uint32_t seed) {
   threads.clear();
   threads.resize(count);
-  warps.assign(count / 32, Warp());
+  warps.assign(count / 32, Group()), warpgroups.assign(count / 128 + 1, Group());
   for (auto& b : named) b = Named();
   free_registers = 0;
   luck.seed(seed);
   random_order = seed != 0;
   reset_copies(), reset_products();
-  Clock nothing = std::make_shared<const Steps>(count + agents());
+  Clock nothing = std::make_shared<const Steps>(clock_size());
   runnable.clear();
   for (int i = 0; i < count; ++i) {
     Thread& t = threads[i];
     t.id = i, t.stack = stacks + i * STACK, t.registers = launch_registers;
-    t.now = {nothing, nothing, uint32_t(i), 1, 0};
+    t.now = {{nothing, nothing}, uint32_t(i), 1, 0};
     create(t);
     runnable.push_back(i);
   }

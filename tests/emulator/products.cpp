@@ -42,7 +42,7 @@ template <class Move> void each_element(const void* const* all, Move move) {
 void load_matrix(const void* row, void* out, int count, bool transposed) {
   Matrices mine{row, static_cast<uint16_t*>(out), count, transposed};
   if (current->id % 32 < 8 * count) access(row, 16, READ, current->now, __builtin_return_address(0));
-  collective(&mine, "ldmatrix", [](const void* const* all) {
+  collective(32, &mine, "ldmatrix", [](const void* const* all) {
     each_element(all, [](uint16_t& element, uint16_t& place) { element = place; });
   });
 }
@@ -52,7 +52,7 @@ void store_matrix(const void* row, const uint32_t* values, int count, bool trans
   memcpy(elements, values, 4 * count);
   Matrices mine{row, elements, count, transposed};
   if (current->id % 32 < 8 * count) access(row, 16, WRITE, current->now, __builtin_return_address(0));
-  collective(&mine, "stmatrix", [](const void* const* all) {
+  collective(32, &mine, "stmatrix", [](const void* const* all) {
     each_element(all, [](uint16_t& element, uint16_t& place) { place = element; });
   });
 }
@@ -68,7 +68,7 @@ float half_of(Type type, const uint32_t* registers, int i) { return decode(type,
 
 void mma(Type type, float* d, const uint32_t* a, const uint32_t* b) {
   Mma mine{type, d, a, b};
-  collective(&mine, "mma.sync", [](const void* const* all) {
+  collective(32, &mine, "mma.sync", [](const void* const* all) {
     float A[16][16], B[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       auto& m = *static_cast<const Mma*>(all[lane]);
@@ -113,7 +113,6 @@ bool alike(const Product& a, const Product& b) {
          !a.a == !b.a;
 }
 
-std::map<int, int> arrived;                 // threads of each warpgroup that wait
 std::map<float*, std::vector<float>> held;  // accumulators of what is under way, by their address
 
 uint16_t* shared_at(uint32_t address) {
@@ -127,7 +126,6 @@ void carry_out(int group, size_t which, uint32_t step) {
     if (!alike(p, threads[i].products[which].product))
       fail("the threads of warpgroup " + std::to_string(group) + " multiply different tiles");
   auto read = [&](uint32_t address, int from_warp, int to_warp) {
-    if (!in_shared(shared_at(address), 16)) fail("wgmma reads outside shared memory");
     for (int w = from_warp; w < to_warp; ++w) {
       Stamp as = threads[first + 32 * w].products[which].stamp;
       as.step = step;
@@ -181,7 +179,7 @@ void wgmma_fence() { current->products_fenced = true; }
 void wgmma(const Product& product) {
   if (!current->products_fenced) fail("wgmma without wgmma.fence");
   bool first = current->id % 32 == 0;  // of its warp: it speaks for all
-  Stamp stamp = first ? handed(current->now, agent_of_warpgroup(current->id / 128), 0) : Stamp();
+  Stamp stamp = first ? handed(current->now, agent(WGMMA, current->id / 128), 0) : Stamp();
   current->products.push_back({product, stamp});
   ++current->open_products;
   auto [entry, fresh] = held.try_emplace(product.d, product.d, product.d + product.N / 2);
@@ -198,43 +196,38 @@ void wgmma_commit() {
   ++current->now.step;
 }
 
-void wgmma_wait(int groups) {
-  // All threads of a warpgroup wait alike; the last carries out what must be done by now.
-  int group = current->id / 128;
-  if (++arrived[group] < 128) {
-    block({.kind = Wait::PRODUCTS});
-    return;
-  }
-  arrived[group] = 0;
-  Thread& lead = threads[128 * group];
-  while (int(lead.groups.size()) > groups) {
-    int size = lead.groups[0];
-    uint32_t step = lead.product_steps - lead.groups.size() + 1;
-    for (int i = 128 * group; i < 128 * (group + 1); ++i)
-      if (threads[i].groups.size() != lead.groups.size() || threads[i].groups[0] != size)
-        fail("the threads of warpgroup " + std::to_string(group) + " committed different wgmma");
-    for (int i = 0; i < size; ++i) carry_out(group, i, step);
-    for (int i = 128 * group; i < 128 * (group + 1); ++i) {
-      Thread& t = threads[i];
-      for (int j = 0; j < size; ++j) {
-        float* d = t.products[j].product.d;
-        auto later = [&](const Issued& x) { return x.product.d == d; };
-        auto done = held.find(d);
-        if (done == held.end() || std::any_of(t.products.begin() + size, t.products.end(), later)) continue;
-        std::copy(done->second.begin(), done->second.end(), d);
-        held.erase(done);
+// Carries out all but the last `left` groups of the warpgroup's wgmma.
+void wgmma_wait(int left) {
+  collective(128, &left, "wgmma.wait_group", [](const void* const* all) {
+    int group = current->id / 128, first = 128 * group;
+    Thread& lead = threads[first];
+    while (int(lead.groups.size()) > *static_cast<const int*>(all[0])) {
+      int size = lead.groups[0];
+      uint32_t step = lead.product_steps - lead.groups.size() + 1;
+      for (int i = first; i < first + 128; ++i)
+        if (threads[i].groups.size() != lead.groups.size() || threads[i].groups[0] != size)
+          fail("the threads of warpgroup " + std::to_string(group) + " committed different wgmma");
+      for (int i = 0; i < size; ++i) carry_out(group, i, step);
+      for (int i = first; i < first + 128; ++i) {
+        Thread& t = threads[i];
+        for (int j = 0; j < size; ++j) {
+          float* d = t.products[j].product.d;
+          auto later = [&](const Thread::Issued& x) { return x.product.d == d; };
+          auto done = held.find(d);
+          if (done == held.end() || std::any_of(t.products.begin() + size, t.products.end(), later)) continue;
+          std::copy(done->second.begin(), done->second.end(), d);
+          held.erase(done);
+        }
+        t.products.erase(t.products.begin(), t.products.begin() + size);
+        t.groups.erase(t.groups.begin());
+        learn(t.now, agent(WGMMA, group), step);
       }
-      t.products.erase(t.products.begin(), t.products.begin() + size);
-      t.groups.erase(t.groups.begin());
-      learn(t.now, agent_of_warpgroup(group), step);
     }
-  }
-  for (int i = 128 * group; i < 128 * (group + 1); ++i)
-    if (i != current->id) wake(threads[i]);
+  });
 }
 
 void check_products_done() {
   if (!held.empty()) fail("a CTA ends while wgmma is under way");
 }
-void reset_products() { held.clear(), arrived.clear(); }
+void reset_products() { held.clear(); }
 }  // namespace hopper

@@ -62,16 +62,13 @@ struct Region {
   size_t bytes = 0;
   const char* name = nullptr;
   std::vector<Cell> cells;
-  bool holds(const void* at, size_t n) const {
-    size_t offset = static_cast<const char*>(at) - begin;
-    return offset < bytes && offset + n <= bytes;
-  }
+  size_t offset(const void* at) const { return static_cast<const char*>(at) - begin; }
 };
 Region shared{.name = "shared memory"}, arena{.name = "global memory"};
 struct Buffer {
   size_t begin, end;
 };
-std::vector<Buffer> buffers;
+std::vector<Buffer> buffers;  // of the arena
 std::pair<const char*, const char*> image;
 
 struct Complaint {
@@ -98,7 +95,7 @@ void settle_suspicions() {
   suspicions.clear();
 }
 
-uint32_t offset(const void* pc) { return pc ? static_cast<const char*>(pc) - image.first : 0; }
+uint32_t place(const void* pc) { return pc ? static_cast<const char*>(pc) - image.first : 0; }
 
 Complaint complaint(const char* what, const Region& region, const void* at, Access kind, const Stamp& stamp,
                     const void* pc, const Cell* cell, uint32_t other) {
@@ -106,10 +103,10 @@ Complaint complaint(const char* what, const Region& region, const void* at, Acce
   size_t other_pc = cell ? cell->pc : 0;
   char text[400];
   int n = snprintf(text, sizeof text, "%s: %s %s %s+%zu @%zx", what, thread_name(stamp.who).c_str(), kinds[kind],
-                   region.name, size_t(static_cast<const char*>(at) - region.begin), size_t(offset(pc)));
+                   region.name, region.offset(at), size_t(place(pc)));
   if (cell) n += snprintf(text + n, sizeof text - n, ", after %s @%zx", thread_name(other).c_str(), other_pc);
   snprintf(text + n, sizeof text - n, ", CTA %u", cta - 1);
-  return {what, text, offset(pc), uint32_t(other_pc)};
+  return {what, text, place(pc), uint32_t(other_pc)};
 }
 
 // Whether the access was in order.
@@ -145,7 +142,8 @@ bool check(Region& region, Cell& cell, const void* at, Access kind, const Stamp&
       memcpy(&before, at, 2);
       suspicions.push_back({static_cast<const char*>(at), before, race});
     }
-    if (asynchronous && !cell.by_copy && !s.sees_fenced(cell.writer, cell.step)) {
+    // The fence that tl:: has, fence.proxy.async.shared::cta, says nothing of global memory.
+    if (asynchronous && !cell.by_copy && (global || !s.sees_fenced(cell.writer, cell.step))) {
       tell(complaint("no fence.proxy.async", region, at, kind, s, pc, &cell, cell.writer));
       return false;
     }
@@ -160,28 +158,27 @@ bool check(Region& region, Cell& cell, const void* at, Access kind, const Stamp&
 void note(Cell& cell, Access kind, const Stamp& s, const void* pc) {
   if (kind == WRITE || kind == ASYNC_WRITE) {
     cell.written = true, cell.by_copy = kind == ASYNC_WRITE, cell.atomic = false;
-    cell.writer = s.who, cell.step = s.step, cell.pc = offset(pc);
+    cell.writer = s.who, cell.step = s.step, cell.pc = place(pc);
     forget_reads(cell);
     return;
   }
   if (kind == ATOMIC && !cell.written) cell.written = cell.atomic = true, cell.writer = s.who, cell.step = s.step;
   add_read(cell, {s.who, kind == ATOMIC, s.step});
 }
-}  // namespace
 
-bool in_shared(const void* at, size_t bytes) { return shared.holds(at, bytes); }
-bool in_arena(const void* at, size_t bytes) {
-  size_t offset = static_cast<const char*>(at) - arena.begin;
+bool inside(const Region& region, size_t offset, size_t bytes) {
+  if (&region == &shared) return offset + bytes <= shared.bytes;
   auto after = [](size_t x, const Buffer& b) { return x < b.begin; };
   auto found = std::upper_bound(buffers.begin(), buffers.end(), offset, after);
   return found != buffers.begin() && offset + bytes <= found[-1].end;
 }
+}  // namespace
 
 void access(const void* at, size_t bytes, Access kind, const Stamp& stamp, const void* pc) {
   settle_suspicions();
-  Region& region = shared.holds(at, 1) ? shared : arena;
-  if (!(&region == &shared ? in_shared(at, bytes) : in_arena(at, bytes))) {
-    size_t offset = static_cast<const char*>(at) - region.begin;
+  Region& region = shared.offset(at) < shared.bytes ? shared : arena;
+  size_t offset = region.offset(at);
+  if (!inside(region, offset, bytes)) {
     std::string where = "nowhere";
     if (offset < region.bytes) where = "at " + std::string(region.name) + "+" + std::to_string(offset);
     bool reads = kind == READ || kind == ASYNC_READ;
@@ -190,9 +187,8 @@ void access(const void* at, size_t bytes, Access kind, const Stamp& stamp, const
   }
   if (kind <= ATOMIC && reinterpret_cast<uintptr_t>(at) % bytes)
     tell(complaint("misaligned", region, at, kind, stamp, pc, nullptr, 0));
-  size_t first = (static_cast<const char*>(at) - region.begin) / 2;
   bool fine = true;
-  for (size_t i = first; i < first + (bytes + 1) / 2; ++i) {
+  for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     Cell& cell = region.cells[i];
     if (fine) fine = check(region, cell, region.begin + 2 * i, kind, stamp, pc);
     note(cell, kind, stamp, pc);
