@@ -194,19 +194,3 @@ def each(
             helper.exception()
     for helper in running:
         helper.result()
-
-
-class Spare:
-    """Buffers that one worker takes and another may give back."""
-
-    def __init__(self, make: Callable[[], torch.Tensor]):
-        self.make, self.free = make, []
-
-    def take(self) -> torch.Tensor:
-        try:
-            return self.free.pop()
-        except IndexError:
-            return self.make()
-
-    def give(self, buffer: torch.Tensor) -> None:
-        self.free.append(buffer)

@@ -16,21 +16,20 @@ import math
 import torch
 
 from hsa_tl import workers
+from hsa_tl.products import product
 
 FORWARD_NEEDS_PAIRS = True
 
 _LOG2E = math.log2(math.e)
-# Elements of one [rows, max(S, D)] buffer: five of them should stay in a CPU's cache; accelerators want fewer launches.
-_BLOCK_ELEMENTS = {"cpu": 2**19}
+# Elements of one [rows, max(S, D)] operand: a few of them should stay in a CPU's cache; accelerators want few launches.
+_BLOCK_ELEMENTS = {"cpu": 2**18}
 _BLOCK_ELEMENTS_ACCELERATOR = 2**23
 # Scores (as powers of two) within this bound need no row maximum: exp2 neither overflows nor flushes to zero.
 _MAX_UNSHIFTED = 40.0
 # Backward multiplies by the weight early and divides it out of dweights; one smaller than this is multiplied in last.
 _MIN_WEIGHT = 1e-12
-# Rows summed at a time into dk and dv: short sums err less than one long one and are as fast.
-_ROWS_PER_SUM = 128
-# MKL computes a row the same way, to the last bit, however many such multiples of rows stand around it.
-_ROWS_MULTIPLE = 16
+# Blocks have few different numbers of rows: oneDNN compiles a program for each.
+_ROWS_MULTIPLE = 512
 
 
 def unavailable(problem):
@@ -48,15 +47,14 @@ class _Plan:
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
 
-        # One matrix a segment; a segment is (b * H + h) * N + chunk.
+        # One matrix [S, D] a segment; a segment is (b * H + h) * N + chunk.
         k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype) for x in (k, v))  # [B, H, N, S, D]
-        self.k, self.v = (x.flatten(0, 2).unbind() for x in (k, v))  # [S, D]
-        self.k_t, self.v_t = (x.mT.contiguous().flatten(0, 2).unbind() for x in (k, v))  # [D, S]
-        self.scale2 = scale * _LOG2E
-        # |score| <= |q| |k| scale2
+        scaled = k * (scale * _LOG2E)
+        self.k, self.k_scaled, self.v = (x.flatten(0, 2).unbind() for x in (k, scaled, v))
+        # |score| <= |q| |scaled k|
         q_norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True, dtype=self.dtype)
         self.q_norm = self.heads(q_norm)  # [T, G, 1]
-        k_norm = torch.linalg.vector_norm(k, dim=-1).amax(-1) * abs(self.scale2)  # [B, H, N]
+        k_norm = torch.linalg.vector_norm(scaled, dim=-1).amax(-1)  # [B, H, N]
         self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten().tolist()
         highest = q_norm.view(self.B, self.T, self.H, self.G).amax((1, 3)).flatten().tolist()
         self.unshifted = [highest[i // self.N] <= limit for i, limit in enumerate(self.q_limit)]
@@ -84,10 +82,6 @@ class _Plan:
         tokens = self.t[torch.tensor([block[3] for block in blocks], dtype=torch.int64, device=self.device)].tolist()
         self.blocks = [b for _, _, b in sorted(zip([b[0] for b in blocks], tokens, blocks, strict=True))]
 
-    def buffer(self, width):
-        rows = self.pairs_per_block * self.G + _ROWS_MULTIPLE
-        return torch.empty(rows * width, dtype=self.dtype, device=self.device)
-
     def zeros(self, *shape):
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
@@ -95,23 +89,30 @@ class _Plan:
         """x [B, T, HQ, D] -> B * H views [T, G, D]."""
         return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
 
-    def exp_scores(self, rows, head, segment, t, out):
-        """exp(q K^T * scale) of q rows [n * G or more, D] into out [.., L], up to a factor a row; the row sums."""
-        torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
-        out = out[: len(t) * self.G]
-        if out.shape[1] == 1:  # P is exactly 1, hence dS exactly 0
-            out.sub_(out)
+    def gather(self, source, t):
+        """Rows [n * G, D] of the tokens t, and zeros."""
+        n = len(t)
+        step = min(_ROWS_MULTIPLE, max(16, 1 << (n * self.G - 1).bit_length()))
+        rows = torch.empty(math.ceil(n * self.G / step) * step, self.D, dtype=self.dtype, device=self.device)
+        rows[n * self.G :].zero_()
+        by_head = rows[: n * self.G].view(n, self.G, self.D)
+        if source.dtype == self.dtype:
+            torch.index_select(source, 0, t, out=by_head)
+        else:
+            by_head.copy_(source.index_select(0, t))
+        return rows, by_head
+
+    def exp_(self, scores, dim, block, t):
+        """exp2(scores) in place, up to a factor a row, whose keys lie along dim; the sums over them."""
+        head, segment, *_ = block
+        if scores.shape[dim] == 1:  # P is exactly 1, hence dS exactly 0
+            scores.sub_(scores)
         elif not self.unshifted[segment]:
-            unshifted = self.q_norm[head].index_select(0, t).view(-1, 1) <= self.q_limit[segment]
-            out.sub_(out.amax(-1, keepdim=True).masked_fill_(unshifted, 0))
-        return out.exp2_().sum(-1, keepdim=True)
-
-
-def _gather(source, t, out):
-    if source.dtype == out.dtype:
-        torch.index_select(source, 0, t, out=out)
-    else:
-        out.copy_(source.index_select(0, t))
+            shift = scores.amax(dim)
+            unshifted = self.q_norm[head].index_select(0, t).flatten() <= self.q_limit[segment]
+            shift[: len(unshifted)].masked_fill_(unshifted, 0)
+            scores.sub_(shift.unsqueeze(dim))
+        return scores.exp2_(), scores.sum(dim)
 
 
 def _add_rows(total, t, rows):
@@ -120,16 +121,6 @@ def _add_rows(total, t, rows):
         total.index_add_(0, t, rows)
     else:  # index_add_ is atomic there; this sorts
         total.index_put_((t.long(),), rows, accumulate=True)
-
-
-def _product(a, b):
-    """a^T b [L, D], of a [rows, L] and b [rows, D]."""
-    groups = len(a) // _ROWS_PER_SUM
-    if groups < 2:
-        return a.T @ b
-    rows = groups * _ROWS_PER_SUM
-    total = torch.bmm(a[:rows].view(groups, _ROWS_PER_SUM, -1).mT, b[:rows].view(groups, _ROWS_PER_SUM, -1)).sum(0)
-    return total.addmm_(a[rows:].T, b[rows:]) if rows < len(a) else total
 
 
 @workers.one_thread
@@ -143,28 +134,20 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     G, D = plan.G, plan.D
     out = plan.zeros(*q.shape)
     q_heads, out_heads = plan.heads(q), plan.heads(out)
-    row_buffers = workers.Spare(lambda: plan.buffer(D))
 
-    def multiply(block, p_buffer):
+    def multiply(block, _):
         head, segment, L, start, stop = block
         t, n = plan.t[start:stop], stop - start
-        padded = math.ceil(n * G / _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-        buffer = row_buffers.take()
-        rows, p = buffer[: padded * D].view(padded, D), p_buffer[: padded * L].view(padded, L)
-        rows_by_head = rows[: n * G].view(n, G, D)
-
-        _gather(q_heads[head], t, rows_by_head)
-        row_sum = plan.exp_scores(rows, head, segment, t, out=p)
-        torch.mm(p, plan.v[segment][:L], out=rows)
-        rows_by_head.mul_((plan.weights[start:stop] / row_sum.view(n, G))[..., None])
-        return head, t, rows_by_head, buffer
+        q_rows, _ = plan.gather(q_heads[head], t)
+        p, row_sum = plan.exp_(product(q_rows, plan.k_scaled[segment][:L]), 1, block, t)  # [rows, L]
+        out_by_head = product(p, plan.v[segment][:L].T)[: n * G].view(n, G, D)
+        return head, t, out_by_head.mul_((plan.weights[start:stop] / row_sum[: n * G].view(n, G))[..., None])
 
     def add(result):
-        head, t, rows_by_head, buffer = result
-        _add_rows(out_heads[head], t, rows_by_head)
-        row_buffers.give(buffer)
+        head, t, out_by_head = result
+        _add_rows(out_heads[head], t, out_by_head)
 
-    workers.each(plan.blocks, multiply, add, scratch=lambda: plan.buffer(plan.S))
+    workers.each(plan.blocks, multiply, add)
     return out.to(q.dtype)
 
 
@@ -182,42 +165,36 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     small = plan.weights.abs() < _MIN_WEIGHT
     late = torch.where(small, plan.weights, 1) if small.any() else None
     early = plan.weights if late is None else torch.where(small, 1, plan.weights)
-    row_buffers = workers.Spare(lambda: plan.buffer(D))
 
-    def multiply(block, scratch):
+    def multiply(block, _):
         head, segment, L, start, stop = block
         t, n, w = plan.t[start:stop], stop - start, early[start:stop]
-        buffer = row_buffers.take()
-        do_rows, q_rows = (x[: n * G * D].view(n * G, D) for x in (buffer, scratch[0]))
-        p, dp, ds = (x[: n * G * L].view(n * G, L) for x in scratch[1:])
-        do_by_head = do_rows.view(n, G, D)
-
-        _gather(q_heads[head], t, q_rows.view(n, G, D))
-        _gather(do_heads[head], t, do_by_head)
+        q_rows, _ = plan.gather(q_heads[head], t)
+        do_rows, do_by_head = plan.gather(do_heads[head], t)
+        k, v, real = plan.k[segment][:L], plan.v[segment][:L], n * G
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
-        row_sum = plan.exp_scores(q_rows, head, segment, t, out=p)
-        do_by_head.mul_((w / row_sum.view(n, G))[..., None])
-        torch.mm(do_rows, plan.v_t[segment][:, :L], out=dp)
-        delta = torch.mul(p, dp, out=ds).sum(-1, keepdim=True)
-        dw = delta.view(n, G) / w
+        p, row_sum = plan.exp_(product(plan.k_scaled[segment][:L], q_rows), 0, block, t)  # [L, rows]
+        p[:, real:] = 0
+        do_by_head.mul_((w / row_sum[:real].view(n, G))[..., None])
+        ds = product(v, do_rows).mul_(p)  # P dP
+        delta = ds.sum(0)
+        dw = delta[:real].view(n, G) / w
         dw_pairs[start:stop] = dw if GW == G else dw.sum(-1, keepdim=True)
         ds.addcmul_(p, delta.div_(row_sum), value=-1)
         if late is not None:
             do_by_head.mul_(late[start:stop, :, None])
-            ds.view(n, G, L).mul_(late[start:stop, :, None])
-
-        products = _product(ds, q_rows), _product(p, do_rows)
-        torch.addmm(do_rows, ds, plan.k[segment][:L], beta=0, alpha=scale, out=do_rows)
-        return block, t, do_by_head, products, buffer
+            ds[:, :real].unflatten(1, (n, G)).mul_(late[start:stop])
+        dq_by_head = product(ds.T, k.T)[:real].view(n, G, D)
+        return block, t, dq_by_head, product(ds, q_rows.T), product(p, do_rows.T)
 
     def add(result):
-        (head, segment, L, *_), t, dq_by_head, products, buffer = result
+        (head, segment, L, *_), t, dq_by_head, dk_block, dv_block = result
         _add_rows(dq_heads[head], t, dq_by_head)
-        for total, product in zip((dk, dv), products, strict=True):
-            total[segment, :L] += product
-        row_buffers.give(buffer)
+        dk[segment, :L] += dk_block
+        dv[segment, :L] += dv_block
 
-    workers.each(plan.blocks, multiply, add, scratch=lambda: [plan.buffer(x) for x in (D, S, S, S)])
+    workers.each(plan.blocks, multiply, add)
+    dq.mul_(scale)
     dk, dv = (x.view(B, H, N, S, D).permute(0, 2, 3, 1, 4).to(k.dtype).contiguous() for x in (dk.mul_(scale), dv))
     dweights = weights.new_zeros(B * H * T * K, GW).index_copy_(0, plan.slot, dw_pairs)
     dweights = dweights.view(B, H, T, K, GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
