@@ -12,6 +12,7 @@ On a CPU several workers compute such steps at once; what the steps add, they ad
 import itertools
 import json
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -37,81 +38,84 @@ def unavailable(problem):
     return None
 
 
+class _Block(NamedTuple):
+    """Pairs of one chunk, filled up with some of weight 0 to a common number of pairs."""
+
+    head: int  # b * H + h
+    segment: int  # head * N + chunk
+    keys: int
+    token: torch.Tensor  # [n]
+    weight: torch.Tensor  # [n, GW]
+    part: slice  # these pairs among those of all blocks
+
+
 class _Plan:
     """Operands laid out by (b, h, chunk), and the pairs cut into blocks of one chunk each."""
 
     def __init__(self, q, k, v, weights, indices, pairs, chunk_len, scale):
-        self.B, self.T, HQ, self.D = q.shape
-        self.N, self.S, self.H = k.shape[1:4]
-        self.K, self.G, self.GW = indices.shape[3], HQ // self.H, weights.shape[2] // self.H
+        B, T, HQ, D = q.shape
+        N, S, H = k.shape[1:4]
+        self.K, self.H, self.G, self.GW = indices.shape[3], H, HQ // H, weights.shape[2] // H
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.device = q.device
+        device = q.device
 
-        # One matrix [S, D] a segment; a segment is (b * H + h) * N + chunk.
+        # One matrix [S, D] a segment.
         k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype) for x in (k, v))  # [B, H, N, S, D]
         scaled = k * (scale * _LOG2E)
         self.k, self.k_scaled, self.v = (x.flatten(0, 2).unbind() for x in (k, scaled, v))
         # |score| <= |q| |scaled k|
-        q_norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True, dtype=self.dtype)
-        self.q_norm = self.heads(q_norm)  # [T, G, 1]
+        self.q_norm = self.heads(torch.linalg.vector_norm(q, dim=-1, dtype=self.dtype))  # [T, G]
         k_norm = torch.linalg.vector_norm(scaled, dim=-1).amax(-1)  # [B, H, N]
         self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten().tolist()
-        highest = q_norm.view(self.B, self.T, self.H, self.G).amax((1, 3)).flatten().tolist()
-        self.unshifted = [highest[i // self.N] <= limit for i, limit in enumerate(self.q_limit)]
-
-        offsets = pairs.offsets.tolist()
-        pair = pairs.pair[: offsets[-1]]
-        self.t = pair // self.K
-        per_head = torch.tensor(offsets[:: self.N], device=self.device).diff()
-        first = torch.arange(self.B * self.H, device=self.device) * (self.T * self.K)
-        self.slot = torch.repeat_interleave(first, per_head) + pair  # the pair's place in [B, H, T, K]
-        split = weights.view(self.B, self.T, self.H, self.GW, self.K).permute(0, 2, 1, 4, 3)
-        self.weights = split.reshape(-1, self.GW).index_select(0, self.slot)  # [pairs, GW]
+        highest = [float(x.amax()) for x in self.q_norm]
+        self.unshifted = [highest[i // N] <= limit for i, limit in enumerate(self.q_limit)]
 
         # Cut so that, to the last bit, no token's result depends on the tokens after it.
-        elements = _BLOCK_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-        longest = max(b - a for a, b in itertools.pairwise(offsets))
-        n = self.pairs_per_block = min(longest, max(1, elements // (max(self.S, self.D) * self.G)))
-        lengths = [self.S] * self.N if chunk_len is None else chunk_len.tolist()
-        blocks = []  # (b * H + h, segment, real keys, first pair, end)
+        elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ACCELERATOR)
+        n, step = (max(1, x // self.G) for x in (elements // max(S, D), _ROWS_MULTIPLE))
+        lengths = [S] * N if chunk_len is None else chunk_len.tolist()
+        offsets = pairs.offsets.tolist()
+        token = pairs.pair[: offsets[-1]].long() // self.K
+        cuts = []  # (head, segment, keys, first pair, end)
         for segment, (start, stop) in enumerate(itertools.pairwise(offsets)):
-            head, length = segment // self.N, lengths[segment % self.N]
-            if start < stop and length:
-                blocks += [(head, segment, length, i, min(i + n, stop)) for i in range(start, stop, n)]
+            head, keys = segment // N, lengths[segment % N]
+            if start < stop and keys:
+                cuts += [(head, segment, keys, i, min(i + n, stop)) for i in range(start, stop, n)]
         # By first token rather than by chunk: consecutive blocks then gather and add to tokens still in cache.
-        tokens = self.t[torch.tensor([block[3] for block in blocks], dtype=torch.int64, device=self.device)].tolist()
-        self.blocks = [b for _, _, b in sorted(zip([b[0] for b in blocks], tokens, blocks, strict=True))]
+        first = token[torch.tensor([x[3] for x in cuts], dtype=torch.int64, device=device)].tolist()
+        cuts = [x for _, _, x in sorted(zip([x[0] for x in cuts], first, cuts, strict=True))]
+        counts = [stop - start for *_, start, stop in cuts]
+        sizes = [-(-x // step) * step if x > step else 1 << (x - 1).bit_length() for x in counts]
 
-    def zeros(self, *shape):
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # The pairs of all blocks: each block's last one again fills it up.
+        ends = list(itertools.accumulate(sizes, initial=0))
+        cut = torch.tensor(cuts, dtype=torch.int64).view(-1, 5)[:, [0, 3, 4]]
+        cut = torch.cat([cut, torch.tensor(ends[:-1])[:, None]], 1).to(device)
+        head, start, stop, begin = cut.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device=device), 0).T
+        at = start + torch.arange(ends[-1], device=device) - begin
+        self.real = at < stop
+        at = torch.minimum(at, stop - 1)
+        token, self.slot = token[at], head * (T * self.K) + pairs.pair[at]  # the pair's place in [B, H, T, K]
+        split = weights.view(B, T, H, self.GW, self.K).permute(0, 2, 1, 4, 3).reshape(-1, self.GW)
+        weight = split.index_select(0, self.slot).masked_fill_(~self.real[:, None], 0)  # [pairs, GW]
+        small = (weight.abs() < _MIN_WEIGHT) & self.real[:, None]
+        self.small = small if small.any() else None
+        parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        columns = zip(cuts, token.split(sizes), weight.split(sizes), parts, strict=True)
+        self.blocks = [_Block(*cut[:3], *rest) for cut, *rest in columns]
 
     def heads(self, x):
-        """x [B, T, HQ, D] -> B * H views [T, G, D]."""
-        return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
+        """x [B, T, HQ, ...] -> B * H tensors [T, G * ...], views if x is contiguous and of the dtype."""
+        x = x.to(self.dtype).reshape(*x.shape[:2], self.H, -1)
+        return [row[:, h] for row in x for h in range(self.H)]
 
-    def gather(self, source, t):
-        """Rows [n * G, D] of the tokens t, and zeros."""
-        n = len(t)
-        step = min(_ROWS_MULTIPLE, max(16, 1 << (n * self.G - 1).bit_length()))
-        rows = torch.empty(math.ceil(n * self.G / step) * step, self.D, dtype=self.dtype, device=self.device)
-        rows[n * self.G :].zero_()
-        by_head = rows[: n * self.G].view(n, self.G, self.D)
-        if source.dtype == self.dtype:
-            torch.index_select(source, 0, t, out=by_head)
-        else:
-            by_head.copy_(source.index_select(0, t))
-        return rows, by_head
-
-    def exp_(self, scores, dim, block, t):
+    def exp_(self, scores, dim, block):
         """exp2(scores) in place, up to a factor a row, whose keys lie along dim; the sums over them."""
-        head, segment, *_ = block
-        if scores.shape[dim] == 1:  # P is exactly 1, hence dS exactly 0
+        if block.keys == 1:  # P is exactly 1, hence dS exactly 0
             scores.sub_(scores)
-        elif not self.unshifted[segment]:
-            shift = scores.amax(dim)
-            unshifted = self.q_norm[head].index_select(0, t).flatten() <= self.q_limit[segment]
-            shift[: len(unshifted)].masked_fill_(unshifted, 0)
-            scores.sub_(shift.unsqueeze(dim))
+        elif not self.unshifted[block.segment]:
+            unshifted = self.q_norm[block.head].index_select(0, block.token).flatten() <= self.q_limit[block.segment]
+            scores.sub_(scores.amax(dim).masked_fill_(unshifted, 0).unsqueeze(dim))
         return scores.exp2_(), scores.sum(dim)
 
 
@@ -131,21 +135,20 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     if not pairs.offsets[-1]:
         return q.new_zeros(q.shape)
     plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
-    G, D = plan.G, plan.D
-    out = plan.zeros(*q.shape)
-    q_heads, out_heads = plan.heads(q), plan.heads(out)
+    q_heads, out = plan.heads(q), torch.zeros(q.shape, dtype=plan.dtype, device=q.device)
+    out_heads = plan.heads(out)
 
     def multiply(block, _):
-        head, segment, L, start, stop = block
-        t, n = plan.t[start:stop], stop - start
-        q_rows, _ = plan.gather(q_heads[head], t)
-        p, row_sum = plan.exp_(product(q_rows, plan.k_scaled[segment][:L]), 1, block, t)  # [rows, L]
-        out_by_head = product(p, plan.v[segment][:L].T)[: n * G].view(n, G, D)
-        return head, t, out_by_head.mul_((plan.weights[start:stop] / row_sum[: n * G].view(n, G))[..., None])
+        keys, n = slice(block.keys), len(block.token)
+        q_rows = q_heads[block.head].index_select(0, block.token).view(-1, q.shape[-1])  # [n * G, D]
+        p, row_sum = plan.exp_(product(q_rows, plan.k_scaled[block.segment][keys]), 1, block)  # [rows, keys]
+        out_rows = product(p, plan.v[block.segment][keys].T)
+        out_rows.view(n, plan.G, -1).mul_((block.weight / row_sum.view(n, -1))[..., None])
+        return block, out_rows.view(n, -1)
 
     def add(result):
-        head, t, out_by_head = result
-        _add_rows(out_heads[head], t, out_by_head)
+        block, out_rows = result
+        _add_rows(out_heads[block.head], block.token, out_rows)
 
     workers.each(plan.blocks, multiply, add)
     return out.to(q.dtype)
@@ -157,45 +160,42 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     if not pairs.offsets[-1]:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v, weights))
     plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
-    B, T, N, S, K, H, G, GW, D = plan.B, plan.T, plan.N, plan.S, plan.K, plan.H, plan.G, plan.GW, plan.D
-    dq, dk, dv = plan.zeros(*q.shape), plan.zeros(B * H * N, S, D), plan.zeros(B * H * N, S, D)
-    dw_pairs = torch.zeros_like(plan.weights)
-    do_heads, q_heads, dq_heads = plan.heads(do), plan.heads(q), plan.heads(dq)
-    # w = early * late: a weight that is about zero cannot be divided out again.
-    small = plan.weights.abs() < _MIN_WEIGHT
-    late = torch.where(small, plan.weights, 1) if small.any() else None
-    early = plan.weights if late is None else torch.where(small, 1, plan.weights)
+    (B, T, _, D), (N, S, H), G = q.shape, k.shape[1:4], plan.G
+    dq, dk, dv = (torch.zeros(x, dtype=plan.dtype, device=q.device) for x in (q.shape, *2 * [(B * H * N, S, D)]))
+    q_heads, do_heads, dq_heads = plan.heads(q), plan.heads(do), plan.heads(dq)
+    dw_pairs = q.new_empty(len(plan.slot), plan.GW, dtype=weights.dtype)
 
     def multiply(block, _):
-        head, segment, L, start, stop = block
-        t, n, w = plan.t[start:stop], stop - start, early[start:stop]
-        q_rows, _ = plan.gather(q_heads[head], t)
-        do_rows, do_by_head = plan.gather(do_heads[head], t)
-        k, v, real = plan.k[segment][:L], plan.v[segment][:L], n * G
+        keys, n = slice(block.keys), len(block.token)
+        k, k_scaled, v = (x[block.segment][keys] for x in (plan.k, plan.k_scaled, plan.v))
+        q_rows, do_rows = (x[block.head].index_select(0, block.token).view(-1, D) for x in (q_heads, do_heads))
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
-        p, row_sum = plan.exp_(product(plan.k_scaled[segment][:L], q_rows), 0, block, t)  # [L, rows]
-        p[:, real:] = 0
-        do_by_head.mul_((w / row_sum[:real].view(n, G))[..., None])
+        p, row_sum = plan.exp_(product(k_scaled, q_rows), 0, block)  # [keys, rows]
+        # w = early * late: a weight that is about zero cannot be divided out again.
+        early, late = block.weight, None
+        if plan.small is not None and (small := plan.small[block.part]).any():
+            early, late = torch.where(small, 1, early), torch.where(small, early, 1)
+        do_by_head = do_rows.view(n, G, D).mul_((early / row_sum.view(n, G))[..., None])
         ds = product(v, do_rows).mul_(p)  # P dP
         delta = ds.sum(0)
-        dw = delta[:real].view(n, G) / w
-        dw_pairs[start:stop] = dw if GW == G else dw.sum(-1, keepdim=True)
+        dw = delta.view(n, G) / early
+        dw_pairs[block.part] = dw if plan.GW == G else dw.sum(-1, keepdim=True)
         ds.addcmul_(p, delta.div_(row_sum), value=-1)
         if late is not None:
-            do_by_head.mul_(late[start:stop, :, None])
-            ds[:, :real].unflatten(1, (n, G)).mul_(late[start:stop])
-        dq_by_head = product(ds.T, k.T)[:real].view(n, G, D)
-        return block, t, dq_by_head, product(ds, q_rows.T), product(p, do_rows.T)
+            do_by_head.mul_(late[..., None])
+            ds.view(-1, n, G).mul_(late)
+        dq_rows = product(ds.T, k.T)
+        return block, dq_rows.view(n, -1), product(ds, q_rows.T), product(p, do_rows.T)
 
     def add(result):
-        (head, segment, L, *_), t, dq_by_head, dk_block, dv_block = result
-        _add_rows(dq_heads[head], t, dq_by_head)
-        dk[segment, :L] += dk_block
-        dv[segment, :L] += dv_block
+        block, dq_rows, dk_block, dv_block = result
+        _add_rows(dq_heads[block.head], block.token, dq_rows)
+        for total, x in ((dk, dk_block), (dv, dv_block)):
+            total[block.segment, : block.keys].add_(x)
 
     workers.each(plan.blocks, multiply, add)
-    dq.mul_(scale)
     dk, dv = (x.view(B, H, N, S, D).permute(0, 2, 3, 1, 4).to(k.dtype).contiguous() for x in (dk.mul_(scale), dv))
-    dweights = weights.new_zeros(B * H * T * K, GW).index_copy_(0, plan.slot, dw_pairs)
-    dweights = dweights.view(B, H, T, K, GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
-    return dq.to(q.dtype), dk, dv, dweights
+    dweights = weights.new_zeros(B * H * T * plan.K, plan.GW)
+    dweights[plan.slot[plan.real]] = dw_pairs[plan.real]
+    dweights = dweights.view(B, H, T, plan.K, plan.GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
+    return dq.mul_(scale).to(q.dtype), dk, dv, dweights
