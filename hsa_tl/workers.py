@@ -183,6 +183,9 @@ def each(
     the order of the items. scratch() gives each worker something of its own, for all its items.
     """
     job = getattr(_here, "job", None) or _Job(1)
+    if len(items) == 1:
+        finish(work(items[0], scratch()))
+        return
     blocks = _Blocks(items, work, finish, scratch, job)
     helpers = [_pool.submit(blocks.run) for _ in range(min(job.workers, len(items)) - 1)]
     try:

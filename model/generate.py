@@ -43,7 +43,8 @@ def prefill(model, input_ids: Prompts, cache: Cache | None = None, segment: int 
         require(len(rows) == len(cache.unread), "input_ids", f"hold {len(cache.unread)} prompts", len(rows))
         rows = [torch.cat(x) for x in zip(cache.unread, rows, strict=True)]
     total = max(map(len, rows))
-    cache = model.new_cache(len(rows), capacity=total) if cache is None else cache
+    # With room for as much as a segment more: a memory that grows has slabs, each of which costs a token some calls.
+    cache = model.new_cache(len(rows), capacity=total + SEGMENT) if cache is None else cache
     for begin in range(0, total, segment):
         end = min(begin + segment, total)
         parts = [row[max(0, begin - total + len(row)) : max(0, end - total + len(row))] for row in rows]

@@ -30,15 +30,17 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     K, G = indices.shape[3], HQ // H
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows = B * T * H
-    page = page_table.gather(1, indices.flatten(1).clamp(0, page_table.shape[1] - 1).long()).view(rows, K)
+    page = page_table.gather(1, indices.flatten(1).clamp(0, page_table.shape[1] - 1).long()).view(rows, K).long()
     chosen = indices.reshape(rows, K)
     valid = (chosen >= 0) & (chosen < page_table.shape[1]) & (page >= 0) & (page < P)
-    # An empty slot reads a page that the row chose elsewhere: 0 * nan of any other would be nan.
-    spare = torch.where(valid, page, -1).amax(-1, keepdim=True)
-    head = torch.arange(H, device=q.device).repeat(B * T)[:, None]
-    row = torch.where(valid, page, spare.clamp(min=0)).long() * H + head
-    weights = weights.reshape(rows, -1, K).masked_fill(~valid[:, None], 0)  # [rows, 1 or G, K]
-    q = q.reshape(rows, G, D)
+    weights, nothing = weights.reshape(rows, -1, K), None  # [rows, 1 or G, K]
+    if valid.is_cuda or not valid.all():
+        # An empty slot reads a page that the row chose elsewhere: 0 * nan of any other would be nan.
+        spare = torch.where(valid, page, -1).amax(-1, keepdim=True)
+        page, weights = torch.where(valid, page, spare.clamp(min=0)), weights.masked_fill(~valid[:, None], 0)
+        nothing = spare[..., None] < 0
+    row = page if H == 1 else page * H + torch.arange(H, device=q.device).repeat(B * T)[:, None]
+    q = q.reshape(rows, 1, G, D)
     out = torch.empty(rows, G, D, dtype=q.dtype, device=q.device)
     elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
     step = max(1, elements // max(1, K * S * D))
@@ -46,11 +48,13 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     def attend(start, _):
         part = slice(start, start + step)
         k, v = (_gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
-        p = (q[part, None].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, K, G, S]
+        p = (q[part].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, K, G, S]
         p.mul_(weights[part].mT[..., None].to(dtype))
-        out[part] = (p @ v).sum(1).masked_fill(spare[part, :, None] < 0, 0)
+        out[part] = (p @ v).sum(1)
 
     workers.each(range(0, rows, step), attend)
+    if nothing is not None:
+        out.masked_fill_(nothing, 0)
     return out.view(B, T, HQ, D)
 
 
