@@ -60,7 +60,7 @@ class _Plan:
         device = q.device
 
         # One matrix [S, D] a segment.
-        k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype) for x in (k, v))  # [B, H, N, S, D]
+        k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype).contiguous() for x in (k, v))  # [B, H, N, S, D]
         scaled = k * (scale * _LOG2E)
         self.k, self.k_scaled, self.v = (x.flatten(0, 2).unbind() for x in (k, scaled, v))
         # |score| <= |q| |scaled k|
