@@ -71,7 +71,12 @@ ONLY = {
     "hsa_tl.impl.reference_decode": ("hsa_tl.products", "hsa_tl.workers"),
     "hsa_tl.impl.triton_launch": ("hsa_tl.files",),
     "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton", "hsa_tl.impl.triton_launch"),
-    "hsa_tl.impl.triton_retrieval": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
+    "hsa_tl.impl.triton_retrieval": (
+        "hsa_tl.impl.triton_launch",
+        "hsa_tl.problem",
+        "hsa_tl.pairs",
+        "hsa_tl.retrieval",
+    ),
     "hsa_tl.impl.triton": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
     "hsa_tl.impl.tilelang_decode": (
         "hsa_tl.impl.tilelang",

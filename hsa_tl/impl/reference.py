@@ -31,6 +31,9 @@ _MAX_UNSHIFTED = 40.0
 _MIN_WEIGHT = 1e-12
 # Blocks have few different numbers of rows: oneDNN compiles a program for each.
 _ROWS_MULTIPLE = 512
+# S * D of matrices by which oneDNN multiplies; by smaller ones its calls cost more than they save. No matter of rows: a
+# token's bits must not depend on how many others chose its chunk. MKL's do not for this multiple of rows.
+_LEAST_MATRIX, _ROWS_MULTIPLE_MKL = 2048, 16
 
 
 def unavailable(problem):
@@ -72,7 +75,10 @@ class _Plan:
 
         # Cut so that, to the last bit, no token's result depends on the tokens after it.
         elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-        n, step = (max(1, x // self.G) for x in (elements // max(S, D), _ROWS_MULTIPLE))
+        large = S * D >= _LEAST_MATRIX
+        self.product = product if large else lambda a, b: a @ b.T
+        rows = elements // max(S, D), _ROWS_MULTIPLE if large else _ROWS_MULTIPLE_MKL
+        n, step = (max(1, x // self.G) for x in rows)
         lengths = [S] * N if chunk_len is None else chunk_len.tolist()
         offsets = pairs.offsets.tolist()
         token = pairs.pair[: offsets[-1]].long() // self.K
@@ -141,8 +147,8 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     def multiply(block, _):
         keys, n = slice(block.keys), len(block.token)
         q_rows = q_heads[block.head].index_select(0, block.token).view(-1, q.shape[-1])  # [n * G, D]
-        p, row_sum = plan.exp_(product(q_rows, plan.k_scaled[block.segment][keys]), 1, block)  # [rows, keys]
-        out_rows = product(p, plan.v[block.segment][keys].T)
+        p, row_sum = plan.exp_(plan.product(q_rows, plan.k_scaled[block.segment][keys]), 1, block)  # [rows, keys]
+        out_rows = plan.product(p, plan.v[block.segment][keys].T)
         out_rows.view(n, plan.G, -1).mul_((block.weight / row_sum.view(n, -1))[..., None])
         return block, out_rows.view(n, -1)
 
@@ -170,13 +176,13 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
         k, k_scaled, v = (x[block.segment][keys] for x in (plan.k, plan.k_scaled, plan.v))
         q_rows, do_rows = (x[block.head].index_select(0, block.token).view(-1, D) for x in (q_heads, do_heads))
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
-        p, row_sum = plan.exp_(product(k_scaled, q_rows), 0, block)  # [keys, rows]
+        p, row_sum = plan.exp_(plan.product(k_scaled, q_rows), 0, block)  # [keys, rows]
         # w = early * late: a weight that is about zero cannot be divided out again.
         early, late = block.weight, None
         if plan.small is not None and (small := plan.small[block.part]).any():
             early, late = torch.where(small, 1, early), torch.where(small, early, 1)
         do_by_head = do_rows.view(n, G, D).mul_((early / row_sum.view(n, G))[..., None])
-        ds = product(v, do_rows).mul_(p)  # P dP
+        ds = plan.product(v, do_rows).mul_(p)  # P dP
         delta = ds.sum(0)
         dw = delta.view(n, G) / early
         dw_pairs[block.part] = dw if plan.GW == G else dw.sum(-1, keepdim=True)
@@ -184,8 +190,8 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
         if late is not None:
             do_by_head.mul_(late[..., None])
             ds.view(-1, n, G).mul_(late)
-        dq_rows = product(ds.T, k.T)
-        return block, dq_rows.view(n, -1), product(ds, q_rows.T), product(p, do_rows.T)
+        dq_rows = plan.product(ds.T, k.T)
+        return block, dq_rows.view(n, -1), plan.product(ds, q_rows.T), plan.product(p, do_rows.T)
 
     def add(result):
         block, dq_rows, dk_block, dv_block = result
