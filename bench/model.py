@@ -22,6 +22,7 @@ from hsa_tl.problem import Problem
 
 ATTENTIONS = {"hsa": "hsa", "full-attention": "full", "swa": "swa"}
 LEARNING_RATE = 1e-4
+ROOM = 1024  # tokens that may be generated before the cache grows
 
 
 def model_case(name: str) -> Case:
@@ -80,7 +81,7 @@ class Pair:
         model = self.model(name).eval()
 
         with self.cast():
-            _, cache = prefill(model, self.ids[:, :-1])
+            _, cache = prefill(model, self.ids[:, :-1], room=ROOM)
 
         def run():  # every call appends one token
             with self.cast():

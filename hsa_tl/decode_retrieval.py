@@ -56,8 +56,10 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
     visible = visible_chunks(position, chunk_size, exclude_window).clamp(0, landmarks.shape[1])  # [B, T]
     if chunks is not None:
         visible = torch.minimum(visible, chunks[:, None])
-    if visible.device.type == "cpu":  # what no token sees need not be read
-        landmarks = landmarks[:, : int(visible.max()) if visible.numel() else 0]
+    hides = True
+    if visible.device.type == "cpu" and visible.numel():  # what no token sees need not be read
+        least, most = (int(x) for x in visible.aminmax())
+        landmarks, hides = landmarks[:, :most], least < most
     N = landmarks.shape[1]
     if not N or not visible.numel():
         return (
@@ -68,9 +70,11 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
     if bounds is not None:
         scores, chosen = _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype)
     else:
-        scores, chosen = _scan(q_slc, landmarks, visible, k, scale, dtype)
-    empty = chosen >= visible[:, :, None, None]  # behind the others
-    scores, indices = scores.masked_fill(empty, -torch.inf), chosen.masked_fill(empty, -1).int()
+        scores, chosen = _scan(q_slc, landmarks, visible if hides else None, k, scale, dtype)
+    if hides:
+        empty = chosen >= visible[:, :, None, None]  # behind the others
+        scores, chosen = scores.masked_fill(empty, -torch.inf), chosen.masked_fill(empty, -1)
+    indices = chosen.int()
     if k == topk:
         return scores, indices
     pad = torch.nn.functional.pad
@@ -87,7 +91,10 @@ def _best(scores, k):
 
 
 def _scan(q_slc, landmarks, visible, k, scale, dtype):
-    """Scores and chunks [B, T, R, k] of the best, ascending: those of ranges of landmarks first, on a CPU."""
+    """Scores and chunks [B, T, R, k] of the best, ascending: those of ranges of landmarks first, on a CPU.
+
+    visible: [B, T], None where every token sees all landmarks.
+    """
     (B, _, R, D_r), N = q_slc.shape, landmarks.shape[1]
     size = N if q_slc.is_cuda else max(BLOCK, _RANGE_ELEMENTS // (B * R * D_r) // BLOCK * BLOCK)
     parts = []
@@ -97,8 +104,9 @@ def _scan(q_slc, landmarks, visible, k, scale, dtype):
         scores = [_products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)]
         scores = scores[0].unsqueeze(2) if R == 1 else torch.stack(scores, 2)
         scores.mul_(scale)  # [B, T, R, n]; after the product, as in retrieve_chunks: scaling first could break a tie
-        hidden = torch.arange(start, start + marks.shape[1], device=q_slc.device) >= visible[..., None]
-        scores.masked_fill_(hidden[:, :, None], -torch.inf)
+        if visible is not None:
+            hidden = torch.arange(start, start + marks.shape[1], device=q_slc.device) >= visible[..., None]
+            scores.masked_fill_(hidden[:, :, None], -torch.inf)
         chosen = _best(scores, min(k, marks.shape[1]))
         return scores.gather(-1, chosen), chosen + start
 

@@ -251,11 +251,12 @@ class PagedMemory:
         for i, landmarks in enumerate(self.landmark_slabs):
             # Positions count from the slab's first token; visibility only knows differences.
             scores, indices = retrieve_decode(
-                q_slc, landmarks, lengths - start * S, topk, chunk_size=S, exclude_window=exclude_window, scale=scale,
-                chunks=(self.chunks - start).clamp(0, landmarks.shape[1]).int(),
+                q_slc, landmarks, lengths - start * S if start else lengths, topk, chunk_size=S,
+                exclude_window=exclude_window, scale=scale,
+                chunks=(self.chunks - start).clamp(min=0) if start else self.chunks,
                 bounds=self.bound_slabs[i] if self.two_level else None,
             )  # fmt: skip
-            parts.append((scores, torch.where(indices >= 0, indices + start, -1)))
+            parts.append((scores, torch.where(indices >= 0, indices + start, -1) if start else indices))
             start += landmarks.shape[1]
         return merge(parts, topk)
 
