@@ -36,6 +36,17 @@ def test_attention(use, monkeypatch):
     assert_attention(run_with_gradients(hsa_attention, call, chunk_size=16), call, chunk_size=16)
 
 
+@each_library
+@pytest.mark.parametrize("G", (1, 3))
+def test_a_token_does_not_depend_on_later_ones(use, G):
+    """Nor its bits on whether others chose its chunk: products of one row are summed in another order."""
+    call = make_call(Dims(T=40, T_kv=256, HQ=G, D=64, S=64, K=2))
+    whole = hsa_attention(*call[:5], chunk_size=64)
+    for T in (1, 2, 7, 20):
+        q, weights, indices = (x[:, :T] for x in (call.q, call.weights, call.indices))
+        assert torch.equal(hsa_attention(q, call.k, call.v, weights, indices, chunk_size=64), whole[:, :T]), T
+
+
 def test_attention_multiplies_by_contiguous_matrices(monkeypatch):
     """Keys and values of one projection are views; by such a matrix oneDNN multiplies a thousand times as slowly."""
 

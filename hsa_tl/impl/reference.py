@@ -29,11 +29,13 @@ _BLOCK_ELEMENTS_ACCELERATOR = 2**23
 _MAX_UNSHIFTED = 40.0
 # Backward multiplies by the weight early and divides it out of dweights; one smaller than this is multiplied in last.
 _MIN_WEIGHT = 1e-12
-# Blocks have few different numbers of rows: oneDNN compiles a program for each.
+# Rows of a block: a multiple of these, for which a product gives a row the same bits whatever is beside it.
+_ROWS = 16
+# oneDNN compiles a program for each number of rows, so that blocks have few: powers of two, or multiples of these.
 _ROWS_MULTIPLE = 512
-# S * D of matrices by which oneDNN multiplies; by smaller ones its calls cost more than they save. No matter of rows: a
-# token's bits must not depend on how many others chose its chunk. MKL's do not for this multiple of rows.
-_LEAST_MATRIX, _ROWS_MULTIPLE_MKL = 2048, 16
+# S * D of the matrices by which oneDNN multiplies; by smaller ones its calls cost more than they save. This does not go
+# by rows: a token's bits must not depend on how many others chose its chunk.
+_LEAST_MATRIX = 2048
 
 
 def unavailable(problem):
@@ -70,15 +72,16 @@ class _Plan:
         self.q_norm = self.heads(torch.linalg.vector_norm(q, dim=-1, dtype=self.dtype))  # [T, G]
         k_norm = torch.linalg.vector_norm(scaled, dim=-1).amax(-1)  # [B, H, N]
         self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten().tolist()
-        highest = [float(x.amax()) for x in self.q_norm]
+        highest = torch.stack([x.amax() for x in self.q_norm]).tolist()
         self.unshifted = [highest[i // N] <= limit for i, limit in enumerate(self.q_limit)]
 
         # Cut so that, to the last bit, no token's result depends on the tokens after it.
         elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ACCELERATOR)
         large = S * D >= _LEAST_MATRIX
         self.product = product if large else lambda a, b: a @ b.T
-        rows = elements // max(S, D), _ROWS_MULTIPLE if large else _ROWS_MULTIPLE_MKL
-        n, step = (max(1, x // self.G) for x in rows)
+        n = max(1, elements // (max(S, D) * self.G))
+        unit = _ROWS // math.gcd(_ROWS, self.G)  # pairs
+        step = unit * max(1, _ROWS_MULTIPLE // (unit * self.G)) if large else unit
         lengths = [S] * N if chunk_len is None else chunk_len.tolist()
         offsets = pairs.offsets.tolist()
         token = pairs.pair[: offsets[-1]].long() // self.K
@@ -91,7 +94,7 @@ class _Plan:
         first = token[torch.tensor([x[3] for x in cuts], dtype=torch.int64, device=device)].tolist()
         cuts = [x for _, _, x in sorted(zip([x[0] for x in cuts], first, cuts, strict=True))]
         counts = [stop - start for *_, start, stop in cuts]
-        sizes = [-(-x // step) * step if x > step else 1 << (x - 1).bit_length() for x in counts]
+        sizes = [-(-x // step) * step if x > step else unit << ((x - 1) // unit).bit_length() for x in counts]
 
         # The pairs of all blocks: each block's last one again fills it up.
         ends = list(itertools.accumulate(sizes, initial=0))
