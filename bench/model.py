@@ -23,6 +23,7 @@ from hsa_tl.problem import Problem
 
 ATTENTIONS = {"hsa": "hsa", "full-attention": "full", "swa": "swa"}
 LEARNING_RATE = 1e-4
+ROOM = 1024  # tokens that may be generated before the cache grows
 
 
 def model_case(name: str) -> Case:
@@ -75,7 +76,7 @@ class Pair:
     def generate(self, name: str):
         """Every call appends one token."""
         model = self.model(name).eval()
-        _, cache = self.cast()(prefill)(model, self.ids[:, :-1])
+        _, cache = self.cast()(prefill)(model, self.ids[:, :-1], room=ROOM)
         return self.cast()(lambda: model(self.ids[:, -1:], cache=cache, logits_to_keep=1).logits)
 
 

@@ -56,61 +56,72 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
     visible = visible_chunks(position, chunk_size, exclude_window).clamp(0, landmarks.shape[1])  # [B, T]
     if chunks is not None:
         visible = torch.minimum(visible, chunks[:, None])
-    if visible.device.type == "cpu":  # what no token sees need not be read
-        landmarks = landmarks[:, : int(visible.max()) if visible.numel() else 0]
+    hides = True
+    if visible.device.type == "cpu" and visible.numel():  # what no token sees need not be read
+        least, most = (int(x) for x in visible.aminmax())
+        landmarks, hides = landmarks[:, :most], least < most
     N = landmarks.shape[1]
     if not N or not visible.numel():
         return (
             q_slc.new_full((B, T, R, topk), -torch.inf, dtype=dtype),
             torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device),
         )
+    k = min(topk, N)
     if bounds is not None:
-        best = _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype)
+        scores, chosen = _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype)
     else:
-        best = _scan(q_slc, landmarks, visible, min(topk, N), scale, dtype)
-    return _ascending(*best, visible, topk)
+        scores, chosen = _scan(q_slc, landmarks, visible if hides else None, k, scale, dtype)
+    if hides:
+        empty = chosen >= visible[:, :, None, None]  # behind the others
+        scores, chosen = scores.masked_fill(empty, -torch.inf), chosen.masked_fill(empty, -1)
+    indices = chosen.int()
+    if k == topk:
+        return scores, indices
+    pad = torch.nn.functional.pad
+    return pad(scores, (0, topk - k), value=-torch.inf), pad(indices, (0, topk - k), value=-1)
+
+
+def _best(scores, k):
+    """Positions of the k best of each row, ascending; of equal scores the lower position wins."""
+    if k < scores.shape[-1] and not scores.is_cuda:
+        value, at = scores.topk(k + 1)
+        if (value[..., k - 1] > value[..., k]).all():
+            return at[..., :k].sort(-1).values
+    return best_of_any(scores, k).sort(-1).values
 
 
 def _scan(q_slc, landmarks, visible, k, scale, dtype):
-    """Scores and chunks [B, T, R, k] of the best: those of ranges of landmarks first, on a CPU."""
+    """Scores and chunks [B, T, R, k] of the best, ascending: those of ranges of landmarks first, on a CPU.
+
+    visible: [B, T], None where every token sees all landmarks.
+    """
     (B, _, R, D_r), N = q_slc.shape, landmarks.shape[1]
     size = N if q_slc.is_cuda else max(BLOCK, _RANGE_ELEMENTS // (B * R * D_r) // BLOCK * BLOCK)
     parts = []
 
     def score(start, _):
         marks = landmarks[:, start : start + size]
-        scores = torch.stack([_products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)], 2)
+        scores = [_products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)]
+        scores = scores[0].unsqueeze(2) if R == 1 else torch.stack(scores, 2)
         scores.mul_(scale)  # [B, T, R, n]; after the product, as in retrieve_chunks: scaling first could break a tie
-        hidden = torch.arange(start, start + marks.shape[1], device=q_slc.device) >= visible[..., None]
-        scores.masked_fill_(hidden[:, :, None], -torch.inf)
-        chosen = best_of_any(scores, min(k, marks.shape[1])).sort(-1).values  # the lower wins a tie below too
+        if visible is not None:
+            hidden = torch.arange(start, start + marks.shape[1], device=q_slc.device) >= visible[..., None]
+            scores.masked_fill_(hidden[:, :, None], -torch.inf)
+        chosen = _best(scores, min(k, marks.shape[1]))
         return scores.gather(-1, chosen), chosen + start
 
     workers.each(range(0, N, size), score, parts.append)
     if len(parts) == 1:
         return parts[0]
     scores, chosen = (torch.cat(x, -1) for x in zip(*parts, strict=True))
-    best = best_of_any(scores, k)
+    best = _best(scores, k)
     return scores.gather(-1, best), chosen.gather(-1, best)
 
 
-def _ascending(scores, chosen, visible, topk):
-    """The chosen chunks [B, T, R, k] by chunk, then -1 with score -inf, topk slots."""
-    none = torch.iinfo(torch.int64).max
-    chosen, order = torch.where(chosen < visible[:, :, None, None], chosen, none).sort(-1)
-    empty = chosen == none
-    scores = scores.gather(-1, order).masked_fill(empty, -torch.inf)
-    indices = chosen.masked_fill(empty, -1).int()
-    missing = topk - indices.shape[-1]
-    pad = torch.nn.functional.pad
-    return pad(scores, (0, missing), value=-torch.inf), pad(indices, (0, missing), value=-1)
-
-
-def _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype):
-    """Scores and chunks [B, T, R, min(topk, N)] of the best; reads the device, to know which blocks to read."""
+def _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype):
+    """Scores and chunks [B, T, R, k] of the best, ascending; reads the device, to know which blocks to read."""
     B, T, R, D_r = q_slc.shape
     N = landmarks.shape[1]
-    k = min(topk, N)
     blocks = -(-N // BLOCK)
     scores = torch.full((B, T, R, k), -torch.inf, dtype=dtype, device=q_slc.device)
     chosen = torch.full((B, T, R, k), N, dtype=torch.int64, device=q_slc.device)
@@ -142,7 +153,7 @@ def _two_level(q_slc, landmarks, bounds, visible, topk, scale, dtype):
             s, i = torch.cat([s, more[0]]), torch.cat([i, more[1]])
         i, order = i.sort()  # of equal scores the lower position wins
         s = s[order]
-        best = best_of_any(s, min(k, len(s)))
+        best = _best(s, min(k, len(s)))
         scores[b, t, r, : len(best)], chosen[b, t, r, : len(best)] = s[best], i[best]
 
     workers.each(torch.cartesian_prod(*map(torch.arange, (B, T, R))).view(-1, 3).tolist(), select)

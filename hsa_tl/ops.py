@@ -290,13 +290,14 @@ def retrieve_decode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Only PyTorch skips by bounds.
     name = "reference" if impl == "auto" and bounds is not None else impl
-    if resolve_retrieval(name, q_slc, landmarks, topk, chunk_size, decode=True) == "reference":
+    name = resolve_retrieval(name, q_slc, landmarks, topk, chunk_size, decode=True)
+    if name == "reference":
         return decode_retrieval.retrieve(
             q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale
         )
     if bounds is not None:
         raise NotImplementedError(f"impl={impl!r} cannot retrieve by bounds; use 'auto' or 'reference'")
-    return implementation("tilelang_retrieval").retrieve_decode(
+    return implementation(f"{name}_retrieval").retrieve_decode(
         q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale
     )
 

@@ -116,9 +116,8 @@ def _retrieve_block(q, marks, visible, topk, scale):
     return scores, chosen.masked_fill_(empty, -1)
 
 
-def _merge(scores, chosen, others, other_chosen, topk):
-    """The topk best of two selections, the second of later chunks; slots ascend by chunk, empty ones stand last."""
-    scores, chosen = torch.cat([scores, others], 1), torch.cat([chosen, other_chosen], 1)
+def merge(scores, chosen, topk):
+    """The topk best slots of each row, a chunk of -1 is an empty one; they ascend by chunk, empty ones stand last."""
     last = torch.iinfo(chosen.dtype).max
     chosen, order = torch.where(chosen < 0, last, chosen).sort(dim=-1)
     scores = scores.gather(1, order)
@@ -157,7 +156,7 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seq
             part = torch.nn.functional.pad(marks[tile : tile + seen].to(dtype), (0, 0, 0, -seen % COLUMNS))
             s, i = _retrieve_block(q, part, (visible - tile).clamp(0, seen), topk, scale)
             i = torch.where(i < 0, -1, i + tile) if tile else i
-            best = _merge(*best, s, i, topk) if best else (s, i)
+            best = merge(*(torch.cat(x, 1) for x in zip(best, (s, i), strict=True)), topk) if best else (s, i)
         if best:
             kept = min(topk, best[0].shape[1])
             scores[b, tokens, r, :kept], indices[b, tokens, r, :kept] = (x[:, :kept] for x in best)

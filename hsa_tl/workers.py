@@ -60,6 +60,11 @@ class _Job:
         self.workers, self.abandoned = workers, False
 
 
+def _check(job: _Job) -> None:
+    if job.abandoned:
+        raise InterruptedError("the caller was interrupted")
+
+
 _here = threading.local()  # .job: what this thread works for, and may spread
 _starting = threading.Lock()
 
@@ -161,8 +166,7 @@ class _Blocks:
         try:
             scratch = self.scratch()
             while (i := self.take()) is not None:
-                if self.job.abandoned:
-                    raise InterruptedError("the caller was interrupted")
+                _check(self.job)
                 self.put(i, self.work(self.items[i], scratch))
         except BaseException:
             with self.changed:
@@ -183,6 +187,12 @@ def each(
     the order of the items. scratch() gives each worker something of its own, for all its items.
     """
     job = getattr(_here, "job", None) or _Job(1)
+    if min(job.workers, len(items)) < 2:
+        own = scratch()
+        for item in items:
+            _check(job)
+            finish(work(item, own))
+        return
     blocks = _Blocks(items, work, finish, scratch, job)
     helpers = [_pool.submit(blocks.run) for _ in range(min(job.workers, len(items)) - 1)]
     try:
@@ -194,19 +204,3 @@ def each(
             helper.exception()
     for helper in running:
         helper.result()
-
-
-class Spare:
-    """Buffers that one worker takes and another may give back."""
-
-    def __init__(self, make: Callable[[], torch.Tensor]):
-        self.make, self.free = make, []
-
-    def take(self) -> torch.Tensor:
-        try:
-            return self.free.pop()
-        except IndexError:
-            return self.make()
-
-    def give(self, buffer: torch.Tensor) -> None:
-        self.free.append(buffer)

@@ -29,13 +29,15 @@ def _rows(model, input_ids: Prompts, cache: Cache | None = None) -> list[torch.T
 
 
 @torch.no_grad()
-def prefill(model, input_ids: Prompts, cache: Cache | None = None, segment: int = SEGMENT, progress=None):
+def prefill(
+    model, input_ids: Prompts, cache: Cache | None = None, segment: int = SEGMENT, progress=None, room: int = 0
+):  # fmt: skip
     """Reads prompts, a tensor [B, T] or a list of any lengths, `segment` tokens at a time, in memory linear in T.
 
     Returns the logits [B, V] after each prompt's last token, and the cache. All prompts end in the last segment, the
     only one that runs the head and, where the model allows it (see hsa_tl.model.cache), the upper decoder.
     A token of the cache that nobody read comes first. progress: called with the number of tokens of the longest prompt
-    that are read.
+    that are read. room: tokens more that a new cache reserves: each slab that it grows by costs every token some calls.
     """
     require_int("segment", segment, 1)
     rows = _rows(model, input_ids, cache)
@@ -43,7 +45,7 @@ def prefill(model, input_ids: Prompts, cache: Cache | None = None, segment: int 
         require(len(rows) == len(cache.unread), "input_ids", f"hold {len(cache.unread)} prompts", len(rows))
         rows = [torch.cat(x) for x in zip(cache.unread, rows, strict=True)]
     total = max(map(len, rows))
-    cache = model.new_cache(len(rows), capacity=total) if cache is None else cache
+    cache = model.new_cache(len(rows), capacity=total + room) if cache is None else cache
     for begin in range(0, total, segment):
         end = min(begin + segment, total)
         parts = [row[max(0, begin - total + len(row)) : max(0, end - total + len(row))] for row in rows]
@@ -120,7 +122,7 @@ def _steps(
             mine[row] = True
         for _ in range(max_new_tokens):
             if token is None:
-                logits, cache = prefill(model, rows, cache, segment)
+                logits, cache = prefill(model, rows, cache, segment, room=min(max_new_tokens, SEGMENT))
             else:  # what has ended is read no further
                 lengths = None if all(alive) else [int(x) for x in alive]
                 logits = model(token[:, None], cache=cache, lengths=lengths, logits_to_keep=1).logits[:, -1]

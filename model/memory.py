@@ -268,9 +268,10 @@ class PagedMemory:
         for i, (first, landmarks) in enumerate(placed(self.landmark_slabs, 1)):
             # Positions count from the slab's first token; visibility only knows differences.
             found = retrieve_decode(
-                q_slc, landmarks, lengths - first * self.spec.chunk_size, topk, chunk_size=self.spec.chunk_size,
+                q_slc, landmarks, lengths - first * self.spec.chunk_size if first else lengths, topk,
+                chunk_size=self.spec.chunk_size,
                 exclude_window=exclude_window, scale=scale, impl=impl,
-                chunks=(self.chunks - first).clamp(0, landmarks.shape[1]).int(),
+                chunks=(self.chunks - first).clamp(min=0) if first else self.chunks,
                 bounds=self.bound_slabs[i] if self.two_level else None,
             )  # fmt: skip
             parts.append((first, found))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import SELECTED_IMPLS, Dims, make_call, seeds
+from strategies import Dims, make_call, seeds
 
 from hsa_tl import hsa_attention, hsa_decode, ops, selected_attention, selected_decode
 from hsa_tl.testing import Inputs, SelectedInputs, assert_attention
@@ -23,7 +23,7 @@ def selected(q, k_pages, v_pages, weights, indices, page_table, **options):
     return torch.cat([out.to(lse.dtype), lse[..., None]], -1)
 
 
-DECODES = [(hsa_decode, impl) for impl in EXAMPLES] + [(selected, impl) for impl in SELECTED_IMPLS if impl != "auto"]
+DECODES = [(decode, impl) for decode in (hsa_decode, selected) for impl in EXAMPLES]
 each_decode = pytest.mark.parametrize("decode, impl", DECODES)
 each_decode_and_auto = pytest.mark.parametrize("decode, impl", [*DECODES, (hsa_decode, "auto"), (selected, "auto")])
 
@@ -112,7 +112,7 @@ def test_scores_far_below_zero(decode, impl, T):
     check(decode, impl, (q.abs() * 30, -k.abs() * 30, v, weights, indices, table))
 
 
-@pytest.mark.parametrize("impl", SELECTED_IMPLS)
+@pytest.mark.parametrize("impl", (*EXAMPLES, "auto"))
 def test_equals_selected_attention(impl):
     d = Dims(B=8, T=1, T_kv=64, HQ=6, H=2, K=3)
     call = make_call(d)

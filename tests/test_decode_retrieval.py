@@ -8,6 +8,7 @@ from strategies import largest_allocation, seeds
 
 from hsa_tl import decode_retrieval, landmark_bounds, retrieve_chunks, retrieve_decode
 from hsa_tl.accuracy import assert_accurate, expect
+from hsa_tl.impl import triton_retrieval
 from hsa_tl.oracle import retrieve_oracle
 
 S = 16
@@ -186,18 +187,20 @@ def test_bad_input(changes, words):
     B=st.integers(1, 3), T=st.integers(1, 6), R=st.integers(1, 2), N=st.integers(1, 200),
     topk=st.sampled_from((5, 16, 33)), window=st.sampled_from((0, 1, S, 50)), seed=seeds, data=st.data(),
 )  # fmt: skip
-def test_tilelang_selects_the_same(B, T, R, N, topk, window, seed, data):
+@pytest.mark.parametrize("impl", ("tilelang", "triton"))
+def test_programs_select_the_same(impl, B, T, R, N, topk, window, seed, data):
     """Integers, so that every score is exact and many are equal; some sequences hold fewer chunks than there are."""
     q, landmarks = make(B, T, R, 16, N, seed, integers=True)
     held = int32(*(data.draw(st.integers(0, N)) for _ in range(B)))
     lengths = int32(*(data.draw(st.integers(0, N * S + S)) for _ in range(B)))
     options = {"chunk_size": S, "exclude_window": window, "chunks": held}
-    got = retrieve_decode(q, landmarks, lengths, topk, impl="tilelang", **options)
+    got = retrieve_decode(q, landmarks, lengths, topk, impl=impl, **options)
     want = retrieve_decode(q, landmarks, lengths, topk, **options)
     assert torch.equal(got[1], want[1]) and torch.equal(got[0], want[0])
 
 
-def test_tilelang_keeps_special_values_in_order():
+@pytest.mark.parametrize("impl", ("tilelang", "triton"))
+def test_programs_keep_special_values_in_order(impl, monkeypatch):
     """-0 equals 0, NaN and inf come first, -inf is a score like another; what is not held does not matter."""
     q = torch.zeros(1, 1, 1, 16)
     q[..., 0] = 1.0
@@ -205,22 +208,24 @@ def test_tilelang_keeps_special_values_in_order():
     landmarks[0, :, 0, 0] = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf]).repeat(50)
     landmarks[0, 7, 0, 0] = torch.nan
     landmarks[0, 290:] = torch.nan
+    monkeypatch.setattr(triton_retrieval, "SPLIT_CHUNKS", 60)  # shares of 75
     for topk in (1, 40, 128):
         options = {"chunk_size": S, "chunks": int32(290)}
-        got, want = (
-            retrieve_decode(q, landmarks, int32(1 << 20), topk, impl=impl, **options) for impl in ("tilelang", "auto")
-        )
+        got, want = (retrieve_decode(q, landmarks, int32(1 << 20), topk, impl=x, **options) for x in (impl, "auto"))
         assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("impl, words", (("triton", "no Triton kernel"), ("tilelang", "topk must be at most 128")))
+@pytest.mark.parametrize(
+    "impl, words", (("triton", "topk must be at most 128"), ("tilelang", "topk must be at most 128"))
+)
 def test_an_implementation_that_cannot_says_why(impl, words):
     q, landmarks = make(1, 1, 1, 16, 300, 0)
     with pytest.raises(NotImplementedError, match=words):
         retrieve_decode(q, landmarks, int32(1000), 129, impl=impl)
 
 
-def test_tilelang_has_no_bounds():
+@pytest.mark.parametrize("impl", ("tilelang", "triton"))
+def test_programs_have_no_bounds(impl):
     q, landmarks = make(1, 1, 1, 16, 300, 0)
     with pytest.raises(NotImplementedError, match="cannot retrieve by bounds"):
-        retrieve_decode(q, landmarks, int32(1000), 4, bounds=landmark_bounds(landmarks), impl="tilelang")
+        retrieve_decode(q, landmarks, int32(1000), 4, bounds=landmark_bounds(landmarks), impl=impl)

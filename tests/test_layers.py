@@ -25,6 +25,7 @@ LAYERS = (
         "hsa_tl.accuracy",
         "hsa_tl.problem",
         "hsa_tl.files",
+        "hsa_tl.products",
         "hsa_tl.workers",
         "hsa_tl.validation",
         "hsa_tl.registry",
@@ -68,45 +69,18 @@ LAYERS = (
 TOP = len(LAYERS)
 # What a module may import of the project, where its layer says too little.
 ONLY = {
-    "hsa_tl.impl.reference_decode": ("hsa_tl.workers",),
-    "hsa_tl.impl.reference_selected": (
-        "hsa_tl.impl.reference",
-        "hsa_tl.impl.reference_decode",
-        "hsa_tl.workers",
-    ),
+    "hsa_tl.impl.reference*": ("hsa_tl.impl.reference*", "hsa_tl.products", "hsa_tl.workers"),
     "hsa_tl.impl.triton_launch": ("hsa_tl.files",),
-    "hsa_tl.impl.triton_kernels": ("hsa_tl.impl.triton_launch",),
-    "hsa_tl.impl.triton_decode": ("hsa_tl.impl.triton", "hsa_tl.impl.triton_kernels", "hsa_tl.impl.triton_launch"),
-    "hsa_tl.impl.triton_selected": (
-        "hsa_tl.fusion",
-        "hsa_tl.impl.triton",
-        "hsa_tl.impl.triton_decode",
-        "hsa_tl.impl.triton_kernels",
-        "hsa_tl.impl.triton_launch",
-    ),
-    "hsa_tl.impl.triton_retrieval": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs"),
-    "hsa_tl.impl.triton": (
-        "hsa_tl.impl.triton_kernels",
-        "hsa_tl.impl.triton_launch",
-        "hsa_tl.problem",
-        "hsa_tl.pairs",
-    ),
-    "hsa_tl.impl.tilelang_decode": (
-        "hsa_tl.impl.tilelang",
-        "hsa_tl.autotune.*",
-        "hsa_tl.kernels_tilelang.*",
-        "hsa_tl.problem",
-    ),
-    "hsa_tl.impl.tilelang_retrieval": (
-        "hsa_tl.impl.tilelang",
+    "hsa_tl.impl.triton_selected": ("hsa_tl.impl.triton*", "hsa_tl.fusion"),
+    "hsa_tl.impl.triton_retrieval": ("hsa_tl.impl.triton_launch", "hsa_tl.problem", "hsa_tl.pairs", "hsa_tl.retrieval"),
+    "hsa_tl.impl.triton*": ("hsa_tl.impl.triton*", "hsa_tl.problem", "hsa_tl.pairs"),
+    "hsa_tl.impl.tilelang*": (
+        "hsa_tl.impl.tilelang*",
         "hsa_tl.autotune.*",
         "hsa_tl.kernels_tilelang.*",
         "hsa_tl.problem",
         "hsa_tl.pairs",
     ),
-    "hsa_tl.impl.tilelang_selected": ("hsa_tl.impl.tilelang*", "hsa_tl.problem"),
-    "hsa_tl.impl.reference": ("hsa_tl.workers",),
-    "hsa_tl.impl.*": ("hsa_tl.autotune.*", "hsa_tl.kernels_tilelang.*", "hsa_tl.problem", "hsa_tl.pairs"),
     "hsa_tl.kernels_tilelang": ("hsa_tl.files",),
     # A hand-specialised program extends the config of the tile-level one.
     "hsa_tl.kernels_tilelang.hsa_*_sm90a": ("hsa_tl.kernels_tilelang.*",),

@@ -346,7 +346,14 @@ def test_triton_kernels_compile_for_hopper(D_r, K):
     from triton.compiler import ASTSource
 
     module, triton_launch = map(ops.implementation, ("triton_retrieval", "triton_launch"))
-    types = {"q_slc": "*bf16", "landmarks": "*bf16", "scores": "*fp32", "indices": "*i32", "scale": "fp32"}
+    types = {
+        "q_slc": "*bf16",
+        "landmarks": "*bf16",
+        "visible": "*i32",
+        "scores": "*fp32",
+        "indices": "*i32",
+        "scale": "fp32",
+    }
     types |= {"dscores": "*fp32", "pair": "*i32", "offsets": "*i64", "dlandmarks": "*bf16"}
     topk = module.topk_constants(1, D_r, K)
     for kernel, constants in ((module.topk_kernel, topk), (module.dlandmarks_kernel, module.sum_constants(1, D_r, K))):

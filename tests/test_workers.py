@@ -45,7 +45,7 @@ def small_blocks(monkeypatch):
     """Many blocks even of small tensors."""
     monkeypatch.setitem(reference._BLOCK_ELEMENTS, "cpu", 200)
     monkeypatch.setitem(reference_decode._BLOCK_ELEMENTS, "cpu", 1)
-    monkeypatch.setattr(reference, "_ROWS_PER_SUM", 4)
+    monkeypatch.setattr(reference, "_LEAST_MATRIX", 0)
     monkeypatch.setattr(retrieval, "BLOCK_SCORES", 100)
     monkeypatch.setattr(decode_retrieval, "_RANGE_ELEMENTS", 1)
 

@@ -12,25 +12,30 @@ On a CPU several workers compute such steps at once; what the steps add, they ad
 import itertools
 import json
 import math
+from typing import NamedTuple
 
 import torch
 
 from hsa_tl import workers
+from hsa_tl.products import product
 
 FORWARD_NEEDS_PAIRS = True
 
 _LOG2E = math.log2(math.e)
-# Elements of one [rows, max(S, D)] buffer: five of them should stay in a CPU's cache; accelerators want fewer launches.
-_BLOCK_ELEMENTS = {"cpu": 2**19}
+# Elements of one [rows, max(S, D)] operand: a few of them should stay in a CPU's cache; accelerators want few launches.
+_BLOCK_ELEMENTS = {"cpu": 2**18}
 _BLOCK_ELEMENTS_ACCELERATOR = 2**23
 # Scores (as powers of two) within this bound need no row maximum: exp2 neither overflows nor flushes to zero.
 _MAX_UNSHIFTED = 40.0
 # Backward multiplies by the weight early and divides it out of dweights; one smaller than this is multiplied in last.
 _MIN_WEIGHT = 1e-12
-# Rows summed at a time into dk and dv: short sums err less than one long one and are as fast.
-_ROWS_PER_SUM = 128
-# MKL computes a row the same way, to the last bit, however many such multiples of rows stand around it.
-_ROWS_MULTIPLE = 16
+# Rows of a block: a multiple of these, for which a product gives a row the same bits whatever is beside it.
+_ROWS = 16
+# oneDNN compiles a program for each number of rows, so that blocks have few: powers of two, or multiples of these.
+_ROWS_MULTIPLE = 512
+# S * D of the matrices by which oneDNN multiplies; by smaller ones its calls cost more than they save. This does not go
+# by rows: a token's bits must not depend on how many others chose its chunk.
+_LEAST_MATRIX = 2048
 
 
 def unavailable(problem):
@@ -38,140 +43,146 @@ def unavailable(problem):
     return None
 
 
-class _Plan:
-    """Operands laid out by (b, h, chunk), and the pairs cut into blocks of one chunk each."""
+class _Block(NamedTuple):
+    """Pairs of one chunk, filled up with some of weight 0 to a common number of pairs."""
+
+    head: int  # b * H + h
+    segment: int  # head * N + chunk
+    keys: int
+    pairs: int  # the others fill it up
+    token: torch.Tensor  # [n]
+    weight: torch.Tensor  # [n, GW]
+    part: slice  # these pairs among those of all blocks
+
+
+class Plan:
+    """Operands laid out by (b, h, chunk), and the pairs cut into blocks of one chunk each.
+
+    Without weights those of the pairs are 1, and of what fills a block up still 0.
+    """
 
     def __init__(self, q, k, v, weights, indices, pairs, chunk_len, scale):
-        self.B, self.T, HQ, self.D = q.shape
-        self.N, self.S, self.H = k.shape[1:4]
-        self.K, self.G = indices.shape[3], HQ // self.H
+        B, T, HQ, D = q.shape
+        N, S, H = k.shape[1:4]
+        self.K, self.H, self.G = indices.shape[3], H, HQ // H
+        self.GW = 1 if weights is None else weights.shape[2] // H
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.device = q.device
+        device = q.device
 
-        # One matrix a segment; a segment is (b * H + h) * N + chunk.
-        k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype) for x in (k, v))  # [B, H, N, S, D]
-        self.k, self.v = (x.flatten(0, 2).unbind() for x in (k, v))  # [S, D]
-        self.k_t, self.v_t = (x.mT.contiguous().flatten(0, 2).unbind() for x in (k, v))  # [D, S]
-        self.scale2 = scale * _LOG2E
-        # |score| <= |q| |k| scale2
-        q_norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True, dtype=self.dtype)
-        self.q_norm = self.heads(q_norm)  # [T, G, 1]
-        k_norm = torch.linalg.vector_norm(k, dim=-1).amax(-1) * abs(self.scale2)  # [B, H, N]
+        # One matrix [S, D] a segment.
+        k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype).contiguous() for x in (k, v))  # [B, H, N, S, D]
+        scaled = k * (scale * _LOG2E)
+        self.k, self.k_scaled, self.v = (x.flatten(0, 2).unbind() for x in (k, scaled, v))
+        # |score| <= |q| |scaled k|
+        self.q_norm = self.heads(torch.linalg.vector_norm(q, dim=-1, dtype=self.dtype))  # [T, G]
+        k_norm = torch.linalg.vector_norm(scaled, dim=-1).amax(-1)  # [B, H, N]
         self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten().tolist()
-        highest = q_norm.view(self.B, self.T, self.H, self.G).amax((1, 3)).flatten().tolist()
-        self.unshifted = [highest[i // self.N] <= limit for i, limit in enumerate(self.q_limit)]
-
-        offsets = pairs.offsets.tolist()
-        pair = pairs.pair[: offsets[-1]]
-        self.t = pair // self.K
-        if weights is not None:
-            self.GW = weights.shape[2] // self.H
-            per_head = torch.tensor(offsets[:: self.N], device=self.device).diff()
-            first = torch.arange(self.B * self.H, device=self.device) * (self.T * self.K)
-            self.slot = torch.repeat_interleave(first, per_head) + pair  # the pair's place in [B, H, T, K]
-            split = weights.view(self.B, self.T, self.H, self.GW, self.K).permute(0, 2, 1, 4, 3)
-            self.weights = split.reshape(-1, self.GW).index_select(0, self.slot)  # [pairs, GW]
+        highest = torch.stack([x.amax() for x in self.q_norm]).tolist()
+        self.unshifted = [highest[i // N] <= limit for i, limit in enumerate(self.q_limit)]
 
         # Cut so that, to the last bit, no token's result depends on the tokens after it.
-        elements = _BLOCK_ELEMENTS.get(self.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-        longest = max(b - a for a, b in itertools.pairwise(offsets))
-        n = self.pairs_per_block = min(longest, max(1, elements // (max(self.S, self.D) * self.G)))
-        lengths = [self.S] * self.N if chunk_len is None else chunk_len.tolist()
-        blocks = []  # (b * H + h, segment, real keys, first pair, end)
+        elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ACCELERATOR)
+        large = S * D >= _LEAST_MATRIX
+        self.product = product if large else lambda a, b: a @ b.T
+        n = max(1, elements // (max(S, D) * self.G))
+        unit = _ROWS // math.gcd(_ROWS, self.G)  # pairs
+        step = unit * max(1, _ROWS_MULTIPLE // (unit * self.G)) if large else unit
+        lengths = [S] * N if chunk_len is None else chunk_len.tolist()
+        offsets = pairs.offsets.tolist()
+        token = pairs.pair[: offsets[-1]].long() // self.K
+        cuts = []  # (head, segment, keys, first pair, end)
         for segment, (start, stop) in enumerate(itertools.pairwise(offsets)):
-            head, length = segment // self.N, lengths[segment % self.N]
-            if start < stop and length:
-                blocks += [(head, segment, length, i, min(i + n, stop)) for i in range(start, stop, n)]
+            head, keys = segment // N, lengths[segment % N]
+            if start < stop and keys:
+                cuts += [(head, segment, keys, i, min(i + n, stop)) for i in range(start, stop, n)]
         # By first token rather than by chunk: consecutive blocks then gather and add to tokens still in cache.
-        tokens = self.t[torch.tensor([block[3] for block in blocks], dtype=torch.int64, device=self.device)].tolist()
-        self.blocks = [b for _, _, b in sorted(zip([b[0] for b in blocks], tokens, blocks, strict=True))]
+        first = token[torch.tensor([x[3] for x in cuts], dtype=torch.int64, device=device)].tolist()
+        cuts = [x for _, _, x in sorted(zip([x[0] for x in cuts], first, cuts, strict=True))]
+        counts = [stop - start for *_, start, stop in cuts]
+        sizes = [-(-x // step) * step if x > step else unit << ((x - 1) // unit).bit_length() for x in counts]
 
-    def buffer(self, width):
-        rows = self.pairs_per_block * self.G + _ROWS_MULTIPLE
-        return torch.empty(rows * width, dtype=self.dtype, device=self.device)
-
-    def zeros(self, *shape):
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # The pairs of all blocks: each block's last one again fills it up.
+        ends = list(itertools.accumulate(sizes, initial=0))
+        cut = torch.tensor(cuts, dtype=torch.int64).view(-1, 5)[:, [0, 3, 4]]
+        cut = torch.cat([cut, torch.tensor(ends[:-1])[:, None]], 1).to(device)
+        head, start, stop, begin = cut.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device=device), 0).T
+        at = start + torch.arange(ends[-1], device=device) - begin
+        self.real = at < stop
+        at = torch.minimum(at, stop - 1)
+        token, self.slot = token[at], head * (T * self.K) + pairs.pair[at]  # the pair's place in [B, H, T, K]
+        weight, self.small = self.real[:, None].to(self.dtype), None  # [pairs, GW]
+        if weights is not None:
+            split = weights.view(B, T, H, self.GW, self.K).permute(0, 2, 1, 4, 3).reshape(-1, self.GW)
+            weight = split.index_select(0, self.slot).masked_fill_(~self.real[:, None], 0)
+            small = (weight.abs() < _MIN_WEIGHT) & self.real[:, None]
+            self.small = small if small.any() else None
+        parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        columns = zip(cuts, counts, token.split(sizes), weight.split(sizes), parts, strict=True)
+        self.blocks = [_Block(*cut[:3], *rest) for cut, *rest in columns]
 
     def heads(self, x):
-        """x [B, T, HQ, D] -> B * H views [T, G, D]."""
-        return [x[b, :, h * self.G : (h + 1) * self.G] for b in range(self.B) for h in range(self.H)]
+        """x [B, T, HQ, ...] -> B * H tensors [T, G * ...], views if x is contiguous and of the dtype."""
+        x = x.to(self.dtype).reshape(*x.shape[:2], self.H, -1)
+        return [row[:, h] for row in x for h in range(self.H)]
 
-    def scores(self, rows, segment, out):
-        """q K^T * scale2 of q rows [n * G or more, D] into out [.., L], for exp2."""
-        return torch.addmm(out, rows, self.k_t[segment][:, : out.shape[1]], beta=0, alpha=self.scale2, out=out)
+    def rows(self, x, block):
+        """x of `heads` for the block's pairs: [pairs * G, D]."""
+        return x[block.head].index_select(0, block.token).view(len(block.token) * self.G, -1)
 
-    def shift(self, scores, head, segment, t):
-        """What to take off the rows of scores [n * G, L] before exp2 [n * G, 1]; None where it is 0 for all."""
-        if self.unshifted[segment]:
+    def shift(self, scores, dim, block):
+        """What to take off each row of scores, whose keys lie along dim, before exp2; None where it is 0 for all."""
+        if self.unshifted[block.segment]:
             return None
-        unshifted = self.q_norm[head].index_select(0, t).view(-1, 1) <= self.q_limit[segment]
-        return scores.amax(-1, keepdim=True).masked_fill_(unshifted, 0)
+        unshifted = self.rows(self.q_norm, block)[:, 0] <= self.q_limit[block.segment]
+        return scores.amax(dim).masked_fill_(unshifted, 0)
 
-    def exp_scores(self, rows, head, segment, t, out):
-        """exp(q K^T * scale) of q rows [n * G or more, D] into out [.., L], up to a factor a row; the row sums."""
-        out = self.scores(rows, segment, out)[: len(t) * self.G]
-        if out.shape[1] == 1:  # P is exactly 1, hence dS exactly 0
-            out.sub_(out)
-        elif (shift := self.shift(out, head, segment, t)) is not None:
-            out.sub_(shift)
-        return out.exp2_().sum(-1, keepdim=True)
+    def exp_(self, scores, dim, block):
+        """exp2(scores) in place, up to a factor a row, whose keys lie along dim; the sums over them."""
+        if block.keys == 1:  # P is exactly 1, hence dS exactly 0
+            scores.sub_(scores)
+        elif (shift := self.shift(scores, dim, block)) is not None:
+            scores.sub_(shift.unsqueeze(dim))
+        return scores.exp2_(), scores.sum(dim)
 
 
-class _Gradients:
-    """dq, dk and dv, to which the blocks of a plan add."""
+class Gradients:
+    """Those of q, k and v: what the blocks add up to, but for scale."""
 
-    def __init__(self, plan, scale):
-        self.plan, self.scale = plan, scale
-        self.dq = plan.zeros(plan.B, plan.T, plan.H * plan.G, plan.D)
-        self.dk, self.dv = (plan.zeros(plan.B * plan.H * plan.N, plan.S, plan.D) for _ in "kv")
+    def __init__(self, plan, q, k):
+        (B, N, S, H, D), self.plan = k.shape, plan
+        self.dq = torch.zeros(q.shape, dtype=plan.dtype, device=q.device)
+        self.dk, self.dv = (torch.zeros(B, H, N, S, D, dtype=plan.dtype, device=q.device) for _ in range(2))
         self.dq_heads = plan.heads(self.dq)
 
-    def add(self, block, t, dq_rows, products):
-        """dq_rows [n, G, D] of tokens t; products: what dk, but for the scale, and dv of the block's chunk gain."""
-        head, segment, L, *_ = block
-        _add_rows(self.dq_heads[head], t, dq_rows)
-        for total, product in zip((self.dk, self.dv), products, strict=True):
-            total[segment, :L] += product
+    def products(self, block, p, ds, q_rows, do_rows):
+        """What a block adds, of p and ds [keys, rows]."""
+        product = self.plan.product
+        dq_rows = product(ds.T, self.plan.k[block.segment][: block.keys].T)
+        return block, dq_rows.view(len(block.token), -1), product(ds, q_rows.T), product(p, do_rows.T)
 
-    def results(self, dtype):
-        """dq, dk, dv, shaped as q, k, v."""
-        shape = (self.plan.B, self.plan.H, self.plan.N, self.plan.S, self.plan.D)
-        dk, dv = (
-            x.view(shape).permute(0, 2, 3, 1, 4).to(dtype).contiguous() for x in (self.dk.mul_(self.scale), self.dv)
-        )
-        return self.dq.to(dtype), dk, dv
+    def add(self, block, dq_rows, dk_block, dv_block):
+        add_rows(self.dq_heads[block.head], block.token, dq_rows)
+        for total, x in ((self.dk, dk_block), (self.dv, dv_block)):
+            total.flatten(0, 2)[block.segment, : block.keys].add_(x)
+
+    def results(self, scale, dtype):
+        """dq [B, T, HQ, D], dk and dv [B, N, S, H, D]."""
+        dk, dv = (x.permute(0, 2, 3, 1, 4).to(dtype).contiguous() for x in (self.dk.mul_(scale), self.dv))
+        return self.dq.mul_(scale).to(dtype), dk, dv
 
 
 def check_config(config):
-    """ValueError if a config names a program."""
+    """ValueError if config= names programs."""
     if config and (named := json.loads(config).keys() - {"overlap"}):
         raise ValueError(f"config must name nothing for impl='reference', which has no programs, got {sorted(named)}")
 
 
-def _gather(source, t, out):
-    if source.dtype == out.dtype:
-        torch.index_select(source, 0, t, out=out)
-    else:
-        out.copy_(source.index_select(0, t))
-
-
-def _add_rows(total, t, rows):
+def add_rows(total, t, rows):
     """total[t] += rows, in a fixed order on every device."""
     if total.device.type == "cpu":
         total.index_add_(0, t, rows)
     else:  # index_add_ is atomic there; this sorts
         total.index_put_((t.long(),), rows, accumulate=True)
-
-
-def _product(a, b):
-    """a^T b [L, D], of a [rows, L] and b [rows, D]."""
-    groups = len(a) // _ROWS_PER_SUM
-    if groups < 2:
-        return a.T @ b
-    rows = groups * _ROWS_PER_SUM
-    total = torch.bmm(a[:rows].view(groups, _ROWS_PER_SUM, -1).mT, b[:rows].view(groups, _ROWS_PER_SUM, -1)).sum(0)
-    return total.addmm_(a[rows:].T, b[rows:]) if rows < len(a) else total
 
 
 @workers.one_thread
@@ -180,32 +191,23 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     check_config(config)
     if not pairs.offsets[-1]:
         return q.new_zeros(q.shape)
-    plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
-    G, D = plan.G, plan.D
-    out = plan.zeros(*q.shape)
-    q_heads, out_heads = plan.heads(q), plan.heads(out)
-    row_buffers = workers.Spare(lambda: plan.buffer(D))
+    plan = Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
+    q_heads, out = plan.heads(q), torch.zeros(q.shape, dtype=plan.dtype, device=q.device)
+    out_heads = plan.heads(out)
 
-    def multiply(block, p_buffer):
-        head, segment, L, start, stop = block
-        t, n = plan.t[start:stop], stop - start
-        padded = math.ceil(n * G / _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-        buffer = row_buffers.take()
-        rows, p = buffer[: padded * D].view(padded, D), p_buffer[: padded * L].view(padded, L)
-        rows_by_head = rows[: n * G].view(n, G, D)
-
-        _gather(q_heads[head], t, rows_by_head)
-        row_sum = plan.exp_scores(rows, head, segment, t, out=p)
-        torch.mm(p, plan.v[segment][:L], out=rows)
-        rows_by_head.mul_((plan.weights[start:stop] / row_sum.view(n, G))[..., None])
-        return head, t, rows_by_head, buffer
+    def multiply(block, _):
+        keys, n = slice(block.keys), len(block.token)
+        scores = plan.product(plan.rows(q_heads, block), plan.k_scaled[block.segment][keys])  # [rows, keys]
+        p, row_sum = plan.exp_(scores, 1, block)
+        out_rows = plan.product(p, plan.v[block.segment][keys].T)
+        out_rows.view(n, plan.G, -1).mul_((block.weight / row_sum.view(n, -1))[..., None])
+        return block, out_rows.view(n, -1)
 
     def add(result):
-        head, t, rows_by_head, buffer = result
-        _add_rows(out_heads[head], t, rows_by_head)
-        row_buffers.give(buffer)
+        block, out_rows = result
+        add_rows(out_heads[block.head], block.token, out_rows)
 
-    workers.each(plan.blocks, multiply, add, scratch=lambda: plan.buffer(plan.S))
+    workers.each(plan.blocks, multiply, add)
     return out.to(q.dtype)
 
 
@@ -214,49 +216,34 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     """(dq, dk, dv, dweights), shaped and typed as q, k, v, weights; always deterministic."""
     if not pairs.offsets[-1]:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v, weights))
-    plan = _Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
-    B, T, S, K, H, G, GW, D = plan.B, plan.T, plan.S, plan.K, plan.H, plan.G, plan.GW, plan.D
-    gradients = _Gradients(plan, scale)
-    dw_pairs = torch.zeros_like(plan.weights)
-    do_heads, q_heads = plan.heads(do), plan.heads(q)
-    # w = early * late: a weight that is about zero cannot be divided out again.
-    small = plan.weights.abs() < _MIN_WEIGHT
-    late = torch.where(small, plan.weights, 1) if small.any() else None
-    early = plan.weights if late is None else torch.where(small, 1, plan.weights)
-    row_buffers = workers.Spare(lambda: plan.buffer(D))
+    plan = Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
+    (B, T, *_), H, G = q.shape, plan.H, plan.G
+    gradients, q_heads, do_heads = Gradients(plan, q, k), plan.heads(q), plan.heads(do)
+    dw_pairs = q.new_empty(len(plan.slot), plan.GW, dtype=weights.dtype)
 
-    def multiply(block, scratch):
-        head, segment, L, start, stop = block
-        t, n, w = plan.t[start:stop], stop - start, early[start:stop]
-        buffer = row_buffers.take()
-        do_rows, q_rows = (x[: n * G * D].view(n * G, D) for x in (buffer, scratch[0]))
-        p, dp, ds = (x[: n * G * L].view(n * G, L) for x in scratch[1:])
-        do_by_head = do_rows.view(n, G, D)
-
-        _gather(q_heads[head], t, q_rows.view(n, G, D))
-        _gather(do_heads[head], t, do_by_head)
+    def multiply(block, _):
+        keys, n = slice(block.keys), len(block.token)
+        k_scaled, v = (x[block.segment][keys] for x in (plan.k_scaled, plan.v))
+        q_rows, do_rows = (plan.rows(x, block) for x in (q_heads, do_heads))
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
-        row_sum = plan.exp_scores(q_rows, head, segment, t, out=p)
-        do_by_head.mul_((w / row_sum.view(n, G))[..., None])
-        torch.mm(do_rows, plan.v_t[segment][:, :L], out=dp)
-        delta = torch.mul(p, dp, out=ds).sum(-1, keepdim=True)
-        dw = delta.view(n, G) / w
-        dw_pairs[start:stop] = dw if GW == G else dw.sum(-1, keepdim=True)
+        p, row_sum = plan.exp_(plan.product(k_scaled, q_rows), 0, block)  # [keys, rows]
+        # w = early * late: a weight that is about zero cannot be divided out again.
+        early, late = block.weight, None
+        if plan.small is not None and (small := plan.small[block.part]).any():
+            early, late = torch.where(small, 1, early), torch.where(small, early, 1)
+        do_by_head = do_rows.view(n, G, -1).mul_((early / row_sum.view(n, G))[..., None])
+        ds = plan.product(v, do_rows).mul_(p)  # P dP
+        delta = ds.sum(0)
+        dw = delta.view(n, G) / early
+        dw_pairs[block.part] = dw if plan.GW == G else dw.sum(-1, keepdim=True)
         ds.addcmul_(p, delta.div_(row_sum), value=-1)
         if late is not None:
-            do_by_head.mul_(late[start:stop, :, None])
-            ds.view(n, G, L).mul_(late[start:stop, :, None])
+            do_by_head.mul_(late[..., None])
+            ds.view(-1, n, G).mul_(late)
+        return gradients.products(block, p, ds, q_rows, do_rows)
 
-        products = _product(ds, q_rows), _product(p, do_rows)
-        torch.addmm(do_rows, ds, plan.k[segment][:L], beta=0, alpha=scale, out=do_rows)
-        return block, t, do_by_head, products, buffer
-
-    def add(result):
-        *sums, buffer = result
-        gradients.add(*sums)
-        row_buffers.give(buffer)
-
-    workers.each(plan.blocks, multiply, add, scratch=lambda: [plan.buffer(x) for x in (D, S, S, S)])
-    dweights = weights.new_zeros(B * H * T * K, GW).index_copy_(0, plan.slot, dw_pairs)
-    dweights = dweights.view(B, H, T, K, GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
-    return *gradients.results(q.dtype), dweights
+    workers.each(plan.blocks, multiply, lambda result: gradients.add(*result))
+    dweights = weights.new_zeros(B * H * T * plan.K, plan.GW)
+    dweights[plan.slot[plan.real]] = dw_pairs[plan.real]
+    dweights = dweights.view(B, H, T, plan.K, plan.GW).permute(0, 2, 1, 4, 3).reshape(weights.shape).contiguous()
+    return *gradients.results(scale, q.dtype), dweights

@@ -21,20 +21,24 @@ def unavailable(problem):
 
 
 def slots(q, k_pages, indices, page_table):
-    """Of each row's slots [rows, K]: what `gather` reads, and whether it holds a chunk; and how many rows make a block.
+    """Of each row's slots [rows, K]: what `gather` reads, and which hold a chunk; and how many rows make a block.
 
-    An empty slot reads a page that the row chose elsewhere: 0 * nan of any other would be nan.
+    An empty slot reads a page that the row chose elsewhere: 0 * nan of any other would be nan. On a CPU, where asking
+    is cheap, None says that no slot is empty.
     """
     B, T, _, D = q.shape
     P, S, H, _ = k_pages.shape
     K, rows = indices.shape[3], B * T * H
-    page = page_table.gather(1, indices.flatten(1).clamp(0, page_table.shape[1] - 1).long()).view(rows, K)
+    page = page_table.gather(1, indices.flatten(1).clamp(0, page_table.shape[1] - 1).long()).view(rows, K).long()
     chosen = indices.reshape(rows, K)
     valid = (chosen >= 0) & (chosen < page_table.shape[1]) & (page >= 0) & (page < P)
-    spare = torch.where(valid, page, 0).amax(-1, keepdim=True)
-    head = torch.arange(H, device=q.device).repeat(B * T)[:, None]
+    if valid.is_cuda or not valid.all():
+        page = torch.where(valid, page, torch.where(valid, page, 0).amax(-1, keepdim=True))
+    else:
+        valid = None
+    row = page if H == 1 else page * H + torch.arange(H, device=q.device).repeat(B * T)[:, None]
     elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-    return torch.where(valid, page, spare).long() * H + head, valid, max(1, elements // (K * S * D))
+    return row, valid, max(1, elements // max(1, K * S * D))
 
 
 def gather(pages, row):
@@ -48,19 +52,25 @@ def gather(pages, row):
 @workers.one_thread
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
+    if not q.numel():
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = torch.promote_types(q.dtype, torch.float32)
     row, valid, step = slots(q, k_pages, indices, page_table)
     H, K = indices.shape[2:]
-    rows = q.reshape(len(row), q.shape[2] // H, q.shape[3])  # [rows, G, D]
-    weights = weights.reshape(len(row), weights.shape[2] // H, K).masked_fill(~valid[:, None], 0)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    rows = q.reshape(len(row), 1, q.shape[2] // H, q.shape[3])  # [rows, 1, G, D]
+    weights = weights.reshape(len(row), weights.shape[2] // H, K)
+    if valid is not None:
+        weights = weights.masked_fill(~valid[:, None], 0)
+    out = torch.empty(len(row), *rows.shape[2:], dtype=q.dtype, device=q.device)
 
     def attend(start, _):
         part = slice(start, start + step)
         k, v = (gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
-        p = (rows[part, None].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, K, G, S]
+        p = (rows[part].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, K, G, S]
         p.mul_(weights[part].mT[..., None].to(dtype))
-        out[part] = (p @ v).sum(1).masked_fill(~valid[part].any(-1)[:, None, None], 0)
+        out[part] = (p @ v).sum(1)
 
     workers.each(range(0, len(row), step), attend)
+    if valid is not None:
+        out.masked_fill_(~valid.any(-1)[:, None, None], 0)
     return out.view(q.shape)

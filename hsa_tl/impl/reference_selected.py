@@ -33,52 +33,47 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
     if not pairs.offsets[-1]:
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         return q.new_zeros(q.shape), lse
-    plan = reference._Plan(q, k, v, None, indices, pairs, chunk_len, scale)
-    G, D = plan.G, plan.D
-    out, row_sum = plan.zeros(*q.shape), plan.zeros(*q.shape[:3], 1)
+    plan = reference.Plan(q, k, v, None, indices, pairs, chunk_len, scale)
+    out, row_sum = (torch.zeros(x, dtype=plan.dtype, device=q.device) for x in (q.shape, q.shape[:3]))
     # What rows are shifted by so far; without use where no block shifts any.
     bounded = all(plan.unshifted)
     shifts = torch.full_like(row_sum, 0 if bounded else -math.inf)
     q_heads, out_heads, sum_heads, shift_heads = (plan.heads(x) for x in (q, out, row_sum, shifts))
-    row_buffers = workers.Spare(lambda: plan.buffer(D))
 
-    def multiply(block, p_buffer):
-        head, segment, L, start, stop = block
-        t, n = plan.t[start:stop], stop - start
-        padded = math.ceil(n * G / reference._ROWS_MULTIPLE) * reference._ROWS_MULTIPLE
-        buffer = row_buffers.take()
-        rows, p = buffer[: padded * D].view(padded, D), p_buffer[: padded * L].view(padded, L)
-
-        reference._gather(q_heads[head], t, rows[: n * G].view(n, G, D))
-        scores = plan.scores(rows, segment, out=p)[: n * G]
-        shift = plan.shift(scores, head, segment, t)
+    def multiply(block, _):
+        p = plan.product(plan.rows(q_heads, block), plan.k_scaled[block.segment][: block.keys])  # [rows, keys]
+        shift = plan.shift(p, 1, block)
         if shift is not None:
-            scores.sub_(shift)
-        sums = scores.exp2_().sum(-1).view(n, G, 1)
-        torch.mm(p, plan.v[segment][:L], out=rows)
-        return head, t, rows[: n * G].view(n, G, D), sums, shift, buffer
+            p.sub_(shift[:, None])
+        sums = p.exp2_().sum(1)
+        rows = plan.product(p, plan.v[block.segment][: block.keys].T)
+        # Without what fills the block up.
+        rows, sums, shift = (
+            x if x is None else x.view(len(block.token), -1)[: block.pairs] for x in (rows, sums, shift)
+        )
+        return block, rows, sums, shift
 
     def add(result):
-        head, t, rows, sums, shift, buffer = result
+        block, rows, sums, shift = result
+        head, t = block.head, block.token[: block.pairs]
         totals = (out_heads[head], rows), (sum_heads[head], sums)
         if bounded:
             for total, x in totals:
-                reference._add_rows(total, t, x)
-        else:
-            t = t.long()
-            before = shift_heads[head].index_select(0, t)
-            shift = torch.zeros_like(before) if shift is None else shift.view_as(before)
-            after = torch.maximum(before, shift)
-            shift_heads[head].index_copy_(0, t, after)
-            for total, x in totals:  # a token chose a chunk once, so no two rows of a block are of the same
-                x.mul_((shift - after).exp2_()).addcmul_(total.index_select(0, t), (before - after).exp2_())
-                total.index_copy_(0, t, x)
-        row_buffers.give(buffer)
+                reference.add_rows(total, t, x)
+            return
+        before = shift_heads[head].index_select(0, t)  # [pairs, G]
+        shift = torch.zeros_like(before) if shift is None else shift
+        after = torch.maximum(before, shift)
+        shift_heads[head].index_copy_(0, t, after)
+        for total, x in totals:  # a token chose a chunk once, so no two rows of a block are of the same
+            x, old = (y.view(*before.shape, -1) for y in (x, total.index_select(0, t)))
+            x = x * (shift - after).exp2_()[..., None] + old * (before - after).exp2_()[..., None]
+            total.index_copy_(0, t, x.flatten(1))
 
-    workers.each(plan.blocks, multiply, add, scratch=lambda: plan.buffer(plan.S))
-    out /= row_sum.masked_fill(row_sum == 0, 1)
+    workers.each(plan.blocks, multiply, add)
+    out /= row_sum.masked_fill(row_sum == 0, 1)[..., None]
     lse = row_sum.log2_().add_(shifts).div_(_LOG2E)
-    return out.to(q.dtype), lse[..., 0]
+    return out.to(q.dtype), lse
 
 
 @workers.one_thread
@@ -86,39 +81,22 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
     """(dq, dk, dv), shaped and typed as q, k, v; always deterministic."""
     if not pairs.offsets[-1]:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
-    plan = reference._Plan(q, k, v, None, indices, pairs, chunk_len, scale)
-    G, S, D = plan.G, plan.S, plan.D
-    gradients = reference._Gradients(plan, scale)
+    plan = reference.Plan(q, k, v, None, indices, pairs, chunk_len, scale)
+    gradients, q_heads, do_heads = reference.Gradients(plan, q, k), plan.heads(q), plan.heads(do)
     delta = torch.einsum("bthd,bthd->bth", do.to(plan.dtype), out.to(plan.dtype)).sub_(dlse)
-    do_heads, q_heads, delta_heads, lse_heads = (
-        plan.heads(x) for x in (do, q, delta[..., None], lse[..., None] * _LOG2E)
-    )
-    row_buffers = workers.Spare(lambda: plan.buffer(D))
+    delta_heads, lse_heads = plan.heads(delta), plan.heads(lse * _LOG2E)
 
-    def multiply(block, scratch):
-        head, segment, L, start, stop = block
-        t, n = plan.t[start:stop], stop - start
-        buffer = row_buffers.take()
-        do_rows, q_rows = (x[: n * G * D].view(n * G, D) for x in (buffer, scratch[0]))
-        p, ds = (x[: n * G * L].view(n * G, L) for x in scratch[1:])
+    def multiply(block, _):
+        k_scaled, v = (x[block.segment][: block.keys] for x in (plan.k_scaled, plan.v))
+        q_rows, do_rows, delta, lse2 = (plan.rows(x, block) for x in (q_heads, do_heads, delta_heads, lse_heads))
+        for x in (do_rows, delta):  # 0 for what fills the block up
+            x.view(len(block.token), -1).mul_(block.weight)
+        p = plan.product(k_scaled, q_rows).sub_(lse2.T).exp2_()  # [keys, rows]
+        ds = plan.product(v, do_rows).sub_(delta.T).mul_(p)
+        return gradients.products(block, p, ds, q_rows, do_rows)
 
-        reference._gather(q_heads[head], t, q_rows.view(n, G, D))
-        reference._gather(do_heads[head], t, do_rows.view(n, G, D))
-        plan.scores(q_rows, segment, out=p).sub_(lse_heads[head].index_select(0, t).view(-1, 1)).exp2_()
-        torch.mm(do_rows, plan.v_t[segment][:, :L], out=ds)
-        ds.sub_(delta_heads[head].index_select(0, t).view(-1, 1)).mul_(p)
-
-        products = reference._product(ds, q_rows), reference._product(p, do_rows)
-        torch.addmm(do_rows, ds, plan.k[segment][:L], beta=0, alpha=scale, out=do_rows)
-        return block, t, do_rows.view(n, G, D), products, buffer
-
-    def add(result):
-        *sums, buffer = result
-        gradients.add(*sums)
-        row_buffers.give(buffer)
-
-    workers.each(plan.blocks, multiply, add, scratch=lambda: [plan.buffer(x) for x in (D, S, S)])
-    return gradients.results(q.dtype)
+    workers.each(plan.blocks, multiply, lambda result: gradients.add(*result))
+    return gradients.results(scale, q.dtype)
 
 
 @workers.one_thread
@@ -134,10 +112,13 @@ def decode(q, k_pages, v_pages, indices, page_table, scale):
         part = slice(start, start + step)
         k, v = (reference_decode.gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
         p = (rows[part, None].to(dtype) @ k.mT).mul_(scale)  # [n, K, G, S]
-        p.masked_fill_(~valid[part, :, None, None], -math.inf)
+        if valid is not None:
+            p.masked_fill_(~valid[part, :, None, None], -math.inf)
         lse[part] = p.logsumexp((1, 3))
         p.sub_(lse[part, None, :, None].clamp(min=torch.finfo(dtype).min)).exp_()  # -inf - -inf would be NaN
-        out[part] = (p @ v).sum(1).masked_fill(~valid[part].any(-1)[:, None, None], 0)
+        out[part] = (p @ v).sum(1)
 
     workers.each(range(0, len(row), step), attend)
+    if valid is not None:
+        out.masked_fill_(~valid.any(-1)[:, None, None], 0)
     return out.view(q.shape), lse.view(q.shape[:3])

@@ -15,7 +15,7 @@ except ImportError:
     triton = None
 
 # A new length must not compile again, not even when it becomes divisible by 16 or 1.
-LENGTHS = ("T", "N", "splits", "past", "past_rest", "outside", "outside_rest")
+LENGTHS = ("T", "N", "splits")
 
 # The interpreter replaces functions of triton.language for the whole process while it runs, and keeps the current
 # program in a global: two launches at once would compute each other's addresses, and one that compiles would see them.

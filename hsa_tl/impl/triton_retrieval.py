@@ -13,6 +13,7 @@ import torch
 from hsa_tl.impl.triton_launch import launch
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem
+from hsa_tl.retrieval import merge, visible_chunks
 
 try:
     import triton
@@ -21,6 +22,7 @@ except ImportError:
     triton = tl = None
 
 MAX_TOPK = 128
+SPLIT_CHUNKS = 256  # of a program's share in decode, at least
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Plain functions; form() makes the compiled or the interpreted form. Reductions name their combine function because
@@ -28,7 +30,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def topk_kernel(
-    q_slc, landmarks, scores, indices, T, N, scale, chunk_size, past, past_rest, outside, outside_rest,
+    q_slc, landmarks, visible, scores, indices, T, N, scale,
     R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -43,9 +45,7 @@ def topk_kernel(
     mask = (t < T)[:, None] & (cols < D)[None, :]
     q_tile = tl.load(q_slc + row[:, None] * D + cols[None, :], mask=mask, other=0.0)  # [ROWS, D]
     landmarks += (i_b * N * R + i_r) * D
-    after = tl.maximum(outside + (outside_rest + t) // chunk_size, 0)
-    visible = tl.minimum(tl.minimum(past + (past_rest + t) // chunk_size, after), N)
-    visible = tl.where(t < T, visible, 0)
+    visible = tl.load(visible + i_b * T + t, mask=t < T, other=0)  # chunks
     # An empty slot: below the key of every score, and unlike the row's other ones.
     none: tl.constexpr = -(2**31) * 2**32
     best = tl.where(slots < K, slots.to(tl.int64) + none, 2**63 - 1)[None, :] + tl.full([ROWS, 1], 0, tl.int64)
@@ -125,9 +125,7 @@ def unavailable(problem: Problem) -> str | None:
     return None if problem.dtype in _DTYPES else "it runs bfloat16, float16 and float32"
 
 
-def decode_unavailable(problem: Problem) -> str:
-    """There is no Triton kernel for `retrieve_decode`."""
-    return "there is no Triton kernel for it"
+decode_unavailable = unavailable
 
 
 def _power_of_two(n: int, least: int = 16) -> int:
@@ -148,22 +146,49 @@ def sum_constants(R: int, D_r: int, topk: int) -> dict:
     return {"R": R, "D": D_r, "K": topk, "ROWS": 32, "BLOCK_D": _power_of_two(D_r), "num_warps": 4}
 
 
-def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
-    """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
+def _best(q_slc, landmarks, visible, topk, scale):
+    """scores, indices [B, T, R, topk]; visible [B, T]: how many of its N chunks a token sees."""
     B, T, R, D_r = q_slc.shape
     N = landmarks.shape[1]
     scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
     indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
     if scores.numel() and N:
         constants = topk_constants(R, D_r, topk, q_slc.device.type == "cpu")
-        past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
-        bounds = *past, outside[0] + 1, outside[1]
         grid = -(-T // constants["ROWS"]), R, B
-        launch(
-            topk_kernel, grid, q_slc.contiguous(), landmarks.contiguous(), scores, indices, T, N, scale, chunk_size,
-            *bounds, **constants,
-        )  # fmt: skip
+        tensors = q_slc.contiguous(), landmarks.contiguous(), visible.clamp(0, N).int().contiguous()
+        launch(topk_kernel, grid, *tensors, scores, indices, T, N, scale, **constants)
     return scores, indices
+
+
+def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
+    """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
+    position = torch.arange(q_start, q_start + q_slc.shape[1], device=q_slc.device)
+    visible = visible_chunks(position, chunk_size, exclude_window).expand(len(q_slc), -1)
+    return _best(q_slc, landmarks, visible, topk, scale)
+
+
+def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale):
+    """scores, indices [B, T, R, topk] of a few tokens of each sequence; see hsa_tl.api.retrieve_decode.
+
+    Programs share out a sequence's landmarks, as if its parts were sequences, and the best of each part are merged.
+    """
+    (B, T, R, _), N = q_slc.shape, landmarks.shape[1]
+    splits = next(n for n in (64, 32, 16, 8, 4, 2, 1) if n == 1 or (N % n == 0 and N // n >= SPLIT_CHUNKS))
+    size = N // splits
+    position = lengths.long()[:, None] + torch.arange(T, device=lengths.device)
+    visible = visible_chunks(position, chunk_size, exclude_window)
+    if chunks is not None:
+        visible = torch.minimum(visible, chunks[:, None])
+    first = torch.arange(splits, device=lengths.device)[:, None] * size
+    visible = (visible[:, None] - first).flatten(0, 1)  # [B * splits, T]
+    parts = landmarks.reshape(B * splits, size, *landmarks.shape[2:])
+    scores, indices = _best(q_slc.repeat_interleave(splits, 0), parts, visible, topk, scale)
+    if splits == 1:
+        return scores, indices
+    scores, indices = (x.unflatten(0, (B, splits)) for x in (scores, indices))  # [B, splits, T, R, topk]
+    indices = torch.where(indices < 0, -1, indices + first[..., None, None].int())
+    rows = (x.permute(0, 2, 3, 1, 4).flatten(0, 2).flatten(1) for x in (scores, indices))
+    return tuple(x.view(B, T, R, topk) for x in merge(*rows, topk))
 
 
 def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
