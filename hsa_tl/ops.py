@@ -1,7 +1,8 @@
 """torch.library operators: schemas, fakes, autograd. The only place where an implementation is looked up.
 
 Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chunk_len [N] where a chunk is short.
-An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`.
+An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`; its programs of
+other operators are in <name>_selected, <name>_decode and <name>_retrieval.
 """
 
 import functools
@@ -41,7 +42,7 @@ def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
     able = [name for name in preferred(problem) if exists(name + suffix)]
     reasons = []
     for name in able if impl == "auto" else (impl,):
-        reason = "it has no program for it"
+        reason = "it has no program of this operator"
         if exists(name + suffix) and (reason := implementation(name + suffix).unavailable(problem)) is None:
             return name + suffix
         reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
