@@ -26,9 +26,10 @@ from strategies import (
 from test_attention import PACKED, make_packed
 from tiers import tiered
 
-from hsa_tl import chunk_means, hsa_attention, merge_attention, retrieve_chunks, selected_attention
+from hsa_tl import chunk_means, hsa_attention, merge_attention, ops, retrieve_chunks, selected_attention
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.oracle import expect_selected, selected_oracle
+from hsa_tl.problem import Problem
 from hsa_tl.testing import SelectedInputs, assert_attention, check_attention, run_with_gradients
 
 S = 16
@@ -206,6 +207,17 @@ def test_tilelang_says_what_to_use():
     call = make_call(Dims())
     with pytest.raises(NotImplementedError, match=r"impl='tilelang' cannot run .*it has no program.*use 'reference'"):
         selected_attention(*call[:3], call.indices, chunk_size=S, impl="tilelang")
+
+
+def test_on_a_gpu_auto_is_triton(monkeypatch):
+    """On Hopper too, where hsa_attention takes TileLang."""
+    problem = Problem(1, 64, 1, 16, 1, 128, 64, 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(ops.implementation("triton_selected"), "unavailable", lambda problem: None)
+    assert ops.preferred(problem)[0] == "tilelang"
+    assert ops.resolve("auto", problem, "_selected") == "triton_selected"
+    with pytest.raises(NotImplementedError, match=r"no program of this operator; use 'triton' or 'reference'"):
+        ops.resolve("tilelang", problem, "_selected")
 
 
 # --- merge_attention -------------------------------------------------------------------------------------------------
