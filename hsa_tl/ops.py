@@ -1,7 +1,8 @@
 """torch.library operators: schemas, fakes, autograd. The only place where an implementation is looked up.
 
 Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chunk_len [N] where a chunk is short.
-An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`.
+An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`; its programs of
+other operators are in <name>_selected, <name>_decode and <name>_retrieval.
 """
 
 import importlib

@@ -301,6 +301,7 @@ def test_no_selection_of_ours_is_refused():
             options = {"chunk_size": 16, "validate": True} | packing
             scores, indices = retrieve_chunks(q_slc[:, start:], landmarks, 3, q_start=start, **options)
             hsa_attention(q[:, start:], k, k, fusion_weights(scores, kind), indices, **options)
+            selected_attention(q[:, start:], k, k, indices, **options)
 
 
 def test_index_beyond_its_own_packed_sequence(no_implementation):
