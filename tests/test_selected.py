@@ -294,14 +294,15 @@ def test_merge_of_one_part_and_of_none():
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("T", (0, 1, 16, 40))
+@pytest.mark.parametrize("T", (0, 1, 16, 39))
 def test_chunk_means(T, dtype):
     k = torch.randn(2, T, 3, 8).to(dtype).requires_grad_()
     means = chunk_means(k, S)
     want = [x.double().mean(1) for x in k.split(S, 1)] if T else []
     assert means.dtype == dtype and means.shape == (2, -(-T // S), 3, 8)
     for i, x in enumerate(want):
-        torch.testing.assert_close(means[:, i].double(), x, rtol=torch.finfo(dtype).eps, atol=1e-7)
+        # Rounded once.
+        torch.testing.assert_close(means[:, i].double(), x, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-7)
     if T:
         do = torch.randn(means.shape).to(dtype)
         (gradient,) = torch.autograd.grad(means, k, do)
