@@ -301,8 +301,8 @@ def test_chunk_means(T, dtype):
     want = [x.double().mean(1) for x in k.split(S, 1)] if T else []
     assert means.dtype == dtype and means.shape == (2, -(-T // S), 3, 8)
     for i, x in enumerate(want):
-        # Rounded once.
-        torch.testing.assert_close(means[:, i].double(), x, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-7)
+        # A float32 sum, of which a 16-bit type rounds the mean once.
+        torch.testing.assert_close(means[:, i].double(), x, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
     if T:
         do = torch.randn(means.shape).to(dtype)
         (gradient,) = torch.autograd.grad(means, k, do)
