@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from hsa_tl import api, ops
+from hsa_tl import api, ops, selected
 from hsa_tl.accuracy import Expected, complaints, expect
 from hsa_tl.bench import baselines
 from hsa_tl.bench.suite import one_of
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.oracle import attention_oracle, expect_attention
+from hsa_tl.oracle import attention_oracle, expect_attention, expect_selected, selected_oracle
 from hsa_tl.problem import Problem
-from hsa_tl.testing import check_retrieval
+from hsa_tl.testing import Inputs, SelectedInputs, check_retrieval
 
 DENSE = ("q", "k", "v")
 HSA = (*DENSE, "weights", "indices")
@@ -74,6 +74,9 @@ class Provider:
         """What any implementation of these equations is held against for these inputs."""
         if self.oracle is attention_oracle:
             return expect_attention(*(tensors[n] for n in (*HSA, "do")), chunk_size=chunk_size)
+        if self.oracle is selected_oracle:
+            call = SelectedInputs.of(Inputs(*(tensors[n] for n in (*HSA, "do"))))
+            return expect_selected(*call._replace(dlse=torch.zeros_like(call.dlse)), chunk_size=chunk_size)
         kept = tensors["q" if "q" in self.uses else "weights"].dtype
 
         def oracle(*values):
@@ -153,15 +156,35 @@ def with_retrieval_oracle(q, k, v, q_slc, landmarks, own, *, chunk_size):
     return attention_oracle(q, k, v, weights, own, chunk_size=chunk_size)
 
 
+_one_softmax = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
+
+
 def _hsa(impl: str) -> Provider:
     attention = functools.partial(api.hsa_attention, impl=impl)
     return Provider(f"hsa-{impl}", attention, functools.partial(why_not, impl), config={})
 
 
+def _selected(impl: str) -> Provider:
+    """One softmax over the chosen chunks, out alone."""
+
+    def attention(q, k, v, indices, *, chunk_size, config=None):
+        return selected.selected_attention(q, k, v, indices, chunk_size=chunk_size, impl=impl, config=config)[0]
+
+    def unavailable(problem):
+        try:
+            return ops.resolve(impl, problem, "_selected") and None
+        except NotImplementedError as error:
+            return str(error)
+
+    return Provider(
+        f"selected-{impl}", attention, unavailable, selected_oracle, (*DENSE, "indices"),
+        "selected_attention", note=_one_softmax, config={},
+    )  # fmt: skip
+
+
 _auto = functools.partial(why_not, "auto")
 _dense = functools.partial(Provider, oracle=baselines.dense_oracle, uses=DENSE, kernel="dense_attention")
 _retrieves = functools.partial(Provider, unavailable=_auto, note=f"D_r={D_R}")
-_one_softmax = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
 PROVIDERS = {
     p.name: p
     for p in (
@@ -174,6 +197,7 @@ PROVIDERS = {
         _dense("dense-fa3", baselines.flash3, baselines.flash3_unavailable),
         *map(_hsa, api.IMPLS),
         *(_strategy(name) for name in configs.tuned() if name.startswith("hsa_fwd_")),
+        *map(_selected, ("auto", "tilelang", "triton")),
         Provider("ramstorage-triton", baselines.ramstorage_triton, baselines.RAMSTORAGE_TRITON.unavailable),
         Provider(
             "ramstorage-tilelang", baselines.ramstorage_tilelang, baselines.ramstorage_tilelang_unavailable,
@@ -192,7 +216,7 @@ PROVIDERS = {
     )
 }  # fmt: skip
 DEFAULT_PROVIDERS = {
-    "cpu": ("dense", "dense-expanded", "dense-math", "hsa-auto", "retrieve", "hsa-with-retrieval"),
+    "cpu": ("dense", "dense-expanded", "dense-math", "hsa-auto", "selected-auto", "retrieve", "hsa-with-retrieval"),
     "cuda": tuple(n for n in PROVIDERS if n not in ("dense-expanded", "dense-math")),
 }
 

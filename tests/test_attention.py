@@ -79,6 +79,15 @@ def test_scale(impl, of, scale):
 
 
 @each_attention
+def test_scores_far_below_zero_beside_an_empty_slot(impl, of):
+    """What stands in for an empty slot's scores must not be large beside them; no 0 * inf."""
+    call = make_call(Dims(T_kv=41))
+    call = call._replace(q=30 * call.q.abs(), k=-30 * call.k.abs())
+    for indices in ([0, -1, 2], [1, 1, 2]):
+        check(impl, of(_per_slot(call, indices)))
+
+
+@each_attention
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
 def test_numbers_of_an_unselected_chunk_are_not_read(impl, of, value):
     """Empty slots must not read chunk 0 and multiply by 0."""

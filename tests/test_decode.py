@@ -104,6 +104,16 @@ def test_empty_slots_duplicates_and_scale(decode, impl):
     assert (out[1:] == 0).all() and out[0].any()
 
 
+@each_decode
+def test_one_row(decode, impl):
+    """Several programs share its slots, some of them empty ones."""
+    arguments = make_decode(Dims(B=1, T=1, T_kv=48), 3)
+    for indices in ([0, 1, 2], [2, 2, -1], [-1, -1, 1], [-1, -1, -1]):
+        arguments = [torch.nan_to_num(x, nan=1.0) if x.is_floating_point() else x for x in arguments]
+        arguments[4] = torch.tensor([[[indices]]], dtype=torch.int32)
+        check(decode, impl, arguments)
+
+
 @each_decode_and_auto
 @pytest.mark.parametrize("T", (1, 2))
 def test_scores_far_below_zero(decode, impl, T):

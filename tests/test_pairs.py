@@ -49,6 +49,13 @@ def test_equals_a_plain_loop(shape, num_chunks, strided, seed):
     assert pair[offsets[-1] :].tolist() == torch.cat(empty).tolist()
 
 
+def test_distinct():
+    indices = torch.tensor([[[[3, 1, -1, 3, 7, -2, 1]], [[0, 2, 4, 5, -1, -1, -1]]]], dtype=torch.int32)
+    once = pairs.distinct(indices, 5)
+    assert once.dtype == torch.int32
+    assert once.flatten(0, 2).tolist() == [[1, -1, 3, -1, -1, -1, -1], [0, 2, 4, -1, -1, -1, -1]]
+
+
 @pytest.mark.parametrize("value", (4, -2, 2**31 - 1, -(2**31)))
 def test_out_of_range(value):
     indices = torch.zeros(1, 3, 2, 2, dtype=torch.int32)

@@ -185,6 +185,23 @@ def test_causality(impl, T, seed, root, data):
         assert all(torch.equal(a[:, :p], b[:, :p]) for a, b in zip(layer(changed), want, strict=True)), value
 
 
+@pytest.mark.parametrize("impl", ("reference", "tilelang", "triton"))
+def test_nsa_of_flash_linear_attention_selects_alike(impl):
+    """Its PyTorch function for the selection branch of NSA: whole chunks in the past, sixteen heads for each of k."""
+    naive = pytest.importorskip("fla.ops.nsa.naive", reason="fla-core is not installed").naive_nsa_selection
+    call = without_weights(make_call(Dims(T=70, T_kv=70, HQ=16, K=2)))
+    score = torch.rand(1, 70, 1, 4, generator=torch.Generator().manual_seed(0))
+    score[0, :, 0][torch.arange(4) >= torch.arange(70)[:, None] // S] = -1
+    chosen = score.topk(2, -1)
+    indices = torch.where(chosen.values >= 0, chosen.indices, -1).int()
+    ours, _ = attend(impl, selected_attention)(*call[:3], indices, chunk_size=S)
+    theirs = naive(*call[:3], indices.long(), block_size=S)
+    theirs[:, :S] = 0  # a token without chunks is NaN there
+    expected = expect_selected(*call._replace(indices=indices), chunk_size=S)["out"]
+    for out in (ours, theirs):
+        assert_accurate("out", out, expected)
+
+
 def test_a_wrong_result_is_caught():
     """Each of these faults, in one place of one result."""
     call = without_weights(make_call(Dims(T=60, T_kv=60, HQ=4, H=2)))
@@ -276,14 +293,15 @@ def test_merge_of_one_part_and_of_none():
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("T", (0, 1, 16, 40))
+@pytest.mark.parametrize("T", (0, 1, 16, 39))
 def test_chunk_means(T, dtype):
     k = torch.randn(2, T, 3, 8).to(dtype).requires_grad_()
     means = chunk_means(k, S)
     want = [x.double().mean(1) for x in k.split(S, 1)] if T else []
     assert means.dtype == dtype and means.shape == (2, -(-T // S), 3, 8)
     for i, x in enumerate(want):
-        torch.testing.assert_close(means[:, i].double(), x, rtol=torch.finfo(dtype).eps, atol=1e-7)
+        # A float32 sum, of which a 16-bit type rounds the mean once.
+        torch.testing.assert_close(means[:, i].double(), x, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
     if T:
         do = torch.randn(means.shape).to(dtype)
         (gradient,) = torch.autograd.grad(means, k, do)

@@ -115,7 +115,7 @@ def decode(q, k_pages, v_pages, indices, page_table, scale):
         if valid is not None:
             p.masked_fill_(~valid[part, :, None, None], -math.inf)
         lse[part] = p.logsumexp((1, 3))
-        p.sub_(lse[part, None, :, None].clamp(min=torch.finfo(dtype).min)).exp_()  # -inf - -inf would be NaN
+        p.sub_(lse[part, None, :, None]).exp_()  # NaN of a row without keys
         out[part] = (p @ v).sum(1)
 
     workers.each(range(0, len(row), step), attend)
