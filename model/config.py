@@ -29,8 +29,8 @@ class ModelConfig:
     Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
     beside its window. "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax
     (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). No parameter's
-    shape depends on window, topk, exclude_window, fusion or rope, so that a checkpoint goes from one training stage to
-    the next. The defaults are the preset "tiny".
+    shape depends on window, topk, exclude_window, fusion, distractors or rope, so that a checkpoint goes from one
+    training stage to the next. The defaults are the preset "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -53,6 +53,8 @@ class ModelConfig:
         topk (int or "all"): K, chunks that a token retrieves. Default: 8.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
         fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
+        distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
+            before its own, so that it learns to choose among as many chunks as a longer context has. Default: 0.
         retrieval_heads (int): R; each serves kv_heads / retrieval_heads key/value heads. Default: 1.
         retrieval_dim (int): D_r. Default: 128.
         encoder_layers (int): of the chunk encoder. Default: 1.
@@ -97,6 +99,7 @@ class ModelConfig:
     topk: int | str = 8
     exclude_window: bool = False
     fusion: str = "softmax"
+    distractors: int = 0
     retrieval_heads: int = 1
     retrieval_dim: int = 128
     encoder_layers: int = 1
@@ -154,7 +157,7 @@ class ModelConfig:
         return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
 
 
-MAY_BE_ZERO = ("hsa_window", "conv", "experts", "shared_experts", "dense_layers")
+MAY_BE_ZERO = ("hsa_window", "distractors", "conv", "experts", "shared_experts", "dense_layers")
 
 LARGE = {"conv": 0, "embedding_std": 0.02}
 # dense-0.5b and moe-8b-a1b have the paper's sizes; the paper does not give their dims.

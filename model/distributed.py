@@ -107,9 +107,10 @@ class ContextParallel(nn.Module):
         self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, logits_to_keep: int | None = None
     ) -> ModelOutput:
         model, part = self.model, self.part(input_ids.shape[1])
-        if model.config.attention == "nsa" or model.config.impl == "dense":
+        c = model.config
+        if c.attention == "nsa" or c.impl == "dense" or (c.distractors and model.training):
             raise NotImplementedError(
-                'context parallelism needs attention "hsa", "swa" or "full", and not impl="dense"'
+                'context parallelism needs attention "hsa", "swa" or "full", no impl="dense" and no distractors'
             )
         past = None
         if model.conv is not None and part.start:

@@ -65,6 +65,19 @@ class ChunkMemory(NamedTuple):
     def chunk_size(self) -> int:
         return self.k.shape[1] // self.landmarks.shape[1]
 
+    def with_distractors(self, sequences: int) -> "ChunkMemory":
+        """The chunks of so many other sequences of the batch, before each one's own; their gradients add up.
+
+        Args:
+            sequences (int): below B.
+
+        Returns:
+            ChunkMemory: of (sequences + 1) * N chunks.
+        """
+        B = len(self.k)
+        require(sequences < B, "distractors", f"be below the batch's {B} sequences", sequences)
+        return ChunkMemory(*(torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1) for x in self))
+
     def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
         """`hsa_tl.retrieve_chunks` over the landmarks.
 

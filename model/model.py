@@ -229,7 +229,11 @@ class Model(Generation, nn.Module):
         if states is not None:
             states.append(x_BTC)
         h_BTC, first_v_BTHD = self.lower(x_BTC, states=states)
-        return self.upper(h_BTC, self.encode(h_BTC), first_v_BTHD, keep=keep, states=states)
+        memory, start = self.encode(h_BTC), 0
+        if memory is not None and self.training and (d := self.config.distractors):
+            start = d * memory.k.shape[1]
+            memory = memory.with_distractors(d)
+        return self.upper(h_BTC, memory, first_v_BTHD, start, keep=keep, states=states)
 
     def head(self, h_BTC: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of hidden states [B, T, C]."""

@@ -21,7 +21,8 @@ DTYPES = ("float32", "bfloat16")
 @dataclass(frozen=True)
 class Stage:
     """steps of `batch` * `accumulate` samples of `length` tokens. data: see hsa_tl.model.sources. model: changes of the
-    configuration that leave the parameters' shapes alone (window, topk, exclude_window, fusion, rope, impl)."""
+    configuration that leave the parameters' shapes alone (window, topk, exclude_window, fusion, distractors, rope,
+    impl)."""
 
     steps: int
     length: int

@@ -290,6 +290,28 @@ def test_an_impl_that_cannot_retrieve_is_named():
         HSALayer(32, 4, 2, 16, 16, topk=3, impl="dense")
 
 
+def test_distractors_are_chunks_of_other_sequences_before_the_own():
+    """In training only; as if their tokens stood before the sequence's, for HSA alone; with gradients."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, distractors=2, topk="all")
+    model = Model(config)
+    ids = torch.randint(0, 50, (3, 64))
+    x = model.embedding(ids).detach().requires_grad_()
+    h, first_v = model.lower(model.embed(x))
+    own = model.encode(h)
+    before = [ChunkMemory(*(torch.cat([y[b - 2], y[b - 1], y[b]])[None] for y in own)) for b in range(3)]
+    want = [model.upper(h[b : b + 1], m, first_v[b : b + 1], start=128) for b, m in enumerate(before)]
+    got = model.hidden(x)
+    torch.testing.assert_close(got, torch.cat(want))
+    (gradient,) = torch.autograd.grad(got[0, 5].square().sum(), x)
+    assert gradient[1].any() and gradient[2].any(), "token 5 sees no whole chunk of its own"
+    plain = Model(dataclasses.replace(SMALL, topk="all"))
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)
+    with pytest.raises(ValueError, match=r"distractors must be below the batch's 2 sequences, got 2"):
+        model.train()(ids[:2])
+
+
 def test_the_layer_says_what_overlap_it_expects(monkeypatch):
     """In a forward over a ChunkMemory and in a prefill over pages; a share, or the config is refused."""
     asked = []
