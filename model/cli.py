@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hsa_tl.bench.plot import plot_loss
 from hsa_tl.files import write_atomic
-from hsa_tl.model import checkpoint, data, documents
+from hsa_tl.model import checkpoint, data, documents, pretrained
 from hsa_tl.model import train as training
 from hsa_tl.model.recipe import FOLDER, Recipe, explanation, load_recipe, recipe_names, text_recipe
 from hsa_tl.terminal import (
@@ -212,6 +212,46 @@ def _show_run(console: Console, recipe: Recipe, run: Path, done: list[training.S
     console.print("wrote " + ", ".join(map(str, [run, *picture])), soft_wrap=True)
 
 
+RUN = "folder of a run, or the name of weights that ship with the package: needle-tiny"
+
+
+def generate(
+    run: Annotated[str, typer.Argument(help=RUN)],
+    prompt: Annotated[str, typer.Argument(help="what the model writes on")],
+    file: Annotated[Optional[Path], typer.Option(help="a text that stands before the prompt")] = None,
+    max_new_tokens: Annotated[int, number(low=0, high=10**9, help="at most; an end token ends it earlier")] = 64,
+    temperature: Annotated[float, number(low=0, high=100, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float, number(low=1e-6, high=1, help="draws from the likeliest that reach this together")] = 1.0,
+    seed: Annotated[Optional[int], seed_option("of drawing; by default another each time")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
+    threads: Annotated[int, threads_option()] = 2,
+) -> None:
+    """Prints what a trained model writes on, token by token."""
+    torch.set_num_threads(threads)
+    device = pick_device(device)
+    model = pretrained.load(run, device)
+    tokenizer = model.tokenizer
+    parts = [prompt] if file is None else [file.read_bytes(), prompt]
+    ids = torch.tensor([[token for part in parts for token in tokenizer.encode(part)]], device=device)
+    written, tokens = "", []
+    for token in model.stream(ids, max_new_tokens, temperature, top_p, seed, eos_token=tokenizer.end):
+        tokens += [t for t in token.tolist() if t != tokenizer.end]
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # else a character may be cut in two
+            typer.echo(text[len(written) :], nl=False)
+            written = text
+    typer.echo(tokenizer.decode(tokens)[len(written) :] if tokens else "")
+
+
+def export(
+    run: Annotated[str, typer.Argument(help=RUN)],
+    folder: Annotated[Path, typer.Argument(help="a new folder")],
+) -> None:
+    """Writes a trained model as a folder that transformers reads: config, safetensors, tokenizer, chat template."""
+    pretrained.export(run, folder)
+    console.print(f"wrote {folder}", soft_wrap=True)
+
+
 def recipes(
     name: Annotated[Optional[str], typer.Argument(help="prints this one's file; by default lists them all")] = None,
 ) -> None:
@@ -236,4 +276,6 @@ def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
     app.command()(prepare)
     app.command()(train)
+    app.command()(generate)
+    app.command()(export)
     app.command()(recipes)

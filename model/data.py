@@ -41,6 +41,10 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         raise NotImplementedError
 
+    def fast(self):
+        """The same ids as a tokenizers.Tokenizer, which transformers reads. ImportError: no `tokenizers`."""
+        raise NotImplementedError
+
 
 class ByteTokenizer(Tokenizer):
     """One token a byte of UTF-8, ids 0 to 255; 256 ends a document."""
@@ -54,6 +58,15 @@ class ByteTokenizer(Tokenizer):
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         tokens = np.asarray(tokens)
         return tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def fast(self):
+        from tokenizers import AddedToken, Tokenizer, decoders, models
+
+        vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        made = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        made.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+        return made
 
 
 class FileTokenizer(Tokenizer):
@@ -87,6 +100,9 @@ class FileTokenizer(Tokenizer):
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self.inner.decode(np.asarray(tokens).tolist())
+
+    def fast(self):
+        return self.inner
 
 
 def make_tokenizer(path: Path | str | None = None) -> Tokenizer:

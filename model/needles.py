@@ -41,6 +41,13 @@ class NeedleTokenizer(Tokenizer):
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return " ".join(WORDS[np.asarray(tokens)])
 
+    def fast(self):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        made = Tokenizer(models.WordLevel(IDS))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return made
+
 
 @dataclass(frozen=True)
 class NeedleTask:

@@ -93,6 +93,41 @@ def _weights(path: Path, about: Shipped) -> dict[str, torch.Tensor]:
     return load(data)
 
 
+# Of a model that was not trained on chats: the messages' texts, a line each.
+CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def export(run_or_name: str | Path, folder: Path) -> None:
+    """Writes a trained model as a folder of transformers: config, safetensors, tokenizer, chat template.
+
+    AutoModelForCausalLM and AutoTokenizer read it, with trust_remote_code=True where hsa_tl is installed.
+
+    Args:
+        run_or_name: as for `load`.
+        folder: new, or empty.
+
+    Raises:
+        ValueError: neither a run nor a name; a folder that holds something. ImportError: no transformers.
+    """
+    try:
+        from transformers import PreTrainedTokenizerFast
+
+        from hsa_tl.model.hf import HSAConfig, HSAForCausalLM
+    except ImportError:
+        raise ImportError("a folder of transformers needs the package: pip install 'hsa-tl[hf]'") from None
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder must be new or empty, got {folder}")
+    model = load(run_or_name)
+    fast, end = model.tokenizer.fast(), model.tokenizer.end
+    special = {} if end is None else dict.fromkeys(("eos_token", "pad_token"), fast.id_to_token(end))
+    made = HSAForCausalLM(HSAConfig(model.config, eos_token_id=end, pad_token_id=end))
+    made.model.load_state_dict(model.state_dict())
+    made.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **special)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT
+    tokenizer.save_pretrained(folder)
+
+
 def save_weights(run: Path, folder: Path, name: str, **origin) -> list[Path]:
     """Writes folder/NAME.safetensors and NAME.json, which `load` reads from the package, of a finished run.
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from hsa_tl.bench import lengths
+from hsa_tl.cli import app
 from hsa_tl.model import load, preset, pretrained
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer
@@ -141,3 +143,44 @@ def test_needles_are_words():
     assert " ".join(words[-2:]) in " ".join(words[:-3]), "the answer stands behind its key"
     with pytest.raises(ValueError, match="text must be words such as MARK, ASK, n0, k0 and v0, got 'k96'"):
         tokenizer.encode_all(["MARK k95", "k96"])
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(x) for x in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_generate_writes_on(tmp_path):
+    """The needle's value first; a file stands before the prompt."""
+    haystack = "MARK k3 v5 n1 n2 MARK k7 v9 n5"
+    assert run("generate", "needle-tiny", f"{haystack} ASK k3", "--max-new-tokens", 2).split()[0] == "v5"
+    (tmp_path / "haystack.txt").write_text(haystack)
+    more = ("--file", tmp_path / "haystack.txt", "--max-new-tokens", 1, "--temperature", 0.01, "--seed", 1)
+    assert run("generate", "needle-tiny", "ASK k7", *more) == "v9\n"
+    assert run("generate", "needle-tiny", "ASK k7", "--max-new-tokens", 0) == "\n"
+
+
+def test_an_exported_folder_is_read_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "exported"
+    run("export", "needle-tiny", folder)
+    kind = {"trust_remote_code": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kind)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **kind)
+    ours, text = load("needle-tiny"), "MARK k3 v5 n1 ASK k3"
+    assert tokenizer.encode(text) == ours.tokenizer.encode(text)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert torch.equal(model(ids).logits, ours(ids).logits) and tokenizer.decode(ids[0]) == text
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "n1"}], tokenize=False) == "n1\n"
+    with pytest.raises(ValueError, match="folder must be new or empty"):
+        pretrained.export("needle-tiny", folder)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, text", [(ByteTokenizer(), "Zürich, 東京\n\ttwo  blanks"), (NeedleTokenizer(), "ASK k3 v5")]
+)
+def test_tokenizers_are_the_same_in_transformers(tokenizer, text):
+    fast = tokenizer.fast()
+    assert fast.encode(text).ids == tokenizer.encode(text) and fast.decode(fast.encode(text).ids) == text
+    assert tokenizer.end is None or fast.id_to_token(tokenizer.end) == "<|endoftext|>"
