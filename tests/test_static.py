@@ -113,11 +113,14 @@ def test_the_published_table_is_of_todays_spaces():
     """
     with (ROOT / "bench/results/static/h200.csv").open() as file:
         published = {(r["case"], r["program"], r["config"]): r for r in csv.DictReader(file)}
-    spaces = {
-        (case.name, program, config.describe(c)): (config.problem_of(program, case.problem), c)
-        for case, program in (param.values for param in CI)
-        for c in config.space(program, config.problem_of(program, case.problem))
-    }
+    spaces, seen = {}, set()
+    for case, program in (param.values for param in CI):
+        problem = config.problem_of(program, case.problem)
+        for c in config.space(program, problem):
+            identity = tuple(static.identity(program, problem, c).values())
+            if identity not in seen:  # retrieval has no S and no heads, so that cases may share a row
+                seen.add(identity)
+                spaces[case.name, program, config.describe(c)] = problem, c
     assert spaces.keys() == published.keys()
     device = cost.DEVICES["h200"]
     for key, (problem, c) in spaces.items():
