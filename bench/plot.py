@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import zlib
 from pathlib import Path
 
 from hsa_tl.bench import compare, record
@@ -30,15 +31,16 @@ LOOKS = {
     "retrieve": ("HSA's retrieval alone", "#6aaed6", "x"),
     "hsa-reference": ("HSA (PyTorch)", "#3aa6a0", "s"),
     "hsa-tilelang": ("HSA (TileLang)", "#c2185b", "^"),
-    "hsa-tilelang-token": ("HSA (TileLang, a token a CTA)", "#e57fa5", "<"),
-    "hsa-tilelang-union": ("HSA (TileLang, union of chunks)", "#8e1246", ">"),
-    "hsa-tilelang-chunk": ("HSA (TileLang, a chunk a CTA)", "#f06292", "v"),
     "hsa-triton": ("HSA (Triton)", "#e07b00", "D"),
     "ramstorage-triton": ("published HSA (Triton)", "#7cb342", "s"),
     "ramstorage-tilelang": ("published HSA (TileLang)", "#aed581", "s"),
     "hils": ("published HiLS", "#33691e", "p"),
+    "selected-auto": ("one softmax over the chosen chunks", "#00838f", "h"),
+    "selected-tilelang": ("one softmax over the chosen chunks (TileLang)", "#00acc1", "H"),
+    "selected-triton": ("one softmax over the chosen chunks (Triton)", "#80deea", "8"),
     "nsa-fla": ("NSA (flash-linear-attention)", "#c0ca33", "*"),
 }
+STRATEGIES = (("#e57fa5", "<"), ("#8e1246", ">"), ("#f06292", "v"), ("#ad1457", "X"), ("#f8bbd0", "P"))
 RATES = {"throughput": ("TFLOP/s", 1e-3), "bandwidth": ("GB/s of least traffic", 1.0)}  # unit, and rows' units in it
 SIZE = (7.2, 3.6, 3.3, 0.6)  # of a figure, see grid
 GRID_COLUMNS = 3  # panels in a line of a figure
@@ -69,6 +71,14 @@ def interval(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     middle = (share + room / 2) / (1 + room)
     half = math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def look(provider: str) -> tuple[str, str, str]:
+    """Label, colour and marker; of a TileLang strategy by its name, of what is not known its name in black."""
+    strategy = provider.removeprefix("hsa-tilelang-")
+    if strategy == provider or provider in LOOKS:
+        return LOOKS.get(provider, (provider, BLACK, "."))
+    return f"HSA (TileLang, {strategy})", *STRATEGIES[zlib.crc32(strategy.encode()) % len(STRATEGIES)]
 
 
 def order(provider: str) -> tuple:
@@ -136,7 +146,7 @@ def _draw(ax, rows: list[Row], ylabel: str, scale: float = 1.0) -> None:
     lines = compare.grouped(sorted(rows, key=lambda r: r.x), lambda r: r.provider)
     for name in sorted(lines, key=order):
         values = ([scale * getattr(r, q) for r in lines[name]] for q in ("p20", "p50", "p80"))
-        band(ax, [r.x for r in lines[name]], *values, *LOOKS.get(name, (name, BLACK, ".")))
+        band(ax, [r.x for r in lines[name]], *values, *look(name))
     if any(r.p50 > 0 for r in rows):
         ax.set_yscale("log")
         low, high = ax.get_ylim()
@@ -160,7 +170,7 @@ def _beside_baseline(ax, rows: list[Row], mode: str) -> str:
         )  # fmt: skip
     last = max(ratio)
     text = f"{1 / ratio[last]:.1f}x faster" if ratio[last] <= 1 else f"{ratio[last]:.1f}x slower"
-    return f"\n{LOOKS[name][0]}: {text} at {length_label(last)}"
+    return f"\n{look(name)[0]}: {text} at {length_label(last)}"
 
 
 def _roof(ax, roofs: list[Row], metric: str, scale: float) -> None:

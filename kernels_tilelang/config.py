@@ -101,7 +101,9 @@ def default(program: str, problem):
 
 
 def from_dict(program: str, values: dict):
-    """The program's config from a mapping; ValueError names unknown fields."""
+    """The program's config from a mapping; ValueError names unknown programs and fields."""
+    if program not in PROGRAMS:
+        raise ValueError(f"config must name programs among {', '.join(PROGRAMS)}, got {program!r}")
     known = [f.name for f in fields(config_of(program))]
     unknown = set(values) - set(known)
     if unknown:

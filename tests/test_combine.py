@@ -63,7 +63,7 @@ def combine(call: Call, settings) -> None:
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(calls())
 def test_sums_the_valid_rows_of_a_window(call):
-    combine(call, config.CombineConfig.on_cpu(call.problem))
+    combine(call, config.default("hsa_combine", call.problem))
 
 
 @pytest.mark.gpu

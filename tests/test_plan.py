@@ -64,7 +64,7 @@ def test_a_shape_without_a_strategy_falls_to_one_that_has_configs():
         choose("forward", replace(PAPER, D=40))
 
 
-@pytest.mark.parametrize("direction", plan.DIRECTIONS)
+@pytest.mark.parametrize("direction", ("forward", "backward", "selected_backward"))
 def test_deterministic_never_takes_reduce_add(direction):
     slow = replace(H200, hbm=1e11, l2_bytes=1e12, l2=1e12, reduce=1e14)  # where reduce-add would win
     problem = cases.at_length(PAPER, 1 << 17)
