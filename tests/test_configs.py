@@ -29,76 +29,77 @@ ALIGNMENT = 2048  # bytes that a config adds for aligning swizzled tiles
 
 @dataclass
 class Declared:
-    """Of a program's IR, by name: bytes and shapes of buffers, and the launch."""
+    """Of a program's IR: buffers by name, and the launch."""
 
-    shared: dict[str, int]  # of those that are accessed, one for each stage of a pipelined loop that fills them
+    shared: dict[str, int]  # bytes of those that are accessed, times the stages of a pipelined loop that fills them
     fragments: dict[str, tuple[int, tuple[int, ...]]]  # bytes, shape
+    parameters: dict  # the program's tensors
     grid: list  # extents of blockIdx
     threads: int
     blocks: list[int]  # CTAs of an SM that ptxas hears of
     pipelined: bool
     reductions: int
-    parameters: dict
 
 
-def size(buffer) -> int:
-    return prod(int(x) for x in buffer.shape) * compile.tvm.DataType(buffer.dtype).bits // 8
+def size(buffer, dims=None) -> int:
+    """Bytes, of a tensor with the dynamic dims given."""
+    elements = prod(evaluate(x, dims) for x in buffer.shape)
+    return elements * compile.tvm.DataType(buffer.dtype).bits // 8
 
 
 def declared(program, problem, c) -> Declared:
+    """What a program says before TileLang lowers it."""
     ir = compile.build(program, problem, c)
-    tirx = compile.tvm.tirx
-    parameters = {b.name: b for b in ir.buffer_map.values()}
-    d = Declared({}, {}, [], 0, [], False, 0, parameters)
-    accessed, staged, shared = set(), {}, {}
+    tirx, walk = compile.tvm.tirx, compile.tvm.tirx.stmt_functor.post_order_visit
+    d = Declared({}, {}, {b.name: b for b in ir.buffer_map.values()}, [], 0, [], False, 0)
+    accessed, stages = set(), {}
 
-    def name_of(node):
+    def op(node):
         return getattr(getattr(node, "op", None), "name", "")
 
     def visit(node):
         if isinstance(node, tirx.BufferLoad | tirx.BufferStore):
             accessed.add(node.buffer.name)
-        if isinstance(node, tirx.For) and "num_stages" in node.annotations:
-            d.pipelined = True
-
-            def copies(inner):
-                if name_of(inner) == "tl.tileop.copy":
-                    source, target = (x.args[0].buffer for x in inner.args[:2])
-                    if source.scope() == "global":
-                        staged[target.name] = int(node.annotations["num_stages"])
-
-            tirx.stmt_functor.post_order_visit(node.body, copies)
-        if isinstance(node, tirx.For) and node.thread_binding is not None:
+        elif isinstance(node, tirx.For) and node.thread_binding is not None:
             d.grid.append(node.extent)
-        d.reductions += name_of(node) == "tl.tileop.reduce"
-        if isinstance(node, tirx.SBlock):
-            d.threads = prod(int(x) for x in node.annotations.get("tl.launch_threads", [1])) * max(1, d.threads)
-        for b in getattr(node, "alloc_buffers", ()):
-            if b.scope() == "shared.dyn":
-                shared[b.name] = size(b)
-            elif b.scope() == "local.fragment":
-                d.fragments.setdefault(b.name, (size(b), tuple(int(x) for x in b.shape)))
-        if getattr(node, "attr_key", None) == "tl.min_blocks_per_sm":
+        elif isinstance(node, tirx.For) and "num_stages" in node.annotations:
+            d.pipelined, number = True, int(node.annotations["num_stages"])
+            walk(node.body, lambda x: stages.update(filled(x, number)))
+        elif isinstance(node, tirx.SBlock):
+            d.threads = prod(map(int, node.annotations.get("tl.launch_threads", [d.threads])))
+            for b in node.alloc_buffers:
+                if b.scope() == "shared.dyn":
+                    d.shared[b.name] = size(b)
+                elif b.scope() == "local.fragment":
+                    d.fragments.setdefault(b.name, (size(b), tuple(map(int, b.shape))))
+        elif getattr(node, "attr_key", None) == "tl.min_blocks_per_sm":
             d.blocks.append(int(node.value))
+        d.reductions += op(node) == "tl.tileop.reduce"
 
-    tirx.stmt_functor.post_order_visit(ir.body, visit)
-    d.shared = {name: n * staged.get(name, 1) for name, n in shared.items() if name in accessed}
+    def filled(node, number) -> dict[str, int]:
+        """The buffer that a copy from a tensor fills."""
+        if op(node) != "tl.tileop.copy":
+            return {}
+        source, target = (x.args[0].buffer for x in node.args[:2])
+        return {target.name: number} if source.scope() == "global" else {}
+
+    walk(ir.body, visit)
+    d.shared = {name: n * stages.get(name, 1) for name, n in d.shared.items() if name in accessed}
     return d
 
 
-def evaluate(expression, dims: dict[str, int]) -> int:
-    """An extent with the program's dynamic dims, whose names may end in a number."""
-    tirx, found = compile.tvm.tirx, {}
+def evaluate(extent, dims: dict[str, int] | None) -> int:
+    """A dim or extent with the program's dynamic dims; TileLang may have added a number to a name."""
+    tirx, values = compile.tvm.tirx, {}
 
     def visit(node):
         if isinstance(node, tirx.Var):
-            found[node] = tirx.const(dims[re.sub(r"_\d+$", "", node.name)], node.dtype)
+            values[node] = tirx.const(dims[re.sub(r"_\d+$", "", node.name)], node.dtype)
 
-    if isinstance(expression, int):
-        return expression
-    tirx.stmt_functor.post_order_visit(tirx.Evaluate(expression), visit)
-    value = tirx.stmt_functor.substitute(expression, found)
-    return int(compile.tvm.arith.Analyzer().simplify(value))
+    if isinstance(extent, tirx.PrimExpr):
+        tirx.stmt_functor.post_order_visit(extent, visit)
+        extent = compile.tvm.arith.Analyzer().simplify(tirx.stmt_functor.substitute(extent, values))
+    return int(extent)
 
 
 def problem_of(program, shape):
@@ -231,10 +232,7 @@ def amounts(d: Declared, c, tile: int) -> dict[str, float]:
     """Bytes by name: of the program's tensors, and of what MOVED makes of them."""
     pairs = dict.fromkeys(("pairs", "partial_rows", "window_rows", "rows"), MANY.T * MANY.K) | {"pairs": PAIRS}
     dims = AT | pairs | {"tiles": MANY.T // tile} | dict.fromkeys(("segments", "bounds"), 9)
-    n = {
-        name: prod(evaluate(x, dims) for x in b.shape) * compile.tvm.DataType(b.dtype).bits // 8
-        for name, b in d.parameters.items()
-    }
+    n = {name: size(b, dims) for name, b in d.parameters.items()}
     chunks = MANY.B * MANY.N * MANY.H
     item = {
         "kv": sum(n.get(x, 0) for x in "kv") / chunks,
@@ -263,31 +261,39 @@ def test_a_config_counts_the_bytes_that_its_launch_moves(program):
         assert stated == pytest.approx({level: sum(n[x] for x in names.split()) for level, names in levels.items()}), c
 
 
-def launched(program, problem, c) -> int:
-    """CTAs by the program's own grid. Tiles and ranges are as many as hold all tokens and landmarks."""
-    d = declared(program, problem, c)
-    tokens = int(d.parameters["union_chunks"].shape[3]) // problem.K if "union_chunks" in d.parameters else 1
-    dims = {"B": problem.B, "tokens": problem.T, "N": problem.N, "H": getattr(problem, "H", None)}
-    dims |= {"R": getattr(problem, "R", None), "tiles": -(-problem.T // tokens)}
-    dims |= {"splits": -(-problem.N // c.block_N)} if program == "retrieve_split" else {}
-    return prod(evaluate(x, dims) for x in d.grid)
-
-
 def test_a_config_counts_the_ctas_of_its_launch():
-    """And how many pairs share what a pass of the tile reads: whole ones."""
-    for program, shape in itertools.product(config.PROGRAMS, ("per-head-tail", "long-chunks")):
-        problem = replace(problem_of(program, shape), T=397, N=1100)
+    """By the program's own grid. Tiles and ranges are as many as hold all tokens and landmarks."""
+    for program in config.PROGRAMS:
+        problem = replace(problem_of(program, "per-head-tail"), T=397, N=1100)
         for c in config.candidates(program, problem)[-1:]:
-            kind = type(c)
-            if kind.ctas is not Config.ctas and shape == "per-head-tail":
-                assert c.ctas(problem) == launched(program, problem, c), (program, c)
-            if kind.DIRECTION == "retrieve":
-                assert c.pairs(problem) == c.block_M
+            if type(c).ctas is Config.ctas:
+                continue  # the tuner does not plan it
+            d = declared(program, problem, c)
+            dims = {"B": problem.B, "tokens": problem.T, "N": problem.N, "H": 2, "R": 2}
+            if "union_chunks" in d.parameters:
+                dims["tiles"] = -(-problem.T // (int(d.parameters["union_chunks"].shape[3]) // problem.K))
+            elif program == "retrieve_split":
+                dims["splits"] = -(-problem.N // c.block_N)
+            assert c.ctas(problem) == prod(evaluate(x, dims) for x in d.grid), (program, c)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tile_serves_whole_pairs(shape):
+    """A chunk is read for each pair of a token's program, once for those of a union's tile, else for all its pairs."""
+    for program in config.PROGRAMS:
+        problem = problem_of(program, shape)
+        for c in config.candidates(program, problem):
+            if program == "retrieve_topk":
+                assert c.pairs(problem) == c.rows(problem) == c.block_M
             elif hasattr(c, "block_M") and c.rows(problem):
-                assert c.pairs(problem) * problem.G <= c.rows(problem) < (c.pairs(problem) + 1) * problem.G, program
-            once = program.startswith(("hsa_fwd_token", "hsa_bwd_dq_token", "selected_fwd_token"))
-            tiled = 1 / c.pairs(problem) if "fwd_union" in program else 0.0
-            assert c.chunk_reads(problem) == (1 if once else tiled), program
+                assert c.pairs(problem) * problem.G <= c.rows(problem) < (c.pairs(problem) + 1) * problem.G, (
+                    program,
+                    c,
+                )
+            else:
+                assert c.pairs(problem) == 1
+            shared = "fwd_union" in program or "_token" in program  # pairs() is 1 for a token
+            assert c.chunk_reads(problem) == (1 / c.pairs(problem) if shared else 0.0), program
 
 
 def test_a_union_tile_reads_its_union_and_multiplies_what_a_warpgroup_needs():
