@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from hsa_tl.problem import Problem, power_of_two
 
-SMEM_LIMIT = 227 * 1024  # bytes a CTA may ask for on sm_90
-SMEM_SM = 228 * 1024  # bytes of an SM, SMEM_RESERVED of them for each CTA
+SMEM_SM = 228 * 1024  # bytes of an SM on sm_90, SMEM_RESERVED of them for each CTA
 SMEM_RESERVED = 1024 + 128  # 128: static shared memory (barriers), rounded up
+SMEM_LIMIT = SMEM_SM - SMEM_RESERVED  # bytes a CTA may ask for
 SMEM_ALIGNMENT = 2048  # what aligning swizzled tiles to 1 KB may add
 MAX_REGISTERS = 255  # a thread
 MAX_THREADS = 384  # that compute: three warpgroups

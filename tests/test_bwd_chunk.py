@@ -157,7 +157,7 @@ TWIN = BwdChunkSm90aConfig()
         ({"S": 32}, TWIN, "it needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got 128, 32 and 16"),
         ({"HQ": 4}, TWIN, "S = 64 and G of 8, 16, 32 or 64, got 128, 64 and 4"),
         ({}, replace(TWIN, block_M=64), "it needs block_M = 128 and threads = 256"),
-        ({}, replace(TWIN, num_stages=3), "shared memory must be at most 232448 bytes"),
+        ({}, replace(TWIN, num_stages=3), "shared memory must be at most 232320 bytes"),
     ],
 )
 def test_why_illegal_says_what_and_why(changes, config, words):

@@ -7,8 +7,6 @@ assembled of the same source and versions is not assembled again.
 """
 
 import csv
-from dataclasses import replace
-from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,53 +129,6 @@ def test_the_published_table_is_of_todays_spaces():
         bound, _ = cost.roofline(c, problem, device)
         assert bound == pytest.approx(float(row["roofline_ns"]), rel=1e-9), key
         assert not c.tensor_core() or int(row[c.tensor_core()]), key
-
-
-ALIGNMENT = 2048  # bytes that a config adds for it
-# Programs whose buffers in shared memory are all in use at once.
-AT_ONCE = [
-    *("hsa_fwd_chunk", "hsa_bwd_chunk", "hsa_bwd_dkdv_chunk", "hsa_combine", "pairs_place", "union_index"),
-    *("retrieve_topk", "retrieve_split", "retrieve_combine"),
-]
-
-
-def declared(program, problem, c) -> tuple[list, list[int]]:
-    """Of a program before TileLang lowers it: buffers as (scope, shape, bytes), and the CTAs of an SM it asks for."""
-    buffers, blocks = [], []
-
-    def visit(node):
-        for b in getattr(node, "alloc_buffers", ()):
-            shape = [int(x) for x in b.shape]
-            buffers.append((b.scope(), shape, prod(shape) * compile.tvm.DataType(b.dtype).bits // 8))
-        if getattr(node, "attr_key", None) == "tl.min_blocks_per_sm":
-            blocks.append(int(node.value))
-
-    compile.tvm.tirx.stmt_functor.post_order_visit(compile.build(program, problem, c).body, visit)
-    return buffers, blocks
-
-
-@pytest.mark.parametrize("case", ("paper-d64", "tail-perhead"))
-def test_a_config_counts_what_its_program_declares(case):
-    """Shared memory without what aligning it adds; and ptxas hears how many CTAs are to fit, but of union_index."""
-    for program in config.PROGRAMS:
-        problem = config.problem_of(program, cases.case(case).problem)
-        if not (space := config.space(program, problem)):
-            assert program.endswith("_sm90a")
-            continue
-        c = space[0]
-        buffers, blocks = declared(program, problem, c)
-        assert blocks == [blocks_per_sm(c, problem)] * (program != "union_index"), program
-        shared = sum(size for scope, _, size in buffers if scope == "shared.dyn")
-        assert program not in AT_ONCE or 0 < shared <= c.smem_bytes(problem) - ALIGNMENT, program
-
-
-def test_the_registers_of_long_chunks_hold_scores_and_probabilities():
-    """Chunks of more keys than D has columns: the second product takes its rows while the scores are still there."""
-    for problem in (replace(cases.case("paper-d64").problem, S=128), replace(cases.case("g1").problem, D=32, S=128)):
-        for c in config.candidates("hsa_fwd_chunk", problem):
-            buffers, _ = declared("hsa_fwd_chunk", problem, c)
-            scores = [n for scope, shape, n in buffers if scope == "local.fragment" and shape == [c.block_M, problem.S]]
-            assert len(scores) == 2 and sum(scores) // 4 <= c.accumulators(problem), c
 
 
 @prove  # 4 s of two cores each

@@ -55,7 +55,7 @@ def test_any_config_gives_the_same_result(threads):
         ("hsa_fwd_token", {}, FwdTokenConfig(threads=100), "threads must be 32 to 384 in whole warps, got 100"),
         ("hsa_fwd_token", {"S": 16}, FwdTokenConfig(), "4 warps need S and D to be multiples of 64, got 16 and 128"),
         ("hsa_fwd_token", {}, FwdTokenConfig(num_stages=0), "num_stages must be at least 1, got 0"),
-        ("hsa_fwd_token", {}, FwdTokenConfig(num_stages=8), "shared memory must be at most 232448 bytes"),
+        ("hsa_fwd_token", {}, FwdTokenConfig(num_stages=8), "shared memory must be at most 232320 bytes"),
         ("hsa_bwd_dkdv_chunk", {"HQ": 128}, BwdDkdvChunkConfig(), "block_M must be at least G = 128"),
         ("hsa_bwd_dkdv_chunk", {}, BwdDkdvChunkConfig(block_M=32), "a multiple of 64, got 32"),
         (
