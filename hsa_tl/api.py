@@ -28,6 +28,7 @@ from hsa_tl.validation import (
     require_float,
     require_int,
     require_pairs,
+    require_recency,
     require_shape,
     require_tensor,
     require_weights,
@@ -71,6 +72,8 @@ def retrieve_chunks(
     exclude_window: int = 0,
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
+    recency: torch.Tensor | None = None,
+    recency_span: int = 16,
     impl: str = "auto",
     validate: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,12 +95,17 @@ def retrieve_chunks(
             holds ceil(length / chunk_size) rows for each sequence, one sequence after the other, and indices count
             chunks within the sequence. It is read on the host. Default: None.
         scale (float): default: 1 / sqrt(D_r).
+        recency (Tensor [R], float32): at least 0: how much far chunks are disfavoured. Chunk i loses
+            recency[r] * min(1, log(1 + d) / log(recency_span)) of its score, before the selection, d = p // chunk_size
+            - 1 - i being the whole chunks between it and the token. Default: None, as if 0.
+        recency_span (int): at least 2; chunks at d = recency_span - 1 and farther all lose recency[r]. Default: 16.
         impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here.
         validate (bool): True: landmarks must hold every whole chunk before the last token. Default: None, they may be
-            fewer, and what they do not hold is not chosen.
+            fewer, and what they do not hold is not chosen. The values of recency are checked as in `hsa_attention`
+            those of indices.
 
     Returns:
-        scores [B, T, R, topk] float32 (float64 for float64 inputs), differentiable in q_slc and landmarks, and
+        scores [B, T, R, topk] float32 (float64 for float64 inputs), differentiable in q_slc, landmarks and recency, and
         indices [B, T, R, topk] int32. Slots ascend by chunk; of equal scores the lower chunk wins; slots beyond the
         visible chunks come last with index -1 and score -inf.
 
@@ -123,6 +131,7 @@ def retrieve_chunks(
     for name, value in (("q_start", q_start), ("exclude_window", exclude_window)):
         require(value < 2**62, name, "be less than 2^62", value)
     require_common(chunk_size, scale, impl)
+    require_recency(recency, recency_span, q_slc)
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens, q_slc)
         require(q_start == 0, "q_start", "be 0 with cu_seqlens", q_start)
@@ -131,7 +140,10 @@ def retrieve_chunks(
         rule = f"hold the {whole} whole chunks before the last token"
         require(landmarks.shape[1] >= whole, "landmarks", rule, landmarks.shape[1])
     scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
-    return transforms.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale, impl)
+    return transforms.retrieve(
+        q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, recency, recency_span, scale, impl,
+        validates(q_slc, validate),
+    )  # fmt: skip
 
 
 def hsa_attention(
@@ -224,6 +236,8 @@ def retrieve_decode(
     chunks: torch.Tensor | None = None,
     bounds: torch.Tensor | None = None,
     scale: float | None = None,
+    recency: torch.Tensor | None = None,
+    recency_span: int = 16,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`retrieve_chunks` for one or a few new tokens of sequences of different lengths; without gradient.
@@ -245,6 +259,8 @@ def retrieve_decode(
             where the landmarks of a block are alike. For "auto" and "reference" only; on a GPU it waits for the device
             and cannot stand in a captured graph. Default: None.
         scale (float): default: 1 / sqrt(D_r).
+        recency (Tensor [R], float32): as in `retrieve_chunks`. Default: None.
+        recency_span (int): as there. Default: 16.
         impl (str): "auto", "reference" or "tilelang". Default: "auto", the fastest that runs here.
 
     Returns:
@@ -279,10 +295,12 @@ def retrieve_decode(
     require_int("topk", topk, 1)
     require_int("exclude_window", exclude_window, 0)
     require_common(chunk_size, scale, impl)
+    require_recency(recency, recency_span, q_slc)
     scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
     return transforms.retrieve_decode(
-        q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale, impl
-    )
+        q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, recency, recency_span, scale, impl,
+        validates(q_slc, None),
+    )  # fmt: skip
 
 
 def hsa_decode(

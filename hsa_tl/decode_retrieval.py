@@ -31,7 +31,7 @@ def landmark_bounds(landmarks: torch.Tensor) -> torch.Tensor:
     return torch.stack([landmarks.amin(2), landmarks.amax(2)], 2)
 
 
-def _products(q, marks, dtype):
+def products(q, marks, dtype):
     """q [.., T, D_r] . marks [.., n, D_r] -> [.., T, n] summed in dtype; a token's bits depend on nothing else."""
     if q.device.type == "cuda" and q.dtype != dtype and q.ndim == 3:
         return torch.bmm(q, marks.mT, out_dtype=dtype)
@@ -44,7 +44,7 @@ def _products(q, marks, dtype):
             marks = torch.nn.functional.pad(marks, (0, 0, 0, _ROWS - n))
         return (q @ marks.to(dtype).mT)[..., :T, :n]
     step = max(_ROWS, _CONVERTED * n // marks.numel())
-    return torch.cat([_products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
+    return torch.cat([products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
 
 
 @workers.one_thread
@@ -101,7 +101,7 @@ def _scan(q_slc, landmarks, visible, k, scale, dtype):
 
     def score(start, _):
         marks = landmarks[:, start : start + size]
-        scores = [_products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)]
+        scores = [products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)]
         scores = scores[0].unsqueeze(2) if R == 1 else torch.stack(scores, 2)
         scores.mul_(scale)  # [B, T, R, n]; after the product, as in retrieve_chunks: scaling first could break a tie
         if visible is not None:
@@ -147,7 +147,7 @@ def _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype):
         rest[seen] = False
         if int(rest.sum()) > blocks // 4:  # a gather costs more than it saves
             i = torch.arange(n, device=q.device)
-            s = _products(q_slc[b, t, r][None], landmarks[b, :n, r], dtype)[0] * scale
+            s = products(q_slc[b, t, r][None], landmarks[b, :n, r], dtype)[0] * scale
         else:
             more = _score_blocks(q_slc[b, t, r], landmarks[b, :n, r], rest.nonzero()[:, 0], scale, dtype)
             s, i = torch.cat([s, more[0]]), torch.cat([i, more[1]])
@@ -164,4 +164,4 @@ def _score_blocks(q, marks, blocks, scale, dtype):
     """Scores of the landmarks [n, D_r] in the blocks, and which they are."""
     i = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)).flatten()
     i = i[i < len(marks)]
-    return _products(q[None], marks[i], dtype)[0] * scale, i
+    return products(q[None], marks[i], dtype)[0] * scale, i

@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from hsa_tl import decode_retrieval, pairs, retrieval
+from hsa_tl import decode_retrieval, near, pairs, retrieval
 from hsa_tl.pairs import Pairs, check_pages, check_range
 from hsa_tl.problem import Problem, Retrieval
 from hsa_tl.registry import operator, refuse_derivative, refuse_second_derivative
@@ -287,24 +287,29 @@ torch.library.register_autograd("hsa_tl::decode", lambda ctx, _: refuse_derivati
 @operator
 def retrieve_decode(
     q_slc: Tensor, landmarks: Tensor, lengths: Tensor, chunks: Optional[Tensor], bounds: Optional[Tensor], topk: int,
-    chunk_size: int, exclude_window: int, scale: float, impl: str,
+    chunk_size: int, exclude_window: int, recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
+    validate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Only PyTorch skips by bounds.
     name = "reference" if impl == "auto" and bounds is not None else impl
     name = resolve_retrieval(name, q_slc, landmarks, topk, chunk_size, decode=True)
+    window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
     if name == "reference":
-        return decode_retrieval.retrieve(
-            q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale
-        )
-    if bounds is not None:
+        best = decode_retrieval.retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, window, scale)
+    elif bounds is not None:
         raise NotImplementedError(f"impl={impl!r} cannot retrieve by bounds; use 'auto' or 'reference'")
-    return implementation(f"{name}_retrieval").retrieve_decode(
-        q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale
+    else:
+        run = implementation(f"{name}_retrieval").retrieve_decode
+        best = run(q_slc, landmarks, lengths, chunks, topk, chunk_size, window, scale)
+    if recency is None:
+        return best
+    return near.join_decode(
+        q_slc, *best, landmarks, lengths, chunks, recency, recency_span, chunk_size, exclude_window, scale
     )
 
 
 @torch.library.register_fake("hsa_tl::retrieve_decode")
-def _(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale, impl):
+def _(q_slc, landmarks, lengths, chunks, bounds, topk, *_):
     shape = (*q_slc.shape[:3], topk)
     dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
     return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
@@ -318,9 +323,20 @@ torch.library.register_autograd(
 @operator
 def retrieve(
     q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, q_start: int, exclude_window: int,
-    cu_seqlens: Optional[Tensor], scale: float, impl: str,
+    cu_seqlens: Optional[Tensor], recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
+    validate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     name = resolve_retrieval(impl, q_slc, landmarks, topk, chunk_size)
+    window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
+    best = _retrieve(name, q_slc, landmarks, topk, chunk_size, q_start, window, cu_seqlens, scale)
+    if recency is None:
+        return best
+    return near.join(
+        q_slc, *best, landmarks, cu_seqlens, recency, recency_span, chunk_size, q_start, exclude_window, scale
+    )
+
+
+def _retrieve(name, q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale):
     if name == "reference":
         return retrieval.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale)
     run = implementation(f"{name}_retrieval").retrieve
@@ -335,7 +351,7 @@ def retrieve(
 
 
 @torch.library.register_fake("hsa_tl::retrieve")
-def _(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale, impl):
+def _(q_slc, landmarks, topk, *_):
     shape = (*q_slc.shape[:3], topk)
     dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
     return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
@@ -361,14 +377,17 @@ def _(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale):
 
 
 def retrieve_setup(ctx, inputs, output):
-    q_slc, landmarks, _, chunk_size, _, _, cu_seqlens, scale, _ = inputs
-    ctx.static = chunk_size, scale
+    q_slc, landmarks, _, chunk_size, q_start, _, cu_seqlens, recency, span, scale, *_ = inputs
+    ctx.static, ctx.recency_static = (chunk_size, scale), (span, chunk_size, q_start)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], q_slc, landmarks, cu_seqlens)
+    ctx.save_for_backward(output[1], q_slc, landmarks, cu_seqlens, recency)
 
 
 def retrieve_gradients(ctx, dscores, backward=retrieve_backward):
-    return (*backward(dscores, *ctx.saved_tensors, *ctx.static), *(None,) * 7)
+    *saved, cu_seqlens, recency = ctx.saved_tensors
+    gradients = backward(dscores, *saved, cu_seqlens, *ctx.static)
+    drecency = near.drecency(dscores, saved[0], cu_seqlens, recency, *ctx.recency_static)
+    return (*gradients, *(None,) * 5, drecency, *(None,) * 4)
 
 
 torch.library.register_autograd(

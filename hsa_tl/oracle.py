@@ -14,33 +14,48 @@ from hsa_tl.accuracy import Expected, eps_of, least_of
 
 
 def _scores(q_slc, landmarks, chunk_size, q_start, exclude_window, scale):
-    """Scores [B, T, R, N], and whether the token may see the chunk."""
+    """Scores [B, T, R, N], whether the token may see the chunk, and the whole chunks [T, N] between them."""
     s = torch.einsum("btrd,bnrd->btrn", q_slc, landmarks) * (q_slc.shape[3] ** -0.5 if scale is None else scale)
     p = q_start + torch.arange(s.shape[1], device=s.device)[:, None]
     i = torch.arange(s.shape[3], device=s.device)[None, :]
     visible = (i + 1) * chunk_size <= p
     if exclude_window > 0:
         visible &= i * chunk_size <= p - exclude_window
-    return s, visible[None, :, None, :].expand_as(s)
+    return s, visible[None, :, None, :].expand_as(s), p // chunk_size - 1 - i
+
+
+def _lowering(recency, distance, span):
+    """What recency takes off the scores of chunks at a distance [T, N]: [T, R, N], or 0."""
+    if recency is None:
+        return 0.0
+    return recency[:, None] * ((1 + distance.clamp(min=0)).to(recency).log2() / math.log2(span)).clamp(max=1)[:, None]
 
 
 def expect_scores(
-    q_slc, landmarks, *, chunk_size=64, q_start=0, exclude_window=0, scale=None
+    q_slc, landmarks, *, chunk_size=64, q_start=0, exclude_window=0, scale=None, recency=None, recency_span=16
 ) -> tuple[Expected, torch.Tensor]:
     """Every score [B, T, R, N] in float64 and its unit, a float32 sum of D_r products, and whether it is visible."""
     options, D_r = (chunk_size, q_start, exclude_window, scale), q_slc.shape[3]
     eps = 2 * min(eps_of(q_slc.dtype), eps_of(torch.float32))
     q_slc, landmarks = q_slc.detach().double(), landmarks.detach().double()
-    value, visible = _scores(q_slc, landmarks, *options)
+    value, visible, distance = _scores(q_slc, landmarks, *options)
     scale = D_r**-0.5 if scale is None else scale
     squares = torch.einsum("btrd,bnrd->btrn", q_slc.square(), landmarks.square()) * scale**2
-    return Expected(value, eps * (D_r * (squares + value.square())).sqrt(), eps), visible
+    unit2 = D_r * (squares + value.square())
+    if recency is not None:  # rounded, and so is the difference
+        lowering = _lowering(recency.detach().double(), distance, recency_span)
+        value = value - lowering
+        unit2 = unit2 + lowering.square() + value.square()
+    return Expected(value, eps * unit2.sqrt(), eps), visible
 
 
-def retrieve_oracle(q_slc, landmarks, topk, *, chunk_size=64, q_start=0, exclude_window=0, scale=None):
+def retrieve_oracle(
+    q_slc, landmarks, topk, *, chunk_size=64, q_start=0, exclude_window=0, scale=None, recency=None, recency_span=16
+):
     """scores, indices [B, T, R, K]: the K best visible chunks of each token, ascending, then -1 with score -inf."""
     N = landmarks.shape[1]
-    s, visible = _scores(q_slc, landmarks, chunk_size, q_start, exclude_window, scale)
+    s, visible, distance = _scores(q_slc, landmarks, chunk_size, q_start, exclude_window, scale)
+    s = s - _lowering(recency, distance, recency_span)
     # A stable descending sort puts the lower of two equal chunks first.
     best = s.masked_fill(~visible, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     chosen = torch.where(visible.gather(-1, best), best, N).sort(dim=-1).values

@@ -176,7 +176,7 @@ def check_retrieval(
         scores, indices: what is checked, [B, T, R, K].
         q_slc, landmarks: what was scored, [B, T, R, D_r] and [B, N, R, D_r].
         ties: whether slots must ascend and the lower of two equal chunks must win.
-        options: chunk_size, q_start, exclude_window and scale, as `retrieve_chunks` was called.
+        options: chunk_size, q_start, exclude_window, scale, recency and recency_span, as `retrieve_chunks` was called.
 
     Returns:
         What is wrong, a line each; [] if each token chose the best chunks, but for what rounding may swap.

@@ -110,6 +110,15 @@ def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
     require(q.shape[0] == 1, "cu_seqlens", "come with batch size B = 1", lambda: f"B = {q.shape[0]}")
 
 
+def require_recency(recency: torch.Tensor | None, recency_span: int, q_slc: torch.Tensor) -> None:
+    require_int("recency_span", recency_span, 2)
+    require(recency_span < 2**24, "recency_span", "be less than 2^24", recency_span)
+    if recency is not None:
+        require_tensor("recency", recency, 1, q_slc)
+        require_float("recency", recency)
+        require_shape("recency", recency, (q_slc.shape[2],), "to match q_slc")
+
+
 def validates(x: torch.Tensor, validate: bool | None) -> bool:
     """Whether to look at the values of x's call. None: on a CPU; elsewhere, where it waits for the device, if asked."""
     return x.device.type == "cpu" or os.environ.get("HSA_TL_VALIDATE") == "1" if validate is None else validate

@@ -116,10 +116,10 @@ class SegmentMemory(NamedTuple):
     paged: PagedMemory
     counts: list[int]
 
-    def retrieve(self, q_BTRE, start, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
+    def retrieve(self, q_BTRE, start, topk: int, **options):
         B, T, R, _ = q_BTRE.shape
         if T <= FEW:
-            return self.paged.retrieve(q_BTRE, start, topk, exclude_window=exclude_window, impl=impl)
+            return self.paged.retrieve(q_BTRE, start, topk, **options)
         dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
         scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
         indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
@@ -127,12 +127,12 @@ class SegmentMemory(NamedTuple):
         for b, (first, n) in enumerate(zip(starts, self.counts, strict=True)):
             scores[b, :n], indices[b, :n] = retrieve_chunks(
                 q_BTRE[b : b + 1, :n], self.paged.landmarks(b)[None], topk, chunk_size=self.paged.spec.chunk_size,
-                q_start=first, exclude_window=exclude_window, impl=impl,
+                q_start=first, **options,
             )  # fmt: skip
         return scores, indices
 
-    def scores(self, q_BTRE, start, *, exclude_window: int = 0) -> torch.Tensor:
-        scores, T = self.paged.scores(q_BTRE, start, exclude_window=exclude_window), q_BTRE.shape[1]
+    def scores(self, q_BTRE, start, **options) -> torch.Tensor:
+        scores, T = self.paged.scores(q_BTRE, start, **options), q_BTRE.shape[1]
         behind = torch.arange(T) >= torch.tensor(self.counts)[:, None]
         return scores.masked_fill_(behind.to(scores.device)[..., None, None], -torch.inf)
 

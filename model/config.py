@@ -71,6 +71,7 @@ class ModelConfig:
         activation_checkpointing (bool): whether layers are computed again in the backward. Default: False.
         impl (str): of the operators; "dense" as in `HSALayer`. Default: "auto".
         selection_overlap (float): of neighbouring tokens, by which programs are chosen. Default: 0.9.
+        recency (int): the span of a learned preference for near chunks, as in `HSALayer`. Default: None.
 
     Raises:
         ValueError: names the field, the rule and the value.
@@ -116,6 +117,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     impl: str = "auto"
     selection_overlap: float = 0.9
+    recency: int | None = None
 
     def __post_init__(self):
         if isinstance(self.rope, list):  # JSON and YAML have no tuples
@@ -138,6 +140,7 @@ class ModelConfig:
             ("topk", self.topk == "all" or (type(self.topk) is int and self.topk > 0), 'be a positive int or "all"'),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
+            ("recency", self.recency is None or (type(self.recency) is int and self.recency > 1), "be an int above 1"),
             ("selection_overlap", 0 <= self.selection_overlap <= 1, "lie in [0, 1]"),
             ("experts_per_token", not self.experts or self.experts_per_token <= self.experts, "be at most experts"),
         )

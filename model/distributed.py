@@ -62,14 +62,11 @@ class ShardedMemory:
         self.landmarks = gather(own.landmarks, mesh)  # [B, N, R, E]
         self.first = mesh.get_local_rank() * own.landmarks.shape[1]
 
-    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
-        return retrieve_chunks(
-            q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, exclude_window=exclude_window,
-            impl=impl,
-        )  # fmt: skip
+    def retrieve(self, q_slc, start: int, topk: int, **options):
+        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, **options)
 
-    def scores(self, q_slc, start: int, *, exclude_window: int = 0):
-        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, exclude_window)
+    def scores(self, q_slc, start: int, **options):
+        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, **options)
 
     def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         everyone = gather(indices, self.mesh) - self.first

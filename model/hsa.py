@@ -21,13 +21,13 @@ from hsa_tl.validation import require, require_common, require_int, require_shap
 class Memory(Protocol):
     """What an HSA layer reads: a ChunkMemory in training, a PagedMemory in inference."""
 
-    def retrieve(
-        self, q_slc, start, topk: int, *, exclude_window: int = 0, impl: str = "auto"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """scores, indices [B, T, R, topk]; start: position of the first query, int or int32 [B]."""
+    def retrieve(self, q_slc, start, topk: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        """scores, indices [B, T, R, topk]; start: position of the first query, int or int32 [B]; options of
+        `hsa_tl.retrieve_chunks`: exclude_window, recency, recency_span, impl."""
 
-    def scores(self, q_slc, start, *, exclude_window: int = 0) -> torch.Tensor:
-        """[B, T, R, N] of every chunk, -inf where a token does not see it: what top-k "all" has instead."""
+    def scores(self, q_slc, start, **options) -> torch.Tensor:
+        """[B, T, R, N] of every chunk, -inf where a token does not see it: what top-k "all" has instead. Options as
+        those of `retrieve`, without impl."""
 
     def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         """out [B, T, A, D]; overlap: of neighbouring tokens' selections, by which programs are chosen."""
@@ -39,12 +39,19 @@ def visible(position: torch.Tensor, chunks: int, chunk_size: int, exclude_window
     return (first + chunk_size <= position) & (first <= position - exclude_window)
 
 
-def chunk_scores(q_slc, landmarks, start, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
+def chunk_scores(
+    q_slc, landmarks, start, chunk_size: int, *, exclude_window: int = 0, recency=None, recency_span: int = 16
+) -> torch.Tensor:
     """`Memory.scores` of these landmarks [B, N, R, E]; no autocast."""
     dtype = torch.promote_types(q_slc.dtype, torch.float32)
     with torch.autocast(q_slc.device.type, enabled=False):
         scores = torch.einsum("btre,bnre->btrn", q_slc.to(dtype), landmarks.to(dtype)).mul_(q_slc.shape[-1] ** -0.5)
-    seen = visible(positions(start, q_slc), landmarks.shape[1], chunk_size, exclude_window)
+    position = positions(start, q_slc)
+    if recency is not None:
+        between = position[..., None] // chunk_size - 1 - torch.arange(landmarks.shape[1], device=q_slc.device)
+        share = (between.clamp(min=0).log1p() / math.log(recency_span)).clamp(max=1)[..., None, :]  # [.., T, 1, N]
+        scores = scores - recency.to(dtype)[:, None] * share.to(dtype)
+    seen = visible(position, landmarks.shape[1], chunk_size, exclude_window)
     return scores.masked_fill_(~seen[..., None, :], -torch.inf)
 
 
@@ -78,26 +85,22 @@ class ChunkMemory(NamedTuple):
         require(sequences < B, "distractors", f"be below the batch's {B} sequences", sequences)
         return ChunkMemory(*(torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1) for x in self))
 
-    def retrieve(self, q_slc, start: int, topk: int, *, exclude_window: int = 0, impl: str = "auto"):
+    def retrieve(self, q_slc, start: int, topk: int, **options):
         """`hsa_tl.retrieve_chunks` over the landmarks.
 
         Args:
             q_slc (Tensor [B, T, R, D_r]): retrieval queries.
             start (int): position of the first query.
             topk (int): K.
-            exclude_window (int): default: 0.
-            impl (str): default: "auto".
+            options: exclude_window, scale, recency, recency_span, impl and validate, as there.
 
         Returns:
             scores [B, T, R, K] float32 and indices [B, T, R, K] int32.
         """
-        return retrieve_chunks(
-            q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, exclude_window=exclude_window,
-            impl=impl,
-        )  # fmt: skip
+        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, **options)
 
-    def scores(self, q_slc: torch.Tensor, start: int, *, exclude_window: int = 0) -> torch.Tensor:
-        return chunk_scores(q_slc, self.landmarks, start, self.chunk_size, exclude_window)
+    def scores(self, q_slc: torch.Tensor, start: int, **options) -> torch.Tensor:
+        return chunk_scores(q_slc, self.landmarks, start, self.chunk_size, **options)
 
     def attend_all(self, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """out [B, T, A, D] of q [B, T, A, D] and weights [B, T, R or A, N] of every chunk, by matrix products alone.
@@ -249,12 +252,15 @@ class HSALayer(nn.Module):
         impl (str): of the operators, retrieval's too. "dense", for topk="all", takes masked products over every chunk
             of a ChunkMemory, fast for some hundred tokens; operators read another memory. Default: "auto".
         selection_overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
+        recency (int): recency_span of `hsa_tl.retrieve_chunks`, whose recency is then learned for each retrieval head,
+            from 0.13 on. Default: None, there is none.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, retrieval_dim: int, *, topk: int | str = 64,
         exclude_window: int = 0, fusion: str = "softmax", retrieval_heads: int | None = None,
         rope_theta: float | None = None, impl: str = "auto", selection_overlap: float = 0.9,
+        recency: int | None = None,
     ):  # fmt: skip
         super().__init__()
         sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim}
@@ -262,18 +268,24 @@ class HSALayer(nn.Module):
         require(heads % kv_heads == 0, "heads", f"be a multiple of kv_heads = {kv_heads}", heads)
         require(kv_heads % (retrieval_heads or 1) == 0, "retrieval_heads", f"divide {kv_heads}", retrieval_heads)
         require_int("exclude_window", exclude_window, 0)
+        if recency is not None:
+            require_int("recency", recency, 2)
         require(impl != "dense" or topk == "all", "impl", 'not be "dense" unless topk is "all"', repr(impl))
         require(fusion in FUSIONS, "fusion", f"be one of {', '.join(FUSIONS)}", repr(fusion))
         self.heads, self.kv_heads = heads, kv_heads
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
         self.topk, self.exclude_window, self.fusion = topk, exclude_window, fusion
         self.rope_theta, self.impl, self.selection_overlap = rope_theta, impl, selection_overlap
+        self.recency_span = recency
         self.norm = RMSNorm(dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.q_slc = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
         self.q_norm, self.q_slc_norm = RMSNorm(head_dim), RMSNorm(retrieval_dim)
         self.log_scale = nn.Parameter(torch.tensor([math.log(4.0)]))
         self.log_slc_scale = nn.Parameter(torch.tensor([math.log(8.0)]))
+        self.recency_R = None  # a softplus keeps it positive
+        if recency is not None:
+            self.recency_R = nn.Parameter(torch.full((self.retrieval_heads,), -2.0))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def queries(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,14 +306,15 @@ class HSALayer(nn.Module):
         _require_hidden(x_BTC, self.q.in_features)
         q_BTAD, q_BTRE = self.queries(x_BTC, start)
         impl = "auto" if self.impl == "dense" else self.impl
+        options: dict = {"exclude_window": self.exclude_window}
+        if self.recency_R is not None:
+            options |= {"recency": F.softplus(self.recency_R), "recency_span": self.recency_span}
         if self.topk == "all":
-            scores_BTRK = memory.scores(q_BTRE, start, exclude_window=self.exclude_window)
+            scores_BTRK = memory.scores(q_BTRE, start, **options)
             every = torch.arange(scores_BTRK.shape[-1], dtype=torch.int32, device=x_BTC.device)
             indices_BTRK = torch.where(scores_BTRK == -torch.inf, -1, every)
         else:
-            scores_BTRK, indices_BTRK = memory.retrieve(
-                q_BTRE, start, self.topk, exclude_window=self.exclude_window, impl=impl
-            )
+            scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, self.topk, impl=impl, **options)
         window_BTA = None
         if self.fusion == "joint":
             weights, window_BTA = fusion_weights(scores_BTRK, "joint", lse_BTA)  # [B, T, A, K]

@@ -251,15 +251,15 @@ class PagedMemory:
             mine[:, 1] = torch.maximum(mine[:, 1], other[:, 1])
 
     def retrieve(
-        self, q_slc: torch.Tensor, lengths: torch.Tensor | int, topk: int, *, exclude_window: int = 0,
-        scale: float | None = None, impl: str = "auto",
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, q_slc: torch.Tensor, lengths: torch.Tensor | int, topk: int, **options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`hsa_tl.retrieve_decode` over the landmarks.
 
         Args:
             q_slc (Tensor [B, T, R, D_r]): retrieval queries.
             lengths (Tensor [B] int32, or int): tokens of each sequence before these.
-            topk, exclude_window, scale, impl: as there.
+            topk (int): K.
+            options: exclude_window, scale, recency, recency_span and impl, as there.
 
         Returns:
             scores [B, T, R, K] and indices [B, T, R, K] int32.
@@ -270,18 +270,17 @@ class PagedMemory:
             found = retrieve_decode(
                 q_slc, landmarks, lengths - first * self.spec.chunk_size if first else lengths, topk,
                 chunk_size=self.spec.chunk_size,
-                exclude_window=exclude_window, scale=scale, impl=impl,
                 chunks=(self.chunks - first).clamp(min=0) if first else self.chunks,
-                bounds=self.bound_slabs[i] if self.two_level else None,
+                bounds=self.bound_slabs[i] if self.two_level else None, **options,
             )  # fmt: skip
             parts.append((first, found))
         return merge(parts, topk)
 
-    def scores(self, q_slc: torch.Tensor, lengths: torch.Tensor | int, *, exclude_window: int = 0) -> torch.Tensor:
+    def scores(self, q_slc: torch.Tensor, lengths: torch.Tensor | int, **options) -> torch.Tensor:
         """[B, T, R, longest] of every chunk, see hsa_tl.model.hsa.Memory; one where no sequence holds any."""
         S, lengths, most = self.spec.chunk_size, self._lengths(lengths), max(1, self.longest)
         scores = torch.cat([
-            chunk_scores(q_slc, landmarks[:, : most - first], lengths - first * S, S, exclude_window)
+            chunk_scores(q_slc, landmarks[:, : most - first], lengths - first * S, S, **options)
             for first, landmarks in placed(self.landmark_slabs, 1) if first < most
         ], -1)  # fmt: skip
         missing = torch.arange(most, device=scores.device) >= self.chunks[:, None]

@@ -249,6 +249,25 @@ def test_retrieval_equals_the_oracle(impl, dtype, window, T, N, K, D_r, q_start)
     assert torch.equal(scores.cpu().double(), high_scores)
 
 
+@each_type
+@pytest.mark.parametrize(
+    "T, N, K, q_start, span", [(1000, 20, 5, 300, 16), (300, 3000, 64, 190000, 16), (70, 40, 9, 0, 99)]
+)
+def test_retrieval_with_recency_equals_the_oracle(impl, dtype, T, N, K, q_start, span):
+    """Quarters, so that near and far chunks tie."""
+    q_slc, landmarks = (torch.randint(-1, 2, (2, n, 3, 64), device="cuda").to(dtype) for n in (T, N))
+    recency = torch.tensor([0.0, 0.25, 1.5], device="cuda")
+    options = {"exclude_window": 100, "scale": 0.25, "recency_span": span}
+    found = retrieve_chunks(q_slc, landmarks, K, q_start=q_start, recency=recency, impl=impl, **options)
+
+    def oracle(q, m, r):
+        return retrieve_oracle(q, m, K, q_start=q_start, recency=r, **options)
+
+    inputs = [x.cpu() for x in (q_slc, landmarks, recency)]
+    assert torch.equal(found[1].cpu(), oracle(*(x.double() for x in inputs))[1])
+    assert_accurate("scores", found[0].cpu(), expect(lambda *x: oracle(*x)[0], *inputs))
+
+
 @each_kernel
 def test_chunked_prefill_retrieves_the_same_bits(impl):
     q_slc, landmarks = (torch.randn(1, n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (300, 700))

@@ -43,6 +43,7 @@ LAYERS = (
         "hsa_tl.oracle",
     ),
     ("hsa_tl.decode_retrieval",),
+    ("hsa_tl.near",),
     (
         "hsa_tl.kernels_tilelang.macros",
         "hsa_tl.kernels_tilelang.macros_sort",
@@ -104,6 +105,7 @@ ONLY = {
         "hsa_tl.pairs",
         "hsa_tl.retrieval",
         "hsa_tl.decode_retrieval",
+        "hsa_tl.near",
         "hsa_tl.registry",
     ),  # implementations by name, when first used
     "hsa_tl.bench.*": ("hsa_tl*",),

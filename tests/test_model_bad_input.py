@@ -40,6 +40,7 @@ LAYERS = [
     (lambda: HSALayer(**LAYER | {"kv_heads": 3}), "heads must be a multiple of kv_heads = 3, got 4"),
     (lambda: HSALayer(**LAYER, retrieval_heads=2), "retrieval_heads must divide"),
     (lambda: HSALayer(**LAYER, topk=0), "topk must be at least 1, got 0"),
+    (lambda: HSALayer(**LAYER, recency=1), "recency must be at least 2, got 1"),
     (lambda: HSALayer(**LAYER, fusion="x"), "fusion must be one of softmax, .*, got 'x'"),
     (lambda: HSALayer(**LAYER)(H[:, :0], ChunkEncoder(**ENCODER)(H)), r"x_BTC must have shape \[B, T >= 1, 32\]"),
 ]

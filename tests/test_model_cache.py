@@ -34,6 +34,8 @@ CONFIGS = {
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
+    "recency": {"recency": 3, "retrieval_heads": 2},
+    "recency, all": {"recency": 16, "topk": "all", "fusion": "joint", "exclude_window": True, "window": 40},
     "window of one": {"window": 1, "layers": 2, "groups": 1},
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)

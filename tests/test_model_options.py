@@ -36,6 +36,7 @@ OPTIONS = (
     {"groups": 1}, {"layers": 5, "groups": 3}, {"encoder_layers": 2},
     {"fusion": "joint", "retrieval_heads": 1, "exclude_window": True, "topk": "all"},
     {"experts": 4, "experts_per_token": 2, "expert_dim": 8},
+    *({"recency": 4, "topk": x} for x in (2, "all")),
 )  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def test_impl_reaches_retrieval(attention, monkeypatch):
     asked = []
     for name in ("retrieve", "retrieve_decode"):
         run = getattr(transforms, name)
-        monkeypatch.setattr(transforms, name, lambda *x, run=run: asked.append(x[-1]) or run(*x))
+        monkeypatch.setattr(transforms, name, lambda *x, run=run: asked.append(x[-2]) or run(*x))
     model, x = model_and_tokens(attention=attention, impl="reference")
     with torch.no_grad():
         model(x)
@@ -326,3 +327,41 @@ def test_the_layer_says_what_overlap_it_expects(monkeypatch):
     assert asked and all(config == {"overlap": 0.4} for config in asked) and len(asked) > 1
     with pytest.raises(ValueError, match=r"selection_overlap must lie in \[0, 1\], got 1.5"):
         dataclasses.replace(SMALL, selection_overlap=1.5)
+
+
+def test_recency_is_learned_by_each_retrieval_head():
+    """Positive and small at first; only where the option is on has the model parameters of it."""
+    plain, x = model_and_tokens(retrieval_heads=2)
+    model = Model(dataclasses.replace(plain.config, recency=4))
+    names = {"layers.2.hsa.recency_R", "layers.3.hsa.recency_R"}
+    assert set(model.state_dict()) - set(plain.state_dict()) == names
+    model.load_state_dict(plain.state_dict() | {n: model.state_dict()[n] for n in names})
+    recency = F.softplus(model.layers[2].hsa.recency_R)
+    assert recency.shape == (2,) and (recency > 0).all() and (recency < 0.2).all()
+    near = (model(x).logits - plain(x).logits).abs().amax()
+    with torch.no_grad():
+        for n in names:
+            model.get_parameter(n).fill_(-100.0)
+    torch.testing.assert_close(model(x).logits, plain(x).logits)
+    with torch.no_grad():
+        for n in names:
+            model.get_parameter(n).fill_(100.0)
+    assert 0 < near < (model(x).logits - plain(x).logits).abs().amax()
+
+
+@pytest.mark.parametrize("fusion", ("softmax", "joint"))
+def test_recency_of_all_chunks_is_that_of_many(fusion):
+    """topk="all", which scores by itself, and as many chunks as there are."""
+    model, x = model_and_tokens(recency=4, topk="all", fusion=fusion)
+    many = Model(dataclasses.replace(model.config, topk=40))
+    with torch.no_grad():
+        for layer in model.layers[2:]:
+            layer.hsa.recency_R.fill_(3.0)
+    many.load_state_dict(model.state_dict())
+    torch.testing.assert_close(many(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("value", (1, 0, 2.0, True))
+def test_recency_must_be_a_span(value):
+    with pytest.raises(ValueError, match=f"recency must be an int above 1, got {value}"):
+        dataclasses.replace(SMALL, recency=value)

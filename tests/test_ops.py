@@ -36,13 +36,14 @@ def _operator_calls(call):
     chunk_len[-1] = 3
     cu_seqlens = torch.tensor([0, 17, q.shape[1]], dtype=torch.int32)
     q_slc, landmarks = torch.randn(1, q.shape[1], 2, 16), torch.randn(1, N, 2, 16)
-    _, chosen = ops.retrieve(q_slc, landmarks, 2, S, 9, 0, None, 0.25, "auto")
+    _, chosen = ops.retrieve(q_slc, landmarks, 2, S, 9, 0, None, None, 16, 0.25, "auto", True)
     leaves = [x.detach().requires_grad_() for x in (q, k, v, weights)]
     once = ops.distinct(indices, N, True)
     index = ops.build_pairs(once, N, True)
     out, lse = ops.selected(q, k, v, once, *index, chunk_len, 0.25, "auto", "", False)
     table = torch.arange(N, dtype=torch.int32)[None]
     both = [x.detach().requires_grad_() for x in (q_slc, landmarks)]
+    lengths, recency = torch.tensor([20], dtype=torch.int32), torch.tensor([0.5, 2.0])
     return {
         "build_pairs": (indices, N, True),
         "pack": (cu_seqlens, indices.clamp(max=0), S, N + 2, True),
@@ -57,9 +58,11 @@ def _operator_calls(call):
         "selected_without_pairs": (q, k, v, once, None, None, None, 0.25, "auto", "", False),
         "selected_backward": (do, lse, q, k, v, once, out, lse, *index, chunk_len, 0.25, "auto", "", False),
         "selected_decode": (q, *_pages(k, v), indices, table, 0.25, "auto", True),
-        "retrieve_decode": (q_slc, landmarks, torch.tensor([20], dtype=torch.int32), None, None, 2, S, 0, 0.25, "auto"),
-        "retrieve": (*both, 2, S, 9, 0, None, 0.25, "auto"),
-        "retrieve_packed": (*both, 2, S, 0, 0, cu_seqlens, 0.25, "auto"),
+        "retrieve_decode": (q_slc, landmarks, lengths, None, None, 2, S, 0, None, 16, 0.25, "auto", True),
+        "retrieve_decode_recency": (q_slc, landmarks, lengths, None, None, 2, S, 0, recency, 16, 0.25, "auto", True),
+        "retrieve": (*both, 2, S, 9, 0, None, None, 16, 0.25, "auto", True),
+        "retrieve_packed": (*both, 2, S, 0, 0, cu_seqlens, None, 16, 0.25, "auto", True),
+        "retrieve_recency": (*both, 2, S, 0, 0, cu_seqlens, recency.clone().requires_grad_(), 2, 0.25, "auto", True),
         "retrieve_backward": (torch.randn(chosen.shape), chosen, q_slc, landmarks, None, S, 0.25),
     }
 
@@ -83,8 +86,10 @@ OPERATOR_CALLS = (
     "selected_backward",
     "selected_decode",
     "retrieve_decode",
+    "retrieve_decode_recency",
     "retrieve",
     "retrieve_packed",
+    "retrieve_recency",
     "retrieve_backward",
 )
 

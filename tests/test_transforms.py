@@ -41,8 +41,8 @@ def selected_decode_case():
 
 
 def retrieval_case():
-    q_slc, landmarks = torch.randn(1, 40, 2, 8), torch.randn(1, 3, 2, 8)
-    return (q_slc, landmarks), lambda *x: retrieve_chunks(*x, 2, chunk_size=S)[0].nan_to_num(neginf=0)
+    inputs = torch.randn(1, 70, 2, 8), torch.randn(1, 4, 2, 8), torch.rand(2)
+    return inputs, lambda q, m, r: retrieve_chunks(q, m, 2, chunk_size=S, recency=r)[0].nan_to_num(neginf=0)
 
 
 def decode_case():
