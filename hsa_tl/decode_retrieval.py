@@ -52,7 +52,7 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
     """See hsa_tl.api.retrieve_decode."""
     B, T, R, _ = q_slc.shape
     dtype = torch.promote_types(q_slc.dtype, torch.float32)
-    position = lengths.long()[:, None] + torch.arange(T, device=lengths.device)
+    position = lengths[:, None] + torch.arange(T, device=lengths.device)
     visible = visible_chunks(position, chunk_size, exclude_window).clamp(0, landmarks.shape[1])  # [B, T]
     if chunks is not None:
         visible = torch.minimum(visible, chunks[:, None])

@@ -12,19 +12,10 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
 
 def _softmax(scores: torch.Tensor, *extra: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """exp(scores) and each exp(extra) over their common sum; -inf scores give 0, also when nothing is finite."""
-    scores, *extra = map(_finite, (scores, *extra))
-    top = scores.amax(-1, keepdim=True)
-    for x in extra:
-        top = torch.maximum(top, x)
-    top = torch.where(torch.isfinite(top), top, 0.0).detach()
-    # The inner where keeps -inf out of exp, whose gradient would be 0 * nan.
-    e, *rest = (
-        torch.where(x == -torch.inf, 0.0, torch.exp(torch.where(x == -torch.inf, top, x) - top))
-        for x in (scores, *extra)
-    )
-    total = e.sum(-1, keepdim=True) + sum(rest)
-    total = torch.where(total == 0, 1.0, total)
-    return e / total, *(x / total for x in rest)
+    x = _finite(torch.cat([scores, *extra], -1) if extra else scores)
+    none = x.amax(-1, keepdim=True) == -torch.inf  # their softmax, and its gradient, would be nan
+    weights = x.masked_fill(none, 0.0).softmax(-1).masked_fill(none, 0.0)
+    return weights.split([scores.shape[-1], *(1 for _ in extra)], -1)
 
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:

@@ -131,7 +131,8 @@ def partial_window(problem: Problem, limit_bytes: int) -> int:
     return tokens // p.S * p.S or tokens
 
 
-def _within(x: torch.Tensor, least: int, limit: int) -> bool:
+def within(x: torch.Tensor, least: int, limit: int) -> bool:
+    """Whether all of x lies in [least, limit); read on the host."""
     low, high = x.aminmax() if x.numel() else (least, limit - 1)
     return int(low) >= least and int(high) < limit
 
@@ -139,7 +140,7 @@ def _within(x: torch.Tensor, least: int, limit: int) -> bool:
 @workers.one_thread
 def check_range(indices: torch.Tensor, limit: torch.Tensor | int, name: str = "indices") -> None:
     """Raises ValueError if an index is outside [-1, limit); limit is a number or broadcasts against indices."""
-    if isinstance(limit, int) and _within(indices, -1, limit):  # in one pass
+    if isinstance(limit, int) and within(indices, -1, limit):  # in one pass
         return
     bad = (indices < -1) | (indices >= limit)
     if bad.any():
@@ -155,7 +156,7 @@ def check_pages(indices: torch.Tensor, page_table: torch.Tensor, num_pages: int)
     page of a chosen chunk is outside [0, num_pages)."""
     check_range(indices, page_table.shape[1])
     page = page_table.gather(1, indices.flatten(1).clamp(min=0).long()).view(indices.shape)
-    if _within(page, 0, num_pages):
+    if within(page, 0, num_pages):
         return
     bad = (indices >= 0) & ((page < 0) | (page >= num_pages))
     if bad.any():

@@ -81,7 +81,10 @@ def _transformable(name: str, operator, setup, backward):
             floats = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
             if compiling or any(forward_ad.unpack_dual(x).tangent is not None for x in floats):
                 _refuse_forward_mode(name)
-        return operator(*args)
+        if compiling or torch.is_grad_enabled():
+            return operator(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # which would be asked in Python
+            return operator(*args)
 
     return call
 

@@ -44,14 +44,14 @@ def unavailable(problem):
 
 
 class _Block(NamedTuple):
-    """Pairs of one chunk, filled up with some of weight 0 to a common number of pairs."""
+    """Pairs of C chunks, those of each filled up with some of weight 0 to a common number n."""
 
     head: int  # b * H + h
-    segment: int  # head * N + chunk
     keys: int
-    pairs: int  # the others fill it up
-    token: torch.Tensor  # [n]
-    weight: torch.Tensor  # [n, GW]
+    bounded: bool  # no score needs a shift
+    segment: torch.Tensor  # [C], head * N + chunk
+    token: torch.Tensor  # [C * n]
+    weight: torch.Tensor  # [C * n, GW]
     part: slice  # these pairs among those of all blocks
 
 
@@ -72,18 +72,18 @@ class Plan:
         # One matrix [S, D] a segment.
         k, v = (x.permute(0, 3, 1, 2, 4).to(self.dtype).contiguous() for x in (k, v))  # [B, H, N, S, D]
         scaled = k * (scale * _LOG2E)
-        self.k, self.k_scaled, self.v = (x.flatten(0, 2).unbind() for x in (k, scaled, v))
+        self.k, self.k_scaled, self.v = (x.flatten(0, 2) for x in (k, scaled, v))
         # |score| <= |q| |scaled k|
         self.q_norm = self.heads(torch.linalg.vector_norm(q, dim=-1, dtype=self.dtype))  # [T, G]
         k_norm = torch.linalg.vector_norm(scaled, dim=-1).amax(-1)  # [B, H, N]
-        self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten().tolist()
-        highest = torch.stack([x.amax() for x in self.q_norm]).tolist()
-        self.unshifted = [highest[i // N] <= limit for i, limit in enumerate(self.q_limit)]
+        self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten()
+        highest = torch.stack([x.amax() for x in self.q_norm])
+        bounded = (highest.repeat_interleave(N) <= self.q_limit).tolist()
 
         # Cut so that, to the last bit, no token's result depends on the tokens after it.
         elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ACCELERATOR)
         large = S * D >= _LEAST_MATRIX
-        self.product = product if large else lambda a, b: a @ b.T
+        self.product = (lambda a, b: product(a[0], b[0])[None]) if large else lambda a, b: torch.bmm(a, b.mT)
         n = max(1, elements // (max(S, D) * self.G))
         unit = _ROWS // math.gcd(_ROWS, self.G)  # pairs
         step = unit * max(1, _ROWS_MULTIPLE // (unit * self.G)) if large else unit
@@ -100,6 +100,16 @@ class Plan:
         cuts = [x for _, _, x in sorted(zip([x[0] for x in cuts], first, cuts, strict=True))]
         counts = [stop - start for *_, start, stop in cuts]
         sizes = [-(-x // step) * step if x > step else unit << ((x - 1) // unit).bit_length() for x in counts]
+        # Small ones that follow each other share a block, filled up by half at most: the order of sums stays.
+        begins, several = [], weights is not None and not large
+        for i, (head, _, keys, *_) in enumerate(cuts):
+            part = slice(begins[-1] if begins else i, i + 1)
+            filled = max(sizes[part]) * len(sizes[part])
+            alike = (head, keys) == (cuts[part.start][0], cuts[part.start][2])
+            if not (begins and several and alike and filled <= min(n, 1.5 * sum(sizes[part]))):
+                begins.append(i)
+        groups = [slice(*x) for x in itertools.pairwise([*begins, len(cuts)])]
+        sizes = [max(sizes[x]) for x in groups for _ in cuts[x]]
 
         # The pairs of all blocks: each block's last one again fills it up.
         ends = list(itertools.accumulate(sizes, initial=0))
@@ -116,9 +126,11 @@ class Plan:
             weight = split.index_select(0, self.slot).masked_fill_(~self.real[:, None], 0)
             small = (weight.abs() < _MIN_WEIGHT) & self.real[:, None]
             self.small = small if small.any() else None
-        parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
-        columns = zip(cuts, counts, token.split(sizes), weight.split(sizes), parts, strict=True)
-        self.blocks = [_Block(*cut[:3], *rest) for cut, *rest in columns]
+        segments, self.blocks = torch.tensor([x[1] for x in cuts], device=device), []
+        for x in groups:
+            (head, _, keys, *_), part = cuts[x.start], slice(ends[x.start], ends[x.stop])
+            low = all(bounded[segment] for _, segment, *_ in cuts[x])
+            self.blocks.append(_Block(head, keys, low, segments[x], token[part], weight[part], part))
 
     def heads(self, x):
         """x [B, T, HQ, ...] -> B * H tensors [T, G * ...], views if x is contiguous and of the dtype."""
@@ -126,14 +138,19 @@ class Plan:
         return [row[:, h] for row in x for h in range(self.H)]
 
     def rows(self, x, block):
-        """x of `heads` for the block's pairs: [pairs * G, D]."""
-        return x[block.head].index_select(0, block.token).view(len(block.token) * self.G, -1)
+        """x of `heads` for the block's pairs: [C, n * G, D]."""
+        rows = len(block.token) // len(block.segment) * self.G
+        return x[block.head].index_select(0, block.token).view(len(block.segment), rows, -1)
+
+    def keys(self, x, block):
+        """x [B * H * N, S, D] of the block's chunks: [C, keys, D]."""
+        return x.index_select(0, block.segment)[:, : block.keys]
 
     def shift(self, scores, dim, block):
         """What to take off each row of scores, whose keys lie along dim, before exp2; None where it is 0 for all."""
-        if self.unshifted[block.segment]:
+        if block.bounded:
             return None
-        unshifted = self.rows(self.q_norm, block)[:, 0] <= self.q_limit[block.segment]
+        unshifted = self.rows(self.q_norm, block)[..., 0] <= self.q_limit[block.segment, None]
         return scores.amax(dim).masked_fill_(unshifted, 0)
 
     def exp_(self, scores, dim, block):
@@ -155,15 +172,15 @@ class Gradients:
         self.dq_heads = plan.heads(self.dq)
 
     def products(self, block, p, ds, q_rows, do_rows):
-        """What a block adds, of p and ds [keys, rows]."""
+        """What a block adds, of p and ds [C, keys, rows]."""
         product = self.plan.product
-        dq_rows = product(ds.T, self.plan.k[block.segment][: block.keys].T)
-        return block, dq_rows.view(len(block.token), -1), product(ds, q_rows.T), product(p, do_rows.T)
+        dq_rows = product(ds.mT, self.plan.keys(self.plan.k, block).mT)
+        return block, dq_rows.view(len(block.token), -1), product(ds, q_rows.mT), product(p, do_rows.mT)
 
     def add(self, block, dq_rows, dk_block, dv_block):
         add_rows(self.dq_heads[block.head], block.token, dq_rows)
         for total, x in ((self.dk, dk_block), (self.dv, dv_block)):
-            total.flatten(0, 2)[block.segment, : block.keys].add_(x)
+            add_rows(total.flatten(0, 2)[:, : block.keys], block.segment, x)
 
     def results(self, scale, dtype):
         """dq [B, T, HQ, D], dk and dv [B, N, S, H, D]."""
@@ -196,10 +213,10 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     out_heads = plan.heads(out)
 
     def multiply(block, _):
-        keys, n = slice(block.keys), len(block.token)
-        scores = plan.product(plan.rows(q_heads, block), plan.k_scaled[block.segment][keys])  # [rows, keys]
-        p, row_sum = plan.exp_(scores, 1, block)
-        out_rows = plan.product(p, plan.v[block.segment][keys].T)
+        n = len(block.token)
+        scores = plan.product(plan.rows(q_heads, block), plan.keys(plan.k_scaled, block))  # [C, rows, keys]
+        p, row_sum = plan.exp_(scores, 2, block)
+        out_rows = plan.product(p, plan.keys(plan.v, block).mT)
         out_rows.view(n, plan.G, -1).mul_((block.weight / row_sum.view(n, -1))[..., None])
         return block, out_rows.view(n, -1)
 
@@ -222,24 +239,24 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     dw_pairs = q.new_empty(len(plan.slot), plan.GW, dtype=weights.dtype)
 
     def multiply(block, _):
-        keys, n = slice(block.keys), len(block.token)
-        k_scaled, v = (x[block.segment][keys] for x in (plan.k_scaled, plan.v))
+        n = len(block.token)
+        k_scaled, v = (plan.keys(x, block) for x in (plan.k_scaled, plan.v))
         q_rows, do_rows = (plan.rows(x, block) for x in (q_heads, do_heads))
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
-        p, row_sum = plan.exp_(plan.product(k_scaled, q_rows), 0, block)  # [keys, rows]
+        p, row_sum = plan.exp_(plan.product(k_scaled, q_rows), 1, block)  # [C, keys, rows]
         # w = early * late: a weight that is about zero cannot be divided out again.
         early, late = block.weight, None
         if plan.small is not None and (small := plan.small[block.part]).any():
             early, late = torch.where(small, 1, early), torch.where(small, early, 1)
         do_by_head = do_rows.view(n, G, -1).mul_((early / row_sum.view(n, G))[..., None])
         ds = plan.product(v, do_rows).mul_(p)  # P dP
-        delta = ds.sum(0)
+        delta = ds.sum(1)
         dw = delta.view(n, G) / early
         dw_pairs[block.part] = dw if plan.GW == G else dw.sum(-1, keepdim=True)
-        ds.addcmul_(p, delta.div_(row_sum), value=-1)
+        ds.addcmul_(p, delta.div_(row_sum)[:, None], value=-1)
         if late is not None:
             do_by_head.mul_(late[..., None])
-            ds.view(-1, n, G).mul_(late)
+            ds.view(*ds.shape[:2], -1, G).mul_(late.view(len(ds), 1, -1, plan.GW))
         return gradients.products(block, p, ds, q_rows, do_rows)
 
     workers.each(plan.blocks, multiply, lambda result: gradients.add(*result))

@@ -9,6 +9,7 @@ apart: one sum over all K * S keys would err more.
 import torch
 
 from hsa_tl import workers
+from hsa_tl.pairs import within
 
 # Of gathered keys, and as many of values: they should stay in a CPU's cache; accelerators want fewer launches.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
@@ -29,14 +30,13 @@ def slots(q, k_pages, indices, page_table):
     B, T, _, D = q.shape
     P, S, H, _ = k_pages.shape
     K, rows = indices.shape[3], B * T * H
-    page = page_table.gather(1, indices.flatten(1).clamp(0, page_table.shape[1] - 1).long()).view(rows, K).long()
-    chosen = indices.reshape(rows, K)
-    valid = (chosen >= 0) & (chosen < page_table.shape[1]) & (page >= 0) & (page < P)
-    if valid.is_cuda or not valid.all():
+    page = page_table.gather(1, indices.flatten(1).clamp(0, page_table.shape[1] - 1).long()).view(rows, K)
+    valid = None
+    if q.is_cuda or not (within(indices, 0, page_table.shape[1]) and within(page, 0, P)):
+        chosen = indices.reshape(rows, K)
+        valid = (chosen >= 0) & (chosen < page_table.shape[1]) & (page >= 0) & (page < P)
         page = torch.where(valid, page, torch.where(valid, page, 0).amax(-1, keepdim=True))
-    else:
-        valid = None
-    row = page if H == 1 else page * H + torch.arange(H, device=q.device).repeat(B * T)[:, None]
+    row = page if H == 1 else page.long() * H + torch.arange(H, device=q.device).repeat(B * T)[:, None]
     elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
     return row, valid, max(1, elements // max(1, K * S * D))
 
@@ -57,20 +57,22 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     dtype = torch.promote_types(q.dtype, torch.float32)
     row, valid, step = slots(q, k_pages, indices, page_table)
     H, K = indices.shape[2:]
-    rows = q.reshape(len(row), 1, q.shape[2] // H, q.shape[3])  # [rows, 1, G, D]
-    weights = weights.reshape(len(row), weights.shape[2] // H, K)
+    rows = q.reshape(len(row), q.shape[2] // H, q.shape[3])  # [rows, G, D]
+    weights = weights.reshape(len(row), -1, K)
     if valid is not None:
         weights = weights.masked_fill(~valid[:, None], 0)
-    out = torch.empty(len(row), *rows.shape[2:], dtype=q.dtype, device=q.device)
+    out = []
 
     def attend(start, _):
         part = slice(start, start + step)
         k, v = (gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
-        p = (rows[part].to(dtype) @ k.mT).mul_(scale).softmax(-1)  # [n, K, G, S]
-        p.mul_(weights[part].mT[..., None].to(dtype))
-        out[part] = (p @ v).sum(1)
+        p = torch.bmm(rows[part].to(dtype), k.flatten(1, 2).mT)
+        p = p.mul_(scale).view(*p.shape[:2], *k.shape[1:3]).softmax(-1)  # [n, G, K, S]
+        p.mul_(weights[part, ..., None])
+        return (p.transpose(1, 2) @ v).sum(1, dtype=q.dtype)
 
-    workers.each(range(0, len(row), step), attend)
+    workers.each(range(0, len(row), step), attend, out.append)
+    out = torch.cat(out) if len(out) > 1 else out[0]
     if valid is not None:
         out.masked_fill_(~valid.any(-1)[:, None, None], 0)
     return out.view(q.shape)

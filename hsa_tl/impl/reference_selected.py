@@ -36,26 +36,23 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
     plan = reference.Plan(q, k, v, None, indices, pairs, chunk_len, scale)
     out, row_sum = (torch.zeros(x, dtype=plan.dtype, device=q.device) for x in (q.shape, q.shape[:3]))
     # What rows are shifted by so far; without use where no block shifts any.
-    bounded = all(plan.unshifted)
+    bounded = all(block.bounded for block in plan.blocks)
     shifts = torch.full_like(row_sum, 0 if bounded else -math.inf)
     q_heads, out_heads, sum_heads, shift_heads = (plan.heads(x) for x in (q, out, row_sum, shifts))
 
     def multiply(block, _):
-        p = plan.product(plan.rows(q_heads, block), plan.k_scaled[block.segment][: block.keys])  # [rows, keys]
-        shift = plan.shift(p, 1, block)
+        p = plan.product(plan.rows(q_heads, block), plan.keys(plan.k_scaled, block))  # [1, rows, keys]
+        shift = plan.shift(p, 2, block)
         if shift is not None:
-            p.sub_(shift[:, None])
-        sums = p.exp2_().sum(1)
-        rows = plan.product(p, plan.v[block.segment][: block.keys].T)
-        # Without what fills the block up.
-        rows, sums, shift = (
-            x if x is None else x.view(len(block.token), -1)[: block.pairs] for x in (rows, sums, shift)
-        )
-        return block, rows, sums, shift
+            p.sub_(shift[..., None])
+        sums = p.exp2_().sum(2)
+        rows = plan.product(p, plan.keys(plan.v, block).mT)
+        return block, *(x if x is None else x.view(len(block.token), -1) for x in (rows, sums, shift))
 
     def add(result):
-        block, rows, sums, shift = result
-        head, t = block.head, block.token[: block.pairs]
+        block, *parts = result
+        head, real = block.head, plan.real[block.part]
+        t, rows, sums, shift = (x if x is None else x[real] for x in (block.token, *parts))
         totals = (out_heads[head], rows), (sum_heads[head], sums)
         if bounded:
             for total, x in totals:
@@ -87,12 +84,12 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
     delta_heads, lse_heads = plan.heads(delta), plan.heads(lse * _LOG2E)
 
     def multiply(block, _):
-        k_scaled, v = (x[block.segment][: block.keys] for x in (plan.k_scaled, plan.v))
+        k_scaled, v = (plan.keys(x, block) for x in (plan.k_scaled, plan.v))
         q_rows, do_rows, delta, lse2 = (plan.rows(x, block) for x in (q_heads, do_heads, delta_heads, lse_heads))
         for x in (do_rows, delta):  # 0 for what fills the block up
             x.view(len(block.token), -1).mul_(block.weight)
-        p = plan.product(k_scaled, q_rows).sub_(lse2.T).exp2_()  # [keys, rows]
-        ds = plan.product(v, do_rows).sub_(delta.T).mul_(p)
+        p = plan.product(k_scaled, q_rows).sub_(lse2.mT).exp2_()  # [1, keys, rows]
+        ds = plan.product(v, do_rows).sub_(delta.mT).mul_(p)
         return gradients.products(block, p, ds, q_rows, do_rows)
 
     workers.each(plan.blocks, multiply, lambda result: gradients.add(*result))
