@@ -111,4 +111,5 @@ def drecency(dscores, indices, cu_seqlens, recency, span, chunk_size, q_start):
         position = position - starts[torch.searchsorted(starts, position.int(), right=True) - 1]
     distance = (position // chunk_size - 1)[:, None, None] - indices
     share = torch.where(indices < 0, 0.0, dscores * _share(distance, span, dscores.dtype))
-    return -share.sum((0, 1, 3)).to(recency.dtype)
+    # A sum to one number would be shared out among threads: one head's bits would depend on how many there are.
+    return -torch.nn.functional.pad(share.sum(3), (0, 1)).sum((0, 1))[:-1].to(recency.dtype)

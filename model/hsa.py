@@ -49,8 +49,10 @@ def chunk_scores(
     position = positions(start, q_slc)
     if recency is not None:
         between = position[..., None] // chunk_size - 1 - torch.arange(landmarks.shape[1], device=q_slc.device)
-        share = (between.clamp(min=0).log1p() / math.log(recency_span)).clamp(max=1)[..., None, :]  # [.., T, 1, N]
-        scores = scores - recency.to(dtype)[:, None] * share.to(dtype)
+        share = (between.clamp(min=0).to(dtype).log1p() / math.log(recency_span)).clamp(max=1)[
+            ..., None, :
+        ]  # [.., T, 1, N]
+        scores = scores - recency.to(dtype)[:, None] * share
     seen = visible(position, landmarks.shape[1], chunk_size, exclude_window)
     return scores.masked_fill_(~seen[..., None, :], -torch.inf)
 

@@ -20,6 +20,7 @@ from hsa_tl import (
     hsa_attention,
     hsa_decode,
     landmark_bounds,
+    near,
     retrieval,
     retrieve_chunks,
     retrieve_decode,
@@ -47,6 +48,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setitem(reference_decode._BLOCK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(reference, "_LEAST_MATRIX", 0)
     monkeypatch.setattr(retrieval, "BLOCK_SCORES", 100)
+    monkeypatch.setattr(near, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(decode_retrieval, "_RANGE_ELEMENTS", 1)
 
 
@@ -83,12 +85,16 @@ def marks(draw, max_chunks):
     return tuple(torch.randint(-2, 3, (B, n, R, 8), generator=g).float() for n in (T, N))
 
 
-def test_retrieval(use, small_blocks):
+@pytest.mark.parametrize("recency", (False, True))
+def test_retrieval(use, small_blocks, recency):
     @hypothesis.given(marks(9), st.integers(1, 5), seeds)
     def holds(tensors, topk, seed):
         def run():
-            leaves = [x.requires_grad_() for x in tensors]
-            scores, indices = retrieve_chunks(*leaves, topk, chunk_size=16, q_start=100)
+            leaves, options = [x.requires_grad_() for x in tensors], {}
+            if recency:
+                leaves.append(torch.ones(tensors[0].shape[2], requires_grad=True))
+                options = {"recency": leaves[2], "recency_span": 4}
+            scores, indices = retrieve_chunks(*leaves[:2], topk, chunk_size=16, q_start=100, **options)
             gradient = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed))
             return scores.detach(), indices, *torch.autograd.grad(scores, leaves, gradient)
 
@@ -305,3 +311,9 @@ def test_workers_are_no_more_than_threads_and_cores(use, monkeypatch, threads, c
     assert 1 <= len(scratches) <= want
     barrier = threading.Barrier(want)
     spread(range(want), lambda i, _: barrier.wait(30))
+
+
+def test_the_gradient_of_one_heads_recency(use):
+    """Of so many tokens that PyTorch would share out their sum."""
+    dscores, indices = torch.randn(1, 100_000, 1, 2), torch.randint(-1, 9, (1, 100_000, 1, 2), dtype=torch.int32)
+    check_any_number(use, lambda: [near.drecency(dscores, indices, None, torch.ones(1), 16, 16, 0)])
