@@ -2,7 +2,7 @@
 
 import csv
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +172,34 @@ def test_the_spaces_are_as_published_in_order_of_preference():
     for (case, program), configs in published.items():
         problem = config.problem_of(program, cases.case(case).problem)
         assert [config.describe(c) for c in config.space(program, problem)] == configs, (case, program)
+
+
+# Changes of the paper's problem, and the values of the fields of the configs that are left, or that its size asks for.
+SPACES = [
+    ("hsa_fwd_token", {"D": 16, "S": 16}, [(32, 2), (32, 1)]),
+    ("hsa_fwd_token", {"D": 256, "S": 128}, [(128, 1), (64, 1), (32, 1)]),
+    ("hsa_decode_split", {"D": 16, "S": 16, "K": 8}, [(32, 2, 1), (32, 1, 1), (32, 2, 8), (32, 1, 8)]),
+    ("hsa_decode_split", {"D": 256, "S": 128, "K": 1}, [(128, 1, 1), (64, 1, 1), (32, 1, 1)]),
+    ("hsa_fwd_union", {"D": 256, "S": 64}, [(128, 2, 0, 0), (64, 2, 0, 0)]),
+    ("hsa_bwd_dkdv_chunk", {"D": 48, "S": 16}, [(64, 64), (128, 64), (32, 64)]),
+    ("hsa_combine", {"HQ": 128, "D": 256}, [(256, 1)]),
+    ("pairs_count", {"K": 300}, [(1, 256)]),
+    ("pairs_place", {"K": 16}, [(8, 64)]),
+    ("pairs_place", {"K": 100}, [(8, 128)]),
+    ("pairs_place", {"K": 300}, [(8, 256)]),
+    ("retrieve_topk", {"D": 256}, [(64, 64, 128, 2)]),
+    ("retrieve_topk", {"D": 512}, [(64, 64, 128, 1)]),
+    ("retrieve_dlandmarks", {"D": 1024}, [(16, 128)]),
+    ("retrieve_split", {"T": 1, "N": 1 << 16}, [(256, 128, 3), (128, 128, 3), (1024, 128, 3)]),
+    ("retrieve_split", {"T": 1, "N": 512}, [(128, 128, 3), (256, 128, 3), (1024, 128, 3)]),
+]
+
+
+@pytest.mark.parametrize("program, changes, values", SPACES)
+def test_a_problem_off_the_usual_finds_what_fits(program, changes, values):
+    """One stage where two do not fit, a lone warp for narrow tiles; the longest ranges that keep the GPU busy."""
+    found = config.space(program, config.problem_of(program, replace(PAPER, **changes)))
+    assert [astuple(c) for c in found] == values
 
 
 # What the tuner tries of a program on the paper's problem, by field.

@@ -305,3 +305,4 @@ def test_a_union_tile_reads_its_union_and_multiplies_what_a_warpgroup_needs():
     for program in config.PROGRAMS:
         c = config.config_of(program)()
         assert c.again(config.problem_of(program, PAPER), 1.0) == (1.0, 1.0)
+        assert program == "hsa_bwd_chunk_sm90a" or c.loop_share(PAPER) == 1.0
