@@ -120,7 +120,7 @@ def test_memory_is_linear_in_tokens(impl):
     "impl", tiered(("reference", "tilelang", "tilelang-union", "tilelang-chunk"), quick=("reference",))
 )
 def test_peak_memory_is_linear_in_tokens(impl):
-    """Forward and backward at 8K, 16K and 32K tokens: each doubling doubles the peak, within a tenth."""
+    """Forward and backward at 8K, 16K and 32K tokens: beside blocks of a fixed size each doubling doubles the peak."""
     peaks = []
     for T in (64, 8192, 16384, 32768):  # 64: to compile
         leaves, indices, do = _call_at(T)
@@ -130,7 +130,9 @@ def test_peak_memory_is_linear_in_tokens(impl):
             torch.autograd.grad(out, leaves, do)
 
         peaks.append(peak_allocation(step))
-    assert [b / a for a, b in itertools.pairwise(peaks[1:])] == pytest.approx([2, 2], rel=0.1), peaks
+    more = [b - a for a, b in itertools.pairwise(peaks[1:])]
+    assert more[1] / more[0] == pytest.approx(2, rel=0.05), peaks
+    assert peaks[1] - more[0] <= 8 * 2**20, peaks
 
 
 @each_impl
