@@ -3,12 +3,15 @@
 import functools
 from collections.abc import Callable
 
-import tilelang
-from tilelang import tvm
-
-from hsa_tl.kernels_tilelang.config import builder
+from hsa_tl.kernels_tilelang.config import builder, make_importable
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
-from hsa_tl.kernels_tilelang.cpu_target import cpu_program
+
+make_importable()
+
+import tilelang  # noqa: E402
+from tilelang import tvm  # noqa: E402
+
+from hsa_tl.kernels_tilelang.cpu_target import cpu_program  # noqa: E402
 
 SM_90A = {"kind": "cuda", "arch": "sm_90a"}
 # Tiles are whole chunks and slots are checked in the program, so no access needs a guard, which would cost the copies

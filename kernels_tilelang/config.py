@@ -5,9 +5,12 @@ A program is the module of its name: the class of its config, and its builder, w
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 
+from hsa_tl.files import writable
 from hsa_tl.kernels_tilelang.config_base import Config, refused
 
 # Program -> the function of hsa_tl.impl.tilelang that launches it in a plan, None for those that others launch. Where
@@ -40,6 +43,15 @@ PROGRAMS = {
 }
 
 
+@functools.cache
+def make_importable() -> None:
+    """TileLang cannot even be imported where its cache cannot be written, as in many containers."""
+    name = "TILELANG_CACHE_DIR"
+    folder = Path(os.environ.get(name) or os.path.expanduser("~/.tilelang/cache"))
+    if (found := writable(folder, name)) != folder:
+        os.environ[name] = str(found)
+
+
 def planned() -> tuple[str, ...]:
     """The programs that plans are made of, which the tuner runs through the public operator."""
     return tuple(name for name, launcher in PROGRAMS.items() if launcher)
@@ -52,6 +64,7 @@ def tuned() -> tuple[str, ...]:
 
 def builder(program: str) -> Callable:
     """The program's builder: static dims and a config give its IR."""
+    make_importable()
     return getattr(importlib.import_module(f"hsa_tl.kernels_tilelang.{program}"), program)
 
 

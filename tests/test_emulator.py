@@ -96,6 +96,7 @@ def check_selected(call: Inputs, S: int, config: dict | None) -> None:
 @pytest.mark.parametrize("name", DIMS)
 def test_every_config_of_one_softmax_equals_the_oracle(name, program):
     d = DIMS[name]._replace(per_head=False)
+    d = d._replace(D=d.D if d.D in (64, 128) else 64)  # the backward has no other
     problem = Problem(d.B, d.T, d.N, d.HQ, d.H, d.D, d.S, d.K, torch.bfloat16, masked=d.T_kv % d.S != 0)
     for config in space(program, problem):
         check_selected(half(make_call(d)), d.S, {program: asdict(config)})

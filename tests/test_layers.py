@@ -82,7 +82,7 @@ ONLY = {
         "hsa_tl.problem",
         "hsa_tl.pairs",
     ),
-    "hsa_tl.kernels_tilelang": ("hsa_tl.files",),
+    "hsa_tl.kernels_tilelang.config": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*"),
     # A hand-specialised program extends the config of the tile-level one.
     "hsa_tl.kernels_tilelang.hsa_*_sm90a": ("hsa_tl.kernels_tilelang.*",),
     "hsa_tl.kernels_tilelang.hsa_decode_combine": ("hsa_tl.kernels_tilelang.*",),  # of what hsa_decode_split splits
