@@ -127,6 +127,16 @@ class ContextParallel(nn.Module):
         return ModelOutput(logits, model.loss_sum(h_BTC, targets[:, part]) * ranks / total)
 
 
+def leave() -> None:
+    """Ends the process group.
+
+    A thread of gloo's that drops the tensors of the last collective while the interpreter goes down aborts the process:
+    every rank waits at the barrier, which lets that thread run.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 class Ranks:
     """All ranks that torchrun's environment names, one without it: `context` of them share each sequence's tokens, and
     as many groups as that leaves share each batch's sequences.
@@ -182,4 +192,4 @@ class Ranks:
 
     def close(self) -> None:
         if self.world > 1:
-            dist.destroy_process_group()
+            leave()

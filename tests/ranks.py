@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hsa_tl.model import Model, preset
-from hsa_tl.model.distributed import ContextParallel
+from hsa_tl.model.distributed import ContextParallel, leave
 from hsa_tl.model.recipe import Recipe, recipe_of
 from hsa_tl.model.train import train
 
@@ -72,7 +72,7 @@ def context(out: str) -> None:
         found[name] = mine
     if dist.get_rank() == 0:
         torch.save(found, out)
-    dist.destroy_process_group()
+    leave()
 
 
 def training(run: str, context_parallel: str, dies_at: str = "-1") -> None:
