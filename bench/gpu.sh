@@ -24,6 +24,7 @@ else
     ln -sfn "$PWD/$entry" "$package/$(basename "$entry")"
   done
   export PYTHONPATH="$PWD/.bundle/package:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHONSAFEPATH=1 # or the folder hsa_tl here, a part of the package, would be found first
 fi
 # Checkouts of others' kernels, see bench/baselines.py.
 [ -d .bundle/ramstorage ] && export HSA_TL_RAMSTORAGE="${HSA_TL_RAMSTORAGE:-$PWD/.bundle/ramstorage}"
