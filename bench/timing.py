@@ -17,6 +17,7 @@ import torch
 from hsa_tl.bench.record import field
 
 L2_FLUSH_BYTES = 256 << 20  # larger than any L2
+FLUSHES = 16  # about 1.4 ms, longer than a slow host takes to launch a call
 MAX_REPEATS = 50
 # Ends with the other end of its standard input, so also when the parent is killed.
 SPIN = """
@@ -45,8 +46,9 @@ def _time_cpu(function: Callable[[], object]) -> float:
 
 def _time_cuda(function: Callable[[], object], flush: torch.Tensor) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # The flush also keeps the GPU busy while the launches queue up behind it.
-    flush.zero_()
+    # The flushes also keep the GPU busy while the launches queue up behind them: it is the device's time.
+    for _ in range(FLUSHES):
+        flush.zero_()
     begin.record()
     function()
     end.record()

@@ -39,7 +39,8 @@ def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
         if reason is None:
             return name + suffix
         reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
-    raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(map(repr, preferred(problem)))}")
+    others = (repr(name) for name in preferred(problem) if name != impl)
+    raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(others)}")
 
 
 def resolve_retrieval(

@@ -61,7 +61,7 @@ def selected_attention(
         cu_seqlens (Tensor [n + 1], int32): packed sequences, as in `hsa_attention`. Default: None.
         impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here.
         config (dict): {program name: its fields} in place of what `impl` would choose. Default: None.
-        deterministic (bool): the same bits on every call, as every implementation gives anyway. Default: False.
+        deterministic (bool): no program that adds atomically, as in `hsa_attention`. Default: False.
         validate (bool): True: indices must lie in range and name whole chunks in the past, the last query being the
             last key. False: nothing is checked, and an index out of range is an empty slot. Default: None, the range
             alone, on CUDA only where HSA_TL_VALIDATE=1 is set.
