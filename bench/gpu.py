@@ -19,7 +19,7 @@ import typer
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, measure, static, table, tuner
 from hsa_tl.autotune.journal import Journal
-from hsa_tl.bench import page, plot_eval, record, ruler
+from hsa_tl.bench import kernels, page, plot_eval, record, ruler
 from hsa_tl.bench.attention import Attention
 from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.decode import Decode
@@ -247,9 +247,15 @@ SWEEPS = (
 TUNE_AFTER = "headline"
 
 
+def profile(out: Path, seconds: float) -> dict:
+    """out/kernels.jsonl: the device's time in each kernel of a call, and the host's."""
+    base = cases.case("paper-d128").problem
+    return kernels.write(out / "kernels.jsonl", (cases.at_length(base, T) for T in (16384, 4096, 65536)), seconds)
+
+
 def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Measure, ...] = SWEEPS) -> list[Step]:
     """What one lease does, in order; results go to folder."""
-    steps = [Step("tests", run_tests, 0.5, required=True)]
+    steps = [Step("tests", run_tests, 0.5, required=True), Step("kernels", functools.partial(profile, folder), 0.1)]
     for plan in sweeps:
         steps.append(Step(plan.name, functools.partial(plan.run, folder, device), plan.share))
         if plan.name == TUNE_AFTER:

@@ -154,11 +154,12 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty and a digest of local changes; HSA_TL_COMMIT where there is no checkout."""
+    """HSA_TL_COMMIT where it is set, else the checkout's commit, with -dirty and a digest of local changes."""
     root = Path(__file__).resolve().parent.parent
-    named = os.environ.get("HSA_TL_COMMIT", "unknown")
-    if not (root / ".git").exists():
+    if named := os.environ.get("HSA_TL_COMMIT"):
         return named
+    if not (root / ".git").exists():
+        return "unknown"
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", root, *args], check=True, capture_output=True, text=True).stdout.strip()
@@ -169,4 +170,4 @@ def commit() -> str:
         digest = "-dirty-" + hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
         return git("rev-parse", "--short=12", "HEAD") + digest
     except (OSError, subprocess.CalledProcessError):
-        return named
+        return "unknown"

@@ -92,6 +92,7 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
         return run
 
     monkeypatch.setattr(gpu, "run_tests", takes(2000, "tests"))
+    monkeypatch.setattr(gpu, "profile", takes(0, "kernels"))
     monkeypatch.setattr(gpu, "tune", takes(2000, "tune"))
     monkeypatch.setattr(gpu, "sanitize", takes(0, "sanitize"))
     monkeypatch.setattr(gpu, "needles", takes(2000, "needles"))
@@ -106,10 +107,10 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
         assert gpu.run_agenda(gpu.agenda(folder, "cpu", PLAN), state, path, seconds, clock)
         return [name for name, step in state["steps"].items() if step["status"] == "done"]
 
-    assert lease(5000) == ["tests", "roofline", "headline"]
+    assert lease(5000) == ["tests", "kernels", "roofline", "headline"]
     first = record.read_folder(folder)
     assert {r.device for r in first} == {"NVIDIA H200 (a fake)"} and not [r for r in first if "is up" in r.note]
-    assert lease(3000) == ["tests", "roofline", "headline", "tune", "retrieve"]
+    assert lease(3000) == ["tests", "kernels", "roofline", "headline", "tune", "retrieve"]
     second = record.read_folder(folder)
     assert set(first) < set(second) and {r.kernel for r in second} >= {"roofline", "retrieval", "hsa_attention"}
     assert lease(5000)[-1] == "needles"
@@ -138,7 +139,7 @@ def test_sanitize_runs_each_check(code, errors, monkeypatch, tmp_path):
 
 def test_the_agenda_names_what_there_is():
     names = [s.name for s in gpu.agenda(gpu.Path("x"))]
-    assert names[:5] == ["tests", "roofline", "micro", "headline", "tune"] and len(set(names)) == len(names)
+    assert names[:6] == ["tests", "kernels", "roofline", "micro", "headline", "tune"] and len(set(names)) == len(names)
     for plan in gpu.SWEEPS:
         suite = plan.suite()
         assert all(suite.find_case(name) for name in plan.cases) and gpu.parse_lengths(plan.lengths)

@@ -143,7 +143,7 @@ def test_every_config_assembles_without_spills_and_with_tensor_cores(case, progr
 
 @prove
 @pytest.mark.static
-@pytest.mark.skipif(not SHIPPED, reason="no table ships a row: no program has been measured on a GPU")
+@pytest.mark.skipif(not SHIPPED, reason="no table ships a row: no plan has been tuned on a GPU")
 @pytest.mark.parametrize("key", SHIPPED, ids=lambda key: "-".join(map(str, key)))
 def test_every_shipped_row_assembles(key):
     program, G, D, S, K, heads_w, masked, dtype = key
