@@ -3,6 +3,7 @@
 from hsa_tl.api import build_pairs, fusion_weights, hsa_attention, hsa_decode, retrieve_chunks, retrieve_decode
 from hsa_tl.chunks import chunk_means
 from hsa_tl.decode_retrieval import landmark_bounds
+from hsa_tl.fusion import top_p_chunks
 from hsa_tl.pairs import Pairs, selection_overlap
 from hsa_tl.selected import merge_attention, selected_attention, selected_decode
 
@@ -21,4 +22,5 @@ __all__ = [
     "selected_attention",
     "selected_decode",
     "selection_overlap",
+    "top_p_chunks",
 ]

@@ -96,3 +96,36 @@ def fusion_weights(
         shape_of(swa_lse),
     )
     return joint(scores.repeat_interleave(lse_heads // heads, -2), swa_lse.to(scores.dtype))
+
+
+def top_p_chunks(scores: torch.Tensor, indices: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empties the slots of the chunks that a token can do without: the fewest that hold a share p of the weight stay.
+
+    The weight is the softmax of the scores. A pair that is not there is not computed, so that a token pays for what it
+    needs.
+
+    Args:
+        scores (Tensor [B, T, R, K]): retrieval scores, -inf in empty slots.
+        indices (Tensor [B, T, R, K], int32): chosen chunks.
+        p (float): in (0, 1]; 1 keeps all.
+
+    Returns:
+        scores and indices, -inf and -1 in the emptied slots. The best chunk stays always; of equal ones the earlier
+        slot.
+
+    Raises:
+        ValueError, TypeError: tensors of different shapes, or p out of range.
+
+    Example:
+        >>> top_p_chunks(torch.tensor([[[[0.0, 2.0, 3.0]]]]), torch.tensor([[[[4, 5, 6]]]]).int(), 0.8)[1].tolist()
+        [[[[-1, 5, 6]]]]
+    """
+    require_tensor("scores", scores, 4)
+    require_tensor("indices", indices, 4, scores)
+    require(scores.shape == indices.shape, "indices", f"have scores' shape {list(scores.shape)}", shape_of(indices))
+    require(0 < p <= 1, "p", "lie in (0, 1]", p)
+    if p == 1:
+        return scores, indices
+    weights, order = softmax(scores.detach().float()).sort(dim=-1, descending=True, stable=True)
+    dropped = torch.empty_like(weights, dtype=torch.bool).scatter_(-1, order, weights.cumsum(-1) - weights >= p)
+    return scores.masked_fill(dropped, -torch.inf), indices.masked_fill(dropped, -1)

@@ -29,7 +29,7 @@ class ModelConfig:
     Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
     beside its window. "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax
     (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). No parameter's
-    shape depends on window, topk, exclude_window, fusion, distractors or rope, so that a checkpoint goes from one
+    shape depends on window, topk, top_p, exclude_window, fusion, distractors or rope: a checkpoint goes from one
     training stage to the next. The defaults are the preset "tiny".
 
     Args:
@@ -51,6 +51,8 @@ class ModelConfig:
             Default: "none".
         chunk_size (int): S, one of 16, 32, 64, 128. Default: 16.
         topk (int or "all"): K, chunks that a token retrieves. Default: 8.
+        top_p (float): of these a token reads the fewest that hold this share of the weight, see
+            `hsa_tl.top_p_chunks`. Default: 1.0, all.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
         fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
@@ -98,6 +100,7 @@ class ModelConfig:
     value_residual: str = "none"
     chunk_size: int = 16
     topk: int | str = 8
+    top_p: float = 1.0
     exclude_window: bool = False
     fusion: str = "softmax"
     distractors: int = 0
@@ -138,6 +141,7 @@ class ModelConfig:
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
             ("topk", self.topk == "all" or (type(self.topk) is int and self.topk > 0), 'be a positive int or "all"'),
+            ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
             ("recency", self.recency is None or (type(self.recency) is int and self.recency > 1), "be an int above 1"),

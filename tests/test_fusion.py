@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from hsa_tl import fusion_weights
+from hsa_tl import fusion_weights, top_p_chunks
 from hsa_tl.accuracy import assert_accurate, expect
 
 KINDS = ("softmax", "softmax1", "stick_breaking", "joint")
@@ -164,3 +164,40 @@ def test_infinite_scores(kind, row, want):
 def test_nan_is_not_hidden(kind):
     """A score of NaN is no empty slot."""
     assert of_row(kind, torch.tensor([0.0, torch.nan, -INF, 1.0])).isnan().any()
+
+
+@given(K=st.integers(1, 9), seed=seeds, p=st.floats(0.01, 1.0))
+def test_top_p_keeps_the_fewest_that_hold_p(K, seed, p):
+    """Of every row: what stays holds p, is no lighter than what goes, and holds less without its lightest."""
+    scores, _ = make_scores(K, seed, torch.float64)
+    indices = torch.where(scores == -torch.inf, -1, torch.arange(K)).int()
+    kept_scores, kept = top_p_chunks(scores, indices, p)
+    weights, stays = fusion_weights(scores), kept >= 0
+    assert torch.equal(kept[stays], indices[stays]) and torch.equal(kept_scores[stays], scores[stays])
+    assert (kept_scores[~stays] == -torch.inf).all() and torch.equal(stays.any(-1), (indices >= 0).any(-1))
+    held = (weights * stays).sum(-1)
+    lightest = weights.masked_fill(~stays, torch.inf).amin(-1)
+    filled = stays.any(-1)
+    assert (held[filled] >= p - 1e-6).all() and (held - lightest)[filled].lt(p + 1e-6).all()
+    assert (weights.masked_fill(stays, 0.0).amax(-1) <= lightest + 1e-12)[filled].all()
+
+
+def test_top_p_of_equal_chunks_keeps_the_earlier_slots():
+    indices = torch.arange(4, dtype=torch.int32)[None, None, None]
+    assert top_p_chunks(torch.zeros(1, 1, 1, 4), indices, 0.5)[1].tolist() == [[[[0, 1, -1, -1]]]]
+    assert top_p_chunks(torch.zeros(1, 1, 1, 4), indices, 1.0)[1].tolist() == [[[[0, 1, 2, 3]]]]
+
+
+def test_gradients_reach_the_scores_that_stay():
+    scores = torch.tensor([[[[0.0, 2.0, 3.0]]]], requires_grad=True)
+    kept, _ = top_p_chunks(scores, torch.tensor([[[[4, 5, 6]]]]).int(), 0.8)
+    (gradient,) = torch.autograd.grad(fusion_weights(kept)[..., 2].sum(), scores)
+    assert gradient[..., 0] == 0 and gradient[..., 1] < 0 < gradient[..., 2]
+
+
+@pytest.mark.parametrize("p", (0, -0.1, 1.5, float("nan")))
+def test_top_p_out_of_range(p):
+    with pytest.raises(ValueError, match=r"p must lie in \(0, 1\], got"):
+        top_p_chunks(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2).int(), p)
+    with pytest.raises(ValueError, match="indices must have scores' shape"):
+        top_p_chunks(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 3).int(), 0.5)

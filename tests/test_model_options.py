@@ -22,6 +22,7 @@ OPTIONS = (
     *({"fusion": x} for x in ("softmax", "softmax1", "stick_breaking", "joint")),
     *({"chunk_size": x} for x in (16, 32, 64)),
     *({"topk": x} for x in (3, 40, "all")),
+    *({"topk": x, "top_p": 0.6} for x in (3, "all")),
     *({"window": x} for x in (1, 16, 33, 500)),
     {"exclude_window": True},
     {"hsa_window": 5, "hsa_window_rope": False},
@@ -72,7 +73,7 @@ def test_options_that_shape_no_parameter():
     """A checkpoint goes from stage to stage."""
     state = Model(SMALL).state_dict()
     for change in (
-        {"window": 64}, {"topk": "all"}, {"exclude_window": True}, {"fusion": "joint"}, {"rope": ()},
+        {"window": 64}, {"topk": "all"}, {"top_p": 0.5}, {"exclude_window": True}, {"fusion": "joint"}, {"rope": ()},
         {"activation_checkpointing": True}, {"impl": "reference"}, {"rope_theta": 500.0},
     ):  # fmt: skip
         Model(dataclasses.replace(SMALL, **change)).load_state_dict(state)
@@ -81,7 +82,7 @@ def test_options_that_shape_no_parameter():
 @pytest.mark.parametrize(
     "change",
     (
-        {"window": 21}, {"hsa_window": 19}, {"hsa_window_rope": False}, {"topk": 1},
+        {"window": 21}, {"hsa_window": 19}, {"hsa_window_rope": False}, {"topk": 1}, {"top_p": 0.5},
         {"exclude_window": True}, {"fusion": "softmax1"}, {"fusion": "stick_breaking"},
         {"fusion": "joint"}, {"rope": ()}, {"rope": ("swa", "hsa")}, {"rope_theta": 100.0}, {"attention": "swa"},
     ),
