@@ -1,6 +1,8 @@
 """Where a call's time goes: the device's time in each kernel, and the host's until the last launch."""
 
+import cProfile
 import json
+import pstats
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from hsa_tl.problem import Problem
 from hsa_tl.testing import make_inputs
 
 REPEATS = 5
+FUNCTIONS = 12
 OPERATORS = {"": hsa_attention, "selected_": selected_attention}
 
 
@@ -60,7 +63,20 @@ def profiled(call: Callable[[], object], device: str) -> dict:
         wait()
     spent = {x.key: x.self_device_time_total if cuda else x.self_cpu_time_total for x in seen.key_averages()}
     kernels = {name: round(us / REPEATS, 1) for name, us in sorted(spent.items(), key=lambda x: -x[1]) if us}
-    return {"host_us": round(1e6 * host, 1), "device_us": round(sum(kernels.values()), 1), "kernels_us": kernels}
+    times = {"host_us": round(1e6 * host, 1), "device_us": round(sum(kernels.values()), 1)}
+    return times | {"kernels_us": kernels, "python_us": slowest(call)}
+
+
+def slowest(call: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of one call in each of the FUNCTIONS Python functions that take longest, their callees left out."""
+    profiler = cProfile.Profile()
+    for _ in range(REPEATS):
+        profiler.runcall(call)
+    found = pstats.Stats(profiler).stats.items()
+    ordered = sorted(
+        ((spent, f"{Path(file).name}:{name}") for (file, _, name), (_, _, spent, *_) in found), reverse=True
+    )
+    return {name: round(1e6 * spent / REPEATS, 1) for spent, name in ordered[:FUNCTIONS]}
 
 
 def write(path: Path, problems: Iterable[Problem], seconds: float) -> dict:

@@ -21,6 +21,7 @@ def test_every_strategy_has_a_line(tmp_path):
     for strategy, row in zip([*strategies, ()], rows, strict=True):
         assert ("error" in row) == any(configs.cpu_refusal(program) is not None for program in strategy)
         if "error" not in row:
+            assert 0 < len(row["python_us"]) <= kernels.FUNCTIONS and min(row["python_us"].values()) >= 0
             assert row["host_us"] > 0 and row["device_us"] > 0 and any("hsa_tl::" in name for name in row["kernels_us"])
 
 
