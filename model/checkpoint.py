@@ -54,7 +54,7 @@ def _quietly(function, *args, **kwargs):
 
 
 def save(
-    run: Path, step: int, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+    run: Path, step: int, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None,
     rng: dict[str, torch.Tensor], keep: int,
 ) -> Path:  # fmt: skip
     """Writes run/step-<step> and removes all but the newest `keep`. A kill at any moment leaves whole folders only.
@@ -66,7 +66,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _wait()
-    weights, moments = _quietly(get_state_dict, model, optimizer)
+    weights, moments = _quietly(get_state_dict, model, () if optimizer is None else optimizer)
     _quietly(dcp.save, {"model": weights, "optimizer": moments}, checkpoint_id=temporary)
     if _first_rank():
         torch.save(rng, temporary / RNG)

@@ -17,6 +17,7 @@ from rich.console import Console
 from hsa_tl.bench.plot import plot_loss
 from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, data, documents, pretrained
+from hsa_tl.model import convert as conversion
 from hsa_tl.model import train as training
 from hsa_tl.model.recipe import FOLDER, Recipe, explanation, load_recipe, recipe_names, text_recipe
 from hsa_tl.terminal import (
@@ -232,7 +233,8 @@ def generate(
     model = pretrained.load(run, device)
     tokenizer = model.tokenizer
     parts = [prompt] if file is None else [file.read_bytes(), prompt]
-    ids = torch.tensor([[token for part in parts for token in tokenizer.encode(part)]], device=device)
+    ids = [*tokenizer.begin, *(token for part in parts for token in tokenizer.encode(part))]
+    ids = torch.tensor([ids], device=device)
     written, tokens = "", []
     for token in model.stream(ids, max_new_tokens, temperature, top_p, seed, eos_token=tokenizer.end):
         tokens += [t for t in token.tolist() if t != tokenizer.end]
@@ -241,6 +243,29 @@ def generate(
             typer.echo(text[len(written) :], nl=False)
             written = text
     typer.echo(tokenizer.decode(tokens)[len(written) :] if tokens else "")
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="a folder of transformers or a GGUF file: Llama, Qwen2, Qwen3, Mistral")
+    ],
+    run: Annotated[Path, typer.Argument(help="a new folder, for generate and export")],
+    window: Annotated[int, number(low=1, high=1 << 30, help="tokens that every layer sees as before")] = 512,
+    sinks: Annotated[int, number(low=0, high=1 << 20, help="first tokens that every token sees")] = 4,
+    chunk_size: Annotated[int, number(low=16, high=128, help="tokens of a chunk: 16, 32, 64 or 128")] = 64,
+    topk: Annotated[str, typer.Option(help="chunks behind the window that a token sees: a number, or all")] = "16",
+    selection: Annotated[str, typer.Option(help="mass: of the greatest attention, exact; mean: by mean key")] = "mass",
+) -> None:
+    """Gives a pretrained model long memory, without training: a run whose layers see a window and chosen chunks."""
+    if topk != "all" and not topk.isdecimal():
+        raise ValueError(f"topk must be a number of chunks from 0 on or all, got {topk!r}")
+    config = conversion.convert(
+        source, run, window=window, sinks=sinks, chunk_size=chunk_size,
+        topk=topk if topk == "all" else int(topk), selection=selection,
+    )  # fmt: skip
+    chunks = f"{topk} chunks" if topk == "all" or int(topk) else "no chunks"
+    seen = f"{sinks} first tokens, a window of {window} and {chunks} of {chunk_size} by {selection}"
+    console.print(f"wrote {run}: {config.layers} layers that see {seen}", soft_wrap=True, markup=False, highlight=False)
 
 
 def export(
@@ -277,5 +302,6 @@ def register(app: typer.Typer) -> None:
     app.command()(prepare)
     app.command()(train)
     app.command()(generate)
+    app.command()(convert)
     app.command()(export)
     app.command()(recipes)

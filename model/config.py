@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, fields, replace
 
-ATTENTIONS = ("hsa", "nsa", "swa", "full")
+ATTENTIONS = ("hsa", "nsa", "swa", "full", "selected")
+SELECTIONS = ("mass", "mean")
+BIASES = ("q", "k", "v", "out")
+EPS = 2.0**-23  # float32's: torch.nn.RMSNorm's default is the type's own, in bfloat16 nearly 0.008
 FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint")
 VALUE_RESIDUALS = ("none", "resformer", "svformer")
 
@@ -28,9 +31,11 @@ class ModelConfig:
 
     Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
     beside its window. "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax
-    (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). No parameter's
-    shape depends on window, topk, top_p, exclude_window, fusion, distractors or rope: a checkpoint goes from one
-    training stage to the next. The defaults are the preset "tiny".
+    (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). "selected":
+    every layer has one softmax over its window, the first tokens and chosen chunks of its own keys, as a pretrained
+    model has it that `hsa-tl convert` made (`hsa_tl.model.selected`). No parameter's shape depends on window, topk,
+    top_p, exclude_window, fusion, distractors, rope, sinks or selection, so that a checkpoint goes from one training
+    stage to the next. The defaults are the preset "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -41,18 +46,25 @@ class ModelConfig:
         kv_heads (int): H. Default: 1.
         head_dim (int): D. Default: 32.
         mlp_dim (int): width of a feed-forward layer. Default: 256.
-        attention (str): "hsa", "nsa", "swa" or "full". Default: "hsa".
+        attention (str): "hsa", "nsa", "swa", "full" or "selected". Default: "hsa".
         window (int): tokens that a sliding window spans, its own included. Default: 32.
         hsa_window (int): of the window beside HSA or NSA, at most `window`; 0 for the same. Default: 0.
         hsa_window_rope (bool): whether that window has positions where "swa" has. Default: True.
         rope (tuple of str): kinds of attention with RoPE; the others have no positions. Default: ("swa", "full").
         rope_theta (float): base of RoPE. Default: 10000.
+        rope_frequencies (tuple of float): of RoPE's D / 2 pairs instead of the base's. Default: (), the base's.
+        norm_eps (float): of every norm but those of HSA and its encoder. Default: float32's own, 1.2e-7.
+        qk_norm (bool): whether queries and keys of windows, of "full" and of "selected" are normed. Default: True.
+        biases (tuple of str): which of the same attentions' projections have a bias: q, k, v, out. Default: ().
+        sinks (int): of "selected", first tokens that every token sees. Default: 0.
+        selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "mean" those
+            whose mean key fits best. Default: "mass".
         value_residual (str): "resformer" mixes values with the first layer's, "svformer" takes the first layer's.
             Default: "none".
         chunk_size (int): S, one of 16, 32, 64, 128. Default: 16.
-        topk (int or "all"): K, chunks that a token retrieves. Default: 8.
+        topk (int or "all"): K, chunks that a token retrieves; may be 0 for "selected". Default: 8.
         top_p (float): of these a token reads the fewest that hold this share of the weight, see
-            `hsa_tl.top_p_chunks`. Default: 1.0, all.
+            `hsa_tl.top_p_chunks`; of HSA. Default: 1.0, all.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
         fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
@@ -97,6 +109,12 @@ class ModelConfig:
     hsa_window_rope: bool = True
     rope: tuple[str, ...] = ("swa", "full")
     rope_theta: float = 10000.0
+    rope_frequencies: tuple[float, ...] = ()
+    norm_eps: float = EPS
+    qk_norm: bool = True
+    biases: tuple[str, ...] = ()
+    sinks: int = 0
+    selection: str = "mass"
     value_residual: str = "none"
     chunk_size: int = 16
     topk: int | str = 8
@@ -123,10 +141,12 @@ class ModelConfig:
     recency: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.rope, list):  # JSON and YAML have no tuples
-            object.__setattr__(self, "rope", tuple(self.rope))
+        for name in ("rope", "rope_frequencies", "biases"):
+            if isinstance(value := getattr(self, name), list):  # JSON and YAML have no tuples
+                object.__setattr__(self, name, tuple(value))
         ints = (f.name for f in fields(self) if f.type is int)
         require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
+        least = 0 if self.attention == "selected" else 1  # a window and sinks alone
         require_rules(
             self,
             ("heads", self.heads % self.kv_heads == 0, f"be a multiple of kv_heads = {self.kv_heads}"),
@@ -137,10 +157,14 @@ class ModelConfig:
             ("attention", self.attention in ATTENTIONS, f"be one of {', '.join(ATTENTIONS)}"),
             ("hsa_window", self.hsa_window <= self.window, f"be at most window = {self.window}"),
             ("rope", isinstance(self.rope, tuple) and set(self.rope) <= set(ATTENTIONS), "be a tuple of attentions"),
+            ("rope_frequencies", len(self.rope_frequencies) in (0, half := self.head_dim // 2), f"be {half} or none"),
+            ("norm_eps", 0 <= self.norm_eps < 1, "lie in [0, 1)"),
+            ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "be a tuple of projections"),
+            ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),
             ("value_residual", self.value_residual in VALUE_RESIDUALS, f"be one of {', '.join(VALUE_RESIDUALS)}"),
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
-            ("topk", self.topk == "all" or (type(self.topk) is int and self.topk > 0), 'be a positive int or "all"'),
+            ("topk", self.topk == "all" or (type(self.topk) is int and self.topk >= least), COUNT),
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
@@ -156,15 +180,16 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of each layer: "full", "swa", or "hsa" and "nsa", which have a sliding window too."""
-        if self.attention in ("full", "swa"):
+        """Of each layer: "full", "swa", "selected", or "hsa" and "nsa", which have a sliding window too."""
+        if self.attention in ("full", "swa", "selected"):
             return (self.attention,) * self.layers
         lower, upper = self.lower_layers, self.layers - self.lower_layers
         leads = {lower + g * upper // self.groups for g in range(self.groups)}
         return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
 
 
-MAY_BE_ZERO = ("hsa_window", "distractors", "conv", "experts", "shared_experts", "dense_layers")
+COUNT = 'be a positive int or "all"'
+MAY_BE_ZERO = ("hsa_window", "sinks", "distractors", "conv", "experts", "shared_experts", "dense_layers")
 
 LARGE = {"conv": 0, "embedding_std": 0.02}
 # dense-0.5b and moe-8b-a1b have the paper's sizes; the paper does not give their dims.

@@ -26,11 +26,12 @@ BYTE_END = 256  # end of document of the byte-level tokenizer
 
 
 class Tokenizer:
-    """Text to token ids and back. `end` is the id that ends a document, None without one."""
+    """Text to token ids and back. `end` is the id that ends a document, None without one; `begin` begins a prompt."""
 
     name: str
     vocab_size: int
     end: int | None
+    begin: tuple[int, ...] = ()
 
     def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         raise NotImplementedError
@@ -69,11 +70,20 @@ class ByteTokenizer(Tokenizer):
         return made
 
 
+def _special_tokens(config: Path) -> dict[str, str]:
+    """bos_token and eos_token of a tokenizer_config.json; none where there is no such file."""
+    values = json.loads(config.read_text()) if config.is_file() else {}
+    named = {name: values.get(name) for name in ("bos_token", "eos_token")}
+    named = {name: x["content"] if isinstance(x, dict) else x for name, x in named.items()}
+    return {name: x for name, x in named.items() if isinstance(x, str)}
+
+
 class FileTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, read by the `tokenizers` library; without special tokens around a text.
 
-    end: the id of the first of <|endoftext|>, </s>, <eos> that it has. ImportError: no `tokenizers`. ValueError: not
-    such a file, or no end token.
+    end: the id of the eos_token of the tokenizer_config.json beside it, without that of the first of <|endoftext|>,
+    </s>, <eos> that it has. begin: of its bos_token there, if that is put before every text. ImportError: no
+    `tokenizers`. ValueError: not such a file, or no end token.
     """
 
     def __init__(self, path: Path | str):
@@ -88,10 +98,15 @@ class FileTokenizer(Tokenizer):
             raise ValueError(f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {error}") from None
         self.name = f"{Path(path).name} {hashlib.sha256(data).hexdigest()}"
         self.vocab_size = self.inner.get_vocab_size()
-        ends = (self.inner.token_to_id(t) for t in ("<|endoftext|>", "</s>", "<eos>"))
+        special = _special_tokens(Path(path).with_name("tokenizer_config.json"))
+        names = (special.get("eos_token"), "<|endoftext|>", "</s>", "<eos>")
+        ends = (self.inner.token_to_id(t) for t in names if t is not None)
         self.end = next((i for i in ends if i is not None), None)
         if self.end is None:
             raise ValueError(f"tokenizer must have <|endoftext|>, </s> or <eos>, got {path}")
+        around = self.inner.encode("").ids
+        if "bos_token" in special and around[:1] == [self.inner.token_to_id(special["bos_token"])]:
+            self.begin = tuple(around[:1])
         self.dtype = token_dtype(self.vocab_size)
 
     def encode_all(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:

@@ -105,7 +105,7 @@ class ContextParallel(nn.Module):
     ) -> ModelOutput:
         model, part = self.model, self.part(input_ids.shape[1])
         c = model.config
-        if c.attention == "nsa" or c.impl == "dense" or (c.distractors and model.training):
+        if c.attention in ("nsa", "selected") or c.impl == "dense" or (c.distractors and model.training):
             raise NotImplementedError(
                 'context parallelism needs attention "hsa", "swa" or "full", no impl="dense" and no distractors'
             )

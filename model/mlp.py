@@ -9,12 +9,14 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
+from hsa_tl.model.config import EPS
+
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, with the same epsilon in every type: its default is the type's own, in bfloat16 nearly 0.008."""
+    """PyTorch's, with the same epsilon in every type."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim, eps=torch.finfo(torch.float32).eps)
+    def __init__(self, dim: int, eps: float = EPS):
+        super().__init__(dim, eps=eps)
 
 
 class SwiGLU(nn.Module):

@@ -21,6 +21,7 @@ from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.nsa import NSALayer
+from hsa_tl.model.selected import SelectedAttention
 from hsa_tl.validation import require, require_float, require_int, require_integers, require_shape, require_tensor
 
 HEAD_ROWS = 4096  # rows of logits that the loss holds at once
@@ -59,15 +60,22 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         c, kind = config, config.kinds[index]
-        rope = dict.fromkeys(c.rope, c.rope_theta)
+        rope = dict.fromkeys(c.rope, c.rope_frequencies or c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        window, theta = (None, rope.get("full")) if kind == "full" else (c.window, rope.get("swa"))
+        window, theta = None if kind == "full" else c.window, rope.get(kind if kind in ("full", "selected") else "swa")
         if kind in ("hsa", "nsa"):
             window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
-        self.attention = SelfAttention(
-            *heads, window=window, rope_theta=theta,
-            value_residual=c.value_residual if index else "none",
-        )  # fmt: skip
+        options = {
+            "window": window, "rope_theta": theta, "value_residual": c.value_residual if index else "none",
+            "eps": c.norm_eps, "qk_norm": c.qk_norm, "biases": c.biases,
+        }  # fmt: skip
+        if kind == "selected":
+            self.attention = SelectedAttention(
+                *heads, sinks=c.sinks, chunk_size=c.chunk_size, topk=c.topk, selection=c.selection,
+                impl="auto" if c.impl == "dense" else c.impl, **options,
+            )  # fmt: skip
+        else:
+            self.attention = SelfAttention(*heads, **options)
         self.joint = kind == "hsa" and c.fusion == "joint"
         self.hsa = self.nsa = None
         exclude = window if c.exclude_window else 0
@@ -82,7 +90,7 @@ class Layer(nn.Module):
                 fusion=c.fusion, retrieval_heads=c.retrieval_heads, rope_theta=rope.get("hsa"), impl=c.impl,
                 selection_overlap=c.selection_overlap, recency=c.recency, top_p=c.top_p,
             )  # fmt: skip
-        self.mlp_norm = RMSNorm(c.dim)
+        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         if c.experts and index >= c.dense_layers:
             self.mlp = MoE(c.dim, c.experts, c.experts_per_token, c.expert_dim, c.shared_experts)
         else:
@@ -139,9 +147,9 @@ class Model(Generation, nn.Module):
             self.encoder = ChunkEncoder(
                 c.dim, c.kv_heads, c.head_dim, c.retrieval_dim, c.chunk_size, heads=c.encoder_heads,
                 retrieval_heads=c.retrieval_heads, layers=c.encoder_layers, mlp_dim=c.encoder_mlp_dim,
-                rope_theta=c.rope_theta if "hsa" in c.rope else None, std=c.embedding_std,
+                rope_theta=(c.rope_frequencies or c.rope_theta) if "hsa" in c.rope else None, std=c.embedding_std,
             )  # fmt: skip
-        self.norm = RMSNorm(c.dim)
+        self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
         if c.tied:
             self.output.weight = self.embedding.weight

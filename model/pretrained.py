@@ -19,6 +19,7 @@ from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import Recipe, recipe_of
 
 FOLDER = Path(__file__).parent / "weights"
+TOKENIZER = "tokenizer"  # of a converted run: its source's, as transformers saves it
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
     """A trained model in eval mode, configured as after training.
 
     Args:
-        run_or_name: folder of a run of `hsa-tl train`, whose newest whole checkpoint is taken, or the name of weights
-            that ship with the package: "needle-tiny". A str that is such a name means the weights; a Path is a folder.
+        run_or_name: folder of a run of `hsa-tl train` or `hsa-tl convert`, whose newest whole checkpoint is taken, or
+            the name of weights that ship with the package: "needle-tiny". A str that is such a name means the weights;
+            a Path is a folder.
         device: where the parameters are put. Default: "cpu".
 
     Returns:
-        The Model; `model.tokenizer` is the one of the recipe's last stage (hsa_tl.model.data.Tokenizer).
+        The Model; `model.tokenizer` (hsa_tl.model.data.Tokenizer) is the source's of a converted model, else the one of
+        the recipe's last stage.
 
     Raises:
         ValueError: neither a run nor a name; shipped weights whose checksum is not what it was. ImportError: shipped
@@ -78,7 +81,10 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
     else:
         names = ", ".join(shipped_names())
         raise ValueError(f"run_or_name must be a folder with a checkpoint or one of {names}, got {str(run_or_name)!r}")
-    model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data)
+    if recipe.source is None:
+        model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data)
+    else:
+        model.tokenizer = sources.make_tokenizer(Path(run_or_name) / TOKENIZER / "tokenizer.json")
     return model.to(device).eval()
 
 
@@ -110,7 +116,7 @@ def export(run_or_name: str | Path, folder: Path) -> None:
         ValueError: neither a run nor a name; a folder that holds something. ImportError: no transformers.
     """
     try:
-        from transformers import PreTrainedTokenizerFast
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         from hsa_tl.model.hf import HSAConfig, HSAForCausalLM
     except ImportError:
@@ -123,7 +129,10 @@ def export(run_or_name: str | Path, folder: Path) -> None:
     made = HSAForCausalLM(HSAConfig(model.config, eos_token_id=end, pad_token_id=end))
     made.model.load_state_dict(model.state_dict())
     made.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **special)
+    if (kept := Path(run_or_name) / TOKENIZER).is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(kept)
+    else:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **special)
     tokenizer.chat_template = tokenizer.chat_template or CHAT
     tokenizer.save_pretrained(folder)
 

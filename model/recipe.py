@@ -44,6 +44,7 @@ class Stage:
 class Recipe:
     """AdamW with linear warm-up over `warmup` steps, then constant; the last `decay` share of the steps falls by a
     cosine to `final` of lr (decay = 1: cosine throughout). start: folder of a run whose last weights are taken.
+    source: the pretrained model that a run was converted from; it has no stages, and its tokenizer beside its weights.
     ValueError: names the field, the rule and the value."""
 
     name: str
@@ -63,12 +64,13 @@ class Recipe:
     keep: int = 2
     log_every: int = 10
     start: str | None = None
+    source: str | None = None
 
     def __post_init__(self):
         require_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
         require_rules(
             self,
-            ("stages", bool(self.stages), "name at least one stage"),
+            ("stages", bool(self.stages) or self.source is not None, "name at least one stage"),
             ("seed", self.seed < 1 << 63, "be below 2^63"),
             ("lr", 0 < self.lr < inf, "be positive and finite"),
             ("weight_decay", 0 <= self.weight_decay < inf, "be at least 0 and finite"),

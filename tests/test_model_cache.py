@@ -33,6 +33,16 @@ CONFIGS = {
     "full": {"attention": "full", "value_residual": "resformer"},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
+    "selected": {
+        "attention": "selected",
+        "sinks": 4,
+        "topk": 2,
+        "rope": ("selected",),
+        "qk_norm": False,
+        "heads": 6,
+        "biases": ("q", "k", "v"),
+    },
+    "selected by mean": {"attention": "selected", "selection": "mean", "rope_frequencies": (1.0,) * 7 + (0.01,)},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
     "recency": {"recency": 3, "retrieval_heads": 2},
     "recency, all": {"recency": 16, "topk": "all", "fusion": "joint", "exclude_window": True, "window": 40},
@@ -148,7 +158,7 @@ def test_a_prefill_without_logits_runs_the_upper_decoder_once(name):
         assert model(part, cache=cache, logits_to_keep=0).logits is None
     got = model(ids[:, 120:130], cache=cache, logits_to_keep=1).logits
     hook.remove()
-    if config.attention in ("full", "nsa"):
+    if config.attention in ("full", "nsa", "selected"):
         assert seen == [20] * 6 + [10]
     else:
         upper = config.layers - config.lower_layers
@@ -310,7 +320,9 @@ def test_errors_name_the_argument():
     assert cache.lengths == [0, 0]
 
 
-@pytest.mark.parametrize("name", tiered(tuple(CONFIGS), quick=("hsa", "joint", "full", "nsa", "window of one")))
+@pytest.mark.parametrize(
+    "name", tiered(tuple(CONFIGS), quick=("hsa", "joint", "full", "nsa", "selected by mean", "window of one"))
+)
 def test_crop_and_save(name, tmp_path):
     """What was taken back leaves no trace, in a saved cache either; rows of a batch may lose as much as they like."""
     model, ids, want = whole(name)

@@ -38,6 +38,9 @@ OPTIONS = (
     {"fusion": "joint", "retrieval_heads": 1, "exclude_window": True, "topk": "all"},
     {"experts": 4, "experts_per_token": 2, "expert_dim": 8},
     *({"recency": 4, "topk": x} for x in (2, "all")),
+    *({"attention": "selected", "rope": ("selected",), "sinks": 4, "topk": x} for x in (2, "all")),
+    {"attention": "selected", "selection": "mean", "heads": 6, "biases": ("q", "k", "v", "out")},
+    {"attention": "selected", "topk": 0, "sinks": 2}, {"qk_norm": False, "norm_eps": 1e-5},
 )  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def test_option_trains_and_stays_causal(options):
     torch.testing.assert_close(model(x, logits_to_keep=9).logits, model(x).logits[:, -9:])
 
 
-@pytest.mark.parametrize("attention", ("hsa", "nsa", "swa", "full"))
+@pytest.mark.parametrize("attention", ("hsa", "nsa", "swa", "full", "selected"))
 def test_sequences_of_a_batch_do_not_see_each_other(attention):
     model, x = model_and_tokens(attention=attention)
     both = model(x).logits
@@ -74,7 +77,8 @@ def test_options_that_shape_no_parameter():
     state = Model(SMALL).state_dict()
     for change in (
         {"window": 64}, {"topk": "all"}, {"top_p": 0.5}, {"exclude_window": True}, {"fusion": "joint"}, {"rope": ()},
-        {"activation_checkpointing": True}, {"impl": "reference"}, {"rope_theta": 500.0},
+        {"activation_checkpointing": True}, {"impl": "reference"}, {"rope_theta": 500.0}, {"norm_eps": 0.1},
+        {"rope_frequencies": (0.5,) * 8},
     ):  # fmt: skip
         Model(dataclasses.replace(SMALL, **change)).load_state_dict(state)
 
@@ -85,6 +89,7 @@ def test_options_that_shape_no_parameter():
         {"window": 21}, {"hsa_window": 19}, {"hsa_window_rope": False}, {"topk": 1}, {"top_p": 0.5},
         {"exclude_window": True}, {"fusion": "softmax1"}, {"fusion": "stick_breaking"},
         {"fusion": "joint"}, {"rope": ()}, {"rope": ("swa", "hsa")}, {"rope_theta": 100.0}, {"attention": "swa"},
+        {"rope_frequencies": (0.5,) * 8},
     ),
     ids=str,
 )  # fmt: skip
@@ -96,6 +101,31 @@ def test_option_changes_the_output(change):
     assert difference.max() > 1e-4
     if not any("rope" in name or (name.endswith("window") and name != "exclude_window") for name in change):
         torch.testing.assert_close(difference[:16], torch.zeros(16), atol=1e-5, rtol=0)  # before any whole chunk
+
+
+SELECTED = {"attention": "selected", "sinks": 4, "topk": 3, "rope": ("selected",), "conv": 0}
+
+
+@pytest.mark.parametrize(
+    "change", ({"sinks": 0}, {"topk": 0}, {"topk": 2}, {"selection": "mean"}, {"window": 21}, {"rope": ()}), ids=str
+)
+def test_option_of_selected_attention_changes_the_output(change):
+    """Behind the first token whose window does not reach the first one; a position, everywhere."""
+    model, x = model_and_tokens(**SELECTED)
+    other = Model(dataclasses.replace(model.config, **change))
+    other.load_state_dict(model.state_dict())
+    difference = (other(x).logits - model(x).logits).abs().amax((0, 2))
+    assert difference.max() > 1e-4
+    if "rope" not in change:
+        torch.testing.assert_close(difference[:20], torch.zeros(20), atol=1e-5, rtol=0)
+
+
+def test_biases_and_norms_are_where_they_are_named():
+    model = Model(dataclasses.replace(SMALL, biases=("q", "out"), qk_norm=False, norm_eps=0.25))
+    names = {name for name, _ in model.layers[0].attention.named_parameters()}
+    assert names == {"norm.weight", "q.weight", "q.bias", "k.weight", "v.weight", "out.weight", "out.bias"}
+    layer = model.layers[3]
+    assert [x.eps for x in (model.norm, layer.mlp_norm, layer.attention.norm)] == [0.25] * 3
 
 
 def test_kinds_of_layers():

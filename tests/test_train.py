@@ -334,7 +334,7 @@ def test_the_papers_stages():
         ({"lr": -1.0}, "lr must be positive"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
         ({"warmup": 0.5}, "warmup must be an int"),
-        ({"nonsense": 1}, "a recipe must have the fields name, preset, .* start, got 'nonsense'"),
+        ({"nonsense": 1}, "a recipe must have the fields name, preset, .* source, got 'nonsense'"),
         ({"stages": [{"steps": 1, "lenght": 2}]}, "a stage must have the fields steps, length, .*, got 'lenght'"),
         (
             {"stages": [{"steps": 1, "length": 2}]},

@@ -1,0 +1,126 @@
+"""What `hsa-tl convert` makes of a real model: the source's logits, and passkeys and perplexity without training.
+
+    make llm                                # SmolLM2-135M-Instruct, 2K, 8 contexts
+    python -m hsa_tl.bench.llm FILE.gguf --length 8192 --contexts 3 --out FOLDER
+
+A context is English documentation (pydoc_data.topics) with a code of five digits at its depth and the question behind
+it. right: contexts in which every digit is the likeliest token after those before it. perplexity: of the 256 tokens
+before the question.
+"""
+
+import argparse
+import json
+import math
+import pydoc_data.topics
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from hsa_tl.bench.ruler import origin
+from hsa_tl.files import write_atomic
+from hsa_tl.model import load
+from hsa_tl.model.convert import convert
+from hsa_tl.model.train import reconfigure
+
+ATOL = 1e-4
+WINDOW, SINKS, CHUNK_SIZE, TOPK = 512, 4, 64, 16
+METHODS = {  # None: the source
+    "source": None,
+    "window": {"topk": 0},
+    "all": {"topk": "all"},
+    "mass": {"topk": TOPK, "selection": "mass"},
+    "mean": {"topk": TOPK, "selection": "mean"},
+}
+LAST = 301  # tokens before the code's end whose logits are asked for, at least
+
+
+class Context(NamedTuple):
+    tokens: list[int]
+    digits: int  # tokens of the answer, the last ones
+
+
+def make_contexts(tokenizer, length: int, number: int, seed: int = 7) -> list[Context]:
+    """Of `length` tokens with the answer, the code at `number` depths."""
+    topics = pydoc_data.topics.topics
+    text, rng, made = tokenizer.encode("\n\n".join(topics[k] for k in sorted(topics))), random.Random(seed), []
+    for n in range(number):
+        code = tokenizer.encode(digits := str(rng.randrange(10000, 99999)))
+        needle = tokenizer.encode(f"\n\nThe secret code of the lantern is {digits}. Remember it.\n\n")
+        question = tokenizer.encode("\n\nThe secret code of the lantern is ")
+        body = length - len(needle) - len(question) - len(code)
+        start, cut = rng.randrange(len(text) - body), int((n + 0.5) / number * (body - WINDOW - CHUNK_SIZE))
+        haystack = text[start : start + body]
+        made.append(Context([*haystack[:cut], *needle, *haystack[cut:], *question, *code], len(code)))
+    return made
+
+
+@torch.no_grad()
+def ask(logits, contexts: list[Context]) -> dict:
+    """logits: [last, V] of tokens [1, T]. The contexts that are right, and the perplexity."""
+    right, losses = 0, []
+    for tokens, digits in contexts:
+        x = torch.tensor([tokens])
+        found = logits(x, LAST + digits)[:-1].float()  # that of the last token tells nothing
+        target = x[0, -len(found) :]
+        right += bool((found[-digits:].argmax(-1) == target[-digits:]).all())
+        losses.append(F.cross_entropy(found[:256], target[:256]).item())
+    return {"right": right, "contexts": len(contexts), "perplexity": math.exp(sum(losses) / len(losses))}
+
+
+@torch.no_grad()
+def largest_difference(source, model, tokens: list[int]) -> float:
+    """Between the logits of both, in a context that the window covers."""
+    ids = torch.tensor([tokens])
+    return (source(ids).logits - model(ids).logits).abs().max().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--contexts", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("out/llm"))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    import transformers
+
+    options = {"gguf_file": given.source.name} if given.source.suffix == ".gguf" else {}
+    where = given.source.parent if options else given.source
+    source = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        config = convert(given.source, run, window=WINDOW, sinks=SINKS, chunk_size=CHUNK_SIZE, topk=TOPK)
+        model = load(run)
+    contexts = make_contexts(model.tokenizer, given.length, given.contexts)
+    difference = largest_difference(source, model, contexts[0].tokens[:256])
+    print(f"largest difference of logits at 256 tokens: {difference:.1e}, at most {ATOL}", flush=True)
+    if not difference <= ATOL:
+        raise SystemExit(1)
+    rows = []
+    for name in given.methods:
+        if METHODS[name] is None:
+            logits = lambda x, keep: source(x, logits_to_keep=keep).logits[0]  # noqa: E731
+        else:
+            reconfigure(model, replace(config, **METHODS[name]))
+            logits = lambda x, keep: model(x, logits_to_keep=keep).logits[0]  # noqa: E731
+        rows.append({"method": name, "length": given.length, **ask(logits, contexts)})
+        row = rows[-1]
+        print(f"{name}: {row['right']} of {row['contexts']} right, perplexity {row['perplexity']:.2f}", flush=True)
+    settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
+    where_from = origin("cpu")
+    where_from["versions"] += f", transformers {transformers.__version__}"
+    found = {"source": given.source.name, **settings, **where_from, "rows": rows}
+    path = given.out / f"llm-{given.length}.json"
+    write_atomic(path, json.dumps(found, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""A pretrained layer's attention at any length: window, sinks and chosen chunks of its own keys, in one softmax.
+
+A token at position p sees the keys j of three disjoint sets:
+
+    near    p - window < j <= p, and j < sinks: both with their rotary positions, as the layer was trained
+    chosen  whole chunks of S tokens that lie behind the window: topk of them for each key/value head
+    between the keys from the last of these chunks to the window, fewer than S
+
+The keys behind the window have no positions, and the query stands at the distance `window` of them all, so that no
+angle is larger than in training. Chunks count from the first token behind the sinks.
+
+Shape suffixes: B batch, T tokens, C channels, P past and new keys, N chunks, S chunk size, A query heads, H key/value
+heads, G = A / H, D head dim, K selected chunks.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from hsa_tl import chunk_means, merge_attention, retrieve_chunks, selected_attention, selected_decode
+from hsa_tl.model.attention import SelfAttention, positions, rotate
+
+FEW = 8  # tokens of a sequence that decode as one; more are a segment
+BLOCK = 512  # tokens that attend to their window at once
+SCORES = 1 << 24  # of every key behind the window, held at once
+
+
+class Keys(NamedTuple):
+    """Keys without positions and values [B, P, H, D], of what a cache holds also as chunks: means [B, N, H, D], pages
+    [B * N, S, H, D] and page_table [B, N]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    means: torch.Tensor | None = None
+    k_pages: torch.Tensor | None = None
+    v_pages: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+
+
+class OwnKeys:
+    """Keys without positions and values of all tokens of each sequence, in pages of a chunk; see hsa_tl.model.cache.
+
+    Of a sequence the first pages end with the sinks, so that every other page is a chunk.
+    """
+
+    def __init__(self, counts: list[int], sinks: int, chunk_size: int, means: bool):
+        """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`."""
+        self.counts, self.sinks, self.chunk_size = counts, sinks, chunk_size
+        self.first = -(-sinks // chunk_size)  # chunk, of pages
+        self.before = self.first * chunk_size - sinks  # columns of no token
+        self.held = [0] * len(counts)
+        self.buffers: list[torch.Tensor] = []  # k and v [B, pages * S, H, D]
+        self.with_means, self.means = means, None  # [B, pages, H, D]
+
+    def _reserve(self, columns: int, like: tuple[torch.Tensor, ...]) -> None:
+        room = self.buffers[0].shape[1] if self.buffers else 0
+        if columns <= room:
+            return
+        pages = -(-max(columns, 2 * room) // self.chunk_size)
+        grown = [x.new_zeros(len(x), pages * self.chunk_size, *x.shape[2:]) for x in like]
+        for new, old in zip(grown, self.buffers, strict=bool(self.buffers)):
+            new[:, :room] = old
+        self.buffers = grown
+        if self.with_means:
+            means = like[0].new_zeros(len(like[0]), pages, *like[0].shape[2:])
+            if self.means is not None:
+                means[:, : self.means.shape[1]] = self.means
+            self.means = means
+
+    def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> None:
+        """Stores the next tokens; a row's columns behind its count are written and overwritten later."""
+        T, old = k_BTHD.shape[1], self.held
+        self._reserve(self.before + max(old) + T, (k_BTHD, v_BTHD))
+        for buffer, x in zip(self.buffers, (k_BTHD, v_BTHD), strict=True):
+            for b, n in enumerate(old):
+                buffer[b, self.before + n : self.before + n + T] = x[b]
+        self._average(self.before + min(old), self.before + max(old) + T)
+        self.held = [n + more for n, more in zip(old, self.counts, strict=True)]
+
+    def _average(self, start: int, stop: int) -> None:
+        if self.with_means:
+            first, last = start // self.chunk_size, -(-stop // self.chunk_size)
+            k = self.buffers[0][:, first * self.chunk_size : last * self.chunk_size]
+            self.means[:, first:last] = chunk_means(k, self.chunk_size)
+
+    def keys(self, rows: slice, tokens: int) -> Keys:
+        """Of these rows the first `tokens`."""
+        k, v = (x[rows] for x in self.buffers)
+        pages = [x.flatten(0, 1).unflatten(0, (-1, self.chunk_size)) for x in (k, v)]
+        table = torch.arange(len(pages[0]), dtype=torch.int32, device=k.device).view(len(k), -1)[:, self.first :]
+        means = None if self.means is None else self.means[rows, self.first :]
+        k, v = (x[:, self.before : self.before + tokens] for x in (k, v))
+        return Keys(k, v, means, *pages, table)
+
+    def crop(self, gone: list[int]) -> None:
+        """Takes back the last so many tokens of each sequence."""
+        self.held = [n - g for n, g in zip(self.held, gone, strict=True)]
+
+    def state(self) -> list[torch.Tensor]:
+        """What `restore` takes: how much each sequence holds, keys and values."""
+        used = slice(self.before, self.before + max(self.held))
+        return [torch.tensor(self.held, dtype=torch.int32), *(x[:, used] for x in self.buffers)]
+
+    def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
+        self.held, self.buffers, self.means = held.tolist(), [], None
+        if buffers:
+            end = self.before + max(self.held)
+            self._reserve(end, buffers)
+            for mine, x in zip(self.buffers, buffers, strict=True):
+                mine[:, self.before : end] = x
+            self._average(self.before, end)
+
+
+class SelectedAttention(SelfAttention):
+    """SelfAttention over the window, the first `sinks` tokens and `topk` chunks behind the window.
+
+    topk: 0 for none, "all" for every chunk. selection: how they are chosen, "mass" by the largest log-sum-exp of scores
+    that a query head of the key/value head has with the chunk's keys, which costs all of attention's products with
+    keys; "mean" by the chunk's mean key and the sum of these query heads. impl: of the operators. start: position of
+    x's first token, with a cache, an OwnKeys, also int32 [B].
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int, sinks: int = 0, chunk_size: int = 64,
+        topk: int | str = 64, selection: str = "mass", rope_theta: float | tuple[float, ...] | None = None,
+        impl: str = "auto", **options,
+    ):  # fmt: skip
+        super().__init__(dim, heads, kv_heads, head_dim, window=window, **options)  # projects without positions
+        self.sinks, self.chunk_size, self.topk, self.selection = sinks, chunk_size, topk, selection
+        self.theta, self.impl = rope_theta, impl
+
+    def attend(
+        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: OwnKeys | None = None,
+        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """As SelfAttention's."""
+        q, k, v, _ = self.project(x_BTC, start, keep, first_v_BTHD)
+        if cache is None:
+            return *self.over(q, Keys(k, v)), v
+        cache.extend(k, v)
+        starts = [start] if isinstance(start, int) else start.tolist()  # the same of all rows, or of each
+        rows = [slice(None)] if isinstance(start, int) else [slice(b, b + 1) for b in range(len(q))]
+        T = x_BTC.shape[1]
+        parts = [self.over(q[row], cache.keys(row, n + T)) for row, n in zip(rows, starts, strict=True)]
+        return *(torch.cat(x) for x in zip(*parts, strict=True)), v
+
+    def over(self, q_BTAD: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        """out [B, T, A, D] and log-sum-exp [B, T, A] of queries without positions; the last one's key is the last."""
+        T, W, S = q_BTAD.shape[1], self.window, self.chunk_size
+        start = keys.k.shape[1] - T
+        q_cap = q_BTAD if self.theta is None else rotate(q_BTAD, torch.tensor([W], device=q_BTAD.device), self.theta)
+        blocks = [
+            self._near(q_BTAD[:, a : a + BLOCK], q_cap[:, a : a + BLOCK], keys, start + a) for a in range(0, T, BLOCK)
+        ]
+        near = [torch.cat(x, 1) for x in zip(*blocks, strict=True)]
+        # Whole and behind the window: what a token so many positions earlier would see of its whole past.
+        past = start + 1 - W - self.sinks
+        skip = max(0, S - past)  # tokens that see no chunk
+        if self.topk == 0 or skip >= T:
+            return tuple(near)
+        far = self._far(q_cap[:, skip:], keys, past + skip)
+        both = merge_attention([x[:, skip:] for x in near], far)
+        return tuple(torch.cat([x[:, :skip], y], 1) for x, y in zip(near, both, strict=True))
+
+    def _near(self, q_BTAD, q_cap, keys: Keys, start: int):
+        """Attention to all keys but the whole chunks behind the window; start: position of the first query."""
+        (_, T, A, _), W, S, sinks = q_BTAD.shape, self.window, self.chunk_size, self.sinks
+        last, H = start + T, keys.k.shape[2]
+        low = min(last, sinks + max(0, start + 1 - W - sinks) // S * S)
+        k, v = (torch.cat([x[:, : min(sinks, low)], x[:, low:last]], 1) for x in keys[:2])
+        j = torch.cat([torch.arange(min(sinks, low)), torch.arange(low, last)]).to(k.device)
+        i = torch.arange(start, last, device=k.device)[:, None]
+        behind = (j >= sinks) & (j <= i - W)
+        chunks = sinks + (i + 1 - W - sinks).clamp(min=0) // S * S  # where they end
+        hidden = (j > i) | (behind & (j < chunks))
+        rope = (lambda x, position: x) if self.theta is None else lambda x, position: rotate(x, position, self.theta)
+        score = scores(rope(q_BTAD, i[:, 0]), rope(k, j))
+        if bool(behind.any()):
+            score = torch.where(behind, scores(q_cap, k), score)
+        score = score.masked_fill(hidden, -torch.inf)
+        lse = score.logsumexp(-1)
+        out = torch.exp(score - lse[..., None]).to(v.dtype).flatten(2, 3) @ v.transpose(1, 2)  # [B, H, G * T, D]
+        out = out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return out, lse.permute(0, 3, 1, 2).flatten(2)
+
+    def _far(self, q_BTAD, keys: Keys, past: int):
+        """Attention to chosen chunks, of which token t sees the first (past + t) // S."""
+        T, S = q_BTAD.shape[1], self.chunk_size
+        N = (past + T - 1) // S
+        k, v = (x[:, self.sinks : self.sinks + N * S] for x in keys[:2])
+        with torch.no_grad():
+            indices = self._choose(q_BTAD, k, keys.means, past, N)
+        if keys.k_pages is not None and T <= FEW:
+            return selected_decode(q_BTAD, keys.k_pages, keys.v_pages, indices, keys.page_table, impl=self.impl)
+        return selected_attention(q_BTAD, k, v, indices, chunk_size=S, impl=self.impl)
+
+    def _choose(self, q_BTAD, k, means, past: int, N: int) -> torch.Tensor:
+        """indices [B, T, H, K]."""
+        (B, T, A, _), H, S = q_BTAD.shape, k.shape[2], self.chunk_size
+        K = N if self.topk == "all" else min(self.topk, N)
+        if K < N and self.selection == "mean":
+            q_BTHD = q_BTAD.unflatten(2, (H, -1)).sum(3)
+            means = chunk_means(k, S) if means is None else means[:, :N]
+            return retrieve_chunks(q_BTHD, means, K, chunk_size=S, q_start=past, impl=self.impl)[1]
+        visible = (positions(past, q_BTAD) // S)[:, None, None]
+        every = torch.arange(N, dtype=torch.int32, device=k.device)
+        if K == N:
+            return torch.where(every < visible, every, -1).expand(B, T, H, N)
+        block = max(1, SCORES // (B * A * N * S))
+        parts = []
+        for a in range(0, T, block):
+            mass = scores(q_BTAD[:, a : a + block], k).unflatten(-1, (N, S)).logsumexp(-1)  # [B, H, G, T, N]
+            mass = mass.amax(2).transpose(1, 2).masked_fill(every >= visible[a : a + block], -torch.inf)
+            best, index = mass.topk(K, -1)
+            parts.append(torch.where(best == -torch.inf, -1, index).int())
+        return torch.cat(parts, 1)
+
+
+def scores(q_BTAD: torch.Tensor, k_BPHD: torch.Tensor) -> torch.Tensor:
+    """[B, H, G, T, P], float32 at least."""
+    q = q_BTAD.unflatten(2, (k_BPHD.shape[2], -1)).permute(0, 2, 3, 1, 4)
+    product = q.flatten(2, 3) @ k_BPHD.permute(0, 2, 3, 1)
+    dtype = torch.promote_types(product.dtype, torch.float32)
+    return product.unflatten(2, q.shape[2:4]).to(dtype) / math.sqrt(q.shape[-1])

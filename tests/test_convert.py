@@ -1,0 +1,245 @@
+"""hsa-tl convert: what transformers computes within the window, every weight accounted for, a run like any other."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from hsa_tl.cli import app
+from hsa_tl.model import load
+from hsa_tl.model.convert import convert
+from hsa_tl.model.data import ByteTokenizer
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 257, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-3, "eos_token_id": 256,
+    "bos_token_id": None,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+SOURCES = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama with biases": (
+        "LlamaForCausalLM", {"attention_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0,
+                                                                         "rope_theta": 1e4}}),
+    "llama 3": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "qwen2": ("Qwen2ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 96, "head_dim": 12}),
+}  # fmt: skip
+T = 90
+
+
+def source(folder, name="llama", dtype=torch.float32, **options):
+    """A random model of a family in a folder, with weights large enough that every one of them counts."""
+    kind, more = SOURCES[name]
+    torch.manual_seed(0)
+    kind = getattr(transformers, kind)
+    model = kind(kind.config_class(**SIZES | more))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else parameter.data.add_(
+            torch.randn_like(parameter) * 0.3
+        )
+    model.to(dtype).eval().save_pretrained(folder, **options)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=ByteTokenizer().fast(), eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_logits_are_those_of_transformers_within_the_window(name, tmp_path):
+    model = source(tmp_path / "source", name)
+    config = convert(tmp_path / "source", tmp_path / "run", window=96)
+    ours = load(tmp_path / "run")
+    assert ours.config == config and config.heads // config.kv_heads == 3 and not ours.training
+    ids = torch.randint(257, (2, T))
+    with torch.no_grad():
+        want, got = model(ids).logits, ours(ids).logits
+        assert want.std() > 0.5
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+        cache = ours.new_cache(2)
+        parts = [ours(x, cache=cache).logits for x in ids.split([60, 1, 9, 20], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=0)
+    assert [ours.config.tied, len(ours.config.biases)] == [
+        model.config.tie_word_embeddings, {"llama with biases": 4, "qwen2": 3}.get(name, 0)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A source in shards, and its run with a window far below the prompts of these tests."""
+    folder = tmp_path_factory.mktemp("small")
+    source(folder / "source", "qwen2", torch.bfloat16, max_shard_size="30KB")
+    assert len(list((folder / "source").glob("*.safetensors"))) > 2
+    convert(folder / "source", folder / "run", window=16, sinks=2, chunk_size=16, topk=1)
+    return folder
+
+
+def test_shards_of_another_type(small):
+    model = transformers.AutoModelForCausalLM.from_pretrained(small / "source", dtype=torch.float32)
+    ids = torch.randint(257, (1, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(load(small / "run")(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_options_reach_the_model(small, tmp_path):
+    """Beyond the window they differ: what is chosen counts."""
+    ids = torch.randint(257, (1, T), generator=torch.Generator().manual_seed(0))
+    options = {"window": 16, "sinks": 2, "chunk_size": 16}
+    logits = [load(small / "run")(ids).logits]
+    for i, more in enumerate(({"topk": "all"}, {"topk": 0}, {"topk": 1, "selection": "mean"}, {"sinks": 0, "topk": 1})):
+        config = convert(small / "source", tmp_path / str(i), **options | more)
+        assert {k: getattr(config, k) for k in options | more} == options | more
+        logits.append(load(tmp_path / str(i))(ids).logits)
+    for a in range(5):
+        for b in range(a):
+            assert (logits[a] - logits[b]).abs().max() > 1e-2, (a, b)
+
+
+WEIGHT = "model.layers.1.mlp.gate_proj.weight"
+DAMAGES = {
+    "missing": (lambda w: w.pop(WEIGHT), rf"must hold {WEIGHT} of shape \(40, 48\) and no other .*, got shape none"),
+    "superfluous": (
+        lambda w: w.update({"model.layers.3.x": torch.zeros(2)}), r"model.layers.3.x of shape none .*, got shape \(2,\)"
+    ),
+    "misshaped": (
+        lambda w: w.update({WEIGHT: torch.zeros(48, 40)}), rf"{WEIGHT} of shape \(40, 48\) .*, got shape \(48, 40\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_weight_is_accounted_for(damage, tmp_path):
+    source(tmp_path / "source")
+    change, message = DAMAGES[damage]
+    weights = load_file(tmp_path / "source/model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "source/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "source", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_old_files_hold_is_no_weight(tmp_path):
+    source(tmp_path / "source")
+    weights = load_file(tmp_path / "source/model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "source/model.safetensors", {"format": "pt"})
+    assert convert(tmp_path / "source", tmp_path / "run").tied
+
+
+def test_a_head_of_its_own_is_not_tied(tmp_path):
+    source(tmp_path / "source")
+    weights = load_file(tmp_path / "source/model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "source/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.weight equal to model.embed_tokens.weight, as tie"):
+        convert(tmp_path / "source", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"model_type": "gpt2"}, "model_type of the source must be one of llama, qwen2, qwen3, mistral, got 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act of the source must be silu, got 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias of the source must be False, got True"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+         "rope_type of the source must be one of default, linear, llama3, got 'yarn'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config of the source must"),
+    ),
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_what_is_not_supported_is_named(change, message, tmp_path):
+    source(tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    (tmp_path / "source/config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "source", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_window_wider_than_the_sources_is_refused(tmp_path):
+    source(tmp_path / "source", "mistral")
+    with pytest.raises(ValueError, match="sliding_window of the source must be at least --window = 97, got 96"):
+        convert(tmp_path / "source", tmp_path / "run", window=97)
+
+
+def test_sources_and_runs_that_are_none(tmp_path, small):
+    with pytest.raises(ValueError, match=r"source must be a .gguf file or a folder with config.json, got"):
+        convert(tmp_path, tmp_path / "run")
+    with pytest.raises(ValueError, match="run must be new or empty, got"):
+        convert(small / "source", small / "run")
+    source(tmp_path / "source")
+    file = tmp_path / "source/model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model.safetensors must be a whole safetensors file, got"):
+        convert(tmp_path / "source", tmp_path / "run")
+    file.unlink()
+    with pytest.raises(ValueError, match="source must hold its weights as safetensors, got no"):
+        convert(tmp_path / "source", tmp_path / "run")
+
+
+def test_a_prompt_begins_as_the_source_does(tmp_path):
+    """With the token that its tokenizer puts before every text, and ends at its end token."""
+    from tokenizers.processors import TemplateProcessing
+
+    from hsa_tl.model.data import FileTokenizer
+
+    fast = ByteTokenizer().fast()
+    fast.add_special_tokens(["<s>", "<stop>"])
+    fast.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="<stop>")
+    made.save_pretrained(tmp_path)
+    tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
+    assert [*tokenizer.begin, *tokenizer.encode("ab")] == made("ab")["input_ids"] == [257, 97, 98]
+    assert tokenizer.end == 258
+    (tmp_path / "tokenizer_config.json").unlink()
+    other = FileTokenizer(tmp_path / "tokenizer.json")
+    assert other.end == 256 and other.begin == ()
+
+
+def run(*arguments, code=0) -> str:
+    result = CliRunner().invoke(app, [str(x) for x in arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_the_command(small, tmp_path):
+    """A run that generates and exports as others do; the chat template comes along."""
+    made = tmp_path / "run"
+    options = ("--window", 16, "--sinks", 2, "--chunk-size", 16)
+    output = run("convert", small / "source", made, *options, "--topk", "all", "--selection", "mean")
+    assert "3 layers that see 2 first tokens, a window of 16 and all chunks of 16 by mean" in output
+    assert load(made).config.topk == "all" and load(made).config.selection == "mean"
+    text = run("generate", made, "hello, what is it that is here?", "--max-new-tokens", 5, "--threads", 1)
+    run("export", made, tmp_path / "folder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "n1"}], tokenize=False) == "n1!"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    ids = tokenizer("hello, what is it that is here?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, load(made)(ids).logits)
+        assert torch.equal(theirs.generate(ids, max_new_tokens=5, do_sample=False), load(made).generate(ids, 5))
+    assert text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        (("--topk", "some"), "topk must be a number of chunks from 0 on or all, got 'some'"),
+        (("--selection", "best"), "selection must be one of mass, mean, got 'best'"),
+        (("--chunk-size", 17), "chunk_size must be 16, 32, 64 or 128, got 17"),
+    ),
+)
+def test_what_is_wrong_is_one_line(options, message, small, tmp_path):
+    assert message in run("convert", small / "source", tmp_path / "run", *options, code=2)
+    assert not (tmp_path / "run").exists()

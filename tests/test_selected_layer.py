@@ -1,0 +1,87 @@
+"""Attention "selected" against its rule in float64, key by key: window, sinks, chosen chunks at one capped distance."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import assert_all_accurate
+
+from hsa_tl.accuracy import expect
+from hsa_tl.model import selected as layer
+from hsa_tl.model.attention import rotate
+from hsa_tl.model.selected import Keys, SelectedAttention
+
+THETA = 100.0
+FREQUENCIES = (1.0, 0.3, 0.02, 0.005)
+
+
+def attention(window, sinks, topk, selection="mass", theta=THETA, heads=6, kv_heads=2):
+    return SelectedAttention(
+        16, heads, kv_heads, 8, window=window, sinks=sinks, chunk_size=16, topk=topk, selection=selection,
+        rope_theta=theta,
+    )  # fmt: skip
+
+
+def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, S=16):
+    """The rule, a token and a key/value head at a time; q [B, T, A, D] at start, k and v [B, P, H, D] from 0."""
+    (B, T, A, D), (_, P, H, _) = q.shape, k.shape
+    at = lambda x, i: x if theta is None else rotate(x, i, theta)  # noqa: E731
+    out, j = torch.zeros_like(q), torch.arange(P)
+    k_rope, q_rope = at(k, j), at(q, start + torch.arange(T))
+    q_cap = at(q, torch.full((T,), window))
+    for t in range(T):
+        p = start + t
+        near = (j <= p) & ((j > p - window) | (j < sinks))
+        behind = (j >= sinks) & (j <= p - window)
+        N = max(0, p - window + 1 - sinks) // S
+        for b in range(B):
+            for h in range(H):
+                heads = slice(h * A // H, (h + 1) * A // H)
+                score = q_rope[b, t, heads] @ k_rope[b, :, h].T / math.sqrt(D)
+                capped = q_cap[b, t, heads] @ k[b, :, h].T / math.sqrt(D)
+                seen = near | behind
+                if N and topk != "all":
+                    chunks = capped[:, sinks : sinks + N * S].unflatten(1, (N, S))
+                    if selection == "mass":
+                        value = chunks.logsumexp(2).amax(0)
+                    else:
+                        value = chunks.mean(2).sum(0)
+                    seen = seen.clone()
+                    chosen = torch.zeros(N, dtype=torch.bool)
+                    chosen[value.topk(min(topk, N)).indices] = True
+                    seen[sinks : sinks + N * S] &= chosen.repeat_interleave(S) | near[sinks : sinks + N * S]
+                score = torch.where(near, score, capped).masked_fill(~seen, -torch.inf)
+                out[b, t, heads] = score.softmax(-1) @ v[b, :, h]
+    return out
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 40), st.integers(0, 90), st.sampled_from((1, 7, 16, 24, 200)), st.sampled_from((0, 1, 4, 20)),
+    st.sampled_from((0, 1, 2, "all")), st.sampled_from(("mass", "mean")), st.sampled_from((THETA, FREQUENCIES, None)),
+    st.sampled_from(((6, 2), (3, 1), (2, 2))), st.booleans(),
+)  # fmt: skip
+def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads, blocks):
+    """Out and the gradients of queries, keys and values; in blocks of few tokens too."""
+    torch.manual_seed(T)
+    A, H = heads
+    q, do = torch.randn(1, T, A, 8), torch.randn(1, T, A, 8)
+    k, v = torch.randn(1, before + T, H, 8), torch.randn(1, before + T, H, 8)
+    made = attention(window, sinks, topk, selection, theta, A, H)
+    options = {"window": window, "sinks": sinks, "topk": topk, "selection": selection, "theta": theta}
+
+    def results(run, q, k, v, do):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = run(*leaves)
+        grads = torch.autograd.grad((out * do).sum(), leaves)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+
+    want = expect(lambda *x: results(lambda q, k, v: oracle(q, k, v, before, **options), *x), q, k, v, do)
+    with pytest.MonkeyPatch.context() as patch:
+        if blocks:
+            patch.setattr(layer, "BLOCK", 7)
+            patch.setattr(layer, "SCORES", 5000)
+        got = results(lambda q, k, v: made.over(q, Keys(k, v))[0], q, k, v, do)
+    assert_all_accurate(got, want)
