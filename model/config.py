@@ -34,7 +34,7 @@ class ModelConfig:
     (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). "selected":
     every layer has one softmax over its window, the first tokens and chosen chunks of its own keys, as a pretrained
     model has it that `hsa-tl convert` made (`hsa_tl.model.selected`). No parameter's shape depends on window, topk,
-    top_p, exclude_window, fusion, distractors, rope, sinks or selection, so that a checkpoint goes from one training
+    topp, exclude_window, fusion, distractors, rope, sinks or selection, so that a checkpoint goes from one training
     stage to the next. The defaults are the preset "tiny".
 
     Args:
@@ -63,7 +63,7 @@ class ModelConfig:
             Default: "none".
         chunk_size (int): S, one of 16, 32, 64, 128. Default: 16.
         topk (int or "all"): K, chunks that a token retrieves; may be 0 for "selected". Default: 8.
-        top_p (float): of these a token reads the fewest that hold this share of the weight, see
+        topp (float): of these a token reads the fewest that hold this share of the weight, see
             `hsa_tl.top_p_chunks`; of HSA. Default: 1.0, all.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
         fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
@@ -118,7 +118,7 @@ class ModelConfig:
     value_residual: str = "none"
     chunk_size: int = 16
     topk: int | str = 8
-    top_p: float = 1.0
+    topp: float = 1.0
     exclude_window: bool = False
     fusion: str = "softmax"
     distractors: int = 0
@@ -165,7 +165,7 @@ class ModelConfig:
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
             ("topk", self.topk == "all" or (type(self.topk) is int and self.topk >= least), COUNT),
-            ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
+            ("topp", 0 < self.topp <= 1, "lie in (0, 1]"),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
             ("recency", self.recency is None or (type(self.recency) is int and self.recency > 1), "be an int above 1"),

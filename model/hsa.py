@@ -256,14 +256,14 @@ class HSALayer(nn.Module):
         selection_overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
         recency (int): recency_span of `hsa_tl.retrieve_chunks`, whose recency is then learned for each retrieval head,
             from 0.13 on. Default: None, there is none.
-        top_p (float): see `hsa_tl.top_p_chunks`. Default: 1.0, all chosen chunks are read.
+        topp (float): see `hsa_tl.top_p_chunks`. Default: 1.0, all chosen chunks are read.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, retrieval_dim: int, *, topk: int | str = 64,
         exclude_window: int = 0, fusion: str = "softmax", retrieval_heads: int | None = None,
         rope_theta: float | None = None, impl: str = "auto", selection_overlap: float = 0.9,
-        recency: int | None = None, top_p: float = 1.0,
+        recency: int | None = None, topp: float = 1.0,
     ):  # fmt: skip
         super().__init__()
         sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim}
@@ -273,14 +273,14 @@ class HSALayer(nn.Module):
         require_int("exclude_window", exclude_window, 0)
         if recency is not None:
             require_int("recency", recency, 2)
-        require(0 < top_p <= 1, "top_p", "lie in (0, 1]", top_p)
+        require(0 < topp <= 1, "topp", "lie in (0, 1]", topp)
         require(impl != "dense" or topk == "all", "impl", 'not be "dense" unless topk is "all"', repr(impl))
         require(fusion in FUSIONS, "fusion", f"be one of {', '.join(FUSIONS)}", repr(fusion))
         self.heads, self.kv_heads = heads, kv_heads
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
         self.topk, self.exclude_window, self.fusion = topk, exclude_window, fusion
         self.rope_theta, self.impl, self.selection_overlap = rope_theta, impl, selection_overlap
-        self.recency_span, self.top_p = recency, top_p
+        self.recency_span, self.topp = recency, topp
         self.norm = RMSNorm(dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.q_slc = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
@@ -319,7 +319,7 @@ class HSALayer(nn.Module):
             indices_BTRK = torch.where(scores_BTRK == -torch.inf, -1, every)
         else:
             scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, self.topk, impl=impl, **options)
-        scores_BTRK, indices_BTRK = top_p_chunks(scores_BTRK, indices_BTRK, self.top_p)
+        scores_BTRK, indices_BTRK = top_p_chunks(scores_BTRK, indices_BTRK, self.topp)
         window_BTA = None
         if self.fusion == "joint":
             weights, window_BTA = fusion_weights(scores_BTRK, "joint", lse_BTA)  # [B, T, A, K]

@@ -22,7 +22,7 @@ OPTIONS = (
     *({"fusion": x} for x in ("softmax", "softmax1", "stick_breaking", "joint")),
     *({"chunk_size": x} for x in (16, 32, 64)),
     *({"topk": x} for x in (3, 40, "all")),
-    *({"topk": x, "top_p": 0.6} for x in (3, "all")),
+    *({"topk": x, "topp": 0.6} for x in (3, "all")),
     *({"window": x} for x in (1, 16, 33, 500)),
     {"exclude_window": True},
     {"hsa_window": 5, "hsa_window_rope": False},
@@ -76,7 +76,7 @@ def test_options_that_shape_no_parameter():
     """A checkpoint goes from stage to stage."""
     state = Model(SMALL).state_dict()
     for change in (
-        {"window": 64}, {"topk": "all"}, {"top_p": 0.5}, {"exclude_window": True}, {"fusion": "joint"}, {"rope": ()},
+        {"window": 64}, {"topk": "all"}, {"topp": 0.5}, {"exclude_window": True}, {"fusion": "joint"}, {"rope": ()},
         {"activation_checkpointing": True}, {"impl": "reference"}, {"rope_theta": 500.0}, {"norm_eps": 0.1},
         {"rope_frequencies": (0.5,) * 8},
     ):  # fmt: skip
@@ -86,7 +86,7 @@ def test_options_that_shape_no_parameter():
 @pytest.mark.parametrize(
     "change",
     (
-        {"window": 21}, {"hsa_window": 19}, {"hsa_window_rope": False}, {"topk": 1}, {"top_p": 0.5},
+        {"window": 21}, {"hsa_window": 19}, {"hsa_window_rope": False}, {"topk": 1}, {"topp": 0.5},
         {"exclude_window": True}, {"fusion": "softmax1"}, {"fusion": "stick_breaking"},
         {"fusion": "joint"}, {"rope": ()}, {"rope": ("swa", "hsa")}, {"rope_theta": 100.0}, {"attention": "swa"},
         {"rope_frequencies": (0.5,) * 8},
