@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from hsa_tl.bench.plot import plot_loss
 from hsa_tl.files import write_atomic
+from hsa_tl.model import chat as chats
 from hsa_tl.model import checkpoint, data, documents, pretrained
 from hsa_tl.model import convert as conversion
 from hsa_tl.model import train as training
@@ -214,12 +216,15 @@ def _show_run(console: Console, recipe: Recipe, run: Path, done: list[training.S
 
 
 RUN = "folder of a run, or the name of weights that ship with the package: needle-tiny"
+FILE = "a text that is read first"
+MEMORY = "keeps what was read of --file: written the first time, later loaded without it"
 
 
 def generate(
     run: Annotated[str, typer.Argument(help=RUN)],
     prompt: Annotated[str, typer.Argument(help="what the model writes on")],
-    file: Annotated[Optional[Path], typer.Option(help="a text that stands before the prompt")] = None,
+    file: Annotated[Optional[Path], typer.Option(help=FILE)] = None,
+    memory: Annotated[Optional[Path], typer.Option(help=MEMORY)] = None,
     max_new_tokens: Annotated[int, number(low=0, high=10**9, help="at most; an end token ends it earlier")] = 64,
     temperature: Annotated[float, number(low=0, high=100, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float, number(low=1e-6, high=1, help="draws from the likeliest that reach this together")] = 1.0,
@@ -232,17 +237,42 @@ def generate(
     device = pick_device(device)
     model = pretrained.load(run, device)
     tokenizer = model.tokenizer
-    parts = [prompt] if file is None else [file.read_bytes(), prompt]
-    ids = [*tokenizer.begin, *(token for part in parts for token in tokenizer.encode(part))]
-    ids = torch.tensor([ids], device=device)
-    written, tokens = "", []
-    for token in model.stream(ids, max_new_tokens, temperature, top_p, seed, eos_token=tokenizer.end):
-        tokens += [t for t in token.tolist() if t != tokenizer.end]
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # else a character may be cut in two
-            typer.echo(text[len(written) :], nl=False)
-            written = text
-    typer.echo(tokenizer.decode(tokens)[len(written) :] if tokens else "")
+    cache = chats.read(model, None if file is None else file.read_bytes(), memory)
+    ids = [[*(tokenizer.begin if cache is None else ()), *tokenizer.encode(prompt)]]
+    options = {"eos_token": tokenizer.end, "cache": cache}
+    for piece in chats.pieces(model, model.stream(ids, max_new_tokens, temperature, top_p, seed, **options)):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def chat(
+    run: Annotated[str, typer.Argument(help=RUN)],
+    file: Annotated[Optional[Path], typer.Option(help=FILE)] = None,
+    memory: Annotated[Optional[Path], typer.Option(help=MEMORY)] = None,
+    max_new_tokens: Annotated[int, number(low=1, high=10**9, help="of an answer at most")] = 256,
+    temperature: Annotated[float, number(low=0, high=100, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float, number(low=1e-6, high=1, help="draws from the likeliest that reach this together")] = 1.0,
+    seed: Annotated[Optional[int], seed_option("of drawing; by default another each time")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
+    threads: Annotated[int, threads_option()] = 2,
+) -> None:
+    """Answers line by line what stands on the standard input, in one conversation. Ctrl-C ends an answer, Ctrl-D all.
+
+    A converted model reads its tokenizer's chat template, another one plain lines.
+    """
+    torch.set_num_threads(threads)
+    model = pretrained.load(run, pick_device(device))
+    cache = chats.read(model, None if file is None else file.read_bytes(), memory)
+    talk = chats.Chat(model, chats.template(run), cache)
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in talk.ask(question, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
+                typer.echo(piece, nl=False)
+        typer.echo()
 
 
 def convert(
@@ -302,6 +332,7 @@ def register(app: typer.Typer) -> None:
     app.command()(prepare)
     app.command()(train)
     app.command()(generate)
+    app.command()(chat)
     app.command()(convert)
     app.command()(export)
     app.command()(recipes)

@@ -1,0 +1,117 @@
+"""Conversations: turns that go on from the cache say what one long prompt would, documents are read once."""
+
+import dataclasses
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsa_tl.cli import app
+from hsa_tl.model import Model, chat, load, preset
+from hsa_tl.model.data import ByteTokenizer
+
+MARKS = {"user": "?", "assistant": "!"}
+
+
+class Marked(ByteTokenizer):
+    """Bytes, whose end is a mark that a template writes too."""
+
+    end = ord("|")
+
+
+def marked(messages, answer):
+    return "".join(f"{MARKS[m['role']]}{m['content']}|" for m in messages) + ("!" if answer else "")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(3)
+    made = Model(dataclasses.replace(preset("tiny"), embedding_std=1.0)).eval()
+    made.tokenizer = Marked()
+    head, letters = made.head, torch.zeros(320, dtype=torch.bool)
+    letters[ord("a") : ord("z") + 1] = True
+    made.head = lambda h: head(h).masked_fill(~letters, -torch.inf)  # answers are words
+    return made
+
+
+def ask(talk, question, tokens=12, **options):
+    return "".join(talk.ask(question, tokens, **options))
+
+
+def alone(model, text, tokens=12):
+    ids = model.tokenizer.encode(text)
+    return "".join(chat.pieces(model, model.stream([ids], tokens, eos_token=model.tokenizer.end)))
+
+
+@pytest.mark.parametrize("ends", (False, True))
+def test_turns_say_what_one_prompt_does(ends, model):
+    """The document, both questions and the first answer, as the template writes them, also where it ended by itself."""
+    document = "a long document. " * 9
+    for end in map(chr, range(ord("a"), ord("z"))) if ends else "|":  # some letter comes in the answer
+        model.tokenizer.end = ord(end)
+        render = lambda *x, end=end: marked(*x).replace("|", end)  # noqa: E731
+        talk = chat.Chat(model, render, chat.read(model, document.encode()))
+        first = ask(talk, "first")
+        if ends == (len(first) < 12):
+            break
+    first_turn = [{"role": "user", "content": "first"}, {"role": "assistant", "content": first}]
+    assert ends == (len(first) < 12) and talk.messages == first_turn
+    assert first == alone(model, document + render(first_turn[:1], True))
+    second = ask(talk, "second")
+    assert second == alone(model, document + render([*first_turn, {"role": "user", "content": "second"}], True))
+
+
+def test_an_answer_that_is_left_is_gone_on_from(model):
+    model.tokenizer.end = None
+    talk = chat.Chat(model, marked)
+    answer = talk.ask("q", 30)
+    said = next(answer) + next(answer)
+    answer.close()
+    assert ask(talk, "more") == alone(model, f"?q|!{said}|?more|!")
+
+
+def test_a_template_that_rewrites_turns(model):
+    """What the model has read stays; the new turn comes behind it."""
+    model.tokenizer.end = None
+    render = lambda messages, answer: marked(messages[-1:], answer)  # noqa: E731
+    talk = chat.Chat(model, render)
+    first = ask(talk, "one")
+    assert ask(talk, "two") == alone(model, f"?one|!{first}?two|!")
+
+
+def test_a_memory_is_written_once_and_loaded(model, tmp_path):
+    text, path = b"the document that is kept " * 7, tmp_path / "kept"
+    read = []
+    first = chat.read(model, text, path, progress=read.append)
+    again = chat.read(model, None, path, progress=lambda n: pytest.fail("it is read again"))
+    assert read[-1] == len(text) and first.lengths == again.lengths == [len(text)]
+    answers = [ask(chat.Chat(model, marked, cache), "q") for cache in (first, again)]
+    assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match="file must be left out where the memory holds a text"):
+        chat.read(model, text, path)
+    with pytest.raises(ValueError, match="memory must be a file that exists, or come with a text"):
+        chat.read(model, None, tmp_path / "none")
+    assert chat.read(model, None) is None
+
+
+def run(*arguments, code=0, given=None):
+    result = CliRunner().invoke(app, [*map(str, arguments), "--threads", "1"], input=given)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_commands_keep_a_memory(tmp_path):
+    (tmp_path / "haystack.txt").write_text("MARK k3 v5 n1 n2 MARK k7 v9 n5")
+    kept = ("--memory", tmp_path / "kept", "--max-new-tokens", 1)
+    assert run("generate", "needle-tiny", "ASK k7", "--file", tmp_path / "haystack.txt", *kept) == "v9\n"
+    assert run("generate", "needle-tiny", "ASK k3", *kept) == "v5\n"
+    assert run("chat", "needle-tiny", *kept, given="ASK k7\nASK k3\n").split() == ["v9", "v5"]
+    assert "file must be left out" in run(
+        "generate", "needle-tiny", "ASK k3", "--file", tmp_path / "haystack.txt", *kept, code=2
+    )
+
+
+def test_plain_models_answer_a_line():
+    model = load("needle-tiny")
+    assert chat.template("needle-tiny") is None
+    assert chat.Chat(model).stop == "\n" and chat.lines([{"role": "user", "content": "a"}], True) == "a\n"
