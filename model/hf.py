@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -183,6 +184,11 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
     def register_for_auto_class(cls, auto_class="AutoModelForCausalLM") -> None:
         """Nothing to do: save_pretrained always writes what Auto classes need."""
 
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As GenerationMixin's, without the tokenizer that `generate` takes for itself and passes on."""
+        kwargs.pop("tokenizer", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def forward(
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None, past_key_values: HSACache | None = None,
@@ -306,3 +312,5 @@ def kept_columns(logits_to_keep: int | torch.Tensor, T: int) -> tuple[slice | to
 
 AutoConfig.register(HSAConfig.model_type, HSAConfig, exist_ok=True)
 AutoModelForCausalLM.register(HSAConfig, HSAForCausalLM, exist_ok=True)
+# `transformers serve` takes the class that a config names from the package, of which there are two lazy modules then.
+type(transformers).HSAForCausalLM = HSAForCausalLM

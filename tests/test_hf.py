@@ -8,9 +8,10 @@ from tiers import tiered
 
 pytest.importorskip("transformers", reason="needs transformers, the extra hf")
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hsa_tl.model import Model, hf, preset
+from hsa_tl.model.data import ByteTokenizer
 from hsa_tl.model.hf import HSACache, HSAConfig, HSAForCausalLM
 
 SMALL = replace(
@@ -176,3 +177,15 @@ def test_config_errors_name_the_field():
         HSAConfig({"heads": 0})
     with pytest.raises(ValueError, match=r"model must hold fields of ModelConfig: .*'depth'"):
         HSAConfig({"depth": 3})
+
+
+def test_generate_takes_a_tokenizer(model):
+    """Which transformers' server always passes, and stop_strings needs."""
+    fast = ByteTokenizer().fast()
+    ids, options = torch.randint(50, (1, 40)), {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 7}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
+    free = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, tokenizer=tokenizer, **options), free)
+    stop = tokenizer.decode(free[0, 41:42])
+    stopped = model.generate(ids, tokenizer=tokenizer, stop_strings=stop, **options)
+    assert torch.equal(stopped, free[:, : stopped.shape[1]]) and stopped.shape[1] <= 42
