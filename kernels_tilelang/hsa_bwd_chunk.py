@@ -22,7 +22,7 @@ from hsa_tl.kernels_tilelang.config_base import (
     gradient_refusal,
     row_bytes,
 )
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradients, exp_rows, gradient_products, tile_products, weigh_rows
 
 
 @dataclass(frozen=True)
@@ -157,19 +157,13 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         slot = slot_shared[r]
                         row_weight[r] = weights[i_b, slot // K, i_h, T.min(head(r, head_shared), heads_w - 1), slot % K]
 
-                    T.clear(acc_s)
-                    T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
-                    T.clear(acc_dp)
-                    T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                    tile_products(q_shared, k_shared, do_shared, v_shared, acc_s, acc_dp)
                     length = chunk_len[i_c] if masked else None
                     exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, length)
                     weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real, scale)
-                    T.copy(acc_s, p_shared)
-                    T.copy(acc_dp, ds_shared)
-                    T.gemm(p_shared, do_shared, acc_dv, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
-                    T.gemm(ds_shared, q_shared, acc_dk, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
-                    T.clear(acc_dq)
-                    T.gemm(ds_shared, k_shared, acc_dq, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
+                    gradient_products(
+                        acc_s, acc_dp, p_shared, ds_shared, q_shared, do_shared, k_shared, acc_dq, acc_dk, acc_dv
+                    )
 
                     if heads_w == 1:
                         T.copy(delta, delta_shared)
@@ -201,9 +195,6 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                                     r, d
                                 ]
 
-                for s, d in T.Parallel(S, D):
-                    dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
-                for s, d in T.Parallel(S, D):
-                    dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
+                add_gradients(acc_dk, acc_dv, dk, dv, i_b, i_c, i_h)
 
     return hsa_bwd_chunk

@@ -20,7 +20,7 @@ from hsa_tl.kernels_tilelang.config_base import (
     gradient_refusal,
     row_bytes,
 )
-from hsa_tl.kernels_tilelang.macros import LOG2E, softmax_and_delta
+from hsa_tl.kernels_tilelang.macros import LOG2E, softmax_and_delta, tile_products
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,7 @@ def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config
                         0.0,
                     )
 
-                T.clear(acc_s)
-                T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
-                T.clear(acc_dp)
-                T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                tile_products(q_shared, k_shared, do_shared, v_shared, acc_s, acc_dp)
                 length = chunk_len[i_c] if masked else None
                 softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale * LOG2E, length)
                 for r, s in T.Parallel(rows, S):

@@ -58,6 +58,36 @@ def add_pairs(acc_o, slot_shared, stage, left, K, partial, i_b, i_h):
 
 
 @T.macro
+def tile_products(q, k, dout, v, acc_s, acc_dp):
+    """acc_s = q k^T and acc_dp = dout v^T, both [rows, S]."""
+    T.clear(acc_s)
+    T.gemm(q, k, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+    T.clear(acc_dp)
+    T.gemm(dout, v, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+
+
+@T.macro
+def gradient_products(acc_s, acc_dp, p_shared, ds_shared, q, dout, k, acc_dq, acc_dk, acc_dv):
+    """Of P in acc_s and dS in acc_dp: acc_dv += P^T dout and acc_dk += dS^T q, both [S, D]; acc_dq = dS k [rows, D]."""
+    T.copy(acc_s, p_shared)
+    T.copy(acc_dp, ds_shared)
+    T.gemm(p_shared, dout, acc_dv, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)
+    T.gemm(ds_shared, q, acc_dk, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)
+    T.clear(acc_dq)
+    T.gemm(ds_shared, k, acc_dq, policy=T.GemmWarpPolicy.FullRow)
+
+
+@T.macro
+def add_gradients(acc_dk, acc_dv, dk, dv, i_b, i_c, i_h):
+    """The chunk's rows of dk and dv [B, N, S, H, D] += acc_dk, acc_dv."""
+    S, D = acc_dk.shape
+    for s, d in T.Parallel(S, D):
+        dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
+    for s, d in T.Parallel(S, D):
+        dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
+
+
+@T.macro
 def softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale_log2, length):
     """acc_s = P, the softmax of the scores in it; acc_dp = P * dP of the dP in it; delta = rowsum(P * dP)."""
     exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradients, gradient_products, tile_products
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,16 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
                     for r in T.Parallel(rows):
                         row_delta[r] = delta[i_b, slot_shared[r] // K, i_h, head_shared[r]]
 
-                    T.clear(acc_s)
-                    T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
-                    T.clear(acc_dp)
-                    T.gemm(do_shared, v_shared, acc_dp, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)  # [rows, S]
+                    tile_products(q_shared, k_shared, do_shared, v_shared, acc_s, acc_dp)
                     for r, s in T.Parallel(rows, S):
                         acc_s[r, s] = T.if_then_else(
                             (r < real) & (s < length), T.exp2(acc_s[r, s] * (scale * LOG2E) - row_lse2[r]), 0.0
                         )
                     for r, s in T.Parallel(rows, S):
                         acc_dp[r, s] = acc_s[r, s] * (acc_dp[r, s] - row_delta[r]) * scale
-                    T.copy(acc_s, p_shared)
-                    T.copy(acc_dp, ds_shared)
-                    T.gemm(p_shared, do_shared, acc_dv, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
-                    T.gemm(ds_shared, q_shared, acc_dk, transpose_A=True, policy=T.GemmWarpPolicy.FullCol)  # [S, D]
-                    T.clear(acc_dq)
-                    T.gemm(ds_shared, k_shared, acc_dq, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
+                    gradient_products(
+                        acc_s, acc_dp, p_shared, ds_shared, q_shared, do_shared, k_shared, acc_dq, acc_dk, acc_dv
+                    )
 
                     if config.reduce_add:
                         for r, d in T.Parallel(rows, D):
@@ -123,9 +117,6 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
                                 row = slot_shared[r] - start * K
                                 dq_partial[i_b, i_h, row, head_shared[r], d] = q_shared[r, d]
 
-                for s, d in T.Parallel(S, D):
-                    dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
-                for s, d in T.Parallel(S, D):
-                    dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
+                add_gradients(acc_dk, acc_dv, dk, dv, i_b, i_c, i_h)
 
     return selected_bwd_chunk
