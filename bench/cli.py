@@ -170,7 +170,9 @@ def evaluate(
         "out/data/held_out.bin"
     ),
     memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
-    topk: Annotated[Optional[int], number(low=1, high=1 << 16, help="chunks to retrieve, by default the run's")] = None,
+    topk: Annotated[
+        Optional[int], number(low=0, high=1 << 16, help="chunks to retrieve, 0 for windows only; by default the run's")
+    ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
     windows: Annotated[int, number(low=1, high=1 << 20, help="places of the file, for perplexity")] = 8,
     before: Annotated[
@@ -190,14 +192,18 @@ def evaluate(
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)
     model = load(run, device)
-    if topk is not None:
-        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
     about = ruler.Run.of(run, model)
+    if topk:
+        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+    if topk == 0:
+        if model.encoder is None or what == "selections":
+            raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
+        about = dataclasses.replace(about, model=f"{about.model}, windows only")
     if what == "selections":
         source = dataclasses.asdict(about) | ruler.origin(device)
         save_selections(model, data.TokenFile(data_file), points[-1], out, source)
         return
-    reader = LongReader(model, folder=memory)
+    reader = LongReader(model, folder=memory, retrieve=topk != 0)
     if what == "perplexity":
         most = parse_lengths(before)[-1] if before else 0
         found = ruler.run_perplexity(reader, data.TokenFile(data_file), points, windows=windows, before=most)
@@ -219,8 +225,9 @@ def evaluate(
         written = plot_or_say(console, plot_eval.plot_ruler, *arguments, out / "ruler.png")
     else:
         written = plot_or_say(console, plot_eval.plot_perplexity, kept, out / "perplexity.png")
-    names = list(vars(rows[0]))
-    cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
+    names = [name for name in vars(rows[0]) if name != "bits"]
+    cells = [[getattr(r, name) for name in names] for r in rows]
+    cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in row] for row in cells]
     show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
     say_written([out / f"{what}.json", *written])
 

@@ -68,6 +68,7 @@ class PerplexityRow:
     tokens: int
     windows: int
     standard_error: float | None = None  # of bits_per_token, over the windows
+    bits: list[float] | None = None  # per token of each window: runs asked at the same ones are compared in pairs
 
 
 def chance(vocabulary: str) -> float:
@@ -116,7 +117,7 @@ def run_perplexity(
     for length in lengths:
         bits = [evaluate.bits_per_token(reader, np.asarray(file.tokens[e - length : e]), last) for e in ends]
         error = float(np.std(bits, ddof=1) / windows**0.5) if windows > 1 else None
-        yield PerplexityRow(length, float(np.mean(bits)), last, windows, error)
+        yield PerplexityRow(length, float(np.mean(bits)), last, windows, error, [round(x, 5) for x in bits])
 
 
 def origin(device: str) -> dict[str, str]:

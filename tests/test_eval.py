@@ -73,6 +73,12 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     invoke("perplexity", "--run", other, *common[2:], "--lengths", "512", "--windows", 2)
     again = json.loads((tmp_path / "perplexity.json").read_text())
     assert again[:3] == rows and (again[3]["model"], again[3]["windows"]) == ("other", 2) and len(again) == 4
+    assert all(np.mean(r["bits"]) == pytest.approx(r["bits_per_token"], abs=1e-4) for r in again)
+    invoke("perplexity", *common, "--lengths", "512,1k", "--windows", 2, "--topk", 0)
+    alone = json.loads((tmp_path / "perplexity.json").read_text())[4:]
+    assert {r["model"] for r in alone} == {"toy, windows only"}
+    assert alone[0]["bits"] == alone[1]["bits"] and alone[0]["bits_per_token"] != again[1]["bits_per_token"]
+    assert "topk must be positive for selections" in invoke("selections", *common, "--topk", 0, code=2)
     invoke("perplexity", "--run", run, *common[2:], "--lengths", "256", "--before", "1k")
     same = next(r for r in json.loads((tmp_path / "perplexity.json").read_text()) if r["model"] == "toy")
     assert same["tokens"] == 128 and same["bits_per_token"] == pytest.approx(rows[0]["bits_per_token"])
