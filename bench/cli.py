@@ -156,7 +156,7 @@ def lengths(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what the first HSA layer reads")],
+    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what HSA layers read")],
     run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
@@ -248,17 +248,29 @@ def weights(
 
 
 def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:
-    """selections.safetensors for `hsa-tl bench --selection trained=FILE`; their overlap and source as JSON."""
+    """selections.safetensors, of the first HSA layer, for `hsa-tl bench --selection trained=FILE`; as JSON their
+    overlap and source, and each layer's weight by distance, which is drawn."""
     if length > len(file):
         raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
-    indices = selections.trained_selection(model, file.tokens[:length])
-    found = selections.statistics(indices, model.config.chunk_size)
-    selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size, found | source)
+    layers, S = selections.trained_selections(model, file.tokens[:length]), model.config.chunk_size
+    share = model.config.kv_heads // model.config.retrieval_heads
+    indices = next(iter(layers.values()))[1][:, :, ::share]
+    found = selections.statistics(indices, S)
+    found["weight_by_distance"] = {i: selections.weight_by_distance(*x, S) for i, x in layers.items()}
+    selections.save_selection(out / "selections.safetensors", indices, S, found | source)
     rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
-    chunks = length // found["chunk_size"]
-    title = f"{length} tokens, top {found['topk']} of {chunks} chunks, overlap of neighbours {found['overlap']:.2f}"
+    title = f"{length} tokens, top {found['topk']} of {length // S} chunks, overlap of neighbours"
+    title += f" {found['overlap']:.2f}, first HSA layer"
     show_table(console, title, ("neighbours", "distinct chunks", "share"), rows, right=(0, 1, 2))
-    say_written([out / "selections.safetensors", out / "selections.json"])
+    by_layer = found["weight_by_distance"]
+    rows = [
+        (f"{2**i - 1} to {2 ** (i + 1) - 2}", *(f"{share:.3f}" for share in shares))
+        for i, shares in enumerate(zip(*by_layer.values(), strict=True))
+    ]
+    names = ("chunks between", *(f"layer {i + 1}" for i in by_layer))
+    show_table(console, "Weight by distance, tokens of the second half", names, rows, right=tuple(range(len(names))))
+    picture = plot_or_say(console, plot_eval.plot_distances, found | source, out / "selections.png")
+    say_written([out / "selections.safetensors", out / "selections.json", *picture])
 
 
 def parse_depths(text: str, steps: int) -> list[float]:

@@ -1,5 +1,6 @@
 """Plots of trained models, accuracy and bits per token by length, and of the selections that retrieval makes."""
 
+import math
 from operator import attrgetter
 from pathlib import Path
 
@@ -179,6 +180,33 @@ def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
         "Perplexity of held-out text by context; trained at "
         f"{' and '.join(map(length_label, trained))} tokens (dotted)\nthe last "
         f"{' or '.join(map(str, last))} tokens of {' or '.join(map(str, windows))} places; {bars}"
+    )
+    return save(figure, path)
+
+
+def plot_distances(found: dict, path: Path) -> list[Path]:
+    """Weight by distance in chunks, bars for each HSA layer, of what `hsa-tl eval selections` writes as JSON."""
+    layers, S = found["weight_by_distance"], found["chunk_size"]
+    figure, (ax,) = grid(1, 7, 0, 3.8, 0)
+    width = 0.8 / len(layers)
+    for i, (layer, shares) in enumerate(layers.items()):
+        x = [b + (i - (len(layers) - 1) / 2) * width for b in range(len(shares))]
+        color = COLORS[i % len(COLORS)]
+        bars = ax.bar(x, shares, 0.95 * width, color=color, label=f"layer {int(layer) + 1}")
+        ax.bar_label(bars, fmt="%.2f", fontsize=7)
+    trained = math.log2(max(1, found["trained_length"] // S - 1) + 1) - 0.5
+    if trained < len(shares) - 0.5:
+        ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", label="farther than any chunk in training")
+    ends = [(2**b - 1, 2 ** (b + 1) - 2) for b in range(len(shares))]
+    ax.set_xticks(range(len(shares)), [f"{a}" if a == b else f"{a}-{b}" for a, b in ends], fontsize=7)
+    ax.set_xlabel(f"chunks of {S} tokens between a token's own and the one it reads")
+    ax.set_ylabel("share of the weight")
+    ax.set_ylim(0, 1.1)
+    ax.grid(axis="x", visible=False)
+    ax.legend(fontsize=8)
+    ax.set_title(
+        f"How far back does HSA read? {model_name(found['model'])}, seed {found['seed']}\n"
+        f"tokens {length_label(found['tokens'] // 2)} to {length_label(found['tokens'])}, top {found['topk']}"
     )
     return save(figure, path)
 
