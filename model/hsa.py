@@ -57,6 +57,11 @@ def chunk_scores(
     return scores.masked_fill_(~seen[..., None, :], -torch.inf)
 
 
+def with_rolled(x: torch.Tensor, sequences: int) -> torch.Tensor:
+    """x [B, n, ..] of so many other sequences of the batch before each one's own: [B, (sequences + 1) * n, ..]."""
+    return torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1)
+
+
 class ChunkMemory(NamedTuple):
     """Keys and values of chunks, and landmarks: what `ChunkEncoder` returns and `HSALayer` reads. Differentiable.
 
@@ -85,7 +90,7 @@ class ChunkMemory(NamedTuple):
         """
         B = len(self.k)
         require(sequences < B, "distractors", f"be below the batch's {B} sequences", sequences)
-        return ChunkMemory(*(torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1) for x in self))
+        return ChunkMemory(*(with_rolled(x, sequences) for x in self))
 
     def retrieve(self, q_slc, start: int, topk: int, **options):
         """`hsa_tl.retrieve_chunks` over the landmarks.
