@@ -198,7 +198,7 @@ def evaluate(
     if topk == 0:
         if model.encoder is None or what == "selections":
             raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
-        about = dataclasses.replace(about, model=f"{about.model}, windows only")
+        about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
     if what == "selections":
         source = dataclasses.asdict(about) | ruler.origin(device)
         save_selections(model, data.TokenFile(data_file), points[-1], out, source)

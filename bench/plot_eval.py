@@ -1,13 +1,17 @@
 """Plots of trained models, accuracy and bits per token by length, and of the selections that retrieval makes."""
 
+import itertools
 import math
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
 
 from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.plot import GREY, RED, band, grid, interval, legend_below, length_axis, save
+from hsa_tl.bench.ruler import WINDOWS, paired
 from hsa_tl.model.recipe import load_recipe, recipe_names
 
 TASKS = {
@@ -157,8 +161,53 @@ def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
     return save(figure, path)
 
 
+def _plot_pairs(rows: list[dict], path: Path) -> list[Path]:
+    """plot_perplexity where the places are known: a line for each recipe, and its change with the length in pairs."""
+    figure, (left, right) = grid(2, 0, 5.2, 4.2, 0.6)
+    at = itemgetter("length")
+    by_model = grouped(sorted(rows, key=at), itemgetter("model"))
+    names = [name for name in dict.fromkeys(r["model"] for r in rows) if not name.endswith(WINDOWS)]
+    for name, color, marker in zip(names, itertools.cycle(COLORS), itertools.cycle("osD^vPX"), strict=False):
+        by_length = grouped(by_model[name], at)
+        bits = [[r["bits_per_token"] for r in found] for found in by_length.values()]
+        look = {"color": color, "marker": marker, "label": f"{name}, {len(bits[0])} seed{'s' * (len(bits[0]) > 1)}"}
+        band(left, list(by_length), *([f(b) for b in bits] for f in (min, mean, max)), **look)
+        if alone := [r["bits_per_token"] for r in by_model.get(name + WINDOWS, [])]:
+            left.axhline(mean(alone), color=color, linewidth=1, linestyle="--")
+        places = [np.mean([r["bits"] for r in found], 0) for found in by_length.values()]
+        change, error = zip(*(paired(p, places[0]) for p in places), strict=True)
+        bars = [1.96 * e for e in error]
+        right.errorbar(list(by_length), change, bars, markersize=4, capsize=2, linewidth=1.2, **look)
+    lengths = sorted({r["length"] for r in rows})
+    trained = sorted({r["trained_length"] for r in rows})
+    for ax in (left, right):
+        length_axis(ax, lengths)
+        for T in trained:
+            ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
+    left.set_ylabel("bits per token, lower is better")
+    left.set_title("mean of the seeds, band of all; dashed: windows alone")
+    right.axhline(0, color=GREY, linewidth=0.8)
+    right.set_ylabel("change of bits per token")
+    right.set_title(f"from {length_label(lengths[0])}, in pairs; bars: 95 % interval over the places")
+    legend_below(figure, 3)
+    figure.suptitle(
+        f"Held-out text by context, trained at {' and '.join(map(length_label, trained))} tokens (dotted); the last "
+        f"{rows[0]['tokens']} tokens of {rows[0]['windows']} places",
+        fontsize=10,
+    )
+    return save(figure, path)
+
+
 def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
-    """Bits per token against context length, a line for each run of write_rows' rows; from 0: noise is no trend."""
+    """Bits per token against context length of write_rows' rows, a line for each run; from 0: noise is no trend.
+
+    Where all have the bits of as many places and one has several lengths, a line for each recipe, and beside it the
+    change from its shortest length in pairs, whose intervals tell noise from a trend.
+    """
+    lengths = [{r["length"] for r in rows if r["model"] == name} for name in {r["model"] for r in rows}]
+    alike = len({(r["tokens"], len(r.get("bits") or ())) for r in rows}) == 1
+    if alike and len(rows[0].get("bits") or ()) > 1 and max(map(len, lengths)) > 1:
+        return _plot_pairs(rows, path)
     figure, (ax,) = grid(1, 7, 0, 4.4, 0)
     for i, (name, seed) in enumerate(dict.fromkeys((r["model"], r["seed"]) for r in rows)):
         mine = sorted((r for r in rows if (r["model"], r["seed"]) == (name, seed)), key=lambda r: r["length"])
