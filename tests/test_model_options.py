@@ -311,6 +311,8 @@ def test_distractors_are_chunks_of_other_sequences_before_the_own():
     assert torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)
     with pytest.raises(ValueError, match=r"distractors must be below the batch's 2 sequences, got 2"):
         model.train()(ids[:2])
+    with pytest.raises(ValueError, match='distractors must be 0 where "hsa" is in rope, got 2'):
+        dataclasses.replace(config, rope=("swa", "hsa"))
 
 
 def test_the_layer_says_what_overlap_it_expects(monkeypatch):
