@@ -245,7 +245,7 @@ def plot_distances(found: dict, path: Path) -> list[Path]:
         ax.bar_label(bars, fmt="%.2f", fontsize=7)
     trained = math.log2(max(1, found["trained_length"] // S - 1) + 1) - 0.5
     if trained < len(shares) - 0.5:
-        ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", label="farther than any chunk in training")
+        ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", label="as far as training shows")
     ends = [(2**b - 1, 2 ** (b + 1) - 2) for b in range(len(shares))]
     ax.set_xticks(range(len(shares)), [f"{a}" if a == b else f"{a}-{b}" for a, b in ends], fontsize=7)
     ax.set_xlabel(f"chunks of {S} tokens between a token's own and the one it reads")

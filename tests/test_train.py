@@ -285,7 +285,8 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
         model = dict(stage["model"])
         if "window" in model:
             model["window"] //= 64
-        stages.append(stage | {"steps": 1, "length": 320, "batch": 1, "accumulate": 2, "data": data, "model": model})
+        size = {"steps": 1, "length": 320, "batch": 1 + model.get("distractors", 0), "accumulate": 2}
+        stages.append(stage | size | {"data": data, "model": model})
     return recipe_of(values | {"stages": stages})
 
 
