@@ -255,19 +255,18 @@ def save_selections(model, file: data.TokenFile, length: int, out: Path, source:
     layers, S = selections.trained_selections(model, file.tokens[:length]), model.config.chunk_size
     share = model.config.kv_heads // model.config.retrieval_heads
     indices = next(iter(layers.values()))[1][:, :, ::share]
-    found = selections.statistics(indices, S)
-    found["weight_by_distance"] = {i: selections.weight_by_distance(*x, S) for i, x in layers.items()}
+    by_layer = {f"layer {i + 1}": selections.weight_by_distance(*x, S) for i, x in layers.items()}
+    found = selections.statistics(indices, S) | {"weight_by_distance": by_layer}
     selections.save_selection(out / "selections.safetensors", indices, S, found | source)
     rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
     title = f"{length} tokens, top {found['topk']} of {length // S} chunks, overlap of neighbours"
     title += f" {found['overlap']:.2f}, first HSA layer"
     show_table(console, title, ("neighbours", "distinct chunks", "share"), rows, right=(0, 1, 2))
-    by_layer = found["weight_by_distance"]
     rows = [
         (f"{2**i - 1} to {2 ** (i + 1) - 2}", *(f"{share:.3f}" for share in shares))
         for i, shares in enumerate(zip(*by_layer.values(), strict=True))
     ]
-    names = ("chunks between", *(f"layer {i + 1}" for i in by_layer))
+    names = ("chunks between", *by_layer)
     show_table(console, "Weight by distance, tokens of the second half", names, rows, right=tuple(range(len(names))))
     picture = plot_or_say(console, plot_eval.plot_distances, found | source, out / "selections.png")
     say_written([out / "selections.safetensors", out / "selections.json", *picture])

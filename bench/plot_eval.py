@@ -241,9 +241,9 @@ def plot_distances(found: dict, path: Path) -> list[Path]:
     for i, (layer, shares) in enumerate(layers.items()):
         x = [b + (i - (len(layers) - 1) / 2) * width for b in range(len(shares))]
         color = COLORS[i % len(COLORS)]
-        bars = ax.bar(x, shares, 0.95 * width, color=color, label=f"layer {int(layer) + 1}")
+        bars = ax.bar(x, shares, 0.95 * width, color=color, label=layer)
         ax.bar_label(bars, fmt="%.2f", fontsize=7)
-    trained = math.log2(max(1, found["trained_length"] // S - 1) + 1) - 0.5
+    trained = math.log2(max(2, found["trained_length"] // S)) - 0.5
     if trained < len(shares) - 0.5:
         ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", label="as far as training shows")
     ends = [(2**b - 1, 2 ** (b + 1) - 2) for b in range(len(shares))]
