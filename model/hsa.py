@@ -17,6 +17,9 @@ from hsa_tl.model.config import FUSIONS
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
 from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
+# At first. AdamW moves it by at most the learning rate a step: from near 0 it would stay there (docs/long-context.md).
+RECENCY = 3.0
+
 
 class Memory(Protocol):
     """What an HSA layer reads: a ChunkMemory in training, a PagedMemory in inference."""
@@ -260,7 +263,7 @@ class HSALayer(nn.Module):
             of a ChunkMemory, fast for some hundred tokens; operators read another memory. Default: "auto".
         selection_overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
         recency (int): recency_span of `hsa_tl.retrieve_chunks`, whose recency is then learned for each retrieval head,
-            from 0.13 on. Default: None, there is none.
+            from 3 on. Default: None, there is none.
     """
 
     def __init__(
@@ -292,7 +295,8 @@ class HSALayer(nn.Module):
         self.log_slc_scale = nn.Parameter(torch.tensor([math.log(8.0)]))
         self.recency_R = None  # a softplus keeps it positive
         if recency is not None:
-            self.recency_R = nn.Parameter(torch.full((self.retrieval_heads,), -2.0))
+            start = math.log(math.expm1(RECENCY))
+            self.recency_R = nn.Parameter(torch.full((self.retrieval_heads,), start))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def queries(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> tuple[torch.Tensor, torch.Tensor]:
