@@ -156,7 +156,7 @@ def lengths(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what the first HSA layer reads")],
+    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what HSA layers read")],
     run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
@@ -170,7 +170,9 @@ def evaluate(
         "out/data/held_out.bin"
     ),
     memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
-    topk: Annotated[Optional[int], number(low=1, high=1 << 16, help="chunks to retrieve, by default the run's")] = None,
+    topk: Annotated[
+        Optional[int], number(low=0, high=1 << 16, help="chunks to retrieve, 0 for windows only; by default the run's")
+    ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
     windows: Annotated[int, number(low=1, high=1 << 20, help="places of the file, for perplexity")] = 8,
     before: Annotated[
@@ -190,14 +192,18 @@ def evaluate(
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)
     model = load(run, device)
-    if topk is not None:
-        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
     about = ruler.Run.of(run, model)
+    if topk:
+        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+    if topk == 0:
+        if model.encoder is None or what == "selections":
+            raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
+        about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
     if what == "selections":
         source = dataclasses.asdict(about) | ruler.origin(device)
         save_selections(model, data.TokenFile(data_file), points[-1], out, source)
         return
-    reader = LongReader(model, folder=memory)
+    reader = LongReader(model, folder=memory, retrieve=topk != 0)
     if what == "perplexity":
         most = parse_lengths(before)[-1] if before else 0
         found = ruler.run_perplexity(reader, data.TokenFile(data_file), points, windows=windows, before=most)
@@ -219,8 +225,9 @@ def evaluate(
         written = plot_or_say(console, plot_eval.plot_ruler, *arguments, out / "ruler.png")
     else:
         written = plot_or_say(console, plot_eval.plot_perplexity, kept, out / "perplexity.png")
-    names = list(vars(rows[0]))
-    cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in vars(r).values()] for r in rows]
+    names = [name for name in vars(rows[0]) if name != "bits"]
+    cells = [[getattr(r, name) for name in names] for r in rows]
+    cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in row] for row in cells]
     show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
     say_written([out / f"{what}.json", *written])
 
@@ -241,17 +248,28 @@ def weights(
 
 
 def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:
-    """selections.safetensors for `hsa-tl bench --selection trained=FILE`; their overlap and source as JSON."""
+    """selections.safetensors, of the first HSA layer, for `hsa-tl bench --selection trained=FILE`; as JSON their
+    overlap and source, and each layer's weight by distance, which is drawn."""
     if length > len(file):
         raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
-    indices = selections.trained_selection(model, file.tokens[:length])
-    found = selections.statistics(indices, model.config.chunk_size)
-    selections.save_selection(out / "selections.safetensors", indices, model.config.chunk_size, found | source)
+    layers, S = selections.trained_selections(model, file.tokens[:length]), model.config.chunk_size
+    share = model.config.kv_heads // model.config.retrieval_heads
+    indices = next(iter(layers.values()))[1][:, :, ::share]
+    by_layer = {f"layer {i + 1}": selections.weight_by_distance(*x, S) for i, x in layers.items()}
+    found = selections.statistics(indices, S) | {"weight_by_distance": by_layer}
+    selections.save_selection(out / "selections.safetensors", indices, S, found | source)
     rows = [(n, f"{u:.1f}", f"{found['union_share'][n]:.2f}") for n, u in found["union_chunks"].items()]
-    chunks = length // found["chunk_size"]
-    title = f"{length} tokens, top {found['topk']} of {chunks} chunks, overlap of neighbours {found['overlap']:.2f}"
+    title = f"{length} tokens, top {found['topk']} of {length // S} chunks, overlap of neighbours"
+    title += f" {found['overlap']:.2f}, first HSA layer"
     show_table(console, title, ("neighbours", "distinct chunks", "share"), rows, right=(0, 1, 2))
-    say_written([out / "selections.safetensors", out / "selections.json"])
+    rows = [
+        (f"{2**i - 1} to {2 ** (i + 1) - 2}", *(f"{share:.3f}" for share in shares))
+        for i, shares in enumerate(zip(*by_layer.values(), strict=True))
+    ]
+    names = ("chunks between", *by_layer)
+    show_table(console, "Weight by distance, tokens of the second half", names, rows, right=tuple(range(len(names))))
+    picture = plot_or_say(console, plot_eval.plot_distances, found | source, out / "selections.png")
+    say_written([out / "selections.safetensors", out / "selections.json", *picture])
 
 
 def parse_depths(text: str, steps: int) -> list[float]:

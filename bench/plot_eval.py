@@ -1,12 +1,17 @@
 """Plots of trained models, accuracy and bits per token by length, and of the selections that retrieval makes."""
 
-from operator import attrgetter
+import itertools
+import math
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
 
 from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.plot import GREY, RED, band, grid, interval, legend_below, length_axis, save
+from hsa_tl.bench.ruler import WINDOWS, paired
 from hsa_tl.model.recipe import load_recipe, recipe_names
 
 TASKS = {
@@ -156,8 +161,53 @@ def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
     return save(figure, path)
 
 
+def _plot_pairs(rows: list[dict], path: Path) -> list[Path]:
+    """plot_perplexity where the places are known: a line for each recipe, and its change with the length in pairs."""
+    figure, (left, right) = grid(2, 0, 5.2, 4.2, 0.6)
+    at = itemgetter("length")
+    by_model = grouped(sorted(rows, key=at), itemgetter("model"))
+    names = [name for name in dict.fromkeys(r["model"] for r in rows) if not name.endswith(WINDOWS)]
+    for name, color, marker in zip(names, itertools.cycle(COLORS), itertools.cycle("osD^vPX"), strict=False):
+        by_length = grouped(by_model[name], at)
+        bits = [[r["bits_per_token"] for r in found] for found in by_length.values()]
+        look = {"color": color, "marker": marker, "label": f"{name}, {len(bits[0])} seed{'s' * (len(bits[0]) > 1)}"}
+        band(left, list(by_length), *([f(b) for b in bits] for f in (min, mean, max)), **look)
+        if alone := [r["bits_per_token"] for r in by_model.get(name + WINDOWS, [])]:
+            left.axhline(mean(alone), color=color, linewidth=1, linestyle="--")
+        places = [np.mean([r["bits"] for r in found], 0) for found in by_length.values()]
+        change, error = zip(*(paired(p, places[0]) for p in places), strict=True)
+        bars = [1.96 * e for e in error]
+        right.errorbar(list(by_length), change, bars, markersize=4, capsize=2, linewidth=1.2, **look)
+    lengths = sorted({r["length"] for r in rows})
+    trained = sorted({r["trained_length"] for r in rows})
+    for ax in (left, right):
+        length_axis(ax, lengths)
+        for T in trained:
+            ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
+    left.set_ylabel("bits per token, lower is better")
+    left.set_title("mean of the seeds, band of all; dashed: windows alone")
+    right.axhline(0, color=GREY, linewidth=0.8)
+    right.set_ylabel("change of bits per token")
+    right.set_title(f"from {length_label(lengths[0])}, in pairs; bars: 95 % interval over the places")
+    legend_below(figure, 3)
+    figure.suptitle(
+        f"Held-out text by context, trained at {' and '.join(map(length_label, trained))} tokens (dotted); the last "
+        f"{rows[0]['tokens']} tokens of {rows[0]['windows']} places",
+        fontsize=10,
+    )
+    return save(figure, path)
+
+
 def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
-    """Bits per token against context length, a line for each run of write_rows' rows; from 0: noise is no trend."""
+    """Bits per token against context length of write_rows' rows, a line for each run; from 0: noise is no trend.
+
+    Where all have the bits of as many places and one has several lengths, a line for each recipe, and beside it the
+    change from its shortest length in pairs, whose intervals tell noise from a trend.
+    """
+    lengths = [{r["length"] for r in rows if r["model"] == name} for name in {r["model"] for r in rows}]
+    alike = len({(r["tokens"], len(r.get("bits") or ())) for r in rows}) == 1
+    if alike and len(rows[0].get("bits") or ()) > 1 and max(map(len, lengths)) > 1:
+        return _plot_pairs(rows, path)
     figure, (ax,) = grid(1, 7, 0, 4.4, 0)
     for i, (name, seed) in enumerate(dict.fromkeys((r["model"], r["seed"]) for r in rows)):
         mine = sorted((r for r in rows if (r["model"], r["seed"]) == (name, seed)), key=lambda r: r["length"])
@@ -179,6 +229,33 @@ def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
         "Perplexity of held-out text by context; trained at "
         f"{' and '.join(map(length_label, trained))} tokens (dotted)\nthe last "
         f"{' or '.join(map(str, last))} tokens of {' or '.join(map(str, windows))} places; {bars}"
+    )
+    return save(figure, path)
+
+
+def plot_distances(found: dict, path: Path) -> list[Path]:
+    """Weight by distance in chunks, bars for each HSA layer, of what `hsa-tl eval selections` writes as JSON."""
+    layers, S = found["weight_by_distance"], found["chunk_size"]
+    figure, (ax,) = grid(1, 7, 0, 3.8, 0)
+    width = 0.8 / len(layers)
+    for i, (layer, shares) in enumerate(layers.items()):
+        x = [b + (i - (len(layers) - 1) / 2) * width for b in range(len(shares))]
+        color = COLORS[i % len(COLORS)]
+        bars = ax.bar(x, shares, 0.95 * width, color=color, label=layer)
+        ax.bar_label(bars, fmt="%.2f", fontsize=7)
+    trained = math.log2(max(2, found["trained_length"] // S)) - 0.5
+    if trained < len(shares) - 0.5:
+        ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", label="as far as training shows")
+    ends = [(2**b - 1, 2 ** (b + 1) - 2) for b in range(len(shares))]
+    ax.set_xticks(range(len(shares)), [f"{a}" if a == b else f"{a}-{b}" for a, b in ends], fontsize=7)
+    ax.set_xlabel(f"chunks of {S} tokens between a token's own and the one it reads")
+    ax.set_ylabel("share of the weight")
+    ax.set_ylim(0, 1.1)
+    ax.grid(axis="x", visible=False)
+    ax.legend(fontsize=8)
+    ax.set_title(
+        f"How far back does HSA read? {model_name(found['model'])}, seed {found['seed']}\n"
+        f"tokens {length_label(found['tokens'] // 2)} to {length_label(found['tokens'])}, top {found['topk']}"
     )
     return save(figure, path)
 

@@ -22,6 +22,7 @@ from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import recipe_of
 
 VOCABULARIES = ("words", "needles")
+WINDOWS = ", windows only"  # behind the name of a model whose HSA layers read nothing
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class PerplexityRow:
     tokens: int
     windows: int
     standard_error: float | None = None  # of bits_per_token, over the windows
+    bits: list[float] | None = None  # per token of each window: runs asked at the same ones are compared in pairs
 
 
 def chance(vocabulary: str) -> float:
@@ -116,7 +118,13 @@ def run_perplexity(
     for length in lengths:
         bits = [evaluate.bits_per_token(reader, np.asarray(file.tokens[e - length : e]), last) for e in ends]
         error = float(np.std(bits, ddof=1) / windows**0.5) if windows > 1 else None
-        yield PerplexityRow(length, float(np.mean(bits)), last, windows, error)
+        yield PerplexityRow(length, float(np.mean(bits)), last, windows, error, [round(x, 5) for x in bits])
+
+
+def paired(bits: list[float], others: list[float]) -> tuple[float, float]:
+    """Mean of bits - others over the same places, at least 2, and its standard error."""
+    change = np.subtract(bits, others)
+    return float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)
 
 
 def origin(device: str) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Selections of a trained model as inputs of the kernels' benchmarks: `hsa-tl bench --selection trained=FILE`."""
+"""What the HSA layers of a trained model read: how far back their weight goes, and the first one's selections as inputs
+of the kernels' benchmarks, `hsa-tl bench --selection trained=FILE`."""
 
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from hsa_tl import selection_overlap
 from hsa_tl.files import write_together
+from hsa_tl.model.hsa import Memory
 from hsa_tl.model.model import Model
 from hsa_tl.problem import Problem
 from hsa_tl.text import choosing, union_size
@@ -15,20 +17,47 @@ from hsa_tl.text import choosing, union_size
 TILES = (4, 8, 16)  # neighbouring tokens that could share one walk over the union of their chunks
 
 
+class _Watched:
+    """A memory that keeps what each HSA layer asks of it: weights [1, T, H or A, K] and chunks [1, T, H, K]."""
+
+    def __init__(self, memory: Memory):
+        self.memory, self.asked = memory, []
+        self.retrieve, self.scores = memory.retrieve, memory.scores
+
+    def attend(self, q, weights, indices, **options) -> torch.Tensor:
+        self.asked.append((weights.cpu(), indices.cpu()))
+        return self.memory.attend(q, weights, indices, **options)
+
+
 @torch.no_grad()
-def trained_selection(model: Model, tokens: np.ndarray) -> torch.Tensor:
-    """indices [1, T, R, K] int32 that the first HSA layer chooses for tokens [T].
+def trained_selections(model: Model, tokens: np.ndarray) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each HSA layer, by its number, the weights [1, T, H or A, K] and chunks [1, T, H, K] for tokens [T].
 
     ValueError: a model without HSA, or one that selects all.
     """
-    topk = model.config.topk
-    if model.encoder is None or topk == "all":
-        raise ValueError(f"model must have HSA with a topk, got {model.config.attention} with topk {topk}")
+    c = model.config
+    if model.encoder is None or c.topk == "all":
+        raise ValueError(f"model must have HSA with a topk, got {c.attention} with topk {c.topk}")
     ids = torch.from_numpy(tokens.astype(np.int64))[None].to(next(model.parameters()).device)
-    h, _ = model.lower(model.embed(ids))
-    layer = model.layers[model.config.lower_layers].hsa
-    _, q_slc = layer.queries(h)
-    return model.encode(h).retrieve(q_slc, 0, topk, exclude_window=layer.exclude_window)[1].cpu()
+    h, first_v = model.lower(model.embed(ids))
+    memory = _Watched(model.encode(h))
+    model.upper(h, memory, first_v)
+    return dict(zip((i for i, kind in enumerate(c.kinds) if kind == "hsa"), memory.asked, strict=True))
+
+
+def weight_by_distance(weights: torch.Tensor, indices: torch.Tensor, chunk_size: int) -> list[float]:
+    """Mean weight, of the tokens of the second half, on chunks 0, 1 to 2, 3 to 6, 7 to 14 and so on before their own.
+
+    Of the second half, since tokens near the start see no far chunk. weights [1, T, H or A, K], indices [1, T, H, K]:
+    what trained_selections gives. The shares add up to 1 where every token has chunks and fusion is by a softmax.
+    """
+    T = indices.shape[1]
+    weights = weights.unflatten(2, (indices.shape[2], -1)).mean(3)
+    weights, indices = (x[0, T // 2 :].double() for x in (weights, indices))
+    between = torch.arange(T // 2, T)[:, None, None] // chunk_size - 1 - indices
+    bucket = torch.where(indices < 0, 0, (between + 1).log2().floor()).long()  # what is no chunk has no weight
+    total = torch.bincount(bucket.flatten(), weights.flatten(), max(1, ((T - 1) // chunk_size).bit_length()))
+    return (total / (weights.shape[0] * weights.shape[1])).tolist()
 
 
 def statistics(indices: torch.Tensor, chunk_size: int) -> dict:

@@ -68,7 +68,8 @@ class ModelConfig:
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
         fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
-            before its own, so that it learns to choose among as many chunks as a longer context has. Default: 0.
+            before its own, so that it learns to choose among as many chunks as a longer context has; not with
+            positions in HSA, since theirs would be its own's. Default: 0.
         retrieval_heads (int): R; each serves kv_heads / retrieval_heads key/value heads. Default: 1.
         retrieval_dim (int): D_r. Default: 128.
         encoder_layers (int): of the chunk encoder. Default: 1.
@@ -166,6 +167,7 @@ class ModelConfig:
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
             ("topk", self.topk == "all" or (type(self.topk) is int and self.topk >= least), COUNT),
             ("topp", 0 < self.topp <= 1, "lie in (0, 1]"),
+            ("distractors", not self.distractors or "hsa" not in self.rope, 'be 0 where "hsa" is in rope'),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
             ("recency", self.recency is None or (type(self.recency) is int and self.recency > 1), "be an int above 1"),

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from hsa_tl import hsa_attention, retrieve_chunks
-from hsa_tl.model.hsa import ChunkMemory, chunk_scores
+from hsa_tl.model.hsa import ChunkMemory, chunk_scores, with_rolled
 from hsa_tl.model.model import Model, ModelOutput
 
 IGNORE = -100
@@ -55,12 +55,15 @@ class Neighbours:
 
 
 class ShardedMemory:
-    """A Memory over the chunks of all ranks; see hsa_tl.model.hsa. `own`: this rank's."""
+    """A Memory over the chunks of all ranks; see hsa_tl.model.hsa. own: this rank's chunks. distractors: other
+    sequences of the batch whose chunks, too, every rank holds its part of; all of one come before all of the next."""
 
-    def __init__(self, own: ChunkMemory, mesh: DeviceMesh):
-        self.own, self.mesh = own, mesh
-        self.landmarks = gather(own.landmarks, mesh)  # [B, N, R, E]
-        self.first = mesh.get_local_rank() * own.landmarks.shape[1]
+    def __init__(self, own: ChunkMemory, mesh: DeviceMesh, distractors: int = 0):
+        self.mesh, self.part = mesh, own.landmarks.shape[1]  # chunks of a sequence at each rank
+        self.own, self.landmarks = own, gather(own.landmarks, mesh)  # [B, N, R, E]
+        if distractors:
+            self.own = own.with_distractors(distractors)
+            self.landmarks = with_rolled(self.landmarks, distractors)
 
     def retrieve(self, q_slc, start: int, topk: int, **options):
         return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, **options)
@@ -69,8 +72,10 @@ class ShardedMemory:
         return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, **options)
 
     def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
-        everyone = gather(indices, self.mesh) - self.first
-        mine = torch.where((everyone >= 0) & (everyone < self.own.landmarks.shape[1]), everyone, -1).int()
+        everyone, chunks = gather(indices, self.mesh), self.part * self.mesh.size()
+        held = everyone % chunks // self.part == self.mesh.get_local_rank()
+        here = everyone // chunks * self.part + everyone % self.part
+        mine = torch.where((everyone >= 0) & held, here, -1).int()
         out = hsa_attention(
             gather(q, self.mesh), self.own.k, self.own.v, gather(weights, self.mesh), mine,
             chunk_size=self.own.chunk_size, impl=impl, config={"overlap": overlap},
@@ -105,10 +110,8 @@ class ContextParallel(nn.Module):
     ) -> ModelOutput:
         model, part = self.model, self.part(input_ids.shape[1])
         c = model.config
-        if c.attention in ("nsa", "selected") or c.impl == "dense" or (c.distractors and model.training):
-            raise NotImplementedError(
-                'context parallelism needs attention "hsa", "swa" or "full", no impl="dense" and no distractors'
-            )
+        if c.attention in ("nsa", "selected") or c.impl == "dense":
+            raise NotImplementedError('context parallelism needs attention "hsa", "swa" or "full", no impl="dense"')
         past = None
         if model.conv is not None and part.start:
             past = model.embedding(input_ids[:, part.start - model.config.conv + 1 : part.start])
@@ -117,8 +120,12 @@ class ContextParallel(nn.Module):
         lower = model.config.lower_layers
         h_BTC, first_v_BTHD = model.lower(x_BTC, part.start, caches[:lower])
         own = model.encode(h_BTC, part.start)
-        memory = None if own is None else ShardedMemory(own, self.mesh)
-        h_BTC = model.upper(h_BTC, memory, first_v_BTHD, part.start, caches[lower:])
+        memory, start = None, part.start
+        if own is not None:
+            distractors = c.distractors if model.training else 0
+            memory = ShardedMemory(own, self.mesh, distractors)
+            start += distractors * input_ids.shape[1]
+        h_BTC = model.upper(h_BTC, memory, first_v_BTHD, start, caches[lower:])
         logits = None if logits_to_keep == 0 else model.head(h_BTC)
         if labels is None:
             return ModelOutput(logits)

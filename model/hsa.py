@@ -17,6 +17,9 @@ from hsa_tl.model.config import FUSIONS
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
 from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
+# At first. AdamW moves it by at most the learning rate a step: from near 0 it would stay there (docs/long-context.md).
+RECENCY = 3.0
+
 
 class Memory(Protocol):
     """What an HSA layer reads: a ChunkMemory in training, a PagedMemory in inference."""
@@ -57,6 +60,11 @@ def chunk_scores(
     return scores.masked_fill_(~seen[..., None, :], -torch.inf)
 
 
+def with_rolled(x: torch.Tensor, sequences: int) -> torch.Tensor:
+    """x [B, n, ..] of so many other sequences of the batch before each one's own: [B, (sequences + 1) * n, ..]."""
+    return torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1)
+
+
 class ChunkMemory(NamedTuple):
     """Keys and values of chunks, and landmarks: what `ChunkEncoder` returns and `HSALayer` reads. Differentiable.
 
@@ -85,7 +93,7 @@ class ChunkMemory(NamedTuple):
         """
         B = len(self.k)
         require(sequences < B, "distractors", f"be below the batch's {B} sequences", sequences)
-        return ChunkMemory(*(torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1) for x in self))
+        return ChunkMemory(*(with_rolled(x, sequences) for x in self))
 
     def retrieve(self, q_slc, start: int, topk: int, **options):
         """`hsa_tl.retrieve_chunks` over the landmarks.
@@ -255,7 +263,7 @@ class HSALayer(nn.Module):
             of a ChunkMemory, fast for some hundred tokens; operators read another memory. Default: "auto".
         selection_overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
         recency (int): recency_span of `hsa_tl.retrieve_chunks`, whose recency is then learned for each retrieval head,
-            from 0.13 on. Default: None, there is none.
+            from 3 on. Default: None, there is none.
         topp (float): see `hsa_tl.top_p_chunks`. Default: 1.0, all chosen chunks are read.
     """
 
@@ -289,7 +297,8 @@ class HSALayer(nn.Module):
         self.log_slc_scale = nn.Parameter(torch.tensor([math.log(8.0)]))
         self.recency_R = None  # a softplus keeps it positive
         if recency is not None:
-            self.recency_R = nn.Parameter(torch.full((self.retrieval_heads,), -2.0))
+            start = math.log(math.expm1(RECENCY))
+            self.recency_R = nn.Parameter(torch.full((self.retrieval_heads,), start))
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def queries(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,15 +28,15 @@ class LongReader:
     their own, reads each anew; "full" reads each whole, at most ONE_SHOT tokens.
 
     segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
-    heap.
+    heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty.
     """
 
-    def __init__(self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None):
+    def __init__(self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None, retrieve: bool = True):
         if segment % model.config.chunk_size:
             raise ValueError(f"segment must be a multiple of chunk_size = {model.config.chunk_size}, got {segment}")
         if folder is not None and next(model.parameters()).device.type != "cpu":
             raise ValueError(f"folder must be left out on a GPU, got {folder}")
-        self.model, self.segment, self.folder = model, segment, folder
+        self.model, self.segment, self.folder, self.retrieve = model, segment, folder, retrieve
         c = model.config
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]
         self.whole = any(x.attention.window is None for x in lower)
@@ -73,7 +73,8 @@ class LongReader:
 
     def _remember(self, tokens: np.ndarray) -> None:
         """Brings the memory to these tokens: all chunks the first time, then those that a changed token reaches."""
-        S, N = self.model.config.chunk_size, len(tokens) // self.model.config.chunk_size
+        S = self.model.config.chunk_size
+        N = len(tokens) // S if self.retrieve else 0
         if len(tokens) != len(self.tokens):
             c, p = self.model.config, next(self.model.parameters())
             spec = MemorySpec.of(c, 1, p.dtype)

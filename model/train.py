@@ -105,11 +105,13 @@ def _spread(function):
 
 
 def _parts(batches: list[Batch], module: nn.Module, ranks: Ranks) -> list[Batch]:
-    """The batches, cut into what a worker trains on at a time; a mixture of experts counts what it sees."""
+    """The batches, cut into what a worker trains on at a time; a mixture of experts counts what it sees, and a
+    sequence's distractors are of its own part."""
     if not ranks.alone or any(isinstance(m, MoE) for m in module.modules()):
         return batches
-    rows = max(1, PART_TOKENS // batches[0].input_ids.shape[1])
-    return [Batch(*x) for b in batches for x in zip(*(tensor.split(rows) for tensor in b), strict=True)]
+    rows = max(PART_TOKENS // batches[0].input_ids.shape[1], module.config.distractors + 1)
+    cut = [(tensor.tensor_split(max(1, len(tensor) // rows)) for tensor in b) for b in batches]
+    return [Batch(*x) for b in cut for x in zip(*b, strict=True)]
 
 
 def _labels(*batches: Batch) -> int:

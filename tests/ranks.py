@@ -20,6 +20,8 @@ CONFIGS = {
     "all chunks": {"topk": "all", "exclude_window": True, "value_residual": "resformer"},
     "joint": {"fusion": "joint", "window": 50, "heads": 8, "kv_heads": 2, "retrieval_heads": 2},
     "recency": {"recency": 4, "topk": 3},
+    "distractors": {"distractors": 1, "topk": 12, "recency": 4},
+    "distractors, all chunks": {"distractors": 1, "topk": "all", "fusion": "joint"},
     "swa": {"attention": "swa", "window": 70, "conv": 0},
     "full": {"attention": "full"},
     "experts": {"experts": 4, "experts_per_token": 2, "expert_dim": 64},

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from hsa_tl.bench import compare, page, plot, plot_eval, record
 from hsa_tl.bench.cli import SUITES
 from hsa_tl.bench.record import Row
-from hsa_tl.bench.ruler import RulerRow
+from hsa_tl.bench.ruler import WINDOWS, RulerRow, paired
 from hsa_tl.cli import app
 
 
@@ -142,6 +142,23 @@ def test_a_plot_of_perplexity_begins_at_0(tmp_path):
     text = plot_eval.plot_perplexity(found, tmp_path / "p.png")[1].read_text()
     words = ("HSA (text-tiny), 0.60M, seed 0", "mine, 0.60M", "last 512 tokens of 64 places", "95 % interval", ">0.0")
     assert all(word in text for word in words)
+
+
+def test_a_plot_of_perplexity_in_pairs(tmp_path, monkeypatch):
+    """Seeds of a recipe are one line; a change is of the same places, a mean of seeds too."""
+    common = {"parameters": 1, "trained_length": 1024, "tokens": 512, "windows": 2, "bits_per_token": 1.5}
+    found = [
+        common | {"model": "mine", "seed": seed, "length": T, "bits": [2.0 + seed, 1.0 + more]}
+        for T, more in ((1024, 0), (4096, 0.5)) for seed in (0, 1)
+    ]  # fmt: skip
+    found.append(common | {"model": f"mine{WINDOWS}", "seed": 0, "length": 1024, "bits": [1.0, 1.0]})
+    pairs = []
+    monkeypatch.setattr(plot_eval, "paired", lambda *x: pairs.append(paired(*x)) or pairs[-1])
+    png, svg = plot_eval.plot_perplexity(found, tmp_path / "p.png")
+    words = ("mine, 2 seeds", "from 1K, in pairs", "dashed: windows alone", "last 512 tokens of 2 places")
+    assert is_image(png) and all(word in svg.read_text() for word in words)
+    assert pairs == [(0, 0), (0.25, 0.25)]
+    assert "in pairs" not in plot_eval.plot_perplexity([*found[:1], found[4]], tmp_path / "p.png")[1].read_text()
 
 
 def test_a_plot_of_the_loss(tmp_path):

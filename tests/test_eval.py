@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hsa_tl.bench import cli
+from hsa_tl.bench import cli, selections
 from hsa_tl.bench import ruler as bench_ruler
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.suite import selection_label
 from hsa_tl.cli import app
-from hsa_tl.model import load
+from hsa_tl.model import Model, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer, TokenFile, write_tokens
 from hsa_tl.model.hsa import ChunkMemory
@@ -73,6 +73,12 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     invoke("perplexity", "--run", other, *common[2:], "--lengths", "512", "--windows", 2)
     again = json.loads((tmp_path / "perplexity.json").read_text())
     assert again[:3] == rows and (again[3]["model"], again[3]["windows"]) == ("other", 2) and len(again) == 4
+    assert all(np.mean(r["bits"]) == pytest.approx(r["bits_per_token"], abs=1e-4) for r in again)
+    invoke("perplexity", *common, "--lengths", "512,1k", "--windows", 2, "--topk", 0)
+    alone = json.loads((tmp_path / "perplexity.json").read_text())[4:]
+    assert {r["model"] for r in alone} == {"toy, windows only"}
+    assert alone[0]["bits"] == alone[1]["bits"] and alone[0]["bits_per_token"] != again[1]["bits_per_token"]
+    assert "topk must be positive for selections" in invoke("selections", *common, "--topk", 0, code=2)
     invoke("perplexity", "--run", run, *common[2:], "--lengths", "256", "--before", "1k")
     same = next(r for r in json.loads((tmp_path / "perplexity.json").read_text()) if r["model"] == "toy")
     assert same["tokens"] == 128 and same["bits_per_token"] == pytest.approx(rows[0]["bits_per_token"])
@@ -95,6 +101,9 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
         and 0 < found["overlap"] <= 1
         and "distinct chunks" in output
     )
+    (shares,), (layer,) = found["weight_by_distance"].values(), found["weight_by_distance"]
+    assert layer == "layer 2" and len(shares) == 6 and sum(shares) == pytest.approx(1)
+    assert "layer 2" in output and "31 to 62" in output and (tmp_path / "selections.png").stat().st_size > 5000
     file = tmp_path / "selections.safetensors"
     problem = Problem(2, 900, 57, 4, 2, 32, 16, 8, dtype=torch.float32, device_type="cpu")
     inputs = selection_inputs(problem, f"trained={file}")
@@ -116,6 +125,34 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="must be a file that hsa-tl eval selections wrote"):
         selection_inputs(problem, f"trained={file}")
+
+
+def test_weight_by_distance_and_layer():
+    """Of tokens 64 to 127, chunks of 16: by hand; two query heads a key/value head count alike; -1 has no weight."""
+    indices = torch.full((1, 128, 2, 2), -1)
+    weights = torch.zeros(1, 128, 4, 2)
+    indices[0, 64:, 0, 0] = torch.arange(64, 128) // 16 - 1  # the chunk before a token's own
+    indices[0, 64:, 0, 1] = 0  # 3 to 6 between
+    indices[0, 64:, 1, 0] = torch.arange(64, 128) // 16 - 3  # 2 between
+    weights[0, :, :2] = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    weights[0, :, 2:] = torch.tensor([1.0, 0.0])
+    assert selections.weight_by_distance(weights, indices, 16) == pytest.approx([0.375, 0.5, 0.125])
+
+
+def test_every_layer_is_watched_as_it_reads():
+    """Its weights and chunks give what the layer gave; recency has its say."""
+    torch.manual_seed(0)
+    changes = {"layers": 4, "groups": 2, "topk": 2, "kv_heads": 2, "recency": 4}
+    model = Model(replace(preset("tiny"), **changes)).eval()
+    torch.nn.init.constant_(model.layers[3].hsa.recency_R, 100.0)
+    tokens = np.random.default_rng(0).integers(0, 320, 200).astype(np.uint16)
+    found = selections.trained_selections(model, tokens)
+    assert list(found) == [2, 3] and found[2][1].shape == found[3][0].shape == (1, 200, 2, 2)
+    own = torch.arange(200)[None, :, None] // 16
+    assert torch.equal(found[3][1][:, 48:], torch.stack([own - 2, own - 1], 3)[:, 48:].expand(-1, -1, 2, -1).int())
+    assert selections.weight_by_distance(*found[3], 16)[2:] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="model must have HSA with a topk, got hsa with topk all"):
+        selections.trained_selections(Model(replace(model.config, topk="all")), tokens)
 
 
 class Sees:

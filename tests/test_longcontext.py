@@ -61,6 +61,16 @@ def test_reading_is_the_forward(changes, tmp_path):
 CAUSE = models({})
 
 
+def test_a_reader_that_retrieves_nothing_has_the_windows_alone():
+    model, exact = models({})
+    torch.nn.init.zeros_(exact.layers[1].hsa.out.weight)  # what HSA adds is then 0
+    tokens = np.random.default_rng(0).integers(0, 319, 391).astype(np.uint16)
+    reader = LongReader(model, retrieve=False)
+    for _ in range(2):
+        check([reader], exact, tokens, 40)
+        tokens = tokens + 1
+
+
 @settings(max_examples=8)  # each runs the model in float64 five times
 @given(st.lists(st.integers(0, 299), max_size=6), st.integers(1, 40), st.integers(280, 300))
 def test_any_change_is_read(changed, keep, length):

@@ -231,6 +231,19 @@ def test_any_number_of_workers_trains_alike(changes, monkeypatch):
     assert found[3][0][0] == pytest.approx(found[0][0][0], rel=1e-5)
 
 
+def test_a_part_of_a_batch_holds_its_distractors():
+    """However few tokens a part may have; a batch that has too few sequences is refused."""
+    source = make_source({"kind": "needles", "tasks": [{"needles": 2, "queries": 2}]}, 1024, 0)
+    model = Model(replace(preset("tiny"), distractors=3))
+    parts = training._parts([source.batch(0, 10)], model, Ranks("cpu"))
+    assert [len(part.input_ids) for part in parts] == [5, 5]
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), source.batch(0, 10).input_ids)
+    optimizer = training.make_optimizer(model, toy())
+    training.train_step(model, optimizer, toy(), [source.batch(0, 4)], 1e-3, Ranks("cpu"))
+    with pytest.raises(ValueError, match="distractors must be below the batch's 2 sequences, got 3"):
+        training.train_step(model, optimizer, toy(), [source.batch(0, 2)], 1e-3, Ranks("cpu"))
+
+
 def test_learning_rate():
     data = {"kind": "needles", "tasks": [{}]}
     recipe = Recipe("x", "tiny", (Stage(100, 32, 1, data),), 1.0, warmup=10, decay=0.5, final=0.1)
@@ -272,7 +285,8 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
         model = dict(stage["model"])
         if "window" in model:
             model["window"] //= 64
-        stages.append(stage | {"steps": 1, "length": 320, "batch": 1, "accumulate": 2, "data": data, "model": model})
+        size = {"steps": 1, "length": 320, "batch": 1 + model.get("distractors", 0), "accumulate": 2}
+        stages.append(stage | size | {"data": data, "model": model})
     return recipe_of(values | {"stages": stages})
 
 
