@@ -6,9 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
+from hsa_tl.bench.ruler import WINDOWS, paired
 from hsa_tl.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,3 +174,28 @@ def test_figures_of_text():
         right = round(sum(r["accuracy"] * r["answers"] for r in mine))
         assert f"{name} {right} of {sum(r['answers'] for r in mine)}" in re.sub(r"\s+", " ", text)
         assert mine[0]["commit"] in text
+
+
+def test_figures_of_long_contexts_of_text():
+    """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
+    found = json.loads((RESULTS / "text_length.json").read_text())
+    cost, page = found["cost_per_step"]["steps"], "docs/long-context.md"
+    names = {
+        "text-today": "as before", "text-recency": "recency", "text-distractors": "3 distractors",
+        "text-both": "recency and 3 distractors",
+    }  # fmt: skip
+    bits = {(r["model"], r["seed"], r["length"]): r["bits"] for r in found["rows"]}
+    for model, seed in {key[:2] for key in bits if key[0] in names}:
+        at = [bits[model, seed, T] for T in (K, 4 * K, 16 * K, 64 * K)]
+        alone, (change, error) = bits[model + WINDOWS, seed, K], paired(at[-1], at[0])
+        shown = (*(f"{np.mean(x):.3f}" for x in (*at, alone)), f"{change:+.4f} ({error:.4f})")
+        in_page(page, cells(names[model], str(seed), *shown, f"{cost[model]['ratio']:.2f}"))
+    chunks = np.arange(32 * K, 64 * K) // 64  # before each token of the second half
+    up_to = {"spread evenly": [np.minimum(1, n / chunks).mean() for n in (1, 15, 255)]}
+    for model, name in names.items():
+        (shares,) = found["weight_by_distance"][f"{model}, seed 1"]["weight_by_distance"].values()
+        up_to[name] = np.cumsum(shares)[[0, 3, 7]]
+    for name, (first, near, middle) in up_to.items():
+        in_page(page, cells(name, *(f"{x:.2f}" for x in (first, near, middle - near, 1 - middle))))
+    text = (ROOT / page).read_text()
+    assert {r["commit"] for r in found["rows"]} <= set(re.findall(r"\b[0-9a-f]{12}\b", text))
