@@ -105,7 +105,8 @@ def main() -> None:
     print(f"largest difference of logits at 256 tokens: {difference:.1e}, at most {ATOL}", flush=True)
     if not difference <= ATOL:
         raise SystemExit(1)
-    rows = []
+    settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
+    rows, path = [], given.out / f"llm-{given.length}.json"
     for name in given.methods:
         if METHODS[name] is None:
             logits = lambda x, keep: source(x, logits_to_keep=keep).logits[0]  # noqa: E731
@@ -115,10 +116,8 @@ def main() -> None:
         rows.append({"method": name, "length": given.length, **ask(logits, contexts)})
         row = rows[-1]
         print(f"{name}: {row['right']} of {row['contexts']} right, perplexity {row['perplexity']:.2f}", flush=True)
-    settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
-    found = {"source": given.source.name, **settings, **measured_by, "rows": rows}
-    path = given.out / f"llm-{given.length}.json"
-    write_atomic(path, json.dumps(found, indent=1) + "\n")
+        found = {"source": given.source.name, **settings, **measured_by, "rows": rows}
+        write_atomic(path, json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")
 
 

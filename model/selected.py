@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from hsa_tl import chunk_means, merge_attention, retrieve_chunks, selected_attention, selected_decode
 from hsa_tl.model.attention import SelfAttention, positions, rotate
@@ -203,10 +204,13 @@ class Rule:
         block = max(1, SCORES // (B * A * N * S))
         parts = []
         for a in range(0, T, block):
-            mass = scores(q_BTAD[:, a : a + block], k).unflatten(-1, (N, S)).logsumexp(-1)  # [B, H, G, T, N]
-            mass = mass.amax(2).transpose(1, 2).masked_fill(every >= visible[a : a + block], -torch.inf)
-            best, index = mass.topk(K, -1)
-            parts.append(torch.where(best == -torch.inf, -1, index).int())
+            seen = visible[a : a + block]
+            n = int(seen[-1])  # none of the block sees more
+            mass = scores(q_BTAD[:, a : a + block], k[:, : n * S]).unflatten(-1, (n, S)).logsumexp(-1)
+            mass = mass.amax(2).transpose(1, 2).masked_fill(every[:n] >= seen, -torch.inf)  # [B, T, H, n]
+            best, index = mass.topk(min(K, n), -1)
+            index = torch.where(best == -torch.inf, -1, index).int()
+            parts.append(F.pad(index, (0, K - index.shape[-1]), value=-1))
         return torch.cat(parts, 1)
 
 
