@@ -127,8 +127,12 @@ def _read(source: Path) -> tuple[Any, Callable[[Path], None], Callable[[], Weigh
         where, options = str(source.parent), {"gguf_file": source.name, "local_files_only": True}
 
         def weights() -> Weights:
-            state = AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).state_dict()
-            return {name: (tuple(x.shape), lambda x=x: x) for name, x in state.items()}
+            model, found = AutoModelForCausalLM.from_pretrained(
+                where, **options, dtype=torch.float32, output_loading_info=True
+            )
+            if wrong := [f"{kind}: {min(map(str, x))}" for kind, x in found.items() if x]:
+                raise ValueError(f"{source} must hold all weights and no others, got {', '.join(wrong)}")
+            return {name: (tuple(x.shape), lambda x=x: x) for name, x in model.state_dict().items()}
 
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         return AutoConfig.from_pretrained(where, **options), tokenizer.save_pretrained, weights
@@ -192,6 +196,6 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
     model.load_state_dict(state, assign=True)
     save_tokenizer(run / TOKENIZER)
     changed = {k: v for k, v in asdict(config).items() if v != asdict(ModelConfig())[k]}
-    recipe = Recipe(source.stem, "tiny", (), lr=1e-5, model=changed, source=str(source))
+    recipe = Recipe(source.name.removesuffix(".gguf"), "tiny", (), lr=1e-5, model=changed, source=str(source))
     checkpoint.save(run, 0, recipe.to_dict(), model, None, {}, keep=1)
     return config

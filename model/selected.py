@@ -170,7 +170,7 @@ class Rule:
         hidden = (j > i) | (behind & (j < chunks))
         rope = (lambda x, position: x) if self.theta is None else lambda x, position: rotate(x, position, self.theta)
         score = scores(rope(q_BTAD, i[:, 0]), rope(k, j))
-        if bool(behind.any()):
+        if low < last - W:  # the last query sees keys behind its window here
             score = torch.where(behind, scores(q_cap, k), score)
         score = score.masked_fill(hidden, -torch.inf)
         lse = score.logsumexp(-1)
