@@ -91,6 +91,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     import transformers
 
+    measured_by = origin("cpu")
+    measured_by["versions"] += f", transformers {transformers.__version__}"
     options = {"gguf_file": given.source.name} if given.source.suffix == ".gguf" else {}
     where = given.source.parent if options else given.source
     source = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).eval()
@@ -103,7 +105,8 @@ def main() -> None:
     print(f"largest difference of logits at 256 tokens: {difference:.1e}, at most {ATOL}", flush=True)
     if not difference <= ATOL:
         raise SystemExit(1)
-    rows = []
+    settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
+    rows, path = [], given.out / f"llm-{given.length}.json"
     for name in given.methods:
         if METHODS[name] is None:
             logits = lambda x, keep: source(x, logits_to_keep=keep).logits[0]  # noqa: E731
@@ -113,12 +116,8 @@ def main() -> None:
         rows.append({"method": name, "length": given.length, **ask(logits, contexts)})
         row = rows[-1]
         print(f"{name}: {row['right']} of {row['contexts']} right, perplexity {row['perplexity']:.2f}", flush=True)
-    settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
-    where_from = origin("cpu")
-    where_from["versions"] += f", transformers {transformers.__version__}"
-    found = {"source": given.source.name, **settings, **where_from, "rows": rows}
-    path = given.out / f"llm-{given.length}.json"
-    write_atomic(path, json.dumps(found, indent=1) + "\n")
+        found = {"source": given.source.name, **settings, **measured_by, "rows": rows}
+        write_atomic(path, json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")
 
 

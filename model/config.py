@@ -147,7 +147,7 @@ class ModelConfig:
                 object.__setattr__(self, name, tuple(value))
         ints = (f.name for f in fields(self) if f.type is int)
         require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
-        least = 0 if self.attention == "selected" else 1  # a window and sinks alone
+        counts = type(self.topk) is int and self.topk >= (0 if self.attention == "selected" else 1)
         require_rules(
             self,
             ("heads", self.heads % self.kv_heads == 0, f"be a multiple of kv_heads = {self.kv_heads}"),
@@ -158,14 +158,14 @@ class ModelConfig:
             ("attention", self.attention in ATTENTIONS, f"be one of {', '.join(ATTENTIONS)}"),
             ("hsa_window", self.hsa_window <= self.window, f"be at most window = {self.window}"),
             ("rope", isinstance(self.rope, tuple) and set(self.rope) <= set(ATTENTIONS), "be a tuple of attentions"),
-            ("rope_frequencies", len(self.rope_frequencies) in (0, half := self.head_dim // 2), f"be {half} or none"),
+            ("rope_frequencies", len(self.rope_frequencies) in (0, half := self.head_dim // 2), f"hold {half} or none"),
             ("norm_eps", 0 <= self.norm_eps < 1, "lie in [0, 1)"),
-            ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "be a tuple of projections"),
+            ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "hold q, k, v or out"),
             ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),
             ("value_residual", self.value_residual in VALUE_RESIDUALS, f"be one of {', '.join(VALUE_RESIDUALS)}"),
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
-            ("topk", self.topk == "all" or (type(self.topk) is int and self.topk >= least), COUNT),
+            ("topk", self.topk == "all" or counts, 'be a positive int or "all", or 0 for "selected"'),
             ("topp", 0 < self.topp <= 1, "lie in (0, 1]"),
             ("distractors", not self.distractors or "hsa" not in self.rope, 'be 0 where "hsa" is in rope'),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
@@ -190,7 +190,6 @@ class ModelConfig:
         return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
 
 
-COUNT = 'be a positive int or "all"'
 MAY_BE_ZERO = ("hsa_window", "sinks", "distractors", "conv", "experts", "shared_experts", "dense_layers")
 
 LARGE = {"conv": 0, "embedding_std": 0.02}

@@ -25,6 +25,7 @@ from hsa_tl.model.recipe import Recipe
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ROPES = ("default", "linear", "llama3")
+DEFAULTS = {"window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass"}
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 INNER = {
     "attention.norm": ("input_layernorm",), "mlp_norm": ("post_attention_layernorm",),
@@ -41,10 +42,11 @@ def _require(ok: bool, name: str, rule: str, got: object) -> None:
 
 
 def config_of(source, **options) -> ModelConfig:
-    """The ModelConfig of a transformers config. options: window, sinks, chunk_size, topk, selection.
+    """The ModelConfig of a transformers config. options: see DEFAULTS.
 
     ValueError: a family or a setting that is not supported, by its name there.
     """
+    options = DEFAULTS | options
     get = lambda name, default=None: getattr(source, name, default)  # noqa: E731
     rope = dict(get("rope_parameters") or {})
     kind, sliding = rope.get("rope_type", "default"), get("sliding_window")
@@ -59,7 +61,7 @@ def config_of(source, **options) -> ModelConfig:
          sliding is None or sliding >= options["window"]),
     ):  # fmt: skip
         _require(ok, name, rule, value)
-    frequencies: tuple[float, ...] = ()
+    theta, frequencies = float(rope.get("rope_theta", 10000.0)), ()
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -71,7 +73,7 @@ def config_of(source, **options) -> ModelConfig:
         head_dim=get("head_dim") or source.hidden_size // source.num_attention_heads,
         mlp_dim=source.intermediate_size, norm_eps=source.rms_norm_eps, qk_norm=source.model_type == "qwen3",
         biases=(("q", "k", "v") if qkv else ()) + (("out",) if get("attention_bias", False) else ()),
-        rope=("selected",), rope_theta=float(rope.get("rope_theta", 10000.0)), rope_frequencies=frequencies,
+        rope=("selected",), rope_theta=theta, rope_frequencies=frequencies,
         tied=bool(source.tie_word_embeddings), attention="selected", conv=0, encoder_heads=1, **options,
     )  # fmt: skip
 
@@ -125,8 +127,12 @@ def _read(source: Path) -> tuple[Any, Callable[[Path], None], Callable[[], Weigh
         where, options = str(source.parent), {"gguf_file": source.name, "local_files_only": True}
 
         def weights() -> Weights:
-            state = AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).state_dict()
-            return {name: (tuple(x.shape), lambda x=x: x) for name, x in state.items()}
+            model, found = AutoModelForCausalLM.from_pretrained(
+                where, **options, dtype=torch.float32, output_loading_info=True
+            )
+            if wrong := [f"{kind}: {min(map(str, x))}" for kind, x in found.items() if x]:
+                raise ValueError(f"{source} must hold all weights and no others, got {', '.join(wrong)}")
+            return {name: (tuple(x.shape), lambda x=x: x) for name, x in model.state_dict().items()}
 
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         return AutoConfig.from_pretrained(where, **options), tokenizer.save_pretrained, weights
@@ -168,7 +174,6 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
         ValueError: a source of another kind, a setting or a weight of it that the model has no place for, by name; a
             run that holds something. ImportError: no transformers.
     """
-    options = {"window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass"} | options
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"run must be new or empty, got {run}")
     described, save_tokenizer, weights = _read(source)
@@ -191,6 +196,6 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
     model.load_state_dict(state, assign=True)
     save_tokenizer(run / TOKENIZER)
     changed = {k: v for k, v in asdict(config).items() if v != asdict(ModelConfig())[k]}
-    recipe = Recipe(source.stem, "tiny", (), lr=1e-5, model=changed, source=str(source))
+    recipe = Recipe(source.name.removesuffix(".gguf"), "tiny", (), lr=1e-5, model=changed, source=str(source))
     checkpoint.save(run, 0, recipe.to_dict(), model, None, {}, keep=1)
     return config

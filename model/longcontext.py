@@ -24,8 +24,8 @@ ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is qua
 
 
 class LongReader:
-    """Reads contexts. An "hsa" model reads the differences to the one before; "nsa", whose upper layers keep keys of
-    their own, reads each anew; "full" reads each whole, at most ONE_SHOT tokens.
+    """Reads contexts. An "hsa" model reads the differences to the one before; "nsa" and "selected", whose layers keep
+    keys of their own, read each anew; "full" reads each whole, at most ONE_SHOT tokens.
 
     segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
     heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty.
@@ -55,6 +55,11 @@ class LongReader:
             if T > ONE_SHOT:
                 raise NotImplementedError(f"full attention reads at most {ONE_SHOT} tokens here, got {T}")
             return self.model(self._ids(tokens), logits_to_keep=keep).logits[0]
+        if self.model.config.attention == "selected":
+            cache, behind = self.model.new_cache(1, undo=0), T - keep
+            for a in range(0, behind, self.segment):
+                self.model(self._ids(tokens[a : min(behind, a + self.segment)]), cache=cache, logits_to_keep=0)
+            return self.model(self._ids(tokens[behind:]), cache=cache).logits[0]
         if self.model.encoder is not None:
             self._remember(tokens)
         start = max(0, T - keep - self.upper_reach)

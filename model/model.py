@@ -21,7 +21,7 @@ from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.nsa import NSALayer
-from hsa_tl.model.selected import SelectedAttention
+from hsa_tl.model.selected import Rule, SelectedAttention
 from hsa_tl.validation import require, require_float, require_int, require_integers, require_shape, require_tensor
 
 HEAD_ROWS = 4096  # rows of logits that the loss holds at once
@@ -62,20 +62,15 @@ class Layer(nn.Module):
         c, kind = config, config.kinds[index]
         rope = dict.fromkeys(c.rope, c.rope_frequencies or c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        window, theta = None if kind == "full" else c.window, rope.get(kind if kind in ("full", "selected") else "swa")
+        window, theta = (None, rope.get("full")) if kind == "full" else (c.window, rope.get("swa"))
         if kind in ("hsa", "nsa"):
             window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
-        options = {
-            "window": window, "rope_theta": theta, "value_residual": c.value_residual if index else "none",
-            "eps": c.norm_eps, "qk_norm": c.qk_norm, "biases": c.biases,
-        }  # fmt: skip
+        residual = c.value_residual if index else "none"
+        options = {"value_residual": residual, "eps": c.norm_eps, "qk_norm": c.qk_norm, "biases": c.biases}
         if kind == "selected":
-            self.attention = SelectedAttention(
-                *heads, sinks=c.sinks, chunk_size=c.chunk_size, topk=c.topk, selection=c.selection,
-                impl="auto" if c.impl == "dense" else c.impl, **options,
-            )  # fmt: skip
+            self.attention = SelectedAttention(*heads, Rule.of(c), **options)
         else:
-            self.attention = SelfAttention(*heads, **options)
+            self.attention = SelfAttention(*heads, window=window, rope_theta=theta, **options)
         self.joint = kind == "hsa" and c.fusion == "joint"
         self.hsa = self.nsa = None
         exclude = window if c.exclude_window else 0

@@ -14,12 +14,15 @@ heads, G = A / H, D head dim, K selected chunks.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from hsa_tl import chunk_means, merge_attention, retrieve_chunks, selected_attention, selected_decode
 from hsa_tl.model.attention import SelfAttention, positions, rotate
+from hsa_tl.model.config import ModelConfig
 
 FEW = 8  # tokens of a sequence that decode as one; more are a segment
 BLOCK = 512  # tokens that attend to their window at once
@@ -112,40 +115,31 @@ class OwnKeys:
             self._average(self.before, end)
 
 
-class SelectedAttention(SelfAttention):
-    """SelfAttention over the window, the first `sinks` tokens and `topk` chunks behind the window.
+@dataclass(frozen=True)
+class Rule:
+    """What a token sees, see the top of this file.
 
-    topk: 0 for none, "all" for every chunk. selection: how they are chosen, "mass" by the largest log-sum-exp of scores
-    that a query head of the key/value head has with the chunk's keys, which costs all of attention's products with
-    keys; "mean" by the chunk's mean key and the sum of these query heads. impl: of the operators. start: position of
-    x's first token, with a cache, an OwnKeys, also int32 [B].
+    topk: chunks, 0 for none, "all" for every one. selection: how they are chosen, "mass" by the largest log-sum-exp of
+    scores that a query head of the key/value head has with the chunk's keys, which costs all of attention's products
+    with keys; "mean" by the chunk's mean key and the sum of these query heads. theta: of `rotate`, None for no
+    positions. impl: of the operators.
     """
 
-    def __init__(
-        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int, sinks: int = 0, chunk_size: int = 64,
-        topk: int | str = 64, selection: str = "mass", rope_theta: float | tuple[float, ...] | None = None,
-        impl: str = "auto", **options,
-    ):  # fmt: skip
-        super().__init__(dim, heads, kv_heads, head_dim, window=window, **options)  # projects without positions
-        self.sinks, self.chunk_size, self.topk, self.selection = sinks, chunk_size, topk, selection
-        self.theta, self.impl = rope_theta, impl
+    window: int
+    sinks: int = 0
+    chunk_size: int = 64
+    topk: int | str = 16
+    selection: str = "mass"
+    theta: float | tuple[float, ...] | None = None
+    impl: str = "auto"
 
-    def attend(
-        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: OwnKeys | None = None,
-        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        """As SelfAttention's."""
-        q, k, v, _ = self.project(x_BTC, start, keep, first_v_BTHD)
-        if cache is None:
-            return *self.over(q, Keys(k, v)), v
-        cache.extend(k, v)
-        starts = [start] if isinstance(start, int) else start.tolist()  # the same of all rows, or of each
-        rows = [slice(None)] if isinstance(start, int) else [slice(b, b + 1) for b in range(len(q))]
-        T = x_BTC.shape[1]
-        parts = [self.over(q[row], cache.keys(row, n + T)) for row, n in zip(rows, starts, strict=True)]
-        return *(torch.cat(x) for x in zip(*parts, strict=True)), v
+    @classmethod
+    def of(cls, c: ModelConfig) -> "Rule":
+        theta = (c.rope_frequencies or c.rope_theta) if "selected" in c.rope else None
+        impl = "auto" if c.impl == "dense" else c.impl
+        return cls(c.window, c.sinks, c.chunk_size, c.topk, c.selection, theta, impl)
 
-    def over(self, q_BTAD: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, q_BTAD: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
         """out [B, T, A, D] and log-sum-exp [B, T, A] of queries without positions; the last one's key is the last."""
         T, W, S = q_BTAD.shape[1], self.window, self.chunk_size
         start = keys.k.shape[1] - T
@@ -176,7 +170,7 @@ class SelectedAttention(SelfAttention):
         hidden = (j > i) | (behind & (j < chunks))
         rope = (lambda x, position: x) if self.theta is None else lambda x, position: rotate(x, position, self.theta)
         score = scores(rope(q_BTAD, i[:, 0]), rope(k, j))
-        if bool(behind.any()):
+        if low < last - W:  # the last query sees keys behind its window here
             score = torch.where(behind, scores(q_cap, k), score)
         score = score.masked_fill(hidden, -torch.inf)
         lse = score.logsumexp(-1)
@@ -210,11 +204,38 @@ class SelectedAttention(SelfAttention):
         block = max(1, SCORES // (B * A * N * S))
         parts = []
         for a in range(0, T, block):
-            mass = scores(q_BTAD[:, a : a + block], k).unflatten(-1, (N, S)).logsumexp(-1)  # [B, H, G, T, N]
-            mass = mass.amax(2).transpose(1, 2).masked_fill(every >= visible[a : a + block], -torch.inf)
-            best, index = mass.topk(K, -1)
-            parts.append(torch.where(best == -torch.inf, -1, index).int())
+            seen = visible[a : a + block]
+            n = int(seen[-1])  # none of the block sees more
+            mass = scores(q_BTAD[:, a : a + block], k[:, : n * S]).unflatten(-1, (n, S)).logsumexp(-1)
+            mass = mass.amax(2).transpose(1, 2).masked_fill(every[:n] >= seen, -torch.inf)  # [B, T, H, n]
+            best, index = mass.topk(min(K, n), -1)
+            index = torch.where(best == -torch.inf, -1, index).int()
+            parts.append(F.pad(index, (0, K - index.shape[-1]), value=-1))
         return torch.cat(parts, 1)
+
+
+class SelectedAttention(SelfAttention):
+    """SelfAttention by a Rule. start: position of x's first token, with a cache, an OwnKeys, also int32 [B]."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, rule: Rule, **options):
+        """options: of SelfAttention, but window and rope_theta: it projects without positions."""
+        super().__init__(dim, heads, kv_heads, head_dim, window=rule.window, **options)
+        self.rule = rule
+
+    def attend(
+        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: OwnKeys | None = None,
+        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """As SelfAttention's."""
+        q, k, v, _ = self.project(x_BTC, start, keep, first_v_BTHD)
+        if cache is None:
+            return *self.rule.attend(q, Keys(k, v)), v
+        cache.extend(k, v)
+        starts = [start] if isinstance(start, int) else start.tolist()  # the same of all rows, or of each
+        rows = [slice(None)] if isinstance(start, int) else [slice(b, b + 1) for b in range(len(q))]
+        T = x_BTC.shape[1]
+        parts = [self.rule.attend(q[row], cache.keys(row, n + T)) for row, n in zip(rows, starts, strict=True)]
+        return *(torch.cat(x) for x in zip(*parts, strict=True)), v
 
 
 def scores(q_BTAD: torch.Tensor, k_BPHD: torch.Tensor) -> torch.Tensor:

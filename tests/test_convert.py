@@ -188,6 +188,31 @@ def test_sources_and_runs_that_are_none(tmp_path, small):
         convert(tmp_path / "source", tmp_path / "run")
 
 
+def test_a_gguf_file_is_read_by_transformers(tmp_path, monkeypatch):
+    """Whose reader is stood in for by that of a folder: it needs a package that CI does not have; make llm has it."""
+    folder = tmp_path / "source"
+    model, missing = source(folder, "llama 3"), set()
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        kind = getattr(transformers, name)
+        read = kind.from_pretrained
+
+        def stand_in(where, *, gguf_file=None, output_loading_info=False, read=read, **options):
+            assert gguf_file in (None, "model.gguf")  # None: transformers, of itself
+            found = read(where, **options)
+            return (found, {"missing_keys": missing, "unexpected_keys": set()}) if output_loading_info else found
+
+        monkeypatch.setattr(kind, "from_pretrained", stand_in)
+    (folder / "model.gguf").touch()
+    convert(folder / "model.gguf", tmp_path / "run")
+    ours, ids = load(tmp_path / "run"), torch.randint(257, (1, T))
+    torch.testing.assert_close(ours(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+    assert ours.tokenizer.end == 256
+    missing.add("lm_head.weight")
+    with pytest.raises(ValueError, match=r"must hold all weights and no others, got missing_keys: lm_head.weight"):
+        convert(folder / "model.gguf", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_prompt_begins_as_the_source_does(tmp_path):
     """With the token that its tokenizer puts before every text, and ends at its end token."""
     from tokenizers.processors import TemplateProcessing

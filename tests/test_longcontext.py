@@ -27,6 +27,7 @@ CONFIGS = (
     {"attention": "swa", "layers": 4},
     {"attention": "nsa"},
     {"attention": "full"},
+    {"attention": "selected", "layers": 3, "sinks": 20, "selection": "mean", "topk": 3},
 )
 
 
@@ -45,7 +46,7 @@ def check(readers, exact, tokens, keep):
         assert_accurate("logits", reader.read(tokens, keep), wanted)
 
 
-@pytest.mark.parametrize("changes", tiered(CONFIGS, quick=CONFIGS[1:2]), ids=str)
+@pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[-1])), ids=str)
 def test_reading_is_the_forward(changes, tmp_path):
     model, exact = models(changes)
     rng = np.random.default_rng(0)

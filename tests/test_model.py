@@ -68,9 +68,15 @@ def test_stages_make_up_the_forward():
 def test_config_errors_name_the_field():
     for change, message in (
         ({"heads": 3}, "heads must be a multiple of kv_heads = 2, got 3"),
-        ({"topk": 0}, 'topk must be a positive int or "all", got 0'),
+        ({"topk": 0}, 'topk must be a positive int or "all", or 0 for "selected", got 0'),
         ({"dim": 0}, "dim must be an int of at least 1, got 0"),
-        ({"attention": "dense"}, "attention must be one of hsa, nsa, swa, full, got 'dense'"),
+        ({"attention": "dense"}, "attention must be one of hsa, nsa, swa, full, selected, got 'dense'"),
+        ({"attention": "selected", "topk": -1}, 'topk must be a positive int or "all", or 0 for "selected", got -1'),
+        ({"selection": "best"}, "selection must be one of mass, mean, got 'best'"),
+        ({"sinks": -1}, "sinks must be an int of at least 0, got -1"),
+        ({"biases": ("up",)}, r"biases must hold q, k, v or out, got \('up',\)"),
+        ({"rope_frequencies": (1.0,)}, r"rope_frequencies must hold \d+ or none, got \(1.0,\)"),
+        ({"norm_eps": 1.0}, r"norm_eps must lie in \[0, 1\), got 1.0"),
         ({"chunk_size": 20}, "chunk_size must be 16, 32, 64 or 128, got 20"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -22,6 +22,7 @@ SMALL = replace(
     preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, layers=4, groups=2,
     vocab_size=50, encoder_mlp_dim=32, window=12, topk=3, retrieval_heads=2,
 )  # fmt: skip
+SELECTED = {"attention": "selected", "rope": ("selected",)}
 CONFIGS = {
     "hsa": {},
     "softmax1": {"fusion": "softmax1", "retrieval_heads": 1, "conv": 0},
@@ -33,16 +34,8 @@ CONFIGS = {
     "full": {"attention": "full", "value_residual": "resformer"},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
-    "selected": {
-        "attention": "selected",
-        "sinks": 4,
-        "topk": 2,
-        "rope": ("selected",),
-        "qk_norm": False,
-        "heads": 6,
-        "biases": ("q", "k", "v"),
-    },
-    "selected by mean": {"attention": "selected", "selection": "mean", "rope_frequencies": (1.0,) * 7 + (0.01,)},
+    "selected": SELECTED | {"sinks": 4, "topk": 2, "qk_norm": False, "heads": 6, "biases": ("q", "k", "v")},
+    "selected by mean": SELECTED | {"selection": "mean", "sinks": 20, "rope_frequencies": (1.0, 0.01) * 4},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
     "recency": {"recency": 3, "retrieval_heads": 2},
     "recency, all": {"recency": 16, "topk": "all", "fusion": "joint", "exclude_window": True, "window": 40},

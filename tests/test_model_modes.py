@@ -73,7 +73,12 @@ def test_activation_checkpointing_changes_memory_only(batch, attention):
     assert kept["some"] < 0.7 * kept["all"]
 
 
-@pytest.mark.parametrize("options", ({}, {"fusion": "joint"}, {"attention": "nsa"}, {"experts": 4, "expert_dim": 32}))
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"fusion": "joint"}, {"attention": "nsa"}, {"attention": "selected", "sinks": 4},
+     {"experts": 4, "expert_dim": 32}),
+    ids=str,
+)  # fmt: skip
 def test_bfloat16_autocast_is_near_float32(batch, options):
     model = Model(dataclasses.replace(TINY, topk="all", **options))
     expected = model(*batch)
@@ -84,8 +89,9 @@ def test_bfloat16_autocast_is_near_float32(batch, options):
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients.values())
 
 
-def test_a_model_of_bfloat16_parameters_runs(batch):
-    out, gradients = step(Model(TINY).bfloat16(), *batch)
+@pytest.mark.parametrize("attention", ("hsa", "selected"))
+def test_a_model_of_bfloat16_parameters_runs(batch, attention):
+    out, gradients = step(Model(dataclasses.replace(TINY, attention=attention)).bfloat16(), *batch)
     assert out.logits.dtype == torch.bfloat16 and all(torch.isfinite(g).all() for g in gradients.values())
 
 

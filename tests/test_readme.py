@@ -104,6 +104,22 @@ class Speed:
         return min(float(r["p50"]) for r in rows)
 
 
+def test_figures_of_a_converted_model():
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("llm-*.json"))]
+    page, methods = (ROOT / "docs/convert.md").read_text(), {
+        "source": "the source", "window": "window and sinks alone", "all": "all chunks",
+        "mass": "16 chunks by mass", "mean": "16 chunks by mean key",
+    }  # fmt: skip
+    at = {(row["method"], row["length"]): row for found in files for row in found["rows"]}
+    lengths = sorted({length for _, length in at})
+    for method, name in methods.items():
+        rows = [at.get((method, length)) for length in lengths]
+        values = [f"{r['right']} of {r['contexts']}, {r['perplexity']:.1f}" if r else "" for r in rows]
+        in_page("docs/convert.md", cells(name, *values))
+    sources = [word for found in files for word in (found["commit"], found["device"].split(",")[0])]
+    assert sources and all(word in page for word in sources)
+
+
 def test_figures_of_speed():
     speed, dims = Speed(), "k16-d64: HQ=16 H=1 D=64 S=64 K=16 "
     for T in (1024, 4096, 16384):

@@ -11,17 +11,10 @@ from strategies import assert_all_accurate
 from hsa_tl.accuracy import expect
 from hsa_tl.model import selected as layer
 from hsa_tl.model.attention import rotate
-from hsa_tl.model.selected import Keys, SelectedAttention
+from hsa_tl.model.selected import Keys, Rule
 
 THETA = 100.0
 FREQUENCIES = (1.0, 0.3, 0.02, 0.005)
-
-
-def attention(window, sinks, topk, selection="mass", theta=THETA, heads=6, kv_heads=2):
-    return SelectedAttention(
-        16, heads, kv_heads, 8, window=window, sinks=sinks, chunk_size=16, topk=topk, selection=selection,
-        rope_theta=theta,
-    )  # fmt: skip
 
 
 def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, S=16):
@@ -69,7 +62,6 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
     A, H = heads
     q, do = torch.randn(1, T, A, 8), torch.randn(1, T, A, 8)
     k, v = torch.randn(1, before + T, H, 8), torch.randn(1, before + T, H, 8)
-    made = attention(window, sinks, topk, selection, theta, A, H)
     options = {"window": window, "sinks": sinks, "topk": topk, "selection": selection, "theta": theta}
 
     def results(run, q, k, v, do):
@@ -83,5 +75,5 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
         if blocks:
             patch.setattr(layer, "BLOCK", 7)
             patch.setattr(layer, "SCORES", 5000)
-        got = results(lambda q, k, v: made.over(q, Keys(k, v))[0], q, k, v, do)
+        got = results(lambda q, k, v: Rule(**options, chunk_size=16).attend(q, Keys(k, v))[0], q, k, v, do)
     assert_all_accurate(got, want)
