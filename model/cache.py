@@ -195,10 +195,10 @@ class Cache:
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.row_counts = [[0] for _ in range(batch_size)]
         self.layers = []  # of each what its forward takes
-        for layer in model.layers:
+        for layer, kind in zip(model.layers, c.kinds, strict=True):
             window = layer.attention.window
             near = Tail(self.counts, None if window is None else window - 1, undo)
-            self.layers.append(near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts]))
+            self.layers.append((near, [Tail(counts) for counts in self.row_counts]) if kind == "nsa" else near)
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])

@@ -27,10 +27,10 @@ class ModelConfig:
     """Dims and options of a `Model`. `dataclasses.replace` changes them, and every change is validated.
 
     Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
-    beside its window. "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax
-    (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). No parameter's
-    shape depends on window, topk, exclude_window, fusion, distractors or rope, so that a checkpoint goes from one
-    training stage to the next. The defaults are the preset "tiny".
+    beside its window. "nsa": NSA with a window, a gated branch of it, in the place of both (`hsa_tl.model.nsa`). "swa":
+    sliding windows only. "full": causal attention over everything (BaseLM). No parameter's shape depends on window,
+    topk, exclude_window, fusion, distractors or rope, so that a checkpoint goes from one training stage to the next.
+    The defaults are the preset "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -50,7 +50,7 @@ class ModelConfig:
         value_residual (str): "resformer" mixes values with the first layer's, "svformer" takes the first layer's.
             Default: "none".
         chunk_size (int): S, one of 16, 32, 64, 128. Default: 16.
-        topk (int or "all"): K, chunks that a token retrieves. Default: 8.
+        topk (int or "all"): K, chunks that a token retrieves; with "nsa" at least 3. Default: 8.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
         fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
@@ -138,6 +138,7 @@ class ModelConfig:
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
             ("topk", self.topk == "all" or (type(self.topk) is int and self.topk > 0), 'be a positive int or "all"'),
+            ("topk", self.attention != "nsa" or self.topk not in (1, 2), "be at least 3 with attention nsa"),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
             ("recency", self.recency is None or (type(self.recency) is int and self.recency > 1), "be an int above 1"),

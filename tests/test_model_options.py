@@ -11,7 +11,6 @@ from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset
 from hsa_tl.model import cache as caches
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.longcontext import LongReader
-from hsa_tl.model.nsa import NSALayer, attend_selected
 
 SMALL = ModelConfig(
     vocab_size=50, dim=32, layers=4, groups=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, window=20, topk=2,
@@ -28,7 +27,7 @@ OPTIONS = (
     *({"retrieval_heads": x} for x in (1, 2)),
     *({"value_residual": x} for x in ("none", "resformer", "svformer")),
     *({"rope": x} for x in ((), ("swa",), ("swa", "hsa"))),
-    *({"attention": "nsa", "rope": x} for x in ((), ("swa", "nsa"))),
+    *({"attention": "nsa", "topk": 3, "rope": x} for x in ((), ("swa", "nsa"))),
     *({"conv": x} for x in (0, 1, 3)),
     {"tied": True},
     *({"heads": x, "kv_heads": 1, "retrieval_heads": 1} for x in (1, 2, 4, 8, 16, 32)),
@@ -62,7 +61,7 @@ def test_option_trains_and_stays_causal(options):
 
 @pytest.mark.parametrize("attention", ("hsa", "nsa", "swa", "full"))
 def test_sequences_of_a_batch_do_not_see_each_other(attention):
-    model, x = model_and_tokens(attention=attention)
+    model, x = model_and_tokens(attention=attention, topk=3)
     both = model(x).logits
     torch.testing.assert_close(torch.cat([model(y[None]).logits for y in x]), both)
     torch.testing.assert_close(model(x.flip(0)).logits, both.flip(0))
@@ -100,7 +99,8 @@ def test_option_changes_the_output(change):
 def test_kinds_of_layers():
     assert SMALL.kinds == ("swa", "swa", "hsa", "hsa")
     assert dataclasses.replace(SMALL, layers=9, groups=2).kinds == ("swa",) * 4 + ("hsa", "swa", "hsa", "swa", "swa")
-    assert baseline(SMALL, "full").kinds == ("full",) * 4 and baseline(SMALL, "nsa").kinds[2] == "nsa"
+    assert baseline(SMALL, "full").kinds == ("full",) * 4
+    assert baseline(dataclasses.replace(SMALL, topk=3), "nsa").kinds[2] == "nsa"
 
 
 def test_a_full_window_of_swa_is_full_attention():
@@ -188,38 +188,6 @@ def test_all_chunks_with_exact_weights_are_full_attention_over_chunks():
     torch.testing.assert_close(layer(x, memory)[:, 16:], layer.out(full.transpose(1, 2).flatten(2)))
 
 
-def test_nsa_is_one_softmax_over_the_chosen_chunks():
-    q, k, v = torch.randn(2, 50, 4, 8), torch.randn(2, 64, 2, 8), torch.randn(2, 64, 2, 8)
-    indices = torch.randint(-1, 4, (2, 50, 2, 1), dtype=torch.int32)
-    indices = torch.cat([indices, torch.where(indices >= 0, (indices + 1) % 4, -1)], -1)
-    seen = (
-        (indices[..., None] == torch.arange(64) // 16).any(-2).repeat_interleave(2, 2).transpose(1, 2)
-    )  # [B, A, T, P]
-    k_heads, v_heads = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
-    full = F.scaled_dot_product_attention(q.transpose(1, 2), k_heads, v_heads, attn_mask=seen).nan_to_num(0)
-    out = attend_selected(q, k, v, indices, 16)
-    torch.testing.assert_close(out, full.transpose(1, 2))
-    assert (indices < 0).any() and (out.transpose(1, 2)[~seen.any(-1)] == 0).all()
-
-
-def test_nsa_selects_by_the_mean_of_keys():
-    layer = NSALayer(32, 4, 2, 16, chunk_size=16, topk=1)
-    every = NSALayer(32, 4, 2, 16, chunk_size=16, topk="all")
-    every.load_state_dict(layer.state_dict())
-    x = torch.randn(1, T, 32)
-    one, all_of_them = layer(x), every(x)
-    torch.testing.assert_close(one[:, :32], all_of_them[:, :32])  # at most one chunk to choose from
-    assert not torch.isclose(one[:, 32:], all_of_them[:, 32:]).all()
-    assert (one[:, :16] == 0).all()
-
-
-def test_a_block_of_tokens_at_a_time_changes_nothing(monkeypatch):
-    layer, x = NSALayer(32, 4, 2, 16, chunk_size=16, topk=2), torch.randn(1, T, 32)
-    whole = layer(x)
-    monkeypatch.setattr("hsa_tl.model.nsa.BLOCK_KEYS", 1 << 12)
-    torch.testing.assert_close(layer(x), whole)
-
-
 @pytest.mark.parametrize("name, attention, millions", (("dense-0.5b", "hsa", 537.7), ("dense-0.5b", "full", 519.6)))
 def test_dense_sizes_are_the_papers(name, attention, millions):
     with torch.device("meta"):
@@ -267,13 +235,12 @@ def test_all_chunks_need_no_selection(attention, monkeypatch):
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("attention", ("hsa", "nsa"))
-def test_impl_reaches_retrieval(attention, monkeypatch):
+def test_impl_reaches_retrieval(monkeypatch):
     asked = []
     for name in ("retrieve", "retrieve_decode"):
         run = getattr(transforms, name)
         monkeypatch.setattr(transforms, name, lambda *x, run=run: asked.append(x[-2]) or run(*x))
-    model, x = model_and_tokens(attention=attention, impl="reference")
+    model, x = model_and_tokens(impl="reference")
     with torch.no_grad():
         model(x)
         cache = model.eval().new_cache(2)
