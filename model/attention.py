@@ -33,13 +33,16 @@ def positions(start: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t + start if isinstance(start, int) else start[:, None] + t
 
 
-def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float) -> torch.Tensor:
-    """RoPE: turns (x[d], x[d + D / 2]) by position * theta ** (-2 d / D).
+def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[float, ...]) -> torch.Tensor:
+    """RoPE: turns (x[d], x[d + D / 2]) by position * theta ** (-2 d / D), or by position * theta[d] of a tuple.
 
     Angles are float64: in float32 they would be off by 0.06 at position one million, and by one at 16 million.
     """
     half = x_BTHD.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x_BTHD.device, dtype=torch.float64) / half)
+    if isinstance(theta, tuple):
+        frequency = torch.tensor(theta, device=x_BTHD.device, dtype=torch.float64)
+    else:
+        frequency = theta ** (-torch.arange(half, device=x_BTHD.device, dtype=torch.float64) / half)
     angle = position[..., None, None] * frequency  # [(B), T, 1, D / 2]
     dtype = torch.promote_types(x_BTHD.dtype, torch.float32)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -153,17 +156,19 @@ def windowed(
 class SelfAttention(nn.Module):
     """Pre-norm attention of a token over a sliding window, or over all before it, with QK-norm.
 
-    window: tokens, the query's own included; None: all. rope_theta: of RoPE, None for no positions. value_residual:
-    "none", or how the first layer's values enter (ResFormer: mixed by two learned scalars; SVFormer: they are the
-    values, and there is no value projection).
+    window: tokens, the query's own included; None: all. rope_theta: see `rotate`, None for no positions.
+    value_residual: "none", or how the first layer's values enter (ResFormer: mixed by two learned scalars; SVFormer:
+    they are the values, and there is no value projection). score_scale: of all scores. log_length: see ModelConfig.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None,
-        rope_theta: float | None = None, value_residual: str = "none",
+        rope_theta: float | tuple[float, ...] | None = None, value_residual: str = "none", score_scale: float = 1.0,
+        log_length: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.score_scale, self.log_length = score_scale, log_length
         self.window, self.rope_theta, self.value_residual = window, rope_theta, value_residual
         self.norm, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(head_dim), RMSNorm(head_dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
@@ -189,6 +194,10 @@ class SelfAttention(nn.Module):
         if self.rope_theta is not None:
             position = positions(start, x)
             q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
+        q = q * self.score_scale
+        if self.log_length:
+            n = positions(start, x)[..., before:, None, None] + 1
+            q = q * (n.log() / math.log(self.log_length))
         return q.to(v.dtype), k.to(v.dtype), v, before
 
     def attend(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from hsa_tl import hsa_attention, retrieve_chunks
+from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.model import memory_file
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.validation import require_int
@@ -143,21 +143,26 @@ class SegmentMemory(NamedTuple):
             return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
         page = self.paged.pages_of(indices_BTHK)
         # The pool is common to all sequences: to the operator, the batch is one long row of tokens.
-        rows = (x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
+        rows = (None if x is None else x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
         return self._attend(*rows, impl, {"overlap": overlap}).view_as(q_BTAD)
 
     def _attend(self, q, weights, page, impl, config):
-        """q [1, T, A, D], weights [1, T, H or A, K], page [1, T, H, K]: every page is gathered once."""
+        """q [1, T, A, D], weights [1, T, H or A, K] or None, page [1, T, H, K]: every page is gathered once."""
         named, at = page.unique(return_inverse=True)
         empty = int(named[0] < 0)  # -1 comes first
         spec, half = self.paged.spec, q.shape[1] // 2
         if half and (len(named) - empty) * spec.chunk_size * spec.heads * spec.head_dim > GATHERED:
-            halves = zip(*(x.split([half, x.shape[1] - half], 1) for x in (q, weights, page)), strict=True)
+            halves = (
+                [None if x is None else x[:, part] for x in (q, weights, page)]
+                for part in (slice(half), slice(half, None))
+            )
             return torch.cat([self._attend(*x, impl, config) for x in halves], 1)
         if len(named) == empty:
             return torch.zeros_like(q)
         k, v = (x.flatten(0, 1)[None] for x in self.paged.gather(named[empty:]))
         indices = (at - empty).int()
+        if weights is None:
+            return selected_attention(q, k, v, indices, chunk_size=spec.chunk_size, impl=impl, config=config)[0]
         return hsa_attention(q, k, v, weights, indices, chunk_size=spec.chunk_size, impl=impl, config=config)
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, fields, replace
 
 ATTENTIONS = ("hsa", "nsa", "swa", "full")
-FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint")
+UNLEARNED = ("uniform", "detached", "one_softmax")  # of HSA with a part taken out: nothing teaches retrieval
+FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint", *UNLEARNED)
 VALUE_RESIDUALS = ("none", "resformer", "svformer")
 
 
@@ -47,12 +48,17 @@ class ModelConfig:
         hsa_window_rope (bool): whether that window has positions where "swa" has. Default: True.
         rope (tuple of str): kinds of attention with RoPE; the others have no positions. Default: ("swa", "full").
         rope_theta (float): base of RoPE. Default: 10000.
+        rope_frequencies (tuple of float): of RoPE's D / 2 pairs instead of the base's. Default: (), the base's.
+        score_scale (float): of the scores of "full". Default: 1.0.
+        log_length (int): the scores of a query of "full" that sees n keys are times log(n) / log(log_length), so that
+            more keys do not flatten its softmax; 0 for not. Default: 0.
         value_residual (str): "resformer" mixes values with the first layer's, "svformer" takes the first layer's.
             Default: "none".
         chunk_size (int): S, one of 16, 32, 64, 128. Default: 16.
         topk (int or "all"): K, chunks that a token retrieves; with "nsa" at least 3. Default: 8.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
-        fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
+        fusion (str): a kind of `hsa_tl.fusion_weights`; or, to compare, one that teaches retrieval nothing: "uniform"
+            weights, "detached" scores, "one_softmax" over the keys of all chosen chunks. Default: "softmax".
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
             before its own, so that it learns to choose among as many chunks as a longer context has. Default: 0.
         retrieval_heads (int): R; each serves kv_heads / retrieval_heads key/value heads. Default: 1.
@@ -95,6 +101,9 @@ class ModelConfig:
     hsa_window_rope: bool = True
     rope: tuple[str, ...] = ("swa", "full")
     rope_theta: float = 10000.0
+    rope_frequencies: tuple[float, ...] = ()
+    score_scale: float = 1.0
+    log_length: int = 0
     value_residual: str = "none"
     chunk_size: int = 16
     topk: int | str = 8
@@ -120,8 +129,9 @@ class ModelConfig:
     recency: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.rope, list):  # JSON and YAML have no tuples
-            object.__setattr__(self, "rope", tuple(self.rope))
+        for name in ("rope", "rope_frequencies"):
+            if isinstance(value := getattr(self, name), list):  # JSON and YAML have no tuples
+                object.__setattr__(self, name, tuple(value))
         ints = (f.name for f in fields(self) if f.type is int)
         require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
         require_rules(
@@ -134,6 +144,14 @@ class ModelConfig:
             ("attention", self.attention in ATTENTIONS, f"be one of {', '.join(ATTENTIONS)}"),
             ("hsa_window", self.hsa_window <= self.window, f"be at most window = {self.window}"),
             ("rope", isinstance(self.rope, tuple) and set(self.rope) <= set(ATTENTIONS), "be a tuple of attentions"),
+            (
+                "rope_frequencies",
+                len(self.rope_frequencies) in (0, self.head_dim // 2),
+                f"be {self.head_dim // 2} or none",
+            ),
+            ("score_scale", self.score_scale == 1 or self.attention == "full", "be 1 without attention full"),
+            ("log_length", self.log_length != 1, "be 0 or at least 2"),
+            ("log_length", not self.log_length or self.attention == "full", "be 0 without attention full"),
             ("value_residual", self.value_residual in VALUE_RESIDUALS, f"be one of {', '.join(VALUE_RESIDUALS)}"),
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
@@ -161,7 +179,7 @@ class ModelConfig:
         return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
 
 
-MAY_BE_ZERO = ("hsa_window", "distractors", "conv", "experts", "shared_experts", "dense_layers")
+MAY_BE_ZERO = ("hsa_window", "log_length", "distractors", "conv", "experts", "shared_experts", "dense_layers")
 
 LARGE = {"conv": 0, "embedding_std": 0.02}
 # dense-0.5b and moe-8b-a1b have the paper's sizes; the paper does not give their dims.

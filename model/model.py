@@ -59,13 +59,15 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         c, kind = config, config.kinds[index]
-        rope = dict.fromkeys(c.rope, c.rope_theta)
+        rope = dict.fromkeys(c.rope, c.rope_frequencies or c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
         window, theta = (None, rope.get("full")) if kind == "full" else (c.window, rope.get("swa"))
         if kind in ("hsa", "nsa"):
             window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
         exclude = window if c.exclude_window else 0
         kind_of, options = SelfAttention, {}
+        if kind == "full":
+            options = {"score_scale": c.score_scale, "log_length": c.log_length}
         if kind == "nsa":
             kind_of = NativeSparseAttention
             options = {"chunk_size": c.chunk_size, "topk": c.topk, "exclude_window": exclude}
@@ -138,7 +140,7 @@ class Model(Generation, nn.Module):
             self.encoder = ChunkEncoder(
                 c.dim, c.kv_heads, c.head_dim, c.retrieval_dim, c.chunk_size, heads=c.encoder_heads,
                 retrieval_heads=c.retrieval_heads, layers=c.encoder_layers, mlp_dim=c.encoder_mlp_dim,
-                rope_theta=c.rope_theta if "hsa" in c.rope else None, std=c.embedding_std,
+                rope_theta=(c.rope_frequencies or c.rope_theta) if "hsa" in c.rope else None, std=c.embedding_std,
             )  # fmt: skip
         self.norm = RMSNorm(c.dim)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)

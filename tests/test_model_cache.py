@@ -29,8 +29,12 @@ CONFIGS = {
     "joint": {"fusion": "joint", "layers": 5, "groups": 3, "value_residual": "resformer"},
     "dense": {"topk": "all", "impl": "dense", "hsa_window": 5},
     "all": {"topk": "all", "rope": ("swa", "hsa"), "layers": 3, "groups": 1, "value_residual": "svformer"},
+    "one softmax": {"fusion": "one_softmax", "retrieval_heads": 1},
+    "one softmax, all": {"fusion": "one_softmax", "topk": "all", "impl": "dense"},
+    "uniform": {"fusion": "uniform", "topk": "all", "impl": "dense"},
     "swa": {"attention": "swa"},
     "full": {"attention": "full", "value_residual": "resformer"},
+    "full, log n": {"attention": "full", "rope": (), "log_length": 64},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
@@ -92,8 +96,9 @@ def test_segments_equal_one_shot(name, split):
 
 @pytest.mark.parametrize("options", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("split", (SPLITS["mixed"], SPLITS["short"]), ids=("mixed", "short"))
-def test_every_memory(options, split, tmp_path):
-    model, ids, wanted = whole("hsa")
+@pytest.mark.parametrize("name", ("hsa", "one softmax"))
+def test_every_memory(name, options, split, tmp_path):
+    model, ids, wanted = whole(name)
     if "directory" in options:
         options = {"directory": tmp_path}
     cache = model.new_cache(2, **options)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hsa_tl import fusion_weights, transforms
 from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset
 from hsa_tl.model import cache as caches
+from hsa_tl.model.config import UNLEARNED
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.longcontext import LongReader
 
@@ -19,6 +20,8 @@ SMALL = ModelConfig(
 T = 150
 OPTIONS = (
     *({"fusion": x} for x in ("softmax", "softmax1", "stick_breaking", "joint")),
+    *({"fusion": x, "topk": k} for x in ("uniform", "detached", "one_softmax") for k in (3, "all")),
+    {"attention": "full", "log_length": 64, "score_scale": 1.5},
     *({"chunk_size": x} for x in (16, 32, 64)),
     *({"topk": x} for x in (3, 40, "all")),
     *({"window": x} for x in (1, 16, 33, 500)),
@@ -49,7 +52,11 @@ def test_option_trains_and_stays_causal(options):
     model, x = model_and_tokens(**options)
     out = model(x, labels=x)
     out.loss.backward()
+    taught = options.get("fusion") not in UNLEARNED
     for name, p in model.named_parameters():
+        if not taught and ("slc" in name or "landmark" in name):
+            assert p.grad is None or not p.grad.any(), name
+            continue
         one_key = options.get("window") == 1 and (".q" in name or ".k" in name)  # its weight is 1
         assert p.grad is not None and torch.isfinite(p.grad).all() and (p.grad.any() or one_key), name
     changed = x.clone()
@@ -162,6 +169,25 @@ def test_joint_weights_of_window_and_chunks_sum_to_one():
     torch.testing.assert_close(weights.sum(-1) + window, torch.ones(1, T, 4))
     torch.testing.assert_close(window, expected)
     assert (window[:, :16] == 1).all()
+
+
+def test_hsa_with_a_part_taken_out():
+    """Uniform and detached weights, and one softmax over all chosen keys, by hand."""
+    encoder, x = ChunkEncoder(32, 2, 16, 16, 16), torch.randn(1, T, 32)
+    layers = {f: HSALayer(32, 4, 2, 16, 16, topk=3, fusion=f) for f in ("softmax", *UNLEARNED)}
+    for layer in layers.values():
+        layer.load_state_dict(layers["softmax"].state_dict())
+    memory, chosen = encoder(x), layers["softmax"]
+    q, q_slc = chosen.queries(x)
+    _, indices = memory.retrieve(q_slc, 0, 3)
+    count = (indices >= 0).sum(-1, keepdim=True).clamp(min=1)
+    uniform = memory.attend(q, (indices >= 0) / count, indices)
+    torch.testing.assert_close(layers["uniform"](x, memory), chosen.out(uniform.flatten(2)))
+    torch.testing.assert_close(layers["detached"](x, memory), chosen(x, memory))
+    seen = (indices[..., None] == torch.arange(160) // 16).any(-2).repeat_interleave(2, 2).transpose(1, 2)
+    k, v = (y.repeat_interleave(2, 2).transpose(1, 2) for y in (memory.k, memory.v))
+    full = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen).nan_to_num(0)
+    torch.testing.assert_close(layers["one_softmax"](x, memory), chosen.out(full.transpose(1, 2).flatten(2)))
 
 
 class Exact(ChunkMemory):
