@@ -38,6 +38,8 @@ MODELS = {
     "swa": Contender("sliding window only", {"attention": "swa", **THREE_LAYERS}),
     "nsa": Contender("NSA, NoPE", NSA, topk=True),
     "nsa-rope": Contender("NSA, RoPE", NSA | {"rope": ["swa", "nsa"]}, topk=True),
+    "moba": Contender("MoBA, NoPE", {"attention": "moba", **THREE_LAYERS}, topk=True),
+    "moba-rope": Contender("MoBA, RoPE", {"attention": "moba", "rope": ["swa", "moba"], **THREE_LAYERS}, topk=True),
     "hsa-topk": Contender("HSA, top-k in training", topk=True),
     "hsa-rope": Contender("HSA, RoPE", {"rope": ["swa", "hsa"]}),
     "hsa-one-softmax": Contender("HSA, one softmax over all chosen keys", {"fusion": "one_softmax"}),

@@ -131,7 +131,7 @@ def _ask(
     return Row(
         seed=plan.seed, train_length=trained, length=T, task=task, accuracy=found.share,
         seconds=round(found.seconds, 3), answers=found.answers, samples=found.samples,
-        read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0,
+        read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa", "moba") else 0,
         parameters=reader.model.num_parameters(), haystacks=haystacks, near=found.near, near_right=found.near_right,
         **origin("cpu"), **about,
     )  # fmt: skip

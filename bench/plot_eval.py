@@ -14,7 +14,7 @@ TASKS = {
     "s-niah": "S-NIAH", "mk-niah-1": "MK-NIAH 1", "mk-niah-2": "MK-NIAH 2", "mk-niah-3": "MK-NIAH 3",
     "mq-niah": "MQ-NIAH", "vt": "variable tracking", "fwe": "frequent words",
 }  # fmt: skip
-ATTENTION = {"hsa": "HSA", "full": "full attention", "swa": "sliding window only", "nsa": "NSA"}
+ATTENTION = {"hsa": "HSA", "full": "full attention", "swa": "sliding window only", "nsa": "NSA", "moba": "MoBA"}
 NEEDLES = {
     "s-niah": "S-NIAH", "mq-niah": "MQ-NIAH (6 needles, 2 queries)", "mk-niah-3": "MK-NIAH 3 (all needles)",
     "mq-niah-96": "MQ-NIAH (96 needles, 4 queries)", "s-niah-keys": "S-NIAH, noise of keys",

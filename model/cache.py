@@ -7,7 +7,7 @@ chunk memory, and the hidden states that the upper decoder has not read yet.
 The last is an exact shortcut. Above the chunk memory there are only sliding windows, so that a token's output depends
 on the memory and on the hidden states of at most as many tokens before it as the windows of the upper layers reach back
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
-retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa") have none.
+retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa", "moba") have none.
 
 Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
 row b holds counts[b] tokens of its sequence.

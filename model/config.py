@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-ATTENTIONS = ("hsa", "nsa", "swa", "full")
+ATTENTIONS = ("hsa", "nsa", "moba", "swa", "full")
 UNLEARNED = ("uniform", "detached", "one_softmax")  # of HSA with a part taken out: nothing teaches retrieval
 FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint", *UNLEARNED)
 VALUE_RESIDUALS = ("none", "resformer", "svformer")
@@ -28,10 +28,10 @@ class ModelConfig:
     """Dims and options of a `Model`. `dataclasses.replace` changes them, and every change is validated.
 
     Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
-    beside its window. "nsa": NSA with a window, a gated branch of it, in the place of both (`hsa_tl.model.nsa`). "swa":
-    sliding windows only. "full": causal attention over everything (BaseLM). No parameter's shape depends on window,
-    topk, exclude_window, fusion, distractors or rope, so that a checkpoint goes from one training stage to the next.
-    The defaults are the preset "tiny".
+    beside its window. "nsa": NSA with a window, a gated branch of it, in the place of both (`hsa_tl.model.nsa`).
+    "moba": MoBA there (`hsa_tl.model.moba`). "swa": sliding windows only. "full": causal attention over everything
+    (BaseLM). No parameter's shape depends on window, topk, exclude_window, fusion, distractors or rope, so that a
+    checkpoint goes from one training stage to the next. The defaults are the preset "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -42,7 +42,7 @@ class ModelConfig:
         kv_heads (int): H. Default: 1.
         head_dim (int): D. Default: 32.
         mlp_dim (int): width of a feed-forward layer. Default: 256.
-        attention (str): "hsa", "nsa", "swa" or "full". Default: "hsa".
+        attention (str): "hsa", "nsa", "moba", "swa" or "full". Default: "hsa".
         window (int): tokens that a sliding window spans, its own included. Default: 32.
         hsa_window (int): of the window beside HSA or NSA, at most `window`; 0 for the same. Default: 0.
         hsa_window_rope (bool): whether that window has positions where "swa" has. Default: True.
@@ -171,7 +171,7 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of each layer: "full", "swa", or "hsa" and "nsa", which have a sliding window too."""
+        """Of each layer: "full", "swa", "moba", or "hsa" and "nsa", which have a sliding window too."""
         if self.attention in ("full", "swa"):
             return (self.attention,) * self.layers
         lower, upper = self.lower_layers, self.layers - self.lower_layers
@@ -224,7 +224,7 @@ def baseline(config: ModelConfig, attention: str) -> ModelConfig:
 
     Args:
         config (ModelConfig): the model.
-        attention (str): "full" (BaseLM), "swa", or "nsa" with the same windows and top-k.
+        attention (str): "full" (BaseLM), "swa", or "nsa" or "moba" with the same windows and top-k.
 
     Returns:
         ModelConfig: config with that attention.

@@ -84,8 +84,8 @@ class ContextParallel(nn.Module):
     forward: input_ids, labels [B, T], the same on every rank, T a multiple of ranks * chunk_size -> ModelOutput with
     this rank's logits [B, T / W, V] and a loss. The mean of the ranks' losses is the model's loss, and the mean of
     their gradients its gradient: what FSDP2 and DistributedDataParallel compute. logits_to_keep=0: no logits.
-    ValueError: another T. NotImplementedError: NSA; impl "dense" and fusion "one_softmax", which are no sums over
-    chunks here.
+    ValueError: another T. NotImplementedError: NSA and MoBA; impl "dense" and fusion "one_softmax", which are no
+    sums over chunks here.
     """
 
     def __init__(self, model: Model, mesh: DeviceMesh | None = None):
@@ -106,8 +106,8 @@ class ContextParallel(nn.Module):
     ) -> ModelOutput:
         model, part = self.model, self.part(input_ids.shape[1])
         c = model.config
-        refused = c.attention == "nsa", c.impl == "dense", c.fusion == "one_softmax", c.distractors and model.training
-        if any(refused):
+        known = c.attention in ("hsa", "swa", "full") and c.impl != "dense" and c.fusion != "one_softmax"
+        if not known or (c.distractors and model.training):
             raise NotImplementedError(
                 'context parallelism needs attention "hsa", "swa" or "full", no impl="dense", no fusion="one_softmax" '
                 "and no distractors"

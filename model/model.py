@@ -20,6 +20,7 @@ from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
+from hsa_tl.model.moba import MixtureOfBlockAttention
 from hsa_tl.model.nsa import NativeSparseAttention
 from hsa_tl.validation import require, require_float, require_int, require_integers, require_shape, require_tensor
 
@@ -61,17 +62,19 @@ class Layer(nn.Module):
         c, kind = config, config.kinds[index]
         rope = dict.fromkeys(c.rope, c.rope_frequencies or c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        window, theta = (None, rope.get("full")) if kind == "full" else (c.window, rope.get("swa"))
+        window, theta = (None, rope.get(kind)) if kind in ("full", "moba") else (c.window, rope.get("swa"))
         if kind in ("hsa", "nsa"):
             window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
         exclude = window if c.exclude_window else 0
         kind_of, options = SelfAttention, {}
         if kind == "full":
             options = {"score_scale": c.score_scale, "log_length": c.log_length}
+        if kind in ("nsa", "moba"):
+            kind_of = MixtureOfBlockAttention
+            options = {"chunk_size": c.chunk_size, "topk": c.topk, "impl": "auto" if c.impl == "dense" else c.impl}
         if kind == "nsa":
             kind_of = NativeSparseAttention
-            options = {"chunk_size": c.chunk_size, "topk": c.topk, "exclude_window": exclude}
-            options |= {"far_theta": rope.get("nsa"), "impl": "auto" if c.impl == "dense" else c.impl}
+            options |= {"exclude_window": exclude, "far_theta": rope.get("nsa")}
         self.attention = kind_of(
             *heads, window=window, rope_theta=theta,
             value_residual=c.value_residual if index else "none", **options,

@@ -27,6 +27,7 @@ CONFIGS = (
     {"recency": 4, "topk": 3},
     {"attention": "swa", "layers": 4},
     {"attention": "nsa"},
+    {"attention": "moba", "topk": 3},
     {"attention": "full"},
 )
 

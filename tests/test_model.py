@@ -70,7 +70,7 @@ def test_config_errors_name_the_field():
         ({"heads": 3}, "heads must be a multiple of kv_heads = 2, got 3"),
         ({"topk": 0}, 'topk must be a positive int or "all", got 0'),
         ({"dim": 0}, "dim must be an int of at least 1, got 0"),
-        ({"attention": "dense"}, "attention must be one of hsa, nsa, swa, full, got 'dense'"),
+        ({"attention": "dense"}, "attention must be one of hsa, nsa, moba, swa, full, got 'dense'"),
         ({"chunk_size": 20}, "chunk_size must be 16, 32, 64 or 128, got 20"),
     ):
         with pytest.raises(ValueError, match=message):

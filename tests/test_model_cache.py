@@ -37,6 +37,8 @@ CONFIGS = {
     "full, log n": {"attention": "full", "rope": (), "log_length": 64},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
+    "moba": {"attention": "moba", "layers": 5, "groups": 2},
+    "moba, all": {"attention": "moba", "topk": "all", "rope": ("swa", "moba"), "value_residual": "resformer"},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
     "recency": {"recency": 3, "retrieval_heads": 2},
     "recency, all": {"recency": 16, "topk": "all", "fusion": "joint", "exclude_window": True, "window": 40},
@@ -153,7 +155,7 @@ def test_a_prefill_without_logits_runs_the_upper_decoder_once(name):
         assert model(part, cache=cache, logits_to_keep=0).logits is None
     got = model(ids[:, 120:130], cache=cache, logits_to_keep=1).logits
     hook.remove()
-    if config.attention in ("full", "nsa"):
+    if config.attention in ("full", "nsa", "moba"):
         assert seen == [20] * 6 + [10]
     else:
         upper = config.layers - config.lower_layers
@@ -194,7 +196,7 @@ def test_rows_do_not_depend_on_each_other():
     torch.testing.assert_close(read(model, model.new_cache(1), ids[1:2], (30, 10)), whole[1:2])
 
 
-@pytest.mark.parametrize("name", ("hsa", "full", "nsa"))
+@pytest.mark.parametrize("name", ("hsa", "full", "nsa", "moba"))
 def test_two_sequences_of_different_lengths(name):
     model, ids, wanted = whole(name)
     cache, at = model.new_cache(2), (50, 20)

@@ -73,7 +73,9 @@ def test_activation_checkpointing_changes_memory_only(batch, attention):
     assert kept["some"] < 0.7 * kept["all"]
 
 
-@pytest.mark.parametrize("options", ({}, {"fusion": "joint"}, {"attention": "nsa"}, {"experts": 4, "expert_dim": 32}))
+@pytest.mark.parametrize(
+    "options", ({}, {"fusion": "joint"}, {"attention": "nsa"}, {"attention": "moba"}, {"experts": 4, "expert_dim": 32})
+)
 def test_bfloat16_autocast_is_near_float32(batch, options):
     model = Model(dataclasses.replace(TINY, topk="all", **options))
     expected = model(*batch)
