@@ -166,8 +166,8 @@ class SegmentMemory(NamedTuple):
         return hsa_attention(q, k, v, weights, indices, chunk_size=spec.chunk_size, impl=impl, config=config)
 
 
-def _near_and_far(cache) -> tuple[Tail, list[Tail]]:
-    return cache if isinstance(cache, tuple) else (cache, [])
+def _tails_of(cache: Tail | tuple[Tail, ...]) -> tuple[Tail, ...]:
+    return cache if isinstance(cache, tuple) else (cache,)
 
 
 class Cache:
@@ -198,22 +198,15 @@ class Cache:
         elif memory_options:
             name = next(iter(memory_options))
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
-        self.row_counts = [[0] for _ in range(batch_size)]
         self.layers = []  # of each what its forward takes
         for layer, kind in zip(model.layers, c.kinds, strict=True):
             window = layer.attention.window
             near = Tail(self.counts, None if window is None else window - 1, undo)
-            self.layers.append((near, [Tail(counts) for counts in self.row_counts]) if kind == "nsa" else near)
+            self.layers.append((near, Tail(self.counts)) if kind == "nsa" else near)
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
         self.waiting = Tail(self.counts, upper_reach + undo) if c.attention in ("hsa", "swa") else None
-
-    def _count(self, counts: list[int]) -> None:
-        """The layers run on a segment of so many tokens."""
-        self.counts[:] = counts
-        for row, n in zip(self.row_counts, counts, strict=True):
-            row[0] = n
 
     def advance(
         self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None,
@@ -233,7 +226,7 @@ class Cache:
         x_BTC = input_ids if input_ids.is_floating_point() else model.embedding(input_ids)
         if not T:
             return x_BTC
-        self._count(counts)
+        self.counts[:] = counts
         past = self.past
         if width := past.shape[1]:
             self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), counts, width)
@@ -273,11 +266,9 @@ class Cache:
             unread = [min(n, m) for n, m in zip(gone, self.waiting.held, strict=True)]
             upper = [n - m for n, m in zip(gone, unread, strict=True)]
             self.waiting.crop(unread)
-        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
-            taken = gone if i < self.config.lower_layers else upper
-            near.crop(taken)
-            for tail, n in zip(far, taken, strict=bool(far)):
-                tail.crop([n])
+        for i, cache in enumerate(self.layers):
+            for tail in _tails_of(cache):
+                tail.crop(gone if i < self.config.lower_layers else upper)
         self.past = take_rows(self.past, [-n for n in gone], self.past.shape[1])
         if self.memory is not None:
             self.chunk.crop(gone)
@@ -288,8 +279,8 @@ class Cache:
 
     def _tails(self) -> Iterator[tuple[str, Tail]]:
         yield from ((name, tail) for name in ("chunk", "waiting") if (tail := getattr(self, name)) is not None)
-        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
-            yield from ((f"layers.{i}.{j}", tail) for j, tail in enumerate((near, *far)))
+        for i, cache in enumerate(self.layers):
+            yield from ((f"layers.{i}.{j}", tail) for j, tail in enumerate(_tails_of(cache)))
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file; `path` then holds all of it or what it held before.
@@ -363,7 +354,7 @@ class Cache:
             if not n:
                 return h_BTC[:, :0]
             # What stands further back than n outputs reach is left out for good.
-            self._count([min(a + b, n + self.waiting.keep) for a, b in zip(waited, counts, strict=True)])
+            self.counts[:] = [min(a + b, n + self.waiting.keep) for a, b in zip(waited, counts, strict=True)]
             first = [h.shape[1] - T + b - m for b, m in zip(counts, self.counts, strict=True)]
             h_BTC, first_v_BTHD = (take_rows(x, first, max(1, *self.counts)) for x in (h, v))
             starts = [a + b - m for a, b, m in zip(starts, counts, self.counts, strict=True)]

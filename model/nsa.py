@@ -60,8 +60,7 @@ class NativeSparseAttention(SelfAttention):
         self.gate = nn.Linear(dim, 3 * heads, bias=False)
 
     def attend(self, x_BTC, start=0, cache=None, first_v_BTHD=None, with_lse=False, keep=None):
-        """As SelfAttention.attend, without a log-sum-exp. cache: a pair of the window's KeyCache and, for each
-        sequence, one that keeps everything."""
+        """As SelfAttention.attend, without a log-sum-exp. cache: a pair, the window's and one that keeps everything."""
         assert not with_lse, "three softmaxes have no log-sum-exp in common"
         near, far = (None, None) if cache is None else cache
         window_BTAD, _, v_BTHD = super().attend(x_BTC, start, near, first_v_BTHD, False, keep)
@@ -72,27 +71,30 @@ class NativeSparseAttention(SelfAttention):
         if self.far_theta is not None:
             position = positions(start, x)
             q, k = rotate(q, position[..., before:], self.far_theta), rotate(k, position, self.far_theta)
-        q, keys = q.to(v.dtype), (k_cmp, v_cmp, k.to(v.dtype), v)
-        if far is None:
-            parts = [self._read(q, *keys, start + before)]
-        else:  # chunks of each sequence begin at its own start
-            starts = [start] * len(far) if isinstance(start, int) else start.tolist()
-            rows = zip(q.split(1), torch.stack(keys, 2).split(1), starts, far, strict=True)
-            parts = [self._read(y, *own.extend(new)[0].unbind(2), first + before) for y, new, first, own in rows]
-        compressed_BTAD, selected_BTAD = (torch.cat(branch) for branch in zip(*parts, strict=True))
+        q, keys, past = q.to(v.dtype), torch.stack([k_cmp, v_cmp, k.to(v.dtype), v], 2), None
+        if far is not None:
+            keys, past = far.extend(keys)
+        if past is None:
+            compressed_BTAD, selected_BTAD = self._read(q, keys)
+        else:
+            # The columns at which the sequences, and so their chunks, begin.
+            columns = (keys.shape[1] - x.shape[1] - past).tolist()
+            rows = [self._read(q[b, None], keys[b, None, n:]) for b, n in enumerate(columns)]
+            compressed_BTAD, selected_BTAD = (torch.cat(y) for y in zip(*rows, strict=True))
         gate = self.gate(x[:, before:]).sigmoid().unflatten(-1, (3, self.heads, 1))
         out = gate[:, :, 0] * compressed_BTAD + gate[:, :, 1] * selected_BTAD + gate[:, :, 2] * window_BTAD
         return out, None, v_BTHD
 
-    def _read(self, q_BTAD, k_cmp, v_cmp, k, v, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compression's and selection's heads [B, T, A, D], of all keys and values [B, P, H, D] of both."""
-        (B, _, A, _), S = q_BTAD.shape, self.chunk_size
+    def _read(self, q_BTAD, keys_BP4HD) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compression's and selection's heads [B, T, A, D] of the last T tokens of P; keys: and values, of both."""
+        (B, T, A, _), S = q_BTAD.shape, self.chunk_size
+        k_cmp, v_cmp, k, v = keys_BP4HD.unbind(2)
         N = max(1, k.shape[1] // S)  # one that is not whole is seen by no query
         k_cmp, v_cmp = (F.pad(y, (0, 0, 0, 0, 0, N * S - k.shape[1])).unflatten(1, (N, S)) for y in (k_cmp, v_cmp))
         k_BNHD, v_BNHD = self.compressed_norm(self.compress_k(k_cmp)), self.compress_v(v_cmp)
         if self.far_theta is not None:
             k_BNHD = rotate(k_BNHD, torch.arange(N, device=k.device) * S, self.far_theta)
-        k_BNHD, position = k_BNHD.to(v_BNHD.dtype), positions(start, q_BTAD)
+        k_BNHD, position = k_BNHD.to(v_BNHD.dtype), positions(k.shape[1] - T, q_BTAD)
         block = max(1, BLOCK_SCORES // max(1, B * A * N))  # recomputed in the backward: never [T, N] at once
         parts = [
             checkpoint(self._compressed, *part, k_BNHD, v_BNHD, use_reentrant=False)
