@@ -7,8 +7,9 @@ from rich.console import Console
 from tiers import tiered
 from typer.testing import CliRunner
 
-from hsa_tl.bench import contenders, lengths
+from hsa_tl.bench import contenders, lengths, plot_eval
 from hsa_tl.bench.contenders import MODELS
+from hsa_tl.bench.plot import interval
 from hsa_tl.cli import app
 from hsa_tl.model import Model, needles
 from hsa_tl.model.recipe import load_recipe
@@ -31,7 +32,7 @@ def recipe(tmp_path):
 @pytest.mark.parametrize("models", tiered((["hsa", "full-yarn"], list(MODELS)), quick=(["hsa", "full-yarn"],)), ids=len)
 def test_lengths_command(recipe, tmp_path, models):
     args = ["lengths", "--recipe", recipe, "--out", tmp_path / "out", "--runs", tmp_path / "runs", "--samples", 2]
-    args = [*map(str, args), "--lengths", "128,1k", "--seeds", "1", "--models", ",".join(models)]
+    args = [*map(str, args), "--lengths", "128,1k", "--seeds", "1", "--threads", "1", "--models", ",".join(models)]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0 and "lengths-toy.png" in result.output, result.output
     rows = json.loads((tmp_path / "out/lengths.json").read_text())
@@ -127,3 +128,14 @@ def test_rows_of_other_haystacks_are_measured_again(recipe, tmp_path):
     assert [r.haystacks for r in ask(1)] == [1]
     assert [r.haystacks for r in ask(None)] == [3]
     assert [r["haystacks"] for r in json.loads((tmp_path / "lengths.json").read_text())] == [3]
+
+
+def test_the_plot_has_intervals_and_no_point_of_few_answers(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plot_eval, "band", lambda ax, x, low, middle, high, *_: drawn.append((x, low, middle, high)))
+    rows = [row(100, n, seed=i) for i, n in enumerate((90, 96, 100))]
+    rows += [row(29, 29, length=512), row(30, 30, length=1024), row(8, 8, task="mq-niah")]
+    plot_eval.plot_lengths(rows, 1 / 96, tmp_path / "x.png")
+    ((x, low, middle, high),) = drawn
+    assert x == [256, 1024] and middle == [0.96, 1.0]
+    assert (low[0], high[0]) == (interval(90, 100)[0], 1.0) and low[1] == interval(30, 30)[0] < 0.9
