@@ -1,7 +1,7 @@
 """The paper's claim on two CPU cores: accuracy of needle retrieval by length, far beyond the training length.
 
 Each model of `hsa_tl.bench.contenders` is trained on the recipe `needle-tiny`. A needle in the last, unfinished chunk,
-which nothing can retrieve, counts apart. Rows resume: what the file holds is not run again.
+which HSA cannot retrieve, counts apart. Rows resume: what the file holds is not run again.
 The last act of `hsa-tl demo` asks the weights that ship with the package the same, at up to a million tokens.
 """
 

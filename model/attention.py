@@ -194,7 +194,8 @@ class SelfAttention(nn.Module):
         if self.rope_theta is not None:
             position = positions(start, x)
             q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
-        q = q * self.score_scale
+        if self.score_scale != 1:
+            q = q * self.score_scale
         if self.log_length:
             n = positions(start, x)[..., before:, None, None] + 1
             q = q * (n.log() / math.log(self.log_length))

@@ -277,8 +277,8 @@ class Sample:
     needles: np.ndarray | None = None
 
     def unfinished(self, chunk_size: int) -> np.ndarray:
-        """[A] bool: whether an answer's needle ends in a chunk that is not whole where the answer is asked for, so that
-        nothing can retrieve it. ValueError: the task knows no needles."""
+        """[A] bool: whether an answer's needle ends in a chunk that is not whole yet where the answer is asked for, so
+        that HSA cannot retrieve it. ValueError: the task knows no needles."""
         if self.needles is None:
             raise ValueError("needles must be known, got a sample of another task")
         return self.needles[:, 1] > (self.answers[:, 0] - 1) // chunk_size * chunk_size
