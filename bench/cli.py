@@ -12,9 +12,10 @@ import typer
 from hsa_tl.bench import compare, page, plot, plot_eval, record, ruler, selections
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.compare import length_label
+from hsa_tl.bench.contenders import MODELS
 from hsa_tl.bench.decode import Decode
 from hsa_tl.bench.dispatch import Dispatch
-from hsa_tl.bench.lengths import MODELS, TASKS, make_weights, run_lengths
+from hsa_tl.bench.lengths import TASKS, make_weights, run_lengths
 from hsa_tl.bench.model import ModelBench
 from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
@@ -134,14 +135,17 @@ def plot_command(
 
 
 def lengths(
-    models: Annotated[str, typer.Option(help="any of hsa, full-rope, swa, nsa, nsa-rope")] = ",".join(MODELS),
+    models: Annotated[str, typer.Option(help=f"any of {', '.join(MODELS)}")] = ",".join(MODELS),
     seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each model")] = 5,
     lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
-    tasks: Annotated[str, typer.Option(help="s-niah, mq-niah, mk-niah-3")] = ",".join(TASKS),
+    tasks: Annotated[str, typer.Option(help=f"any of {', '.join(TASKS)}")] = ",".join(TASKS),
     samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    haystacks: Annotated[
+        Optional[int], number(low=1, high=1 << 20, help="that these share, by default each has its own")
+    ] = None,
     budget: Annotated[
         float, number(low=0, high=1e6, help="seconds for each length and task, unless contexts cost little")
-    ] = 60.0,
+    ] = 600.0,
     recipe: Annotated[str, typer.Option(help="what each model is trained on")] = "needle-tiny",
     out: Annotated[Path, typer.Option(help="folder of lengths.json and lengths.png")] = Path("out/lengths"),
     runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),
@@ -151,7 +155,7 @@ def lengths(
     torch.set_num_threads(threads)
     run_lengths(
         console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
-        samples=samples, budget_s=budget, recipe=recipe,
+        samples=samples, haystacks=haystacks, budget_s=budget, recipe=recipe,
     )  # fmt: skip
 
 

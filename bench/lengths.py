@@ -1,17 +1,16 @@
 """The paper's claim on two CPU cores: accuracy of needle retrieval by length, far beyond the training length.
 
-Each model is `tiny` with another attention, trained on the recipe `needle-tiny`; the baselines have the same
-convolution, window, curriculum and number of retrieved tokens. Rows resume: what the file holds is not run again.
+Each model of `hsa_tl.bench.contenders` is trained on the recipe `needle-tiny`. A needle in the last, unfinished chunk,
+which HSA cannot retrieve, counts apart. Rows resume: what the file holds is not run again.
 The last act of `hsa-tl demo` asks the weights that ship with the package the same, at up to a million tokens.
 """
 
-import dataclasses
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,24 +19,20 @@ from rich.console import Console
 
 from hsa_tl.bench import record
 from hsa_tl.bench.compare import grouped, length_label
-from hsa_tl.bench.plot_eval import NEEDLES, plot_lengths
+from hsa_tl.bench.contenders import MODELS
+from hsa_tl.bench.plot import interval
+from hsa_tl.bench.plot_eval import FEWEST, NEEDLES, plot_lengths
 from hsa_tl.bench.ruler import chance, origin
 from hsa_tl.bench.suite import one_of
 from hsa_tl.files import write_atomic
-from hsa_tl.model import evaluate, load, pretrained
+from hsa_tl.model import evaluate, load, needles, pretrained
 from hsa_tl.model import recipe as recipes
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 from hsa_tl.model.recipe import Recipe, load_recipe
-from hsa_tl.model.train import Step, train
+from hsa_tl.model.rope import extended
+from hsa_tl.model.train import Step, reconfigure, train
 from hsa_tl.terminal import plot_or_say, progress_bar, show_table
 
-MODELS = {
-    "hsa": {"attention": "hsa"},
-    "full-rope": {"attention": "full"},
-    "swa": {"attention": "swa"},
-    "nsa": {"attention": "nsa"},
-    "nsa-rope": {"attention": "nsa", "rope": ["swa", "nsa"]},
-}
 TASKS = tuple(NEEDLES)
 RECIPE = "needle-tiny"
 # Of the demo, and of weights that ship.
@@ -48,7 +43,9 @@ DEMO_BUDGET_S = 15.0  # of each length and task, behind which a slow machine tak
 
 @dataclass(frozen=True)
 class Row:
-    """accuracy: share of the answers that are right, of `answers`; seconds: to read and answer all samples."""
+    """accuracy: share of the answers that are right, of `answers`; seconds: to read and answer all samples; near: more
+    answers, whose needle lies in the last, unfinished chunk. The defaults are of rows from before these were recorded.
+    """
 
     model: str
     seed: int
@@ -65,12 +62,29 @@ class Row:
     versions: str
     commit: str
     recipe: str = RECIPE
+    parameters: int | None = None
+    haystacks: int = 1  # that the samples share
+    near: int = 0
+    near_right: int = 0
+
+    @property
+    def rate(self) -> str:
+        """In percent with Wilson's 95 % interval; of fewer answers than say a rate, their count."""
+        right = round(self.accuracy * self.answers)
+        if self.answers < FEWEST:
+            return f"{right} of {self.answers}"
+        low, high = interval(right, self.answers)
+        return f"{100 * self.accuracy:.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def recipe_of(model: str, seed: int, name: str = RECIPE) -> Recipe:
-    """The recipe with the model's attention. ValueError: another name than those of MODELS."""
-    changes, recipe = MODELS[one_of("model", model, MODELS)], load_recipe(name)
-    return dataclasses.replace(recipe, name=f"{recipe.name}-{model}", model=recipe.model | changes, seed=seed)
+    """What trains the model's weights. ValueError: another name than those of MODELS."""
+    who = MODELS[one_of("model", model, MODELS)].weights_of or model
+    plan, recipe = MODELS[who], load_recipe(name)
+    every = ("topk", "impl") if plan.topk else ()  # which read every chunk, a stage's "dense" too
+    stages = (replace(s, model={k: v for k, v in s.model.items() if k not in every}) for s in recipe.stages)
+    changes = recipe.model | plan.changes
+    return replace(recipe, name=f"{recipe.name}-{who}", model=changes, seed=seed, stages=tuple(stages))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -104,15 +118,21 @@ def _trained(recipe: Recipe, run: Path, on_step: Callable[[Step], None]) -> tupl
     return model, json.loads(clock.read_text())
 
 
-def _ask(reader: LongReader, plan: Recipe, task: str, T: int, samples: int, budget_s: float, **about) -> Row:
+def _ask(
+    reader: LongReader, plan: Recipe, task: str, T: int, samples: int, budget_s: float, haystacks: int = 1, **about
+) -> Row:  # fmt: skip
     """The row of a model that plan made, of one task and length. A reader that read this length before reads less."""
-    config = reader.model.config
+    config, trained = reader.model.config, max(s.length for s in plan.stages)
+    if (scaling := MODELS[about["model"]].scaling) is not None:
+        reconfigure(reader.model, extended(plan.config(), scaling, T, trained))
     answer = partial(evaluate.answers_right, reader)
-    found = evaluate.accuracy(answer, evaluate.needle_samples(task, T, samples, plan.seed), budget_s)
+    contexts = evaluate.needle_samples(task, T, samples, plan.seed, haystacks=haystacks)
+    found = evaluate.accuracy(answer, contexts, budget_s, config.chunk_size)
     return Row(
-        seed=plan.seed, train_length=plan.stages[-1].length, length=T, task=task, accuracy=found.share,
+        seed=plan.seed, train_length=trained, length=T, task=task, accuracy=found.share,
         seconds=round(found.seconds, 3), answers=found.answers, samples=found.samples,
-        read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa") else 0,
+        read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa", "moba") else 0,
+        parameters=reader.model.num_parameters(), haystacks=haystacks, near=found.near, near_right=found.near_right,
         **origin("cpu"), **about,
     )  # fmt: skip
 
@@ -121,12 +141,17 @@ def _show(console: Console, out: Path, mine: list[Row], rows: list[Row]) -> None
     """The table of mine, accuracy by length for each model, seed and task; a plot of rows, all of one recipe."""
     lengths = sorted({r.length for r in mine})
     lines = []
-    for key, found in grouped(mine, lambda r: (r.model, r.seed, r.task)).items():
-        shares = {r.length: f"{100 * r.accuracy:.1f}" for r in found}
-        lines.append((*key, *(shares.get(T, "") for T in lengths)))
-    title = f"Answers right in %, by length; trained at {mine[0].train_length} tokens at most"
-    names = ("model", "seed", "task", *map(length_label, lengths))
-    show_table(console, title, names, lines, right=tuple(range(3, len(names))))
+    for (model, seed, task), found in grouped(mine, lambda r: (r.model, r.seed, r.task)).items():
+        shares, size = {r.length: r.rate for r in found}, found[-1].parameters
+        near = f"{sum(r.near_right for r in found)} of {sum(r.near for r in found)}"
+        size = "" if size is None else f"{size / 1e6:.2f}M"
+        lines.append((model, size, seed, task, *(shares.get(T, "") for T in lengths), near))
+    title = (
+        f"Answers right in %, with the 95 % interval, by length; trained at {mine[0].train_length} tokens at most; "
+        "near: needles in the last, unfinished chunk, which count here only"
+    )
+    names = ("model", "parameters", "seed", "task", *map(length_label, lengths), "near")
+    show_table(console, title, names, lines, right=(1, *range(4, len(names))))
     picture = out / ("lengths.png" if rows[0].recipe == RECIPE else f"lengths-{rows[0].recipe}.png")
     written = [out / "lengths.json", *plot_or_say(console, plot_lengths, rows, chance("needles"), picture)]
     console.print("wrote " + ", ".join(map(str, written)))
@@ -134,19 +159,23 @@ def _show(console: Console, out: Path, mine: list[Row], rows: list[Row]) -> None
 
 def run_lengths(
     console: Console, out: Path, runs: Path, models: list[str], seeds: list[int], lengths: list[int],
-    tasks: list[str], *, samples: int = 100, budget_s: float = 60.0, recipe: str = RECIPE,
+    tasks: list[str], *, samples: int = 100, haystacks: int | None = None, budget_s: float = 600.0,
+    recipe: str = RECIPE,
 ) -> list[Row]:  # fmt: skip
     """Trains each model for each seed in a folder of runs and asks it; prints a table, writes lengths.json and a plot.
 
     samples: contexts of each length and task; behind budget_s seconds only those that cost little, see
-    evaluate.accuracy. A context that full attention cannot read has no row. out/lengths.json grows row by row.
+    evaluate.accuracy. haystacks: that they share, by default each has its own. A context that full attention cannot
+    read, or that cannot hold a task's needles, has no row. out/lengths.json grows row by row.
     """
+    haystacks = samples if haystacks is None else min(haystacks, samples)
     for task in tasks:
         one_of("task", task, TASKS)
     plans = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models}
     path, trained_on = out / "lengths.json", load_recipe(recipe).name
     rows = read_rows(path)
-    done = {(r.model, r.seed, r.task, r.length) for r in rows if r.recipe == trained_on}
+    key = lambda r: (r.model, r.seed, r.task, r.length)  # noqa: E731
+    done = {key(r) for r in rows if (r.recipe, r.haystacks) == (trained_on, haystacks)}
     with progress_bar(console) as bar:
         step = bar.add_task("train", total=None)
 
@@ -155,14 +184,15 @@ def run_lengths(
             bar.update(step, completed=done.step + 1, description=what)
 
         for (name, seed), plan in plans.items():
-            known = [T for T in lengths if name != "full-rope" or T <= ONE_SHOT]
-            todo = [(t, T) for t in tasks for T in known if (name, seed, t, T) not in done]
+            known = [T for T in lengths if plan.config().attention != "full" or T <= ONE_SHOT]
+            todo = [(t, T) for t in tasks for T in known if needles.fits(t, T) and (name, seed, t, T) not in done]
             if not todo:
                 continue
             model, seconds = _trained(plan, run_folder(runs, plan), on_step)
             about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on}
             for task, T in todo:
-                rows.append(_ask(LongReader(model), plan, task, T, samples, budget_s, **about))
+                row = _ask(LongReader(model), plan, task, T, samples, budget_s, haystacks, **about)
+                rows = [r for r in rows if (r.recipe, *key(r)) != (trained_on, *key(row))] + [row]
                 write_rows(path, rows)
                 bar.update(step, description=f"{name} {seed}: {task} {length_label(T)}")
     rows = [r for r in rows if r.recipe == trained_on]
@@ -173,7 +203,7 @@ def run_lengths(
     return mine
 
 
-def ask_shipped(console: Console, out: Path, lengths=DEMO_LENGTHS, samples: int = 25, name: str = RECIPE) -> None:
+def ask_shipped(console: Console, out: Path, lengths=DEMO_LENGTHS, samples: int = 40, name: str = RECIPE) -> None:
     """Asks the weights that ship with the package, live, at every length."""
     shipped, reader, rows = pretrained.shipped(name), LongReader(load(name)), []
     plan = recipes.recipe_of(shipped.recipe)
@@ -195,7 +225,9 @@ def train_and_ask(console: Console, out: Path, recipe: str = RECIPE, lengths=DEM
     """Trains one seed from scratch and asks it at every length."""
     (out / "lengths.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as runs:
-        rows = run_lengths(console, out, Path(runs), ["hsa"], [0], lengths, DEMO_TASKS, samples=samples, recipe=recipe)
+        rows = run_lengths(
+            console, out, Path(runs), ["hsa"], [0], lengths, DEMO_TASKS, samples=samples, haystacks=1, recipe=recipe
+        )
     console.print(f"trained in {rows[0].train_seconds:.0f} s")
     _say_reads(console, rows)
 
@@ -210,7 +242,9 @@ def make_weights(
     """Trains a recipe of needles from nothing and asks it; writes its weights with where they come from and scored."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
-        rows = run_lengths(console, out, out, ["hsa"], [seed], lengths, DEMO_TASKS, samples=samples, recipe=recipe)
+        rows = run_lengths(
+            console, out, out, ["hsa"], [seed], lengths, DEMO_TASKS, samples=samples, haystacks=1, recipe=recipe
+        )
         scores = [{k: getattr(r, k) for k in ("task", "length", "accuracy", "answers")} for r in rows]
         source = {k: getattr(rows[0], k) for k in ("train_seconds", "device", "versions", "commit")}
         run = run_folder(out, recipe_of("hsa", seed, recipe))

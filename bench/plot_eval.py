@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from hsa_tl.bench.compare import grouped, length_label
-from hsa_tl.bench.plot import GREY, RED, band, grid, interval, legend_below, length_axis, save
+from hsa_tl.bench.contenders import MODELS
+from hsa_tl.bench.plot import GREY, RED, band, grid, interval, legend_below, length_axis, pyplot, save
 from hsa_tl.bench.ruler import WINDOWS, paired
 from hsa_tl.model.recipe import load_recipe, recipe_names
 
@@ -18,16 +19,14 @@ TASKS = {
     "s-niah": "S-NIAH", "mk-niah-1": "MK-NIAH 1", "mk-niah-2": "MK-NIAH 2", "mk-niah-3": "MK-NIAH 3",
     "mq-niah": "MQ-NIAH", "vt": "variable tracking", "fwe": "frequent words",
 }  # fmt: skip
-ATTENTION = {"hsa": "HSA", "full": "full attention", "swa": "sliding window only", "nsa": "NSA-style"}
-# What `hsa-tl lengths` trains, and its tasks.
-MODELS = {
-    "hsa": ("HSA", "#0b6fb8", "o"),
-    "full-rope": ("full attention, RoPE", "#444444", "s"),
-    "swa": ("sliding window only", "#9a6fb0", "P"),
-    "nsa": ("NSA-style, NoPE", "#e07b00", "D"),
-    "nsa-rope": ("NSA-style, RoPE", "#c2185b", "^"),
-}
-NEEDLES = {"s-niah": "S-NIAH", "mq-niah": "MQ-NIAH (6 needles, 2 queries)", "mk-niah-3": "MK-NIAH 3 (all needles)"}
+ATTENTION = {"hsa": "HSA", "full": "full attention", "swa": "sliding window only", "nsa": "NSA", "moba": "MoBA"}
+NEEDLES = {
+    "s-niah": "S-NIAH", "mq-niah": "MQ-NIAH (6 needles, 2 queries)", "mk-niah-3": "MK-NIAH 3 (all needles)",
+    "mq-niah-96": "MQ-NIAH (96 needles, 4 queries)", "s-niah-keys": "S-NIAH, noise of keys",
+    "s-niah-all": "S-NIAH, noise of all ids",
+}  # fmt: skip
+FEWEST = 30  # answers that make a rate
+MARKERS = "osPD^vX*"
 COLORS = ("#0b6fb8", "#e07b00", "#3aa6a0", "#c2185b", "#9a6fb0", "#444444", "#b08d57")
 
 
@@ -125,37 +124,36 @@ def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path:
 
 
 def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
-    """Accuracy of lengths.Row against length, a panel for each task: the median of the seeds, a band of all of them.
-
-    Of one seed the band is Wilson's interval of its answers.
+    """Accuracy of lengths.Row against length, a panel for each task: the median of the seeds, with a band from the low
+    end of the worst one's Wilson interval to the high end of the best one's. Points of too few answers are left out.
     """
     if not rows:
         raise ValueError("rows must hold at least one row, got none")
+    colors = pyplot().colormaps["tab20"].colors
     tasks = [t for t in NEEDLES if any(r.task == t for r in rows)]
     figure, axes = grid(len(tasks), 0, 4.4, 3.6, 0, sharey=True)
     for ax, task in zip(axes, tasks, strict=True):
         mine = sorted((r for r in rows if r.task == task), key=lambda r: (r.length, r.accuracy))
-        for model, (label, color, marker) in MODELS.items():
+        for i, (model, about) in enumerate(MODELS.items()):
             seeds = len({r.seed for r in rows if r.model == model})
-            points = grouped((r for r in mine if r.model == model), attrgetter("length"))
+            found = (r for r in mine if r.model == model and r.answers >= FEWEST)
+            points = grouped(found, attrgetter("length"))
             if not points:
                 continue
-            ends = [
-                interval(own[0].accuracy * own[0].answers, own[0].answers) if seeds == 1
-                else (own[0].accuracy, own[-1].accuracy) for own in points.values()
-            ]  # fmt: skip
+            ends = [[interval(r.accuracy * r.answers, r.answers) for r in own] for own in points.values()]
+            low, high = [min(a for a, _ in x) for x in ends], [max(b for _, b in x) for x in ends]
             middle = [own[len(own) // 2].accuracy for own in points.values()]
-            (low, high), name = zip(*ends, strict=True), f"{label}, {seeds} seed{'s' if seeds > 1 else ''}"
-            band(ax, list(points), low, middle, high, name, color, marker)
+            look = colors[i], MARKERS[i % len(MARKERS)]
+            band(ax, list(points), low, middle, high, f"{about.label}, {seeds} seed{'s' if seeds > 1 else ''}", *look)
         length_axis(ax, sorted({r.length for r in mine}))
         share_axis(ax, chance)
         ax.set_title(NEEDLES[task])
         ax.axvline(mine[0].train_length, color=GREY, linewidth=0.8, linestyle=":")
     axes[0].set_ylabel("share of answers right")
-    legend_below(figure, 5)
+    legend_below(figure, 3)
     figure.suptitle(
-        f"Trained at {rows[0].train_length} tokens (dotted); median, worst and best seed, or the 95 % interval of one; "
-        f"chance is 1 in {1 / chance:.0f} (dashed); {samples_of(rows)} contexts for each point",
+        f"Trained at {rows[0].train_length} tokens (dotted); median seed, and the 95 % intervals of all\n"
+        f"chance is 1 in {1 / chance:.0f} (dashed); {samples_of(rows)} contexts a point, of {FEWEST} answers or more",
         fontsize=10,
     )
     return save(figure, path)

@@ -158,18 +158,19 @@ class SelfAttention(nn.Module):
     """Pre-norm attention of a token over a sliding window, or over all before it, with QK-norm unless qk_norm is False.
 
     window: tokens, the query's own included; None: all. rope_theta: see `rotate`, None for no positions. eps: of the
-    norms. biases: which of the projections q, k, v and out have one. value_residual:
-    "none", or how the first layer's values enter (ResFormer: mixed by two learned scalars; SVFormer: they are the
-    values, and there is no value projection).
+    norms. biases: which of the projections q, k, v and out have one. value_residual: "none", or how the first layer's
+    values enter (ResFormer: mixed by two learned scalars; SVFormer: they are the values, and there is no value
+    projection). score_scale: of all scores. log_length: see ModelConfig.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None,
         rope_theta: float | tuple[float, ...] | None = None, value_residual: str = "none", eps: float = EPS,
-        qk_norm: bool = True, biases: tuple[str, ...] = (),
+        qk_norm: bool = True, biases: tuple[str, ...] = (), score_scale: float = 1.0, log_length: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.score_scale, self.log_length = score_scale, log_length
         self.window, self.rope_theta, self.value_residual = window, rope_theta, value_residual
         self.norm = RMSNorm(dim, eps)
         self.q_norm, self.k_norm = (RMSNorm(head_dim, eps) if qk_norm else nn.Identity() for _ in range(2))
@@ -196,6 +197,11 @@ class SelfAttention(nn.Module):
         if self.rope_theta is not None:
             position = positions(start, x)
             q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
+        if self.score_scale != 1:
+            q = q * self.score_scale
+        if self.log_length:
+            n = positions(start, x)[..., before:, None, None] + 1
+            q = q * (n.log() / math.log(self.log_length))
         return q.to(v.dtype), k.to(v.dtype), v, before
 
     def attend(

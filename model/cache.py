@@ -8,8 +8,8 @@ own keys and values of all tokens.
 The last is an exact shortcut. Above the chunk memory there are only sliding windows, so that a token's output depends
 on the memory and on the hidden states of at most as many tokens before it as the windows of the upper layers reach back
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
-retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa", "selected") have
-none.
+retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa", "moba", "selected")
+have none.
 
 Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
 row b holds counts[b] tokens of its sequence.
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from hsa_tl import hsa_attention, retrieve_chunks
+from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.model import memory_file
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.selected import FEW, OwnKeys
@@ -145,26 +145,31 @@ class SegmentMemory(NamedTuple):
             return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
         page = self.paged.pages_of(indices_BTHK)
         # The pool is common to all sequences: to the operator, the batch is one long row of tokens.
-        rows = (x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
+        rows = (None if x is None else x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
         return self._attend(*rows, impl, {"overlap": overlap}).view_as(q_BTAD)
 
     def _attend(self, q, weights, page, impl, config):
-        """q [1, T, A, D], weights [1, T, H or A, K], page [1, T, H, K]: every page is gathered once."""
+        """q [1, T, A, D], weights [1, T, H or A, K] or None, page [1, T, H, K]: every page is gathered once."""
         named, at = page.unique(return_inverse=True)
         empty = int(named[0] < 0)  # -1 comes first
         spec, half = self.paged.spec, q.shape[1] // 2
         if half and (len(named) - empty) * spec.chunk_size * spec.heads * spec.head_dim > GATHERED:
-            halves = zip(*(x.split([half, x.shape[1] - half], 1) for x in (q, weights, page)), strict=True)
+            halves = (
+                [None if x is None else x[:, part] for x in (q, weights, page)]
+                for part in (slice(half), slice(half, None))
+            )
             return torch.cat([self._attend(*x, impl, config) for x in halves], 1)
         if len(named) == empty:
             return torch.zeros_like(q)
         k, v = (x.flatten(0, 1)[None] for x in self.paged.gather(named[empty:]))
         indices = (at - empty).int()
+        if weights is None:
+            return selected_attention(q, k, v, indices, chunk_size=spec.chunk_size, impl=impl, config=config)[0]
         return hsa_attention(q, k, v, weights, indices, chunk_size=spec.chunk_size, impl=impl, config=config)
 
 
-def _near_and_far(cache) -> tuple[Tail, list[Tail]]:
-    return cache if isinstance(cache, tuple) else (cache, [])
+def _tails_of(cache: Tail | tuple[Tail, ...]) -> tuple[Tail, ...]:
+    return cache if isinstance(cache, tuple) else (cache,)
 
 
 class Cache:
@@ -195,25 +200,18 @@ class Cache:
         elif memory_options:
             name = next(iter(memory_options))
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
-        self.row_counts = [[0] for _ in range(batch_size)]
         self.layers = []  # of each what its forward takes
-        for layer in model.layers:
+        for layer, kind in zip(model.layers, c.kinds, strict=True):
             window = layer.attention.window
             if c.attention == "selected":
                 near = OwnKeys(self.counts, c.sinks, c.chunk_size, c.selection == "mean")
             else:
                 near = Tail(self.counts, None if window is None else window - 1, undo)
-            self.layers.append(near if layer.nsa is None else (near, [Tail(counts) for counts in self.row_counts]))
+            self.layers.append((near, Tail(self.counts)) if kind == "nsa" else near)
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
         self.waiting = Tail(self.counts, upper_reach + undo) if c.attention in ("hsa", "swa") else None
-
-    def _count(self, counts: list[int]) -> None:
-        """The layers run on a segment of so many tokens."""
-        self.counts[:] = counts
-        for row, n in zip(self.row_counts, counts, strict=True):
-            row[0] = n
 
     def advance(
         self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None,
@@ -233,7 +231,7 @@ class Cache:
         x_BTC = input_ids if input_ids.is_floating_point() else model.embedding(input_ids)
         if not T:
             return x_BTC
-        self._count(counts)
+        self.counts[:] = counts
         past = self.past
         if width := past.shape[1]:
             self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), counts, width)
@@ -273,11 +271,9 @@ class Cache:
             unread = [min(n, m) for n, m in zip(gone, self.waiting.held, strict=True)]
             upper = [n - m for n, m in zip(gone, unread, strict=True)]
             self.waiting.crop(unread)
-        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
-            taken = gone if i < self.config.lower_layers else upper
-            near.crop(taken)
-            for tail, n in zip(far, taken, strict=bool(far)):
-                tail.crop([n])
+        for i, cache in enumerate(self.layers):
+            for tail in _tails_of(cache):
+                tail.crop(gone if i < self.config.lower_layers else upper)
         self.past = take_rows(self.past, [-n for n in gone], self.past.shape[1])
         if self.memory is not None:
             self.chunk.crop(gone)
@@ -288,8 +284,8 @@ class Cache:
 
     def _tails(self) -> Iterator[tuple[str, Tail]]:
         yield from ((name, tail) for name in ("chunk", "waiting") if (tail := getattr(self, name)) is not None)
-        for i, (near, far) in enumerate(map(_near_and_far, self.layers)):
-            yield from ((f"layers.{i}.{j}", tail) for j, tail in enumerate((near, *far)))
+        for i, cache in enumerate(self.layers):
+            yield from ((f"layers.{i}.{j}", tail) for j, tail in enumerate(_tails_of(cache)))
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file; `path` then holds all of it or what it held before.
@@ -363,7 +359,7 @@ class Cache:
             if not n:
                 return h_BTC[:, :0]
             # What stands further back than n outputs reach is left out for good.
-            self._count([min(a + b, n + self.waiting.keep) for a, b in zip(waited, counts, strict=True)])
+            self.counts[:] = [min(a + b, n + self.waiting.keep) for a, b in zip(waited, counts, strict=True)]
             first = [h.shape[1] - T + b - m for b, m in zip(counts, self.counts, strict=True)]
             h_BTC, first_v_BTHD = (take_rows(x, first, max(1, *self.counts)) for x in (h, v))
             starts = [a + b - m for a, b, m in zip(starts, counts, self.counts, strict=True)]

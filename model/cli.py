@@ -143,7 +143,7 @@ def train(
     out: Annotated[Optional[Path], typer.Option(help="folder of the run; by default out/train/RECIPE")] = None,
     seed: Annotated[Optional[int], seed_option("instead of the recipe's")] = None,
     start: Annotated[Optional[Path], typer.Option(help="a run whose last weights are taken")] = None,
-    attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa or nsa")] = None,
+    attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa, nsa or moba")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
     context_parallel: Annotated[int, number(low=1, high=4096, help="ranks that share each sequence's tokens")] = 1,
     minutes: Annotated[

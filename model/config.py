@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, fields, replace
 
-ATTENTIONS = ("hsa", "nsa", "swa", "full", "selected")
+ATTENTIONS = ("hsa", "nsa", "moba", "swa", "full", "selected")
 SELECTIONS = ("mass", "mean")
 BIASES = ("q", "k", "v", "out")
 EPS = 2.0**-23  # float32's: torch.nn.RMSNorm's default is the type's own, in bfloat16 nearly 0.008
-FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint")
+UNLEARNED = ("uniform", "detached", "one_softmax")  # of HSA with a part taken out: nothing teaches retrieval
+FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint", *UNLEARNED)
 VALUE_RESIDUALS = ("none", "resformer", "svformer")
 
 
@@ -30,12 +31,12 @@ class ModelConfig:
     """Dims and options of a `Model`. `dataclasses.replace` changes them, and every change is validated.
 
     Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
-    beside its window. "nsa": the same with per-layer keys, mean-pooled landmarks and one softmax
-    (`hsa_tl.model.nsa`). "swa": sliding windows only. "full": causal attention over everything (BaseLM). "selected":
-    every layer has one softmax over its window, the first tokens and chosen chunks of its own keys, as a pretrained
-    model has it that `hsa-tl convert` made (`hsa_tl.model.selected`). No parameter's shape depends on window, topk,
-    topp, exclude_window, fusion, distractors, rope, sinks or selection, so that a checkpoint goes from one training
-    stage to the next. The defaults are the preset "tiny".
+    beside its window. "nsa": NSA with a window, a gated branch of it, in the place of both (`hsa_tl.model.nsa`).
+    "moba": MoBA there (`hsa_tl.model.moba`). "swa": sliding windows only. "full": causal attention over everything
+    (BaseLM). "selected": every layer has one softmax over its window, the first tokens and chosen chunks of its own
+    keys, as a pretrained model has it that `hsa-tl convert` made (`hsa_tl.model.selected`). No parameter's shape
+    depends on window, topk, topp, exclude_window, fusion, distractors, rope, sinks or selection, so that a checkpoint
+    goes from one training stage to the next. The defaults are the preset "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -46,7 +47,7 @@ class ModelConfig:
         kv_heads (int): H. Default: 1.
         head_dim (int): D. Default: 32.
         mlp_dim (int): width of a feed-forward layer. Default: 256.
-        attention (str): "hsa", "nsa", "swa", "full" or "selected". Default: "hsa".
+        attention (str): "hsa", "nsa", "moba", "swa", "full" or "selected". Default: "hsa".
         window (int): tokens that a sliding window spans, its own included. Default: 32.
         hsa_window (int): of the window beside HSA or NSA, at most `window`; 0 for the same. Default: 0.
         hsa_window_rope (bool): whether that window has positions where "swa" has. Default: True.
@@ -59,14 +60,19 @@ class ModelConfig:
         sinks (int): of "selected", first tokens that every token sees. Default: 0.
         selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "mean" those
             whose mean key fits best. Default: "mass".
+        score_scale (float): of the scores of "full". Default: 1.0.
+        log_length (int): the scores of a query of "full" that sees n keys are times log(n) / log(log_length), so that
+            more keys do not flatten its softmax; 0 for not. Default: 0.
         value_residual (str): "resformer" mixes values with the first layer's, "svformer" takes the first layer's.
             Default: "none".
         chunk_size (int): S, one of 16, 32, 64, 128. Default: 16.
-        topk (int or "all"): K, chunks that a token retrieves; may be 0 for "selected". Default: 8.
+        topk (int or "all"): K, chunks that a token retrieves; at least 3 for "nsa"; for "selected"
+            also 0. Default: 8.
         topp (float): of these a token reads the fewest that hold this share of the weight, see
             `hsa_tl.top_p_chunks`; of HSA. Default: 1.0, all.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
-        fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
+        fusion (str): a kind of `hsa_tl.fusion_weights`; or, to compare, one that teaches retrieval nothing: "uniform"
+            weights, "detached" scores, "one_softmax" over the keys of all chosen chunks. Default: "softmax".
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
             before its own, so that it learns to choose among as many chunks as a longer context has; not with
             positions in HSA, since theirs would be its own's. Default: 0.
@@ -116,6 +122,8 @@ class ModelConfig:
     biases: tuple[str, ...] = ()
     sinks: int = 0
     selection: str = "mass"
+    score_scale: float = 1.0
+    log_length: int = 0
     value_residual: str = "none"
     chunk_size: int = 16
     topk: int | str = 8
@@ -162,10 +170,14 @@ class ModelConfig:
             ("norm_eps", 0 <= self.norm_eps < 1, "lie in [0, 1)"),
             ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "hold q, k, v or out"),
             ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),
+            ("score_scale", self.score_scale == 1 or self.attention == "full", "be 1 without attention full"),
+            ("log_length", self.log_length != 1, "be 0 or at least 2"),
+            ("log_length", not self.log_length or self.attention == "full", "be 0 without attention full"),
             ("value_residual", self.value_residual in VALUE_RESIDUALS, f"be one of {', '.join(VALUE_RESIDUALS)}"),
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
             ("topk", self.topk == "all" or counts, 'be a positive int or "all", or 0 for "selected"'),
+            ("topk", self.attention != "nsa" or self.topk not in (1, 2), "be at least 3 with attention nsa"),
             ("topp", 0 < self.topp <= 1, "lie in (0, 1]"),
             ("distractors", not self.distractors or "hsa" not in self.rope, 'be 0 where "hsa" is in rope'),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
@@ -182,7 +194,7 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of each layer: "full", "swa", "selected", or "hsa" and "nsa", which have a sliding window too."""
+        """Of each layer: "full", "swa", "selected", "moba", or "hsa" and "nsa", which have a sliding window too."""
         if self.attention in ("full", "swa", "selected"):
             return (self.attention,) * self.layers
         lower, upper = self.lower_layers, self.layers - self.lower_layers
@@ -190,7 +202,9 @@ class ModelConfig:
         return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
 
 
-MAY_BE_ZERO = ("hsa_window", "sinks", "distractors", "conv", "experts", "shared_experts", "dense_layers")
+MAY_BE_ZERO = (
+    "hsa_window", "log_length", "sinks", "distractors", "conv", "experts", "shared_experts", "dense_layers",
+)  # fmt: skip
 
 LARGE = {"conv": 0, "embedding_std": 0.02}
 # dense-0.5b and moe-8b-a1b have the paper's sizes; the paper does not give their dims.
@@ -235,7 +249,7 @@ def baseline(config: ModelConfig, attention: str) -> ModelConfig:
 
     Args:
         config (ModelConfig): the model.
-        attention (str): "full" (BaseLM), "swa", or "nsa" with the same windows and top-k.
+        attention (str): "full" (BaseLM), "swa", or "nsa" or "moba" with the same windows and top-k.
 
     Returns:
         ModelConfig: config with that attention.

@@ -283,11 +283,20 @@ def prepare(
 class Sample:
     """Tokens [T] and the spans of the answers in them [A, 2]: an answer's first token and the one after its last.
 
-    The answer's first token is to be predicted from the token before it, and so on.
+    The answer's first token is to be predicted from the token before it, and so on. needles: the spans [A, 2] that the
+    answers are read from, where a task knows them.
     """
 
     tokens: np.ndarray
     answers: np.ndarray
+    needles: np.ndarray | None = None
+
+    def unfinished(self, chunk_size: int) -> np.ndarray:
+        """[A] bool: whether an answer's needle ends in a chunk that is not whole yet where the answer is asked for, so
+        that HSA cannot retrieve it. ValueError: the task knows no needles."""
+        if self.needles is None:
+            raise ValueError("needles must be known, got a sample of another task")
+        return self.needles[:, 1] > (self.answers[:, 0] - 1) // chunk_size * chunk_size
 
     def targets(self) -> np.ndarray:
         """Positions [P] of all tokens of all answers, ascending."""

@@ -24,16 +24,20 @@ HELD_OUT = 1 << 20  # training seeds are below
 
 @dataclass(frozen=True)
 class Accuracy:
-    """answers of which `right` were right in every token, over `samples` contexts; seconds for all of them."""
+    """answers of which `right` were right in every token, over `samples` contexts; seconds for all of them.
+
+    near, near_right: the same of answers whose needle lies in the last, unfinished chunk, where they count apart."""
 
     right: int
     answers: int
     samples: int
     seconds: float
+    near: int = 0
+    near_right: int = 0
 
     @property
     def share(self) -> float:
-        return self.right / self.answers
+        return self.right / max(1, self.answers)
 
 
 def answers_right(reader: LongReader, sample: Sample) -> np.ndarray:
@@ -62,33 +66,39 @@ def answers_generated(model: Model, sample: Sample, folder: Path | None = None) 
 
 
 def accuracy(
-    answer: Callable[[Sample], np.ndarray], samples: Iterator[Sample], budget_s: float = float("inf")
-) -> Accuracy:
+    answer: Callable[[Sample], np.ndarray], samples: Iterator[Sample], budget_s: float = float("inf"),
+    chunk_size: int | None = None,
+) -> Accuracy:  # fmt: skip
     """Over all samples; behind budget_s seconds only over those that cost little, and over LEAST at the least.
 
     answer: which of a sample's answers are right, [A] bool, by answers_right or answers_generated. Little is a
-    hundredth of the budget: a context that is read by its differences.
+    hundredth of the budget: a context that is read by its differences. chunk_size: answers whose needle lies in the
+    last, unfinished chunk of so many tokens count apart.
     """
-    start, right, answers, count = time.perf_counter(), 0, 0, 0
+    start, right, answers, count, near, near_right = time.perf_counter(), 0, 0, 0, 0, 0
     for sample in samples:
         begin = time.perf_counter()
         hits = answer(sample)
-        right, answers, count = right + int(hits.sum()), answers + len(hits), count + 1
+        apart = np.zeros(len(hits), bool) if chunk_size is None else sample.unfinished(chunk_size)
+        near, near_right = near + int(apart.sum()), near_right + int(hits[apart].sum())
+        right, answers, count = right + int(hits[~apart].sum()), answers + int((~apart).sum()), count + 1
         end = time.perf_counter()
         if count >= LEAST and end - start > budget_s and end - begin > budget_s / 100:
             break
-    return Accuracy(right, answers, count, time.perf_counter() - start)
+    return Accuracy(right, answers, count, time.perf_counter() - start, near, near_right)
 
 
-def needle_samples(name: str, length: int, count: int, seed: int = 0, depths: tuple[float, ...] = ()):
-    """`count` samples of a token-level task in one haystack, see hsa_tl.model.needles.
+def needle_samples(
+    name: str, length: int, count: int, seed: int = 0, depths: tuple[float, ...] = (), haystacks: int = 1
+):
+    """`count` samples of a token-level task in so many haystacks one after the other, see hsa_tl.model.needles.
 
     depths: in turn; by default they spread evenly, however many samples are taken.
     """
     task = needles.task(name, length)
     for i in range(count):
         depth = depths[i % len(depths)] if depths else i * GOLDEN % 1
-        yield task.sample(HELD_OUT + seed, i, depth, noise=0)
+        yield task.sample(HELD_OUT + seed, i, depth, noise=i * haystacks // count)
 
 
 def ruler_samples(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks, top_p_chunks
+from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks, selected_attention, top_p_chunks
 from hsa_tl.model.attention import positions, rotate
 from hsa_tl.model.config import FUSIONS
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
@@ -33,7 +33,8 @@ class Memory(Protocol):
         those of `retrieve`, without impl."""
 
     def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
-        """out [B, T, A, D]; overlap: of neighbouring tokens' selections, by which programs are chosen."""
+        """out [B, T, A, D]; weights None: one softmax over the keys of all chosen chunks. overlap: of neighbouring
+        tokens' selections, by which programs are chosen."""
 
 
 def visible(position: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
@@ -130,7 +131,7 @@ class ChunkMemory(NamedTuple):
 
         Args:
             q (Tensor [B, T, HQ, D]): queries.
-            weights (Tensor [B, T, H or HQ, K], float32): of the slots.
+            weights (Tensor [B, T, H or HQ, K], float32): of the slots; None for `hsa_tl.selected_attention`.
             indices (Tensor [B, T, H, K], int32): chosen chunks.
             impl (str): default: "auto".
             overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
@@ -139,6 +140,8 @@ class ChunkMemory(NamedTuple):
             Tensor [B, T, HQ, D].
         """
         config, S = {"overlap": overlap}, self.chunk_size
+        if weights is None:
+            return selected_attention(q, self.k, self.v, indices, chunk_size=S, impl=impl, config=config)[0]
         return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=S, impl=impl, config=config)
 
 
@@ -256,7 +259,7 @@ class HSALayer(nn.Module):
         retrieval_dim (int): D_r.
         topk (int or "all"): K; "all" takes every chunk there is, without a selection. Default: 64.
         exclude_window (int): see `hsa_tl.retrieve_chunks`. Default: 0.
-        fusion (str): a kind of `hsa_tl.fusion_weights`. Default: "softmax".
+        fusion (str): a kind of `hsa_tl.fusion_weights`, or as in `ModelConfig`. Default: "softmax".
         retrieval_heads (int): R; each retrieves for its share of the key/value heads. Default: kv_heads.
         rope_theta (float): base of RoPE on the queries. Default: None, no positions.
         impl (str): of the operators, retrieval's too. "dense", for topk="all", takes masked products over every chunk
@@ -329,17 +332,22 @@ class HSALayer(nn.Module):
         else:
             scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, self.topk, impl=impl, **options)
         scores_BTRK, indices_BTRK = top_p_chunks(scores_BTRK, indices_BTRK, self.topp)
-        window_BTA = None
+        window_BTA = weights = None
         if self.fusion == "joint":
             weights, window_BTA = fusion_weights(scores_BTRK, "joint", lse_BTA)  # [B, T, A, K]
-        else:
+        elif self.fusion == "uniform":
+            weights = fusion_weights(torch.zeros_like(scores_BTRK).masked_fill(indices_BTRK < 0, -torch.inf))
+        elif self.fusion == "detached":
+            weights = fusion_weights(scores_BTRK.detach())
+        elif self.fusion != "one_softmax":
             weights = fusion_weights(scores_BTRK, self.fusion)
-        if self.impl == "dense" and isinstance(memory, ChunkMemory):
+        if self.impl == "dense" and isinstance(memory, ChunkMemory) and weights is not None:
             return self.out(memory.attend_all(q_BTAD, weights).flatten(2)), window_BTA
         share = self.kv_heads // self.retrieval_heads
         if share > 1:
             indices_BTRK = indices_BTRK.repeat_interleave(share, 2)
-            weights = weights if self.fusion == "joint" else weights.repeat_interleave(share, 2)
+            if weights is not None and self.fusion != "joint":
+                weights = weights.repeat_interleave(share, 2)
         out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=impl, overlap=self.selection_overlap)
         return self.out(out_BTAD.flatten(2)), window_BTA
 

@@ -24,8 +24,8 @@ ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is qua
 
 
 class LongReader:
-    """Reads contexts. An "hsa" model reads the differences to the one before; "nsa" and "selected", whose layers keep
-    keys of their own, read each anew; "full" reads each whole, at most ONE_SHOT tokens.
+    """Reads contexts. An "hsa" model reads the differences to the one before; "nsa", "moba" and "selected", whose
+    layers keep keys of their own, read each anew; "full" reads each whole, at most ONE_SHOT tokens.
 
     segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
     heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty.

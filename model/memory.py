@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hsa_tl import hsa_decode, landmark_bounds, retrieve_decode
+from hsa_tl import hsa_decode, landmark_bounds, merge_attention, retrieve_decode, selected_decode
 from hsa_tl.model import memory_file
 from hsa_tl.model.hsa import chunk_scores
 from hsa_tl.model.memory_file import MemorySpec
@@ -297,7 +297,7 @@ class PagedMemory:
 
         Args:
             q (Tensor [B, T, HQ, D]): queries.
-            weights (Tensor [B, T, H or HQ, K], float32): of the slots.
+            weights (Tensor [B, T, H or HQ, K], float32): of the slots; None for `hsa_tl.selected_decode`.
             indices (Tensor [B, T, H, K], int32): chosen chunks.
             scale, impl: as there.
             overlap (float): as in a `ChunkMemory`; decoding shares no chunk between tokens. Default: 0.9.
@@ -305,6 +305,8 @@ class PagedMemory:
         Returns:
             Tensor [B, T, HQ, D].
         """
+        if weights is None:
+            return merge_attention(*(selected_decode(q, *x, scale=scale, impl=impl) for x in self._parts(indices)))[0]
         out = None
         for k, v, part, table in self._parts(indices):
             y = hsa_decode(q, k, v, weights, part, table, scale=scale, impl=impl)

@@ -20,7 +20,8 @@ from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
-from hsa_tl.model.nsa import NSALayer
+from hsa_tl.model.moba import MixtureOfBlockAttention
+from hsa_tl.model.nsa import NativeSparseAttention
 from hsa_tl.model.selected import Rule, SelectedAttention
 from hsa_tl.validation import require, require_float, require_int, require_integers, require_shape, require_tensor
 
@@ -62,23 +63,26 @@ class Layer(nn.Module):
         c, kind = config, config.kinds[index]
         rope = dict.fromkeys(c.rope, c.rope_frequencies or c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        window, theta = (None, rope.get("full")) if kind == "full" else (c.window, rope.get("swa"))
+        window, theta = (None, rope.get(kind)) if kind in ("full", "moba") else (c.window, rope.get("swa"))
         if kind in ("hsa", "nsa"):
             window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
+        exclude = window if c.exclude_window else 0
         residual = c.value_residual if index else "none"
         options = {"value_residual": residual, "eps": c.norm_eps, "qk_norm": c.qk_norm, "biases": c.biases}
+        own = {"window": window, "rope_theta": theta}
+        chosen = {"chunk_size": c.chunk_size, "topk": c.topk, "impl": "auto" if c.impl == "dense" else c.impl}
         if kind == "selected":
             self.attention = SelectedAttention(*heads, Rule.of(c), **options)
+        elif kind == "moba":
+            self.attention = MixtureOfBlockAttention(*heads, **own, **chosen, **options)
+        elif kind == "nsa":
+            far = {"exclude_window": exclude, "far_theta": rope.get("nsa")}
+            self.attention = NativeSparseAttention(*heads, **own, **chosen, **far, **options)
         else:
-            self.attention = SelfAttention(*heads, window=window, rope_theta=theta, **options)
+            own |= {"score_scale": c.score_scale, "log_length": c.log_length} if kind == "full" else {}
+            self.attention = SelfAttention(*heads, **own, **options)
         self.joint = kind == "hsa" and c.fusion == "joint"
-        self.hsa = self.nsa = None
-        exclude = window if c.exclude_window else 0
-        if kind == "nsa":
-            self.nsa = NSALayer(
-                *heads, chunk_size=c.chunk_size, topk=c.topk, exclude_window=exclude, rope_theta=rope.get("nsa"),
-                impl="auto" if c.impl == "dense" else c.impl,
-            )  # fmt: skip
+        self.hsa = None
         if kind == "hsa":
             self.hsa = HSALayer(
                 *heads, c.retrieval_dim, topk=c.topk, exclude_window=exclude,
@@ -97,12 +101,11 @@ class Layer(nn.Module):
         self, x_BTC: torch.Tensor, memory: Memory | None = None, first_v_BTHD: torch.Tensor | None = None,
         start: int | torch.Tensor = 0, cache=None, keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """x [B, T, C] and this layer's values [B, T, H, D]. cache: a KeyCache; with NSA a pair of it, for the
-        window, and NSA's. keep: x of the last so many positions only.
+        """x [B, T, C] and this layer's values [B, T, H, D]. cache: of its attention. keep: x of the last so many
+        positions only.
         """
-        cache, far_cache = cache if self.nsa is not None and cache is not None else (cache, None)
         heads_BTAD, lse_BTA, v_BTHD = self.attention.attend(x_BTC, start, cache, first_v_BTHD, self.joint, keep)
-        more = 0 if self.nsa is None else self.nsa(x_BTC, start, far_cache, keep)
+        more = 0
         if keep is not None and keep < x_BTC.shape[1]:
             start, x_BTC = start + x_BTC.shape[1] - keep, x_BTC[:, -keep:]
         if self.hsa is not None:

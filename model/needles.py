@@ -4,7 +4,8 @@
     ASK key .. key value        a query at the end; its value is the answer
 
 RULER's S-NIAH is one needle and one query, MQ-NIAH 6 needles and 2 queries, MK-NIAH at its third level a haystack made
-of needles whose keys have several tokens. A needle may lie anywhere, across the border of two chunks too.
+of needles whose keys have several tokens. Harder: more needles than a token retrieves chunks, and noise of the ids that
+keys, or keys and values, have. A needle may lie anywhere, across the border of two chunks too.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hsa_tl.model.data import Sample, Tokenizer, distinct
 VOCAB = 320
 MARK, ASK = 0, 1
 NOISE, KEYS, VALUES = (2, 128), (128, 224), (224, 320)  # first id, and the one after the last
+NOISE_IDS = {"noise": NOISE, "keys": KEYS, "all": (NOISE[0], VALUES[1])}
 KEY_COUNT = KEYS[1] - KEYS[0]
 
 WORDS = np.array(
@@ -55,7 +57,8 @@ class NeedleTask:
 
     needles: in the body; 0 fills it with as many as fit. queries: of distinct needles, at the end. key_tokens: tokens
     of a key, all keys of a sample are distinct. key_symbols: ids that a sample's keys are spelt with, drawn for each
-    sample; few of them make keys that differ in one token only. ValueError: they do not fit.
+    sample; few of them make keys that differ in one token only. noise_ids: what noise is drawn from, "noise" ids of its
+    own, the "keys"' ids, or "all" but MARK and ASK, which a needle needs. ValueError: they do not fit.
     """
 
     length: int
@@ -63,11 +66,14 @@ class NeedleTask:
     queries: int = 1
     key_tokens: int = 1
     key_symbols: int = KEY_COUNT
+    noise_ids: str = "noise"
 
     def __post_init__(self):
         require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1)
         if self.key_symbols > KEY_COUNT:
             raise ValueError(f"key_symbols must be at most {KEY_COUNT}, got {self.key_symbols}")
+        if self.noise_ids not in NOISE_IDS:
+            raise ValueError(f"noise_ids must be one of {', '.join(NOISE_IDS)}, got {self.noise_ids!r}")
         if not self.queries <= self.count <= self.most:
             raise ValueError(f"needles must lie between queries and {self.most}, got {self.count} needles in {self}")
 
@@ -90,7 +96,7 @@ class NeedleTask:
         return self.needles or self.most
 
     def sample(self, seed: int, index: int, depth: float | None = None, noise: int | None = None) -> Sample:
-        """The sample of (seed, index): tokens [length] uint16, answers [queries, 2].
+        """The sample of (seed, index): tokens [length] uint16, answers and their needles [queries, 2].
 
         depth: where the first query's needle lies, 0 the start of the body and 1 its end; by default anywhere.
         noise: the index whose haystack is taken, by default this one's: samples of one noise differ in their needles
@@ -120,24 +126,35 @@ class NeedleTask:
         needles[:, 0] = MARK
         needles[:, 1:-1] = KEYS[0] + digits
         needles[:, -1] = body.integers(*VALUES, n)
-        tokens = hay.integers(*NOISE, self.length, dtype=np.uint16)
+        tokens = hay.integers(*NOISE_IDS[self.noise_ids], self.length, dtype=np.uint16)
         tokens[starts[:, None] + np.arange(w)] = needles
         queries = tokens[self.body :].reshape(self.queries, w)
         queries[:] = needles[asked]
         queries[:, 0] = ASK
         ends = self.body + w * np.arange(1, self.queries + 1)
-        return Sample(tokens, np.stack([ends - 1, ends], 1))
+        return Sample(tokens, np.stack([ends - 1, ends], 1), np.stack([starts, starts + w], 1)[asked])
 
 
 def task(name: str, length: int) -> NeedleTask:
-    """ "s-niah", "mq-niah" or "mk-niah-3" at a length. ValueError: another name."""
+    """A task of TASKS at a length. ValueError: another name, or its needles do not fit."""
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
     return NeedleTask(length, **TASKS[name])
+
+
+def fits(name: str, length: int) -> bool:
+    """Whether a task of TASKS has room for its needles at a length."""
+    try:
+        return bool(task(name, length))
+    except ValueError:
+        return False
 
 
 TASKS = {
     "s-niah": {"needles": 1, "queries": 1},
     "mq-niah": {"needles": 6, "queries": 2},
     "mk-niah-3": {"needles": 0, "queries": 1, "key_tokens": 4},
+    "mq-niah-96": {"needles": 96, "queries": 4},
+    "s-niah-keys": {"needles": 1, "queries": 1, "noise_ids": "keys"},
+    "s-niah-all": {"needles": 1, "queries": 1, "noise_ids": "all"},
 }

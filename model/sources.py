@@ -50,8 +50,8 @@ class Source:
 class TextSource(Source):
     """Windows of a token file in random order, each once an epoch; the loss counts every token.
 
-    needles: share of the samples whose window becomes the haystack of a RULER task (the paper's 1 %). self_copy: the
-    first half of a window is repeated as its second, and only that counts.
+    needles: share of the samples whose window becomes the haystack of a RULER task (the paper's 1 %). self_copy: of the
+    others the first half is repeated as the second, and only that counts.
     """
 
     def __init__(
@@ -86,11 +86,10 @@ class TextSource(Source):
         return np.asarray(self.file.tokens[start : start + self.window])
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        tokens = self._tokens(index)
-        if self.self_copy:
-            return np.concatenate([tokens, tokens]), np.arange(self.window, self.length)
-        rng = np.random.default_rng([self.seed, 2, index])
+        tokens, rng = self._tokens(index), np.random.default_rng([self.seed, 2, index])
         if rng.random() >= self.needles:
+            if self.self_copy:
+                return np.concatenate([tokens, tokens]), np.arange(self.window, self.length)
             return tokens, None
         name = INSERTED[rng.integers(len(INSERTED))]
         sample = ruler.ruler_sample(name, self.length, self.seed, index, tokenizer=self.tokenizer, haystack=tokens)
@@ -119,8 +118,9 @@ def _text(length: int, seed: int, *, path, tokenizer=None, needles=0.0) -> TextS
     return TextSource(TokenFile(path), length, seed, needles=needles, tokenizer=make_tokenizer(tokenizer))
 
 
-def _self_copy(length: int, seed: int, *, path, tokenizer=None) -> TextSource:
-    return TextSource(TokenFile(path), length, seed, self_copy=True, tokenizer=make_tokenizer(tokenizer))
+def _self_copy(length: int, seed: int, *, path, tokenizer=None, needles=0.0) -> TextSource:
+    tokenizer = make_tokenizer(tokenizer)
+    return TextSource(TokenFile(path), length, seed, needles=needles, self_copy=True, tokenizer=tokenizer)
 
 
 def _needles(length: int, seed: int, *, tasks) -> TaskSource:

@@ -266,6 +266,17 @@ def test_needles_are_inserted_into_their_share_of_samples(file):
     assert 70 <= sum(asked) <= 130
 
 
+def test_needles_are_inserted_among_copies_too(file):
+    """What is no copy is a haystack, whose every token counts."""
+    source = sources.make_source({"kind": "self-copy", "path": str(file.path), "needles": 0.1}, 800, seed=0)
+    batch = source.batch(0, 500)
+    copies = (batch.input_ids[:, :400] == batch.input_ids[:, 400:]).all(1)
+    asked = [b"Question: " in bytes(row.clamp(max=255).tolist()) for row in batch.input_ids]
+    assert asked == (~copies).tolist() and 30 <= sum(asked) <= 70
+    assert (batch.labels[~copies] == batch.input_ids[~copies]).all()
+    assert (batch.labels[copies, :400] == sources.IGNORE).all()
+
+
 def test_the_loss_counts_the_text_around_inserted_needles(file):
     """A window that became a haystack is a sample of text like any other."""
     source = sources.make_source({"kind": "text", "path": str(file.path), "needles": 1.0}, 400, seed=0)
@@ -280,7 +291,7 @@ def test_the_loss_counts_the_text_around_inserted_needles(file):
         ({"kind": "nonsense"}, "kind must be one of text, self-copy, needles, ruler"),
         (
             {"kind": "needles", "tasks": [{"needle": 3}]},
-            "have the options needles, .*, key_symbols, weight, got 'needle'",
+            "have the options needles, .*, key_symbols, noise_ids, weight, got 'needle'",
         ),
         ({"kind": "needles"}, "data of kind needles must have the option 'tasks', got none"),
         ({"kind": "needles", "task": []}, "data of kind needles must have the options tasks, got 'task'"),

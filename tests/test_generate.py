@@ -32,7 +32,7 @@ def greedy(model, prompt, n):
     return prompt
 
 
-@pytest.mark.parametrize("attention", ("hsa", "swa", "full", "nsa", "selected"))
+@pytest.mark.parametrize("attention", ("hsa", "swa", "full", "nsa", "moba", "selected"))
 @pytest.mark.parametrize("segment", (5, 4096))
 def test_greedy_equals_the_forward(attention, segment):
     model, rows = Model(replace(SMALL, attention=attention)).eval(), prompts()

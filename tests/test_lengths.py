@@ -7,8 +7,12 @@ from rich.console import Console
 from tiers import tiered
 from typer.testing import CliRunner
 
-from hsa_tl.bench import lengths
+from hsa_tl.bench import contenders, lengths, plot_eval
+from hsa_tl.bench.contenders import MODELS
+from hsa_tl.bench.plot import interval
 from hsa_tl.cli import app
+from hsa_tl.model import Model, needles
+from hsa_tl.model.recipe import load_recipe
 
 RECIPE = """
 preset: tiny
@@ -25,19 +29,18 @@ def recipe(tmp_path):
     return str(file)
 
 
-@pytest.mark.parametrize(
-    "models", tiered((["hsa", "full-rope"], list(lengths.MODELS)), quick=(["hsa", "full-rope"],)), ids=len
-)
+@pytest.mark.parametrize("models", tiered((["hsa", "full-yarn"], list(MODELS)), quick=(["hsa", "full-yarn"],)), ids=len)
 def test_lengths_command(recipe, tmp_path, models):
     args = ["lengths", "--recipe", recipe, "--out", tmp_path / "out", "--runs", tmp_path / "runs", "--samples", 2]
-    args = [*map(str, args), "--lengths", "128,1k", "--seeds", "1", "--models", ",".join(models)]
+    args = [*map(str, args), "--lengths", "128,1k", "--seeds", "1", "--threads", "1", "--models", ",".join(models)]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0 and "lengths-toy.png" in result.output, result.output
     rows = json.loads((tmp_path / "out/lengths.json").read_text())
-    assert len(rows) == len(models) * len(lengths.TASKS) * 2
+    assert len(rows) == len(models) * (len(lengths.TASKS) * 2 - 1)  # 96 needles do not fit into 128 tokens
     assert {"model", "seed", "train_length", "length", "task", "accuracy", "seconds"} <= set(rows[0])
     assert all(0 <= r["accuracy"] <= 1 and r["train_length"] == 64 and r["samples"] == 2 for r in rows)
-    assert {r["read_tokens"] for r in rows} == {0, 128}
+    assert {r["read_tokens"] for r in rows} == {0, 128} and {r["haystacks"] for r in rows} == {2}
+    assert all(r["answers"] + r["near"] == 2 * needles.TASKS[r["task"]]["queries"] for r in rows)
     assert (tmp_path / "out/lengths-toy.png").stat().st_size > 5000
     # A second call measures nothing again; a row that is missing is measured with the model that is there.
     (tmp_path / "out/lengths.json").write_text(json.dumps(rows[1:]))
@@ -77,3 +80,62 @@ def test_the_demos_last_act_may_train(recipe, tmp_path):
     assert "128 retrieved tokens" in text and "1K" in text
     rows = json.loads((tmp_path / "lengths.json").read_text())
     assert {(r["task"], r["length"]) for r in rows} == {(t, T) for t in lengths.DEMO_TASKS for T in (128, 1024)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_matched(name):
+    """Within 3 % of HSA's, and all have its embedding, convolution, window and tokens to read."""
+    ours, theirs = (Model(lengths.recipe_of(x, 0).config()) for x in ("hsa", name))
+    assert abs(theirs.num_parameters() / ours.num_parameters() - 1) < 0.03
+    a, b = ours.config, theirs.config
+    same = ("dim", "heads", "kv_heads", "head_dim", "conv", "window", "chunk_size", "topk", "embedding_std", "tied")
+    assert [getattr(a, x) for x in same] == [getattr(b, x) for x in same]
+
+
+def test_what_is_asked_by_top_k_is_trained_by_it():
+    stages = {m: lengths.recipe_of(m, 0).stages for m in MODELS}
+    for name in ("nsa", "nsa-rope", "hsa-topk"):
+        assert all(not s.model for s in stages[name])
+    assert all(s.model == {"topk": "all", "impl": "dense"} for s in stages["hsa"])
+    for name, theirs in stages.items():
+        assert [(s.steps, s.length, s.batch, s.data) for s in theirs] == [
+            (s.steps, s.length, s.batch, s.data) for s in stages["hsa"]
+        ], name
+    assert max(s.length for s in stages["hsa"]) == contenders.TRAINED == load_recipe("needle-tiny").stages[-1].length
+
+
+def test_a_scaling_asks_the_weights_of_another():
+    plans = {m: lengths.recipe_of(m, 3) for m in ("full-rope", "full-pi", "full-ntk", "full-yarn")}
+    assert all(plan == plans["full-rope"] for plan in plans.values())
+
+
+def row(answers, right, **changes):
+    values = {"model": "hsa", "seed": 0, "train_length": 64, "length": 256, "task": "s-niah", "seconds": 1.0}
+    values |= {"samples": answers, "read_tokens": 128, "train_seconds": 1.0, "device": "", "versions": "", "commit": ""}
+    return lengths.Row(**values | {"accuracy": right / answers, "answers": answers} | changes)
+
+
+def test_few_answers_are_no_rate():
+    assert row(29, 28).rate == "28 of 29"
+    assert row(100, 96).rate == "96 (90 to 98)"  # Wilson's, at 95 %
+
+
+def test_rows_of_other_haystacks_are_measured_again(recipe, tmp_path):
+    console = Console(file=open("/dev/null", "w"))  # noqa: SIM115
+    ask = lambda n: lengths.run_lengths(  # noqa: E731
+        console, tmp_path, tmp_path / "runs", ["hsa"], [0], [128], ["s-niah"], samples=3, haystacks=n, recipe=recipe
+    )
+    assert [r.haystacks for r in ask(1)] == [1]
+    assert [r.haystacks for r in ask(None)] == [3]
+    assert [r["haystacks"] for r in json.loads((tmp_path / "lengths.json").read_text())] == [3]
+
+
+def test_the_plot_has_intervals_and_no_point_of_few_answers(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plot_eval, "band", lambda ax, x, low, middle, high, *_: drawn.append((x, low, middle, high)))
+    rows = [row(100, n, seed=i) for i, n in enumerate((90, 96, 100))]
+    rows += [row(29, 29, length=512), row(30, 30, length=1024), row(8, 8, task="mq-niah")]
+    plot_eval.plot_lengths(rows, 1 / 96, tmp_path / "x.png")
+    ((x, low, middle, high),) = drawn
+    assert x == [256, 1024] and middle == [0.96, 1.0]
+    assert (low[0], high[0]) == (interval(90, 100)[0], 1.0) and low[1] == interval(30, 30)[0] < 0.9

@@ -1,5 +1,6 @@
 """Long contexts read by segments and by differences give what the whole model gives; answers are graded whole."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ CONFIGS = (
     {"recency": 4, "topk": 3},
     {"attention": "swa", "layers": 4},
     {"attention": "nsa"},
+    {"attention": "moba", "topk": 3},
     {"attention": "full"},
     {"attention": "selected", "layers": 3, "sinks": 20, "selection": "mean", "topk": 3},
 )
@@ -185,13 +187,29 @@ def test_generated_answers_follow_the_models_own(attention, tmp_path):
     assert evaluate.answers_generated(model, Sample(tokens, answers), folder).tolist() == [False, True, True]
 
 
+def test_a_needle_in_the_last_unfinished_chunk_counts_apart():
+    """Asked for at token 49, whose chunk began at 48: what ends there or later cannot be retrieved."""
+    spans = np.array([[0, 3], [45, 48], [46, 49], [48, 51]])
+    sample = Sample(np.arange(60, dtype=np.uint16), np.array([[50 + i, 51 + i] for i in range(4)]), spans)
+    assert sample.unfinished(16).tolist() == [False, False, True, True]
+    right = partial(evaluate.answers_right, Oracle([50, 53]))
+    found = evaluate.accuracy(right, iter([sample] * 2), chunk_size=16)
+    assert (found.right, found.answers, found.near_right, found.near) == (2, 4, 2, 4)
+    assert evaluate.accuracy(right, iter([sample])).answers == 4
+    with pytest.raises(ValueError, match="needles must be known"):
+        evaluate.accuracy(right, iter([Sample(sample.tokens, sample.answers)]), chunk_size=16)
+
+
 def test_samples_for_evaluation():
-    tasks = {n: list(evaluate.needle_samples(n, 1024, 4, seed=3)) for n in needles.TASKS}
+    tasks = {n: list(evaluate.needle_samples(n, 8192, 4, seed=3)) for n in needles.TASKS}
     for name, samples in tasks.items():
         same = [float((a.tokens == samples[0].tokens).mean()) for a in samples[1:]]
         assert all(0.9 < x < 1 for x in same), name
     at = [s.tokens[:-3].tolist().index(needles.MARK) for s in evaluate.needle_samples("s-niah", 1024, 3, depths=(0, 1))]
     assert at == [0, 1018, 0]
+    for n, shared in ((4, 0), (2, 2)):  # two samples after each other, of as many haystacks
+        rows = [s.tokens for s in evaluate.needle_samples("mk-niah-3", 8192, 4, haystacks=n)]
+        assert sum((a == b).mean() > 0.9 for a, b in itertools.pairwise(rows)) == shared
     words = list(evaluate.ruler_samples("s-niah", 2000, 2, depths=(0.0, 1.0)))
     assert len({bytes(w.tokens) for w in words}) == 2
 

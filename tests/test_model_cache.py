@@ -30,12 +30,18 @@ CONFIGS = {
     "joint": {"fusion": "joint", "layers": 5, "groups": 3, "value_residual": "resformer"},
     "dense": {"topk": "all", "impl": "dense", "hsa_window": 5},
     "all": {"topk": "all", "rope": ("swa", "hsa"), "layers": 3, "groups": 1, "value_residual": "svformer"},
+    "one softmax": {"fusion": "one_softmax", "retrieval_heads": 1},
+    "one softmax, all": {"fusion": "one_softmax", "topk": "all", "impl": "dense"},
+    "uniform": {"fusion": "uniform", "topk": "all", "impl": "dense"},
     "swa": {"attention": "swa"},
     "full": {"attention": "full", "value_residual": "resformer"},
+    "full, log n": {"attention": "full", "rope": (), "log_length": 64},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
     "selected": SELECTED | {"sinks": 4, "topk": 2, "qk_norm": False, "heads": 6, "biases": ("q", "k", "v")},
     "selected by mean": SELECTED | {"selection": "mean", "sinks": 20, "rope_frequencies": (1.0, 0.01) * 4},
+    "moba": {"attention": "moba", "layers": 5, "groups": 2},
+    "moba, all": {"attention": "moba", "topk": "all", "rope": ("swa", "moba"), "value_residual": "resformer"},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
     "recency": {"recency": 3, "retrieval_heads": 2},
     "recency, all": {"recency": 16, "topk": "all", "fusion": "joint", "exclude_window": True, "window": 40},
@@ -95,8 +101,9 @@ def test_segments_equal_one_shot(name, split):
 
 @pytest.mark.parametrize("options", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("split", (SPLITS["mixed"], SPLITS["short"]), ids=("mixed", "short"))
-def test_every_memory(options, split, tmp_path):
-    model, ids, wanted = whole("hsa")
+@pytest.mark.parametrize("name", ("hsa", "one softmax"))
+def test_every_memory(name, options, split, tmp_path):
+    model, ids, wanted = whole(name)
     if "directory" in options:
         options = {"directory": tmp_path}
     cache = model.new_cache(2, **options)
@@ -151,7 +158,7 @@ def test_a_prefill_without_logits_runs_the_upper_decoder_once(name):
         assert model(part, cache=cache, logits_to_keep=0).logits is None
     got = model(ids[:, 120:130], cache=cache, logits_to_keep=1).logits
     hook.remove()
-    if config.attention in ("full", "nsa", "selected"):
+    if config.attention in ("full", "nsa", "moba", "selected"):
         assert seen == [20] * 6 + [10]
     else:
         upper = config.layers - config.lower_layers
@@ -192,7 +199,7 @@ def test_rows_do_not_depend_on_each_other():
     torch.testing.assert_close(read(model, model.new_cache(1), ids[1:2], (30, 10)), whole[1:2])
 
 
-@pytest.mark.parametrize("name", ("hsa", "full", "nsa"))
+@pytest.mark.parametrize("name", ("hsa", "full", "nsa", "moba"))
 def test_two_sequences_of_different_lengths(name):
     model, ids, wanted = whole(name)
     cache, at = model.new_cache(2), (50, 20)

@@ -75,7 +75,7 @@ def test_activation_checkpointing_changes_memory_only(batch, attention):
 
 @pytest.mark.parametrize(
     "options",
-    ({}, {"fusion": "joint"}, {"attention": "nsa"}, {"attention": "selected", "sinks": 4},
+    ({}, {"fusion": "joint"}, {"attention": "nsa"}, {"attention": "moba"}, {"attention": "selected", "sinks": 4},
      {"experts": 4, "expert_dim": 32}),
     ids=str,
 )  # fmt: skip

@@ -159,15 +159,9 @@ def test_figures_of_needles():
         found = [r for r in rows if (r["recipe"], r["model"], r["task"], r["length"]) == (recipe, model, task, T)]
         return [r["accuracy"] for r in sorted(found, key=lambda r: r["seed"])]
 
-    for page, model, *head in (
-        ("README.md", "hsa", "HSA"),
-        ("README.md", "full-rope", "full attention, RoPE"),
-        ("README.md", "swa", "sliding window only"),
-        ("docs/results.md", "nsa", "NSA-style selection, NoPE", "5"),
-        ("docs/results.md", "nsa-rope", "NSA-style selection, RoPE", "1"),
-    ):
+    for model, name in (("hsa", "HSA"), ("full-rope", "full attention, RoPE"), ("swa", "sliding window only")):
         found = [values("needle-tiny", model, "s-niah", T) for T in LENGTHS]
-        in_page(page, cells(*head, *(percent(v) if v else "" for v in found)))
+        in_page("README.md", cells(name, *(percent(v) if v else "" for v in found)))
     for model, name in (("hsa", "HSA, seeds 0 to 4"), ("full-rope", "full attention, RoPE, seed 0")):
         found = [values("needle-hard", model, "mk-niah-3", T) for T in LENGTHS]
         in_page("docs/results.md", cells(name, *(", ".join(f"{100 * x:.0f}" for x in v) for v in found)))

@@ -64,15 +64,24 @@ def test_ruler_depth(name, depth):
     assert solve(text) == answers and abs(text.index(answers[0]) / 20000 - depth) < 0.02
 
 
+NOISES = {"noise": range(2, 128), "keys": range(128, 224), "all": range(2, 320)}  # no MARK, no ASK
+
+
+@pytest.mark.parametrize("noise_ids", NOISES)
+def test_noise_is_of_all_its_ids(noise_ids):
+    tokens = NeedleTask(50000, noise_ids=noise_ids).sample(0, 0).tokens
+    assert set(tokens[tokens > 1].tolist()) >= set(NOISES[noise_ids])
+
+
 @given(
     st.integers(60, 3000), st.integers(0, 12), st.integers(1, 4), st.integers(1, 3), st.sampled_from((96, 8, 2)),
-    st.integers(0, 1 << 30), st.none() | st.floats(0, 1),
+    st.integers(0, 1 << 30), st.none() | st.floats(0, 1), st.sampled_from(sorted(NOISES)),
 )  # fmt: skip
-def test_needle_answers(length, count, queries, key_tokens, symbols, index, depth):
+def test_needle_answers(length, count, queries, key_tokens, symbols, index, depth, noise_ids):
     w = key_tokens + 2
     most = min((length - queries * w) // w, symbols**key_tokens)
     try:
-        task = NeedleTask(length, count, queries, key_tokens, symbols)
+        task = NeedleTask(length, count, queries, key_tokens, symbols, noise_ids)
     except ValueError:
         assert 0 < count < queries or most < max(count, queries)
         return
@@ -85,7 +94,7 @@ def test_needle_answers(length, count, queries, key_tokens, symbols, index, dept
             assert i + w <= body and key not in stored and all(128 <= k < 224 for k in key)
             stored[key], i = (tokens[i + w - 1], i), i + w
         else:
-            assert 2 <= tokens[i] < 128
+            assert tokens[i] in NOISES[noise_ids]
             i += 1
     assert len(stored) == (count or most) and len({x for key in stored for x in key}) <= symbols
     asked = []
@@ -93,6 +102,8 @@ def test_needle_answers(length, count, queries, key_tokens, symbols, index, dept
         ask, *key, value = tokens[body + j * w : body + (j + 1) * w]
         assert ask == needles.ASK and stored[tuple(key)][0] == value and 224 <= value < 320
         assert sample.answers[j].tolist() == [body + (j + 1) * w - 1, body + (j + 1) * w]
+        at = stored[tuple(key)][1]
+        assert sample.needles[j].tolist() == [at, at + w]
         asked.append(tuple(key))
     assert len(set(asked)) == queries and sample.targets().tolist() == [a for a, _ in sample.answers]
     if depth is not None:
@@ -113,6 +124,9 @@ def test_tasks_by_name():
         ruler_sample("vt", 2000, 0, 0, depth=0.5)
     with pytest.raises(ValueError, match="needles must lie between queries and 14, got 15"):
         NeedleTask(48, needles=15, queries=2)
+    with pytest.raises(ValueError, match="noise_ids must be one of noise, keys, all, got 'x'"):
+        NeedleTask(48, noise_ids="x")
+    assert needles.task("mq-niah-96", 300).count == 96 and not needles.fits("mq-niah-96", 299)
     with pytest.raises(ValueError, match="key_symbols must be at most 96, got 97"):
         NeedleTask(48, key_symbols=97)
 

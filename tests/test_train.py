@@ -272,7 +272,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 def shrunk(recipe: Recipe, tmp_path) -> Recipe:
     """The recipe at toy size, on toy data."""
+    narrow = lambda model: {k: v // 64 or v if k.endswith("window") else v for k, v in model.items()}  # noqa: E731
     values = recipe.to_dict() | {"preset": "tiny", "checkpoint_every": 1, "log_every": 1}
+    if recipe.preset != "tiny":
+        values["model"] = narrow(values["model"])
     if recipe.start:
         values["start"] = str(tmp_path / recipe.start.split("/")[-1])
     stages = []
@@ -282,9 +285,7 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
             data["path"] = str(tmp_path / "train.bin")
         for task in data.get("tasks", ()) if data["kind"] == "needles" else ():
             task |= {name: min(task[name], 24) for name in ("needles", "queries")}
-        model = dict(stage["model"])
-        if "window" in model:
-            model["window"] //= 64
+        model = narrow(stage["model"])
         size = {"steps": 1, "length": 320, "batch": 1 + model.get("distractors", 0), "accumulate": 2}
         stages.append(stage | size | {"data": data, "model": model})
     return recipe_of(values | {"stages": stages})
@@ -311,8 +312,11 @@ def test_every_recipe_at_toy_size(tmp_path):
         training.train(recipe, tmp_path / name)
         rows = log(tmp_path / name)
         assert len(rows) == recipe.steps and all(0 < x["loss"] < 7 for x in rows)
-    first = load(tmp_path / "warmup-short-window")
-    assert_same(weights(training._start(shrunk(load_recipe("pretrain"), tmp_path), "cpu")), weights(first))
+    pretrain = shrunk(load_recipe("pretrain"), tmp_path)
+    assert pretrain.start == str(tmp_path / "warmup-short-window")
+    for warmup in ("warmup-short-window", "warmup-self-copy"):
+        started = training._start(replace(pretrain, start=str(tmp_path / warmup)), "cpu")
+        assert_same(weights(started), weights(load(tmp_path / warmup)))
 
 
 @pytest.mark.parametrize("name", [x for x in recipe_names() if x.startswith("needle")])
@@ -334,11 +338,16 @@ def test_the_papers_stages():
     found = {name: load_recipe(name) for name in STAGES}
     at = {n: (r.stages[0].length, *(r.config(r.stages[0]).__getattribute__(x) for x in ("window", "topk")))
           for n, r in found.items()}  # fmt: skip
-    assert at["warmup-short-window"] == at["warmup-self-copy"] == (16384, 512, "all")
-    assert at["pretrain"] == (16384, 4096, 64) and at["mid-train"] == (32768, 4096, "all")
-    assert at["anneal"][0] == 32768 and at["sft"][0] == 8192
+    assert at["warmup-short-window"] == (16384, 512, "all")
+    assert at["warmup-self-copy"] == at["pretrain"] == (16384, 4096, 64)
+    assert at["mid-train"] == at["anneal"] == (32768, 4096, "all") and at["sft"][0] == 8192
     for r in found.values():
         assert (r.weight_decay, r.betas, r.clip) == (0.01, (0.9, 0.95), 1.0)
+        c = r.config()
+        assert c == found["pretrain"].config(), "what is asked after any stage"
+        assert (c.window, c.hsa_window, c.hsa_window_rope, c.topk * c.chunk_size) == (4096, 512, False, 4096)
+    for name in ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal"):
+        assert found[name].stages[0].data["needles"] == 0.01
 
 
 @pytest.mark.parametrize(

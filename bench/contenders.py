@@ -1,0 +1,48 @@
+"""The models of `hsa-tl lengths`: HSA, HSA with a part taken out, and what it is held against.
+
+All are `tiny` with changes, of as many parameters as HSA within 3 %: instead of its chunk encoder the others have a
+third layer or, by which NSA found more needles, wider ones. Embedding, convolution, window and training data are equal.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+THREE_LAYERS = {"layers": 3, "mlp_dim": 344}
+NSA = {"attention": "nsa", "mlp_dim": 456}
+TRAINED = 256  # tokens of the longest stage of needle-tiny
+
+
+@dataclass(frozen=True)
+class Contender:
+    """changes: of the recipe's model. topk: trained with the top-k that it is asked with, where the recipe's stages
+    have every chunk. weights_of: whose weights it asks, by default its own. scaling: of hsa_tl.model.rope, at lengths
+    beyond training."""
+
+    label: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    topk: bool = False
+    weights_of: str | None = None
+    scaling: str | None = None
+
+
+MODELS = {
+    "hsa": Contender("HSA"),
+    "full-rope": Contender("full attention, RoPE", {"attention": "full", **THREE_LAYERS}),
+    "full-pi": Contender("full attention, RoPE by position interpolation", weights_of="full-rope", scaling="pi"),
+    "full-ntk": Contender("full attention, RoPE by NTK", weights_of="full-rope", scaling="ntk"),
+    "full-yarn": Contender("full attention, RoPE by YaRN", weights_of="full-rope", scaling="yarn"),
+    "full-nope": Contender("full attention, NoPE", {"attention": "full", "rope": [], **THREE_LAYERS}),
+    "full-nope-log": Contender(
+        "full attention, NoPE, log n", {"attention": "full", "rope": [], "log_length": TRAINED, **THREE_LAYERS}
+    ),
+    "swa": Contender("sliding window only", {"attention": "swa", **THREE_LAYERS}),
+    "nsa": Contender("NSA, NoPE", NSA, topk=True),
+    "nsa-rope": Contender("NSA, RoPE", NSA | {"rope": ["swa", "nsa"]}, topk=True),
+    "moba": Contender("MoBA, NoPE", {"attention": "moba", **THREE_LAYERS}, topk=True),
+    "moba-rope": Contender("MoBA, RoPE", {"attention": "moba", "rope": ["swa", "moba"], **THREE_LAYERS}, topk=True),
+    "hsa-topk": Contender("HSA, top-k in training", topk=True),
+    "hsa-rope": Contender("HSA, RoPE", {"rope": ["swa", "hsa"]}),
+    "hsa-one-softmax": Contender("HSA, one softmax over all chosen keys", {"fusion": "one_softmax"}),
+    "hsa-uniform": Contender("HSA, uniform weights", {"fusion": "uniform"}),
+    "hsa-detached": Contender("HSA, weights that teach retrieval nothing", {"fusion": "detached"}),
+}
