@@ -83,6 +83,8 @@ def test_the_first_and_the_nearest_are_selected_and_ties_go_to_the_lower():
     importance = torch.tensor([0, 0.1, 0.3, 0.3, 0.3, 0.3, 0, 0]).expand(1, 3, 1, 8)
     seen = torch.tensor([[True] * n + [False] * (8 - n) for n in (8, 2, 0)])
     assert m.select(importance, seen)[0, :, 0].tolist() == [[0, 2, 3, 6, 7], [0, 1, -1, -1, -1], [-1] * 5]
+    many = torch.ones(1, 2000, dtype=torch.bool)
+    assert m.select(torch.zeros(1, 1, 1, 2000), many).flatten().tolist() == [0, 1, 2, 1998, 1999]
 
 
 def test_what_chooses_chunks_is_learned():
