@@ -6,8 +6,8 @@ A token at position p sees the keys j of three disjoint sets:
     chosen  whole chunks of S tokens that lie behind the window: topk of them for each key/value head
     between the keys from the last of these chunks to the window, fewer than S
 
-The keys behind the window have no positions, and the query stands at the distance `window` of them all, so that no
-angle is larger than in training. Chunks count from the first token behind the sinks.
+The keys behind the window have no positions, and the query stands at the distance `window` of them all, so that their
+angles are those of training at any length. Chunks count from the first token behind the sinks.
 
 Shape suffixes: B batch, T tokens, C channels, P past and new keys, N chunks, S chunk size, A query heads, H key/value
 heads, G = A / H, D head dim, K selected chunks.
