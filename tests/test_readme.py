@@ -207,5 +207,8 @@ def test_figures_of_long_contexts_of_text():
         up_to[name] = np.cumsum(shares)[[0, 3, 7]]
     for name, (first, near, middle) in up_to.items():
         in_page(page, cells(name, *(f"{x:.2f}" for x in (first, near, middle - near, 1 - middle))))
-    text = (ROOT / page).read_text()
+    text = re.sub(r"\s+", " ", (ROOT / page).read_text())
+    for model in ("text-today", "text-both"):
+        at = [np.mean([bits[model, seed, T] for seed in (1, 2, 3)], 0) for T in (64 * K, K)]
+        assert "{:+.4f} ({:.4f})".format(*paired(*at)) in text
     assert {r["commit"] for r in found["rows"]} <= set(re.findall(r"\b[0-9a-f]{12}\b", text))
