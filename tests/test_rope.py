@@ -84,7 +84,7 @@ def test_scores_grow_with_the_logarithm_of_the_keys():
         ({"attention": "swa", "score_scale": 2.0}, "score_scale must be 1 without attention full, got 2.0"),
         ({"attention": "swa", "log_length": 64}, "log_length must be 0 without attention full, got 64"),
         ({"log_length": 1}, "log_length must be 0 or at least 2, got 1"),
-        ({"rope_frequencies": (1.0,)}, r"rope_frequencies must be 16 or none, got \(1.0,\)"),
+        ({"rope_frequencies": (1.0,)}, r"rope_frequencies must hold 16 or none, got \(1.0,\)"),
     ),
 )
 def test_bad_options(change, words):
