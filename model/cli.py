@@ -216,20 +216,25 @@ def _show_run(console: Console, recipe: Recipe, run: Path, done: list[training.S
 
 
 RUN = "folder of a run, or the name of weights that ship with the package: needle-tiny"
-FILE = "a text that is read first"
-MEMORY = "keeps what was read of --file: written the first time, later loaded without it"
+File = Annotated[Optional[Path], typer.Option(help="a text that is read first")]
+Memory = Annotated[
+    Optional[Path], typer.Option(help="keeps what was read of --file: written the first time, later loaded without it")
+]
+Temperature = Annotated[float, number(low=0, high=100, help="0 takes the likeliest token")]
+TopP = Annotated[float, number(low=1e-6, high=1, help="draws from the likeliest that reach this together")]
+Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
 
 
 def generate(
     run: Annotated[str, typer.Argument(help=RUN)],
     prompt: Annotated[str, typer.Argument(help="what the model writes on")],
-    file: Annotated[Optional[Path], typer.Option(help=FILE)] = None,
-    memory: Annotated[Optional[Path], typer.Option(help=MEMORY)] = None,
+    file: File = None,
+    memory: Memory = None,
     max_new_tokens: Annotated[int, number(low=0, high=10**9, help="at most; an end token ends it earlier")] = 64,
-    temperature: Annotated[float, number(low=0, high=100, help="0 takes the likeliest token")] = 0.0,
-    top_p: Annotated[float, number(low=1e-6, high=1, help="draws from the likeliest that reach this together")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Annotated[Optional[int], seed_option("of drawing; by default another each time")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
+    device: Device = None,
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Prints what a trained model writes on, token by token."""
@@ -247,13 +252,13 @@ def generate(
 
 def chat(
     run: Annotated[str, typer.Argument(help=RUN)],
-    file: Annotated[Optional[Path], typer.Option(help=FILE)] = None,
-    memory: Annotated[Optional[Path], typer.Option(help=MEMORY)] = None,
+    file: File = None,
+    memory: Memory = None,
     max_new_tokens: Annotated[int, number(low=1, high=10**9, help="of an answer at most")] = 256,
-    temperature: Annotated[float, number(low=0, high=100, help="0 takes the likeliest token")] = 0.0,
-    top_p: Annotated[float, number(low=1e-6, high=1, help="draws from the likeliest that reach this together")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Annotated[Optional[int], seed_option("of drawing; by default another each time")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
+    device: Device = None,
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Answers line by line what stands on the standard input, in one conversation. Ctrl-C ends an answer, Ctrl-D all.
