@@ -1,7 +1,8 @@
 """Attention by others, each a function of the tensors that `Provider.uses` names, and why it cannot run.
 
 Dense causal attention takes q [B, T, HQ, D], k and v [B, T, H, D]. Of published sparse attentions none of the code is
-here: fla-core is a package, and the two HSA kernels are scripts: an environment variable names a checkout of each.
+here: fla-core is a package, and MoBA's and the two HSA kernels are scripts: an environment variable names a checkout of
+each.
 """
 
 import functools
@@ -22,6 +23,7 @@ from hsa_tl.problem import Problem
 
 RAMSTORAGE = "HSA_TL_RAMSTORAGE"  # a checkout of github.com/RamstorageAI/long-context-modeling
 HILS = "HSA_TL_HILS"  # a checkout of github.com/Tencent-Hunyuan/HiLS-Attention
+MOBA = "HSA_TL_MOBA"  # a checkout of github.com/MoonshotAI/MoBA
 
 
 def needs_half_on_cuda(problem: Problem) -> str | None:
@@ -121,36 +123,37 @@ def flex_unavailable(problem: Problem) -> str | None:
 
 
 @functools.cache
-def _load(root: str, module: str) -> ModuleType:
-    """root/ops/<module>.py, imported as they import each other, `ops.<module>`, and then forgotten by sys.modules."""
-    ours = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "ops"}
+def _load(root: str, folder: str, module: str) -> ModuleType:
+    """root/<folder>/<module>.py, imported by the folder, as they import each other, and forgotten by sys.modules."""
+    ours = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == folder}
     sys.path.insert(0, root)
     try:
-        return importlib.import_module(f"ops.{module}")
+        return importlib.import_module(f"{folder}.{module}")
     finally:
         sys.path.remove(root)
-        for n in [n for n in sys.modules if n.split(".")[0] == "ops"]:
+        for n in [n for n in sys.modules if n.split(".")[0] == folder]:
             del sys.modules[n]
         sys.modules.update(ours)
 
 
 class Script(NamedTuple):
-    """ops/<module>.py of the checkout that an environment variable names."""
+    """<folder>/<module>.py of the checkout that an environment variable names."""
 
     variable: str
     module: str
+    folder: str = "ops"
 
     def load(self) -> ModuleType:
-        return _load(os.environ[self.variable], self.module)
+        return _load(os.environ[self.variable], self.folder, self.module)
 
     def unavailable(self, problem: Problem) -> str | None:
         """Why it cannot run the problem, or None."""
         root = os.environ.get(self.variable)
         if not root:
             return f"the environment variable {self.variable} names no checkout"
-        file = Path(root) / "ops" / f"{self.module}.py"
+        file = Path(root) / self.folder / f"{self.module}.py"
         if not file.is_file():
-            return f"{self.variable} must name a checkout with ops/{self.module}.py, got {root}"
+            return f"{self.variable} must name a checkout with {self.folder}/{self.module}.py, got {root}"
         if reason := needs_half_on_cuda(problem):
             return reason
         if problem.masked:
@@ -160,6 +163,7 @@ class Script(NamedTuple):
 
 RAMSTORAGE_TRITON, RAMSTORAGE_TILELANG = Script(RAMSTORAGE, "hsa_triton"), Script(RAMSTORAGE, "hsa_tilelang")
 HILS_SCRIPT = Script(HILS, "hils_fwd_bwd_head")
+MOBA_SCRIPT = Script(MOBA, "moba_efficient", "moba")
 
 
 def _filled(indices: torch.Tensor) -> torch.Tensor:
@@ -204,6 +208,30 @@ def hils(q, k, v, weights, indices, *, chunk_size):
     attention = HILS_SCRIPT.load().HiLS_block_M_head
     trains = torch.is_grad_enabled()
     return attention(q, k, v, weights, indices, chunk_size, mask_last_token=False, dtype=dtype, is_training=trains)
+
+
+def moba(q, k, v, indices, *, chunk_size):
+    """It chooses as many past chunks as `indices` has slots, and the current one; each query head has its keys."""
+    (B, T), device = q.shape[:2], q.device
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    starts = torch.arange(B + 1, dtype=torch.int32, device=device) * T
+    attention, topk = MOBA_SCRIPT.load().moba_attn_varlen, indices.shape[3] + 1
+    return attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, chunk_size, topk).view_as(q)
+
+
+def moba_oracle(q, k, v, indices, *, chunk_size):
+    """One softmax over the current chunk and the past ones whose mean key fits best, up to the token."""
+    (B, T, HQ, _), S = q.shape, chunk_size
+    k, v = (x.repeat_interleave(HQ // k.shape[2], 2) for x in (k, v))
+    position, N = torch.arange(T, device=q.device), T // S
+    means = k[:, : N * S].unflatten(1, (N, S)).mean(2)
+    fit = torch.einsum("bthd,bnhd->bhtn", q, means)
+    fit = fit.masked_fill(torch.arange(N, device=q.device) >= position[:, None] // S, -torch.inf)
+    best, chunk = fit.topk(min(N, indices.shape[3]), -1)
+    chosen = torch.zeros(B, HQ, T, -(-T // S), dtype=torch.bool, device=q.device)
+    chosen.scatter_(-1, chunk, best > -torch.inf)
+    seen = chosen.repeat_interleave(S, -1)[..., :T] | (position // S == position[:, None] // S)
+    return masked_attention(q, k, v, (seen & (position <= position[:, None]))[:, :, None])
 
 
 def nsa_chunks(indices: torch.Tensor) -> torch.Tensor:

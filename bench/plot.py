@@ -39,6 +39,7 @@ LOOKS = {
     "selected-tilelang": ("one softmax over the chosen chunks (TileLang)", "#00acc1", "H"),
     "selected-triton": ("one softmax over the chosen chunks (Triton)", "#80deea", "8"),
     "nsa-fla": ("NSA (flash-linear-attention)", "#c0ca33", "*"),
+    "moba": ("published MoBA", "#795548", "X"),
 }
 STRATEGIES = (("#e57fa5", "<"), ("#8e1246", ">"), ("#f06292", "v"), ("#ad1457", "X"), ("#f8bbd0", "P"))
 RATES = {"throughput": ("TFLOP/s", 1e-3), "bandwidth": ("GB/s of least traffic", 1.0)}  # unit, and rows' units in it

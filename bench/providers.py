@@ -208,6 +208,10 @@ PROVIDERS = {
             "nsa-fla", baselines.nsa, baselines.nsa_unavailable, baselines.nsa_oracle, (*DENSE, "indices"),
             "nsa_attention", note=_one_softmax,
         ),
+        Provider(
+            "moba", baselines.moba, baselines.MOBA_SCRIPT.unavailable, baselines.moba_oracle, (*DENSE, "indices"),
+            "moba_attention", note=_one_softmax,
+        ),
         _retrieves("retrieve", retrieve, oracle=retrieve_oracle, uses=RETRIEVAL, kernel="retrieval"),
         _retrieves(
             "hsa-with-retrieval", with_retrieval, oracle=with_retrieval_oracle, uses=(*DENSE, *RETRIEVAL),

@@ -1,5 +1,7 @@
 """MoBA (Lu et al., 2025): one softmax over the current chunk and the past chunks whose mean key fits a query best.
 
+The current chunk comes on top of `topk`; the published code counts it in.
+
 Shape suffixes: B batch, T tokens, P past and new keys, S chunk size, A query heads, H key/value heads, D head dim.
 """
 
@@ -29,13 +31,13 @@ class MixtureOfBlockAttention(SelfAttention):
         if cache is not None:
             k, v, past = cache.extend(k, v)
         if past is None:
-            return *self._over(q, k, v), own_v
+            return *self.over(q, k, v), own_v
         # The columns at which the sequences, and so their chunks, begin.
         columns = (k.shape[1] - x_BTC.shape[1] - past).tolist()
-        rows = [self._over(q[b, None], k[b, None, n:], v[b, None, n:]) for b, n in enumerate(columns)]
+        rows = [self.over(q[b, None], k[b, None, n:], v[b, None, n:]) for b, n in enumerate(columns)]
         return *(torch.cat(x) for x in zip(*rows, strict=True)), own_v
 
-    def _over(self, q_BTAD, k_BPHD, v_BPHD) -> tuple[torch.Tensor, torch.Tensor]:
+    def over(self, q_BTAD, k_BPHD, v_BPHD) -> tuple[torch.Tensor, torch.Tensor]:
         """out [B, T, A, D] and log-sum-exp [B, T, A] of the last T tokens of P."""
         (B, T, A, _), S = q_BTAD.shape, self.chunk_size
         start = k_BPHD.shape[1] - T

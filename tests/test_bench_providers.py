@@ -9,6 +9,7 @@ import torch
 from hsa_tl import cases
 from hsa_tl.bench import attention, baselines, providers
 from hsa_tl.bench.providers import provider
+from hsa_tl.model.moba import MixtureOfBlockAttention
 
 CUDA = cases.at_length(cases.case("k16-d64").problem, 128, HQ=16, D=16, S=16, K=4)
 CPU = cases.on_cpu(CUDA)
@@ -25,10 +26,11 @@ CPU = cases.on_cpu(CUDA)
         ("ramstorage-triton", "the environment variable HSA_TL_RAMSTORAGE names no checkout"),
         ("ramstorage-tilelang", "the environment variable HSA_TL_RAMSTORAGE names no checkout"),
         ("hils", "the environment variable HSA_TL_HILS names no checkout"),
+        ("moba", "the environment variable HSA_TL_MOBA names no checkout"),
     ],
 )
 def test_on_a_cpu(name, words, monkeypatch):
-    for variable in (baselines.RAMSTORAGE, baselines.HILS):
+    for variable in (baselines.RAMSTORAGE, baselines.HILS, baselines.MOBA):
         monkeypatch.delenv(variable, raising=False)
     assert provider(name).unavailable(CPU) == words
 
@@ -85,20 +87,34 @@ def HiLS_block_M_head(q, k, v, weights, indices, block_size=64, sm_scale=None, b
 """
 
 
+# Its sequences one after the other, and the current chunk among its topk.
+FAKE_MOBA = """
+import torch
+from hsa_tl.bench.baselines import moba_oracle
+
+def moba_attn_varlen(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk):
+    assert q.shape == k.shape and cu_seqlens.tolist() == [*range(0, len(q) + 1, max_seqlen)]
+    slots = torch.zeros(1, 1, 1, moba_topk - 1)
+    parts = (x.unflatten(0, (-1, max_seqlen)) for x in (q, k, v))
+    return moba_oracle(*parts, slots, chunk_size=moba_chunk_size).flatten(0, 1)
+"""
+
+
 @pytest.fixture
 def checkouts(monkeypatch, tmp_path):
-    for variable, files in (
-        (baselines.RAMSTORAGE, {"hsa_triton": FAKE_RAMSTORAGE, "hsa_tilelang": FAKE_TILELANG}),
-        (baselines.HILS, {"hils_fwd_bwd_head": FAKE_HILS}),
+    for variable, package, files in (
+        (baselines.RAMSTORAGE, "ops", {"hsa_triton": FAKE_RAMSTORAGE, "hsa_tilelang": FAKE_TILELANG}),
+        (baselines.HILS, "ops", {"hils_fwd_bwd_head": FAKE_HILS}),
+        (baselines.MOBA, "moba", {"moba_efficient": FAKE_MOBA}),
     ):
-        folder = tmp_path / variable / "ops"
+        folder = tmp_path / variable / package
         folder.mkdir(parents=True)
         for name, source in files.items():
             (folder / f"{name}.py").write_text(source)
         monkeypatch.setenv(variable, str(folder.parent))
 
 
-@pytest.mark.parametrize("name", ["ramstorage-triton", "ramstorage-tilelang", "hils"])
+@pytest.mark.parametrize("name", ["ramstorage-triton", "ramstorage-tilelang", "hils", "moba"])
 def test_a_checkout_is_called_as_it_wants(name, checkouts):
     p = provider(name)
     assert p.unavailable(CUDA) is None
@@ -107,7 +123,15 @@ def test_a_checkout_is_called_as_it_wants(name, checkouts):
     assert suite.gate(name, suite.gate_problem(CPU)) == []
     reason = suite.unavailable(name, CUDA, "train")
     assert reason == ("it has no backward" if name == "ramstorage-tilelang" else None)
-    assert not [n for n in sys.modules if n.split(".")[0] == "ops"]
+    assert not [n for n in sys.modules if n.split(".")[0] in ("ops", "moba")]
+
+
+def test_the_reference_of_moba_is_the_models():
+    """At a choice of one chunk in seven."""
+    q, k, v = (torch.randn(2, 128, 4, 16, dtype=torch.float64) for _ in range(3))
+    layer = MixtureOfBlockAttention(8, 4, 4, 16, chunk_size=16, topk=1)
+    out = baselines.moba_oracle(q, k, v, torch.zeros(2, 128, 4, 1).int(), chunk_size=16)
+    torch.testing.assert_close(layer.over(q, k, v)[0], out, atol=1e-6, rtol=0)  # whose sums are float32
 
 
 def test_the_reference_of_nsa_is_joint_attention():
