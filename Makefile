@@ -61,9 +61,10 @@ llm: .llm/.installed
 gpu:
 	bash bench/gpu.sh --minutes $(MINUTES)
 
-# What the GPU run needs and no GPU: static ranks and compiled kernels, into .bundle/.
+# What the GPU run needs and no GPU: static ranks and compiled kernels, those of the gpu tests too, into .bundle/.
 bundle: setup
 	bash bench/gpu.sh --prepare
+	-TILELANG_CACHE_DIR=$(CURDIR)/.bundle/tilelang-cache PYTHONPATH=tests $(PYTEST) -m gpu -p compile_only tests
 
 clean:
 	rm -rf .venv .venv-newest .llm build dist out *.egg-info

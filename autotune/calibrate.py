@@ -73,13 +73,13 @@ def measured(rows: Iterable[record.Row], device: cost.Device) -> cost.Device:
     """The device with what the suites micro and roofline measured, which then is no longer free to be fitted."""
     rows = [r for r in rows if r.kernel == "roofline" and r.p50]
 
-    def best(*wanted: str) -> float:
-        return max((r.p50 for r in rows if (r.provider, r.metric) == wanted), default=float("nan"))
+    def best(*wanted: str, of=max) -> float:
+        return of((r.p50 for r in rows if (r.provider, r.metric) == wanted), default=float("nan"))
 
     found = {
         "hbm": 1e9 * best("copy", "bandwidth"),
         "l2": 1e9 * best("l2-tma", "bandwidth"),
-        "reduce": 1e9 * best("reduce-add", "bandwidth"),
+        "reduce": 1e9 * best("reduce-add", "bandwidth", of=min),
         "mma_sync": best("mma-sync", "throughput") / best("wgmma", "throughput"),
     }
     found = {name: value for name, value in found.items() if value == value}  # nan: not measured

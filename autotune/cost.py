@@ -29,7 +29,7 @@ class Device:
     name: str
     hbm: float
     l2: float  # tile reads
-    reduce: float  # float32 reduce-add into L2
+    reduce: float  # float32 reduce-add, of sums that the L2 cache cannot hold
     l2_bytes: float  # working set that still hits
     sms: int
     clock: float
@@ -95,16 +95,13 @@ def device_here(index: int | None = None) -> Device:
 def memory_ns(config: Config, problem: Problem, device: Device, read: float = 1.0) -> dict[str, float]:
     """ns for each pair that its bytes take at each level, when chunks are read `read` times the best case.
 
-    Keys and values that the L2 cache cannot hold come from HBM, and sums in float32 go there and back.
+    Keys and values that the L2 cache cannot hold come from HBM.
     """
     p, moved = problem, config.pair_bytes(problem)
     if reads := config.chunk_reads(p):
         missed = 1 - min(1.0, device.l2_bytes / max(1, p.B * p.N * p.H * p.chunk_bytes()))
         moved["l2"] = moved.get("l2", 0.0) + (read - 1) * reads * p.chunk_bytes()
         moved["hbm"] = moved.get("hbm", 0.0) + read * missed * reads * p.chunk_bytes()
-    if added := moved.get("reduce", 0.0):
-        missed = 1 - min(1.0, device.l2_bytes / max(1, 4 * p.B * p.T * p.HQ * p.D))
-        moved["hbm"] = moved.get("hbm", 0.0) + 2 * missed * added
     rates = {"l2": device.l2, "hbm": device.hbm, "reduce": device.reduce}
     return {level: amount / rates[level] * 1e9 for level, amount in moved.items()}
 

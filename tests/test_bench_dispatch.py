@@ -15,7 +15,7 @@ PROBLEM = cases.on_cpu(cases.at_length(cases.case("k16-d128").problem, 128))
 LAUNCHES = {
     "forward": ["union_index", "hsa_fwd_union_sm90a"],
     "train": ["pairs_count", "pairs_place", "union_index", "hsa_fwd_union_sm90a"],
-    "backward": ["hsa_bwd_chunk_sm90a"],  # whose sums fit the L2 cache at this length, and are added there
+    "backward": ["hsa_bwd_chunk_sm90a", "hsa_combine"],
     "decode": ["retrieve_split", "retrieve_combine", "hsa_decode_split", "hsa_decode_combine"],
 }
 

@@ -70,5 +70,7 @@ def test_measured_constants_are_no_longer_free():
     new = calibrate.measured(rows, old)
     assert (new.l2, new.mma_sync, new.reduce) == (8e12, 0.5, old.reduce)
     assert set(old.free) - set(new.free) == {"l2", "mma_sync"}
+    adds = [row("reduce-add", "bandwidth", rate) for rate in (3000.0, 1000.0, 2000.0)]  # of small and of large sums
+    assert calibrate.measured(adds, old).reduce == 1e12
     file = cost.parse_device(calibrate.text(old, new))
     assert file.l2 == 8e12 and "l2" not in file.free and "reduce" in file.free
