@@ -202,7 +202,8 @@ def expect(function, *args, dtype: torch.dtype = torch.float32, out: torch.dtype
         square = torch.stack([(x - value).square() for x in moved]).mean(0)
         if value.dim():
             square = (square + torch.nan_to_num(square, nan=0.0).mean(-1, keepdim=True)) / 2
-        last = (eps_of(out or dtype) * value).square()
+        # A number below the type's normal ones is rounded to a fixed step; an exact 0 stays exact.
+        last = (eps_of(out or dtype) * value).abs().clamp(min=least_of(out or dtype)).masked_fill(value == 0, 0.0) ** 2
         return Expected(value, (square / DEVIATION**2 + last).sqrt(), eps)
 
     value, samples = run(), []

@@ -217,7 +217,7 @@ def dq_slc(dscores, indices, q_slc, landmarks, scale):
             empty = indices[b, part, r] < 0
             chosen = marks[indices[b, part, r].clamp(min=0).long()].masked_fill_(empty[..., None], 0.0)
             weight = torch.where(empty, 0.0, dscores[b, part, r] * scale)
-            # No matrix product: it may be set to TensorFloat-32, whose 11 bits show in float16.
+            # No matrix product: a program may have set it to TensorFloat-32.
             dq[b, part, r] = chosen.mul_(weight[..., None]).sum(1).to(dq.dtype)
     return dq
 

@@ -322,3 +322,15 @@ def test_ties_are_exact():
         (indices == 1).any(-1, keepdim=True) & (torch.arange(100) >= 48)[:, None, None], indices + 1, indices
     )
     assert "a tie is not won by the lower chunk" in check_retrieval(scores, later, q_slc, landmarks, chunk_size=S)[0]
+
+
+def test_a_subnormal_result_is_rounded_to_its_types_step():
+    """One product in float16: right to half a step, wrong by three of them; an exact 0 allows nothing."""
+    a, b = (torch.tensor([[3e-4], [0.7], [0.0]], dtype=torch.float16), torch.tensor([[7.1e-3], [0.3], [1.0]]))
+    wanted, step = expect(lambda x, y: x * y, a, b, out=torch.float16), 2.0**-24
+    exact = (a.double() * b.double()).half()
+    assert 0 < exact[0] < torch.finfo(torch.float16).smallest_normal and complaints("x", exact, wanted) == []
+    for at, error in ((0, 3 * step), (2, step)):
+        wrong = exact.clone()
+        wrong[at] += error
+        assert complaints("x", wrong, wanted)
