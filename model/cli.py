@@ -21,6 +21,7 @@ from hsa_tl.model import chat as chats
 from hsa_tl.model import checkpoint, data, documents, pretrained
 from hsa_tl.model import convert as conversion
 from hsa_tl.model import train as training
+from hsa_tl.model.distributed import end_process
 from hsa_tl.model.recipe import FOLDER, Recipe, explanation, load_recipe, recipe_names, text_recipe
 from hsa_tl.terminal import (
     make_console,
@@ -193,6 +194,8 @@ def train(
         console.print(message, markup=False, highlight=False)
     if writes:
         _show_run(console, chosen, run, done)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        end_process()
 
 
 def _show_run(console: Console, recipe: Recipe, run: Path, done: list[training.Step]) -> None:

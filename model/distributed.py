@@ -10,7 +10,9 @@ Every rank runs the same collectives in the same order, forward and backward, wh
 """
 
 import os
+import sys
 import warnings
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -137,14 +139,15 @@ class ContextParallel(nn.Module):
         return ModelOutput(logits, model.loss_sum(h_BTC, targets[:, part]) * ranks / total)
 
 
-def leave() -> None:
-    """Ends the process group.
+def end_process() -> NoReturn:
+    """Ends a rank's process with exit code 0, without the interpreter's teardown.
 
-    A thread of gloo's that drops the tensors of the last collective while the interpreter goes down aborts the process:
-    every rank waits at the barrier, which lets that thread run.
+    A thread of gloo's may still have to drop the last collective's tensors, for which it takes the interpreter's lock;
+    Python before 3.14 kills threads that ask for it during the teardown, and that aborts the process.
     """
-    dist.barrier()
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Ranks:
@@ -202,4 +205,5 @@ class Ranks:
 
     def close(self) -> None:
         if self.world > 1:
-            leave()
+            dist.barrier()
+            dist.destroy_process_group()

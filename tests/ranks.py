@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hsa_tl.model import Model, preset
-from hsa_tl.model.distributed import ContextParallel, leave
+from hsa_tl.model.distributed import ContextParallel, end_process
 from hsa_tl.model.recipe import Recipe, recipe_of
 from hsa_tl.model.train import train
 
@@ -74,7 +74,6 @@ def context(out: str) -> None:
         found[name] = mine
     if dist.get_rank() == 0:
         torch.save(found, out)
-    leave()
 
 
 def training(run: str, context_parallel: str, dies_at: str = "-1") -> None:
@@ -97,3 +96,4 @@ def command(*arguments: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"context": context, "training": training, "command": command}[sys.argv[1]](*sys.argv[2:])
+    end_process()
