@@ -35,6 +35,7 @@ METHODS = {  # None: the source
     "all": {"topk": "all"},
     "mass": {"topk": TOPK, "selection": "mass"},
     "mean": {"topk": TOPK, "selection": "mean"},
+    "landmark": {"topk": TOPK, "selection": "landmark"},
 }
 LAST = 301  # tokens before the code's end whose logits are asked for, at least
 

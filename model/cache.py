@@ -204,7 +204,7 @@ class Cache:
         for layer, kind in zip(model.layers, c.kinds, strict=True):
             window = layer.attention.window
             if c.attention == "selected":
-                near = OwnKeys(self.counts, c.sinks, c.chunk_size, c.selection == "mean")
+                near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser)
             else:
                 near = Tail(self.counts, None if window is None else window - 1, undo)
             self.layers.append((near, Tail(self.counts)) if kind == "nsa" else near)

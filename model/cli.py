@@ -22,6 +22,7 @@ from hsa_tl.model import checkpoint, data, documents, pretrained
 from hsa_tl.model import convert as conversion
 from hsa_tl.model import train as training
 from hsa_tl.model.distributed import end_process
+from hsa_tl.model.landmarks import add_landmarks
 from hsa_tl.model.recipe import FOLDER, Recipe, explanation, load_recipe, recipe_names, text_recipe
 from hsa_tl.terminal import (
     make_console,
@@ -306,6 +307,26 @@ def convert(
     console.print(f"wrote {run}: {config.layers} layers that see {seen}", soft_wrap=True, markup=False, highlight=False)
 
 
+def landmarks(
+    run: Annotated[Path, typer.Argument(help="a run of hsa-tl convert; its checkpoint is replaced")],
+    text: Annotated[Path, typer.Argument(help="an ordinary UTF-8 text")],
+    anchors: Annotated[int, number(low=1, high=1 << 12, help="of each key/value head: numbers kept of a chunk")] = 64,
+    contexts: Annotated[int, number(low=1, high=1 << 12, help="pieces of the text to read, and one to judge")] = 2,
+    length: Annotated[str, typer.Option(help="tokens of a piece")] = "4k",
+    seed: Annotated[int, seed_option("of pieces and anchors")] = 0,
+    threads: Annotated[int, threads_option()] = 2,
+) -> None:
+    """Lets a converted run choose chunks without reading their keys, and prints what this choice misses."""
+    torch.set_num_threads(threads)
+    tokens = parse_length(length)
+    found = add_landmarks(run, text.read_bytes(), anchors=anchors, contexts=contexts, length=tokens, seed=seed)
+    means = ([f"{100 * sum(heads) / len(heads):.1f}" for heads in layers] for layers in found.values())
+    rows = [(i + 1, *each) for i, each in enumerate(zip(*means, strict=True))]
+    title = "Share of the attention to all chunks that the chosen ones hold, %"
+    show_table(console, title, ("layer", *found), rows, right=(0, 1, 2, 3))
+    console.print(f"wrote {run}: selection landmark, {anchors} anchors", soft_wrap=True, markup=False, highlight=False)
+
+
 def export(
     run: Annotated[str, typer.Argument(help=RUN)],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
@@ -342,5 +363,6 @@ def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(chat)
     app.command()(convert)
+    app.command()(landmarks)
     app.command()(export)
     app.command()(recipes)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 ATTENTIONS = ("hsa", "nsa", "moba", "swa", "full", "selected")
-SELECTIONS = ("mass", "mean")
+SELECTIONS = ("mass", "mean", "landmark")
 BIASES = ("q", "k", "v", "out")
 EPS = 2.0**-23  # float32's: torch.nn.RMSNorm's default is the type's own, in bfloat16 nearly 0.008
 UNLEARNED = ("uniform", "detached", "one_softmax")  # of HSA with a part taken out: nothing teaches retrieval
@@ -58,8 +58,9 @@ class ModelConfig:
         qk_norm (bool): whether queries and keys of windows, of "full" and of "selected" are normed. Default: True.
         biases (tuple of str): which of the same attentions' projections have a bias: q, k, v, out. Default: ().
         sinks (int): of "selected", first tokens that every token sees. Default: 0.
-        selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "mean" those
-            whose mean key fits best. Default: "mass".
+        selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "landmark"
+            those of which `anchors` guess it, "mean" those whose mean key fits best. Default: "mass".
+        anchors (int): M of each key/value head, see `hsa_tl.model.selected.Landmarks`. Default: 0, none.
         score_scale (float): of the scores of "full". Default: 1.0.
         log_length (int): the scores of a query of "full" that sees n keys are times log(n) / log(log_length), so that
             more keys do not flatten its softmax; 0 for not. Default: 0.
@@ -122,6 +123,7 @@ class ModelConfig:
     biases: tuple[str, ...] = ()
     sinks: int = 0
     selection: str = "mass"
+    anchors: int = 0
     score_scale: float = 1.0
     log_length: int = 0
     value_residual: str = "none"
@@ -170,6 +172,7 @@ class ModelConfig:
             ("norm_eps", 0 <= self.norm_eps < 1, "lie in [0, 1)"),
             ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "hold q, k, v or out"),
             ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),
+            ("anchors", self.anchors or self.selection != "landmark", "be positive for selection landmark"),
             ("score_scale", self.score_scale == 1 or self.attention == "full", "be 1 without attention full"),
             ("log_length", self.log_length != 1, "be 0 or at least 2"),
             ("log_length", not self.log_length or self.attention == "full", "be 0 without attention full"),
@@ -203,7 +206,7 @@ class ModelConfig:
 
 
 MAY_BE_ZERO = (
-    "hsa_window", "log_length", "sinks", "distractors", "conv", "experts", "shared_experts", "dense_layers",
+    "hsa_window", "log_length", "sinks", "anchors", "distractors", "conv", "experts", "shared_experts", "dense_layers",
 )  # fmt: skip
 
 LARGE = {"conv": 0, "embedding_std": 0.02}

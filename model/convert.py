@@ -57,6 +57,7 @@ def config_of(source, **options) -> ModelConfig:
         ("mlp_bias", get("mlp_bias"), "be False", not get("mlp_bias")),
         ("rope_type", kind, f"be one of {', '.join(ROPES)}", kind in ROPES),
         ("partial_rotary_factor", x := rope.get("partial_rotary_factor", 1.0), "be 1", x == 1),
+        ("anchors", x := options.get("anchors", 0), "be 0, hsa-tl landmarks finds them in a run", x == 0),
         ("sliding_window", sliding, f"be at least --window = {options['window']}",
          sliding is None or sliding >= options["window"]),
     ):  # fmt: skip
@@ -195,7 +196,12 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
             raise ValueError(f"{source} must hold lm_head.weight {rule}, got another one")
     model.load_state_dict(state, assign=True)
     save_tokenizer(run / TOKENIZER)
-    changed = {k: v for k, v in asdict(config).items() if v != asdict(ModelConfig())[k]}
-    recipe = Recipe(source.name.removesuffix(".gguf"), "tiny", (), lr=1e-5, model=changed, source=str(source))
-    checkpoint.save(run, 0, recipe.to_dict(), model, None, {}, keep=1)
+    write(run, model, source.name.removesuffix(".gguf"), str(source))
     return config
+
+
+def write(run: Path, model: Model, name: str, source: str) -> None:
+    """The run's checkpoint: of a model as it is configured, which was not trained."""
+    changed = {k: v for k, v in asdict(model.config).items() if v != asdict(ModelConfig())[k]}
+    recipe = Recipe(name, "tiny", (), lr=1e-5, model=changed, source=source)
+    checkpoint.save(run, 0, recipe.to_dict(), model, None, {}, keep=1)

@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from hsa_tl.model.attention import rotate
 from hsa_tl.model.convert import config_of
-from hsa_tl.model.selected import Keys, Rule
+from hsa_tl.model.selected import Keys, Rule, chooser_of
 
 NAME = "hsa"
 
@@ -29,7 +29,8 @@ def attend(
     """
     config, T, P = module.config, query.shape[2], key.shape[2]
     position = torch.arange(P, device=query.device)
-    rule = Rule.of(config_of(config, **getattr(config, NAME, {})))
+    own = config_of(config, **getattr(config, NAME, {}))
+    rule = Rule.of(own)
     for name, ok, must in (
         ("attention_mask", attention_mask is None, "hide nothing, so that each prompt stands alone or all are as long"),
         ("attention_dropout", not dropout, "be 0"),
@@ -41,7 +42,7 @@ def attend(
             raise ValueError(f"{name} must {must} for attn_implementation={NAME!r}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k = rotate(q, -position[P - T :], rule.theta), rotate(k, -position, rule.theta)
-    return rule.attend(q, Keys(k, v))[0], None
+    return rule.attend(q, Keys(k, v), chooser_of(own.selection))[0], None
 
 
 AttentionInterface.register(NAME, attend)

@@ -72,7 +72,7 @@ class Layer(nn.Module):
         own = {"window": window, "rope_theta": theta}
         chosen = {"chunk_size": c.chunk_size, "topk": c.topk, "impl": "auto" if c.impl == "dense" else c.impl}
         if kind == "selected":
-            self.attention = SelectedAttention(*heads, Rule.of(c), **options)
+            self.attention = SelectedAttention(*heads, Rule.of(c), c.selection, c.anchors, **options)
         elif kind == "moba":
             self.attention = MixtureOfBlockAttention(*heads, **own, **chosen, **options)
         elif kind == "nsa":

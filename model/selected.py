@@ -10,7 +10,7 @@ The keys behind the window have no positions, and the query stands at the distan
 angles are those of training at any length. Chunks count from the first token behind the sinks.
 
 Shape suffixes: B batch, T tokens, C channels, P past and new keys, N chunks, S chunk size, A query heads, H key/value
-heads, G = A / H, D head dim, K selected chunks.
+heads, G = A / H, D head dim, K selected chunks, M anchors, E = D + M.
 """
 
 import math
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hsa_tl import chunk_means, merge_attention, retrieve_chunks, selected_attention, selected_decode
 from hsa_tl.model.attention import SelfAttention, positions, rotate
@@ -30,15 +31,46 @@ SCORES = 1 << 24  # of every key behind the window, held at once
 
 
 class Keys(NamedTuple):
-    """Keys without positions and values [B, P, H, D], of what a cache holds also as chunks: means [B, N, H, D], pages
-    [B * N, S, H, D] and page_table [B, N]."""
+    """Keys without positions and values [B, P, H, D], of what a cache holds also as chunks: landmarks [B, N, H, E],
+    pages [B * N, S, H, D] and page_table [B, N]."""
 
     k: torch.Tensor
     v: torch.Tensor
-    means: torch.Tensor | None = None
+    landmarks: torch.Tensor | None = None
     k_pages: torch.Tensor | None = None
     v_pages: torch.Tensor | None = None
     page_table: torch.Tensor | None = None
+
+
+class Landmarks(nn.Module):
+    """What a chunk is chosen by without reading its keys: its mean key, and its mass at M anchors of each head.
+
+    A query q gives a chunk the mass m(q), the log-sum-exp of q . k / sqrt(D) over its keys k. A head's queries are more
+    alike than its keys are, so m is kept at queries u that the layer asked, and others take the mean of their
+    neighbours': q . mean key / sqrt(D) + sum_i softmax_i(q . u_i / sqrt(D)) m(u_i), which is a dot product of E = D + M
+    numbers. A key/value head adds up its query heads. hsa_tl.model.landmarks finds the anchors.
+    """
+
+    def __init__(self, kv_heads: int = 1, head_dim: int = 1, anchors: int = 0):
+        super().__init__()
+        self.anchors = nn.Parameter(torch.randn(kv_heads, anchors, head_dim)) if anchors else None
+
+    def of(self, k_BPHD: torch.Tensor, chunk_size: int) -> torch.Tensor:
+        """Landmarks [B, N, H, E] of keys without positions; of a short last chunk they are of its tokens."""
+        means = chunk_means(k_BPHD, chunk_size)
+        if self.anchors is None:
+            return means
+        score = torch.einsum("bphd,hmd->bphm", k_BPHD, self.anchors.to(k_BPHD.dtype)) / math.sqrt(k_BPHD.shape[-1])
+        score = F.pad(score, (0, 0, 0, 0, 0, -k_BPHD.shape[1] % chunk_size), value=-torch.inf)
+        return torch.cat([means, score.unflatten(1, (-1, chunk_size)).logsumexp(2)], -1)
+
+    def ask(self, q_BTAD: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """What the landmarks are multiplied by: [B, T, H, E] of queries at their capped distance."""
+        q = q_BTAD.unflatten(2, (kv_heads, -1)) / math.sqrt(q_BTAD.shape[-1])
+        if self.anchors is None:
+            return q.sum(3)
+        near = torch.einsum("bthgd,hmd->bthgm", q, self.anchors.to(q.dtype)).softmax(-1)
+        return torch.cat([q, near], -1).sum(3)
 
 
 class OwnKeys:
@@ -47,14 +79,15 @@ class OwnKeys:
     Of a sequence the first pages end with the sinks, so that every other page is a chunk.
     """
 
-    def __init__(self, counts: list[int], sinks: int, chunk_size: int, means: bool):
-        """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`."""
+    def __init__(self, counts: list[int], sinks: int, chunk_size: int, chooser: Landmarks | None):
+        """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`. chooser:
+        whose landmarks of the chunks are kept."""
         self.counts, self.sinks, self.chunk_size = counts, sinks, chunk_size
         self.first = -(-sinks // chunk_size)  # chunk, of pages
         self.before = self.first * chunk_size - sinks  # columns of no token
         self.held = [0] * len(counts)
         self.buffers: list[torch.Tensor] = []  # k and v [B, pages * S, H, D]
-        self.with_means, self.means = means, None  # [B, pages, H, D]
+        self.chooser, self.landmarks = chooser, None  # [B, pages, H, E]
 
     def _reserve(self, columns: int, like: tuple[torch.Tensor, ...]) -> None:
         room = self.buffers[0].shape[1] if self.buffers else 0
@@ -65,11 +98,6 @@ class OwnKeys:
         for new, old in zip(grown, self.buffers, strict=bool(self.buffers)):
             new[:, :room] = old
         self.buffers = grown
-        if self.with_means:
-            means = like[0].new_zeros(len(like[0]), pages, *like[0].shape[2:])
-            if self.means is not None:
-                means[:, : self.means.shape[1]] = self.means
-            self.means = means
 
     def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> None:
         """Stores the next tokens; a row's columns behind its count are written and overwritten later."""
@@ -78,23 +106,30 @@ class OwnKeys:
         for buffer, x in zip(self.buffers, (k_BTHD, v_BTHD), strict=True):
             for b, n in enumerate(old):
                 buffer[b, self.before + n : self.before + n + T] = x[b]
-        self._average(self.before + min(old), self.before + max(old) + T)
+        self._summarise(self.before + min(old), self.before + max(old) + T)
         self.held = [n + more for n, more in zip(old, self.counts, strict=True)]
 
-    def _average(self, start: int, stop: int) -> None:
-        if self.with_means:
+    @torch.no_grad()
+    def _summarise(self, start: int, stop: int) -> None:
+        if self.chooser is not None:
             first, last = start // self.chunk_size, -(-stop // self.chunk_size)
-            k = self.buffers[0][:, first * self.chunk_size : last * self.chunk_size]
-            self.means[:, first:last] = chunk_means(k, self.chunk_size)
+            new = self.chooser.of(self.buffers[0][:, first * self.chunk_size : last * self.chunk_size], self.chunk_size)
+            if self.landmarks is None or self.landmarks.shape[1] < last:
+                pages = self.buffers[0].shape[1] // self.chunk_size
+                grown = new.new_zeros(len(new), pages, *new.shape[2:])
+                if self.landmarks is not None:
+                    grown[:, : self.landmarks.shape[1]] = self.landmarks
+                self.landmarks = grown
+            self.landmarks[:, first:last] = new
 
     def keys(self, rows: slice, tokens: int) -> Keys:
         """Of these rows the first `tokens`."""
         k, v = (x[rows] for x in self.buffers)
         pages = [x.flatten(0, 1).unflatten(0, (-1, self.chunk_size)) for x in (k, v)]
         table = torch.arange(len(pages[0]), dtype=torch.int32, device=k.device).view(len(k), -1)[:, self.first :]
-        means = None if self.means is None else self.means[rows, self.first :]
+        landmarks = None if self.landmarks is None else self.landmarks[rows, self.first :]
         k, v = (x[:, self.before : self.before + tokens] for x in (k, v))
-        return Keys(k, v, means, *pages, table)
+        return Keys(k, v, landmarks, *pages, table)
 
     def crop(self, gone: list[int]) -> None:
         """Takes back the last so many tokens of each sequence."""
@@ -106,22 +141,25 @@ class OwnKeys:
         return [torch.tensor(self.held, dtype=torch.int32), *(x[:, used] for x in self.buffers)]
 
     def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
-        self.held, self.buffers, self.means = held.tolist(), [], None
+        self.held, self.buffers, self.landmarks = held.tolist(), [], None
         if buffers:
             end = self.before + max(self.held)
             self._reserve(end, buffers)
             for mine, x in zip(self.buffers, buffers, strict=True):
                 mine[:, self.before : end] = x
-            self._average(self.before, end)
+            self._summarise(self.before, end)
+
+
+def chooser_of(selection: str, learned: Landmarks | None = None) -> Landmarks | None:
+    """For Rule.attend, of ModelConfig's selection."""
+    return {"mass": None, "mean": Landmarks(), "landmark": learned}[selection]
 
 
 @dataclass(frozen=True)
 class Rule:
     """What a token sees, see the top of this file.
 
-    topk: chunks, 0 for none, "all" for every one. selection: how they are chosen, "mass" by the largest log-sum-exp of
-    scores that a query head of the key/value head has with the chunk's keys, which costs all of attention's products
-    with keys; "mean" by the chunk's mean key and the sum of these query heads. theta: of `rotate`, None for no
+    topk: chunks, 0 for none, "all" for every one. How they are chosen: see `attend`. theta: of `rotate`, None for no
     positions. impl: of the operators.
     """
 
@@ -129,7 +167,6 @@ class Rule:
     sinks: int = 0
     chunk_size: int = 64
     topk: int | str = 16
-    selection: str = "mass"
     theta: float | tuple[float, ...] | None = None
     impl: str = "auto"
 
@@ -137,10 +174,16 @@ class Rule:
     def of(cls, c: ModelConfig) -> "Rule":
         theta = (c.rope_frequencies or c.rope_theta) if "selected" in c.rope else None
         impl = "auto" if c.impl == "dense" else c.impl
-        return cls(c.window, c.sinks, c.chunk_size, c.topk, c.selection, theta, impl)
+        return cls(c.window, c.sinks, c.chunk_size, c.topk, theta, impl)
 
-    def attend(self, q_BTAD: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
-        """out [B, T, A, D] and log-sum-exp [B, T, A] of queries without positions; the last one's key is the last."""
+    def attend(
+        self, q_BTAD: torch.Tensor, keys: Keys, chooser: Landmarks | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out [B, T, A, D] and log-sum-exp [B, T, A] of queries without positions; the last one's key is the last.
+
+        chooser: of the chunks. None: those of the largest mass at any query head of the key/value head, which costs all
+        of attention's products with keys.
+        """
         T, W, S = q_BTAD.shape[1], self.window, self.chunk_size
         start = keys.k.shape[1] - T
         q_cap = q_BTAD if self.theta is None else rotate(q_BTAD, torch.tensor([W], device=q_BTAD.device), self.theta)
@@ -153,7 +196,7 @@ class Rule:
         skip = max(0, S - past)  # tokens that see no chunk
         if self.topk == 0 or skip >= T:
             return tuple(near)
-        far = self._far(q_cap[:, skip:], keys, past + skip)
+        far = self._far(q_cap[:, skip:], keys, past + skip, chooser)
         both = merge_attention([x[:, skip:] for x in near], far)
         return tuple(torch.cat([x[:, :skip], y], 1) for x, y in zip(near, both, strict=True))
 
@@ -178,25 +221,25 @@ class Rule:
         out = out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         return out, lse.permute(0, 3, 1, 2).flatten(2)
 
-    def _far(self, q_BTAD, keys: Keys, past: int):
+    def _far(self, q_BTAD, keys: Keys, past: int, chooser: Landmarks | None):
         """Attention to chosen chunks, of which token t sees the first (past + t) // S."""
         T, S = q_BTAD.shape[1], self.chunk_size
         N = (past + T - 1) // S
         k, v = (x[:, self.sinks : self.sinks + N * S] for x in keys[:2])
         with torch.no_grad():
-            indices = self._choose(q_BTAD, k, keys.means, past, N)
+            indices = self._choose(q_BTAD, k, keys.landmarks, past, N, chooser)
         if keys.k_pages is not None and T <= FEW:
             return selected_decode(q_BTAD, keys.k_pages, keys.v_pages, indices, keys.page_table, impl=self.impl)
         return selected_attention(q_BTAD, k, v, indices, chunk_size=S, impl=self.impl)
 
-    def _choose(self, q_BTAD, k, means, past: int, N: int) -> torch.Tensor:
+    def _choose(self, q_BTAD, k, landmarks, past: int, N: int, chooser: Landmarks | None) -> torch.Tensor:
         """indices [B, T, H, K]."""
         (B, T, A, _), H, S = q_BTAD.shape, k.shape[2], self.chunk_size
         K = N if self.topk == "all" else min(self.topk, N)
-        if K < N and self.selection == "mean":
-            q_BTHD = q_BTAD.unflatten(2, (H, -1)).sum(3)
-            means = chunk_means(k, S) if means is None else means[:, :N]
-            return retrieve_chunks(q_BTHD, means, K, chunk_size=S, q_start=past, impl=self.impl)[1]
+        if K < N and chooser is not None:
+            landmarks = chooser.of(k, S) if landmarks is None else landmarks[:, :N]
+            asked = chooser.ask(q_BTAD, H)
+            return retrieve_chunks(asked, landmarks, K, chunk_size=S, q_start=past, impl=self.impl)[1]
         visible = (positions(past, q_BTAD) // S)[:, None, None]
         every = torch.arange(N, dtype=torch.int32, device=k.device)
         if K == N:
@@ -217,10 +260,18 @@ class Rule:
 class SelectedAttention(SelfAttention):
     """SelfAttention by a Rule. start: position of x's first token, with a cache, an OwnKeys, also int32 [B]."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, rule: Rule, **options):
-        """options: of SelfAttention, but window and rope_theta: it projects without positions."""
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, rule: Rule, selection: str, anchors: int, **options
+    ):
+        """selection, anchors: see ModelConfig. options: of SelfAttention, but window and rope_theta: it projects
+        without positions."""
         super().__init__(dim, heads, kv_heads, head_dim, window=rule.window, **options)
-        self.rule = rule
+        self.rule, self.selection = rule, selection
+        self.landmarks = Landmarks(kv_heads, head_dim, anchors)
+
+    @property
+    def chooser(self) -> Landmarks | None:
+        return chooser_of(self.selection, self.landmarks)
 
     def attend(
         self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: OwnKeys | None = None,
@@ -229,12 +280,14 @@ class SelectedAttention(SelfAttention):
         """As SelfAttention's."""
         q, k, v, _ = self.project(x_BTC, start, keep, first_v_BTHD)
         if cache is None:
-            return *self.rule.attend(q, Keys(k, v)), v
+            return *self.rule.attend(q, Keys(k, v), self.chooser), v
         cache.extend(k, v)
         starts = [start] if isinstance(start, int) else start.tolist()  # the same of all rows, or of each
         rows = [slice(None)] if isinstance(start, int) else [slice(b, b + 1) for b in range(len(q))]
         T = x_BTC.shape[1]
-        parts = [self.rule.attend(q[row], cache.keys(row, n + T)) for row, n in zip(rows, starts, strict=True)]
+        parts = [
+            self.rule.attend(q[row], cache.keys(row, n + T), self.chooser) for row, n in zip(rows, starts, strict=True)
+        ]
         return *(torch.cat(x) for x in zip(*parts, strict=True)), v
 
 

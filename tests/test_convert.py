@@ -1,5 +1,6 @@
 """hsa-tl convert: what transformers computes within the window, every weight accounted for, a run like any other."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from hsa_tl.cli import app
 from hsa_tl.model import load
 from hsa_tl.model.convert import convert
 from hsa_tl.model.data import ByteTokenizer
+from hsa_tl.model.landmarks import find_landmarks
 
 transformers = pytest.importorskip("transformers")
 
@@ -257,11 +259,55 @@ def test_the_command(small, tmp_path):
     assert text
 
 
+def test_landmarks(small, tmp_path):
+    """Found in one text and judged in another; the run keeps them, and they choose better than mean keys do."""
+    made, text = tmp_path / "run", tmp_path / "text.txt"
+    run("convert", small / "source", made, "--window", 16, "--sinks", 2, "--chunk-size", 16, "--topk", 2)
+    before = load(made)
+    generator = torch.Generator().manual_seed(0)
+    text.write_bytes(bytes((97 + torch.randint(26, (900,), generator=generator)).tolist()))
+    output = run("landmarks", made, text, "--length", 300, "--anchors", 8, "--contexts", 2, "--threads", 1)
+    assert "layer mass landmark mean" in output and "selection landmark, 8 anchors" in output
+    after = load(made)
+    assert after.config == dataclasses.replace(before.config, selection="landmark", anchors=8)
+    tokens = before.tokenizer.encode(text.read_bytes())
+    recalls = find_landmarks(before, [tokens[:300], tokens[300:600]], [tokens[600:]], anchors=256)
+    mass, landmark, mean = (torch.tensor(recalls[name]) for name in ("mass", "landmark", "mean"))
+    assert mass.shape == (3, 2) and (mass <= 1).all() and (mean > 0).all()
+    # This source gives all chunks nearly the same; its queries are as many as the anchors, so little is guessed.
+    assert mean.mean() < landmark.mean() <= mass.mean() + 0.01
+    again = find_landmarks(after, [tokens[:300]], anchors=4)
+    assert again == {} and after.config.anchors == 4 and after.layers[0].attention.landmarks.anchors.shape == (2, 4, 8)
+    with torch.no_grad():
+        ids = torch.tensor([tokens[:300]])
+        cache = after.new_cache(1)
+        parts = [after(x, cache=cache).logits for x in ids.split([120, 1, 9, 170], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), after(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_what_landmarks_need_is_told(small, tmp_path):
+    made, text = tmp_path / "run", tmp_path / "text.txt"
+    options = ("--window", 16, "--sinks", 2, "--chunk-size", 16)
+    run("convert", small / "source", made, *options, "--topk", "all")
+    text.write_text("x" * 1000)
+    assert "with a topk, got selected and topk all" in run("landmarks", made, text, "--length", 200, code=2)
+    run("convert", small / "source", tmp_path / "other", *options)
+    for more, message in (
+        ((), "text must hold 3 times length = 4096 tokens, got 1000"),
+        (("--length", 100), "held_out must be of more than 289 tokens, got 100"),
+        (("--length", 300, "--contexts", 1, "--anchors", 4096), "at least anchors = 4096 queries, got 768"),
+    ):
+        assert message in run("landmarks", tmp_path / "other", text, *more, code=2)
+    assert load(tmp_path / "other").config.selection == "mass"
+    with pytest.raises(ValueError, match="must be 0, hsa-tl landmarks finds them in a run, got 4"):
+        convert(small / "source", tmp_path / "third", selection="landmark", anchors=4)
+
+
 @pytest.mark.parametrize(
     "options, message",
     (
         (("--topk", "some"), "topk must be a number of chunks from 0 on or all, got 'some'"),
-        (("--selection", "best"), "selection must be one of mass, mean, got 'best'"),
+        (("--selection", "best"), "selection must be one of mass, mean, landmark, got 'best'"),
         (("--chunk-size", 17), "chunk_size must be 16, 32, 64 or 128, got 17"),
     ),
 )

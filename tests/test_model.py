@@ -72,7 +72,7 @@ def test_config_errors_name_the_field():
         ({"dim": 0}, "dim must be an int of at least 1, got 0"),
         ({"attention": "dense"}, "attention must be one of hsa, nsa, moba, swa, full, selected, got 'dense'"),
         ({"attention": "selected", "topk": -1}, 'topk must be a positive int or "all", or 0 for "selected", got -1'),
-        ({"selection": "best"}, "selection must be one of mass, mean, got 'best'"),
+        ({"selection": "best"}, "selection must be one of mass, mean, landmark, got 'best'"),
         ({"sinks": -1}, "sinks must be an int of at least 0, got -1"),
         ({"biases": ("up",)}, r"biases must hold q, k, v or out, got \('up',\)"),
         ({"rope_frequencies": (1.0,)}, r"rope_frequencies must hold \d+ or none, got \(1.0,\)"),

@@ -11,13 +11,13 @@ from strategies import assert_all_accurate
 from hsa_tl.accuracy import expect
 from hsa_tl.model import selected as layer
 from hsa_tl.model.attention import rotate
-from hsa_tl.model.selected import Keys, Rule
+from hsa_tl.model.selected import Keys, Landmarks, Rule, chooser_of
 
 THETA = 100.0
 FREQUENCIES = (1.0, 0.3, 0.02, 0.005)
 
 
-def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, S=16):
+def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, S=16):
     """The rule, a token and a key/value head at a time; q [B, T, A, D] at start, k and v [B, P, H, D] from 0."""
     (B, T, A, D), (_, P, H, _) = q.shape, k.shape
     at = lambda x, i: x if theta is None else rotate(x, i, theta)  # noqa: E731
@@ -41,6 +41,11 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, S=16):
                         value = chunks.logsumexp(2).amax(0)
                     else:
                         value = chunks.mean(2).sum(0)
+                    if selection == "landmark":
+                        anchors = anchors.to(q)
+                        mass = (k[b, sinks : sinks + N * S, h] @ anchors[h].T / math.sqrt(D)).unflatten(0, (N, S))
+                        alike = (q_cap[b, t, heads] @ anchors[h].T / math.sqrt(D)).softmax(-1)
+                        value = value + (mass.logsumexp(1) @ alike.T).sum(1)
                     seen = seen.clone()
                     chosen = torch.zeros(N, dtype=torch.bool)
                     chosen[value.topk(min(topk, N)).indices] = True
@@ -53,8 +58,8 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, S=16):
 @settings(max_examples=25)
 @given(
     st.integers(1, 40), st.integers(0, 90), st.sampled_from((1, 7, 16, 24, 200)), st.sampled_from((0, 1, 4, 20)),
-    st.sampled_from((0, 1, 2, "all")), st.sampled_from(("mass", "mean")), st.sampled_from((THETA, FREQUENCIES, None)),
-    st.sampled_from(((6, 2), (3, 1), (2, 2))), st.booleans(),
+    st.sampled_from((0, 1, 2, "all")), st.sampled_from(("mass", "mean", "landmark")),
+    st.sampled_from((THETA, FREQUENCIES, None)), st.sampled_from(((6, 2), (3, 1), (2, 2))), st.booleans(),
 )  # fmt: skip
 def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads, blocks):
     """Out and the gradients of queries, keys and values; in blocks of few tokens too."""
@@ -62,7 +67,10 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
     A, H = heads
     q, do = torch.randn(1, T, A, 8), torch.randn(1, T, A, 8)
     k, v = torch.randn(1, before + T, H, 8), torch.randn(1, before + T, H, 8)
-    options = {"window": window, "sinks": sinks, "topk": topk, "selection": selection, "theta": theta}
+    options = {"window": window, "sinks": sinks, "topk": topk, "theta": theta}
+    learned = Landmarks(H, 8, 5)
+    chooser = chooser_of(selection, learned)
+    told = options | {"selection": selection, "anchors": learned.anchors.detach()}
 
     def results(run, q, k, v, do):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -70,10 +78,10 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
         grads = torch.autograd.grad((out * do).sum(), leaves)
         return dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
 
-    want = expect(lambda *x: results(lambda q, k, v: oracle(q, k, v, before, **options), *x), q, k, v, do)
+    want = expect(lambda *x: results(lambda q, k, v: oracle(q, k, v, before, **told), *x), q, k, v, do)
     with pytest.MonkeyPatch.context() as patch:
         if blocks:
             patch.setattr(layer, "BLOCK", 7)
             patch.setattr(layer, "SCORES", 5000)
-        got = results(lambda q, k, v: Rule(**options, chunk_size=16).attend(q, Keys(k, v))[0], q, k, v, do)
+        got = results(lambda q, k, v: Rule(**options, chunk_size=16).attend(q, Keys(k, v), chooser)[0], q, k, v, do)
     assert_all_accurate(got, want)

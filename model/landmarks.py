@@ -1,0 +1,145 @@
+"""Finds the anchors by which a converted model guesses where its attention goes: `hsa-tl landmarks`.
+
+    recalls = add_landmarks(Path("out/smol"), Path("book.txt").read_bytes())
+
+Nothing is trained: an anchor is a query that the layer asked in an ordinary text, see hsa_tl.model.selected.Landmarks.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hsa_tl.model import checkpoint, pretrained
+from hsa_tl.model.attention import rotate
+from hsa_tl.model.convert import write
+from hsa_tl.model.model import Model
+from hsa_tl.model.selected import Landmarks, chooser_of, scores
+from hsa_tl.model.train import reconfigure
+
+ASKED = 256  # tokens of a context whose queries are looked at, in every layer
+
+
+def _read(model: Model, tokens: Sequence[int], rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each layer, reading the tokens: queries [1, t, A, D] of these rows at the capped distance, and all keys."""
+    found = []
+
+    def look(layer, arguments):
+        x, _, first_v = arguments[:3]
+        q, k, _, _ = layer.attention.project(x, first_v_BTHD=first_v)
+        rule, q = layer.attention.rule, q[:, rows]
+        found.append((q if rule.theta is None else rotate(q, torch.tensor([rule.window]), rule.theta), k))
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
+    try:
+        model(torch.tensor([list(tokens)], device=model.embedding.weight.device), logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _recalls(attention, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By selection, [H]: the share of a query head's attention to all chunks that its topk chosen chunks hold."""
+    rule, H = attention.rule, k.shape[2]
+    S = rule.chunk_size
+    visible = (rows + 1 - rule.window - rule.sinks) // S
+    N = int(visible.max())
+    k = k[:, rule.sinks : rule.sinks + N * S]
+    hidden = torch.arange(N) >= visible[:, None]  # [t, N]
+    mass = scores(q, k).unflatten(-1, (N, S)).logsumexp(-1).masked_fill(hidden, -torch.inf)  # [1, H, G, t, N]
+    share, found = mass.softmax(-1), {}
+    for name in ("mass", "landmark", "mean"):
+        if name == "mass":
+            score = mass.amax(2)
+        else:
+            chooser = chooser_of(name, attention.landmarks)
+            score = torch.einsum("bthe,bnhe->bhtn", chooser.ask(q, H), chooser.of(k, S))
+        chosen = score.masked_fill(hidden, -torch.inf).topk(rule.topk, -1).indices[:, :, None]
+        found[name] = share.gather(-1, chosen.expand(*share.shape[:-1], -1)).sum(-1).mean((0, 2, 3))
+    return found
+
+
+@torch.no_grad()
+def find_landmarks(
+    model: Model, contexts: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]] = (), *, anchors: int = 64,
+    seed: int = 0,
+) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Gives a model of attention "selected" landmarks, in place; its selection is "landmark" afterwards.
+
+    Args:
+        model (Model): of attention "selected", whose topk is a number above 0.
+        contexts (sequences of token ids): ordinary texts, which are read with the exact mass.
+        held_out (sequences of token ids): others to judge by, so long that a token chooses. Default: none.
+        anchors (int): M of each key/value head. Default: 64.
+        seed (int): of the tokens and the queries that are taken. Default: 0.
+
+    Returns:
+        dict: for "mass", "landmark" and "mean" the recall on held_out, [layers][H]: the share of a query head's
+        attention to all chunks that the chosen ones hold.
+
+    Raises:
+        ValueError: a model of another attention or topk; contexts of too few queries; a text that is too short.
+    """
+    c = model.config
+    if c.attention != "selected" or c.topk in (0, "all"):
+        raise ValueError(f"model must be of attention selected with a topk, got {c.attention} and topk {c.topk}")
+    queries = sum(min(ASKED, len(x)) for x in contexts) * (c.heads // c.kv_heads)
+    if queries < anchors:
+        raise ValueError(f"contexts must ask at least anchors = {anchors} queries, got {queries}")
+    first = c.sinks + c.window + (c.topk + 1) * c.chunk_size - 1  # token that sees more chunks than it takes
+    if short := [len(x) for x in held_out if len(x) <= first]:
+        raise ValueError(f"held_out must be of more than {first} tokens, got {min(short)}")
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda first, last: first + torch.randperm(last - first, generator=generator)[:ASKED]  # noqa: E731
+    reconfigure(model, replace(c, selection="mass"))
+    read = [_read(model, tokens, draw(0, len(tokens))) for tokens in contexts]
+    for layer, parts in zip(model.layers, zip(*read, strict=True), strict=True):
+        q = torch.cat([q[0].unflatten(1, (c.kv_heads, -1)) for q, _ in parts]).transpose(0, 1).flatten(1, 2)
+        landmarks = Landmarks(c.kv_heads, c.head_dim, anchors)
+        landmarks.anchors.copy_(q[:, torch.randperm(q.shape[1], generator=generator)[:anchors]])
+        layer.attention.landmarks = landmarks.to(q)
+    sums: dict[str, list] = {}
+    for tokens in held_out:
+        rows = draw(first, len(tokens))
+        for i, (layer, found) in enumerate(zip(model.layers, _read(model, tokens, rows), strict=True)):
+            for name, x in _recalls(layer.attention, *found, rows).items():
+                sums.setdefault(name, [0.0] * c.layers)[i] += x / len(held_out)
+    reconfigure(model, replace(c, anchors=anchors, selection="landmark"))
+    return {name: [x.tolist() for x in layers] for name, layers in sums.items()}
+
+
+def add_landmarks(
+    run: Path, text: bytes, *, anchors: int = 64, contexts: int = 2, length: int = 4096, seed: int = 0
+) -> dict[str, list[list[float]]]:
+    """Gives a converted run landmarks, see `find_landmarks`; its checkpoint is replaced.
+
+    Args:
+        run (Path): a run of `hsa-tl convert`.
+        text (bytes): UTF-8, of `contexts` + 1 parts of at least `length` tokens. A piece of the last one judges.
+        anchors (int): M of each key/value head. Default: 64.
+        contexts (int): pieces of the text whose queries are looked at. Default: 2.
+        length (int): tokens of a piece. Default: 4096.
+        seed (int): of pieces and queries. Default: 0.
+
+    Returns:
+        dict: as `find_landmarks`.
+
+    Raises:
+        ValueError: a run of another kind; a text that is too short; what `find_landmarks` refuses.
+    """
+    model, found = pretrained.load(run), checkpoint.latest(run)
+    if found.recipe["source"] is None or found.recipe["stages"]:
+        raise ValueError(f"run must be one that hsa-tl convert wrote, got {run}")
+    tokens = model.tokenizer.encode(text)
+    part = len(tokens) // (contexts + 1)
+    if part < length:
+        raise ValueError(f"text must hold {contexts + 1} times length = {length} tokens, got {len(tokens)}")
+    rng = random.Random(seed)
+    starts = [i * part + rng.randrange(part - length + 1) for i in range(contexts + 1)]
+    *pieces, judge = (tokens[start : start + length] for start in starts)
+    recalls = find_landmarks(model, pieces, [judge], anchors=anchors, seed=seed)
+    write(run, model, found.recipe["name"], found.recipe["source"])
+    return recalls
