@@ -25,17 +25,19 @@ from hsa_tl.bench.ruler import origin
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
 from hsa_tl.model.convert import convert
+from hsa_tl.model.landmarks import find_landmarks
 from hsa_tl.model.train import reconfigure
+from hsa_tl.text import read_corpus
 
 ATOL = 1e-4
-WINDOW, SINKS, CHUNK_SIZE, TOPK = 512, 4, 64, 16
+WINDOW, SINKS, CHUNK_SIZE, TOPK, ANCHORS = 512, 4, 64, 16, 64
 METHODS = {  # None: the source
     "source": None,
     "window": {"topk": 0},
     "all": {"topk": "all"},
     "mass": {"topk": TOPK, "selection": "mass"},
-    "mean": {"topk": TOPK, "selection": "mean"},
     "landmark": {"topk": TOPK, "selection": "landmark"},
+    "mean": {"topk": TOPK, "selection": "mean"},
 }
 LAST = 301  # tokens before the code's end whose logits are asked for, at least
 
@@ -58,6 +60,12 @@ def make_contexts(tokenizer, length: int, number: int, seed: int = 7) -> list[Co
         haystack = text[start : start + body]
         made.append(Context([*haystack[:cut], *needle, *haystack[cut:], *question, *code], len(code)))
     return made
+
+
+def pieces_of(tokenizer, number: int, length: int) -> list[list[int]]:
+    """Of Python's own sources, which the contexts are not of."""
+    tokens = tokenizer.encode(read_corpus(None, 8 * number * length).data)
+    return [tokens[i * len(tokens) // number :][:length] for i in range(number)]
 
 
 @torch.no_grad()
@@ -107,6 +115,14 @@ def main() -> None:
     if not difference <= ATOL:
         raise SystemExit(1)
     settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
+    if "landmark" in given.methods:
+        *pieces, judge = pieces_of(model.tokenizer, 3, 4096)
+        recalls = find_landmarks(model, pieces, [judge], anchors=ANCHORS)
+        config = model.config
+        shares = {name: sum(map(sum, layers)) / sum(map(len, layers)) for name, layers in recalls.items()}
+        settings |= {"anchors": ANCHORS, "recall": shares, "recall_by_layer": recalls}
+        told = ", ".join(f"{100 * share:.1f} % by {name}" for name, share in shares.items())
+        print(f"attention to all chunks that {TOPK} chosen ones hold: {told}", flush=True)
     rows, path = [], given.out / f"llm-{given.length}.json"
     for name in given.methods:
         if METHODS[name] is None:
