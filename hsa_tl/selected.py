@@ -148,7 +148,7 @@ def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     Args:
         parts (tuple (out [.., HQ, D], lse [.., HQ])): the results of each set of keys, such as `selected_attention`
             returns; lse is the natural log-sum-exp of the scaled scores, float32 or float64, and -inf where a row has
-            no keys, whatever out holds there.
+            no keys, whatever out holds there. Gradients need that of each lse: FlexAttention's has one, flash's none.
 
     Returns:
         out [.., HQ, D] in the type of the first out and lse [.., HQ] like the first one, differentiable in all parts. A

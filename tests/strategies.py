@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from tiers import prove, tiered
 
-from hsa_tl import hsa_attention, selected_attention
+from hsa_tl import hsa_attention, selected_attention, selected_decode
 from hsa_tl.accuracy import Expected, assert_accurate
 from hsa_tl.impl.tilelang import emulating
 from hsa_tl.kernels_tilelang.config import PROGRAMS
@@ -52,6 +52,15 @@ class Dims(NamedTuple):
     def N(self) -> int:
         return -(-self.T_kv // self.S)
 
+
+# G, D, S and K at the ends of what is promised, with short last chunks.
+ENDS = {
+    "g32-d128-s128": Dims(T=5, T_kv=251, HQ=32, D=128, S=128, K=5),
+    "g1-d64-s16-k512": Dims(T=2, T_kv=9000, HQ=1, D=64, S=16, K=512),
+    "g2-d64-s32": Dims(T=7, T_kv=90, HQ=2, D=64, S=32, K=3),
+    "g8-d128-s64": Dims(T=7, T_kv=150, HQ=8, D=128, S=64, K=6),
+}
+each_end = pytest.mark.parametrize("dims", ENDS.values(), ids=ENDS)
 
 # Of a sweep in a test: one repetition, and one thread, since two would spin beside whatever else runs.
 SWEEP = {"device": "cpu", "min_repeats": 1, "seconds": 0.0, "threads": 1}
@@ -207,6 +216,21 @@ def check(impl: str, call: Inputs | SelectedInputs, **options) -> dict[str, torc
         assert x.dtype == like.dtype and x.shape == like.shape
     assert_attention(actual, call, **options)
     return actual
+
+
+def check_selected(impl: str, d: Dims, dtype: torch.dtype = torch.float32) -> None:
+    """`selected_attention` with all gradients, and `selected_decode` of one token, whose slots are split."""
+
+    def make(d):
+        call = without_weights(make_call(d))
+        return call._replace(**{name: getattr(call, name).to(dtype) for name in ("q", "k", "v", "do")})
+
+    check(impl, make(d), chunk_size=d.S)
+    d = d._replace(T=1, T_kv=d.N * d.S)
+    call, table = make(d), torch.arange(d.N, dtype=torch.int32)[None]
+    pages = (x.unflatten(1, (d.N, d.S)).flatten(0, 1) for x in (call.k, call.v))
+    out, lse = selected_decode(call.q, *pages, call.indices, table, impl=impl.split("-")[0])
+    assert_attention({"out": out, "lse": lse}, call, chunk_size=d.S)
 
 
 def _allocations(function, *args, **kwargs) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 import tilelang.language as T
 import torch
 from hypothesis import strategies as st
-from strategies import TYPES, Dims, hard_calls, make_call, seeds, without_weights
+from strategies import TYPES, Dims, check_selected, each_end, hard_calls, make_call, seeds, without_weights
 from tiers import prove, tiered
 
 from hsa_tl import (
@@ -81,7 +81,7 @@ def test_every_config_equals_the_oracle(name, program):
         check(call, d.S, {program: asdict(config)}, gradients=program.startswith("hsa_bwd"))
 
 
-def check_selected(call: Inputs, S: int, config: dict | None) -> None:
+def check_one_softmax(call: Inputs, S: int, config: dict | None) -> None:
     """`selected_attention`, and its gradients where the config is of a backward, against the oracle."""
     call, options = without_weights(call), {"impl": "tilelang", "config": config, "chunk_size": S}
     if config and not any("_bwd_" in name for name in config):
@@ -99,18 +99,20 @@ def test_every_config_of_one_softmax_equals_the_oracle(name, program):
     d = d._replace(D=d.D if d.D in (64, 128) else 64)  # the backward has no other
     problem = Problem(d.B, d.T, d.N, d.HQ, d.H, d.D, d.S, d.K, torch.bfloat16, masked=d.T_kv % d.S != 0)
     for config in space(program, problem):
-        check_selected(half(make_call(d)), d.S, {program: asdict(config)})
+        check_one_softmax(half(make_call(d)), d.S, {program: asdict(config)})
 
 
 @pytest.mark.parametrize("program", ("selected_fwd_union", "selected_bwd_chunk"))
 def test_one_softmax(program):
     """A tail, empty slots, duplicates, two tiles of a chunk's pairs."""
-    check_selected(half(make_call(Dims(T=21, T_kv=90, HQ=16, D=64, S=S, K=4))), S, {program: {}})
+    check_one_softmax(half(make_call(Dims(T=21, T_kv=90, HQ=16, D=64, S=S, K=4))), S, {program: {}})
 
 
 @prove
-def test_a_chunk_too_large_for_the_backward_is_split():
-    check_selected(half(make_call(Dims(T=21, T_kv=300, HQ=4, D=128, S=128, K=3))), 128, None)
+@each_end
+def test_dims_of_one_softmax(dims):
+    """The backward splits a chunk that is too large for its registers."""
+    check_selected("tilelang", dims, torch.float16 if dims.D == 64 else torch.bfloat16)
 
 
 @prove

@@ -79,7 +79,8 @@ def test_a_step_replays_in_a_graph(impl):
 
     def step():
         scores, indices = retrieve_decode(q_slc, landmarks, lengths, d.K)
-        return indices, hsa_decode(q, k, v, fusion_weights(scores), indices, table, impl=impl)
+        out = hsa_decode(q, k, v, fusion_weights(scores), indices, table, impl=impl)
+        return indices, out, *selected_decode(q, k, v, indices, table, impl=impl)
 
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -89,13 +90,12 @@ def test_a_step_replays_in_a_graph(impl):
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        indices, out = step()
+        results = step()
     for n in (100 * S, 70 * S + 3, 5):
         lengths.fill_(n)
         graph.replay()
-        want = step()
-        assert torch.equal(indices, want[0]) and torch.equal(out, want[1])
-        assert (indices >= 0).sum() == min(d.K, n // S)
+        assert all(torch.equal(x, y) for x, y in zip(results, step(), strict=True))
+        assert (results[0] >= 0).sum() == min(d.K, n // S)
 
 
 @pytest.mark.parametrize(

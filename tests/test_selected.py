@@ -16,7 +16,9 @@ from strategies import (
     attend,
     calls,
     check,
+    check_selected,
     dims,
+    each_end,
     hard_calls,
     make_call,
     run,
@@ -28,6 +30,8 @@ from tiers import tiered
 
 from hsa_tl import chunk_means, hsa_attention, merge_attention, retrieve_chunks, selected_attention
 from hsa_tl.accuracy import assert_accurate, expect
+from hsa_tl.bench.baselines import dense_oracle
+from hsa_tl.model import attention
 from hsa_tl.oracle import expect_selected, selected_oracle
 from hsa_tl.testing import SelectedInputs, assert_attention, check_attention, run_with_gradients
 
@@ -88,6 +92,13 @@ def test_slots_may_be_permuted_and_repeated(impl, call, scale, seed):
     order = torch.rand(twice.shape, generator=g).argsort(-1)
     got = run(impl, call._replace(indices=twice.gather(-1, order)), scale=scale)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@each_end
+@pytest.mark.parametrize("impl", tiered(tuple(EXAMPLES), quick=("reference",)))
+def test_dims(impl, dims):
+    """Up to 30 s of compiling for the host, or of Triton's interpreter."""
+    check_selected(impl, dims)
 
 
 def _dense(q, k, v, indices, chunk_size):
@@ -185,23 +196,6 @@ def test_causality(impl, T, seed, root, data):
         assert all(torch.equal(a[:, :p], b[:, :p]) for a, b in zip(layer(changed), want, strict=True)), value
 
 
-@pytest.mark.parametrize("impl", ("reference", "tilelang", "triton"))
-def test_nsa_of_flash_linear_attention_selects_alike(impl):
-    """Its PyTorch function for the selection branch of NSA: whole chunks in the past, sixteen heads for each of k."""
-    naive = pytest.importorskip("fla.ops.nsa.naive", reason="fla-core is not installed").naive_nsa_selection
-    call = without_weights(make_call(Dims(T=70, T_kv=70, HQ=16, K=2)))
-    score = torch.rand(1, 70, 1, 4, generator=torch.Generator().manual_seed(0))
-    score[0, :, 0][torch.arange(4) >= torch.arange(70)[:, None] // S] = -1
-    chosen = score.topk(2, -1)
-    indices = torch.where(chosen.values >= 0, chosen.indices, -1).int()
-    ours, _ = attend(impl, selected_attention)(*call[:3], indices, chunk_size=S)
-    theirs = naive(*call[:3], indices.long(), block_size=S)
-    theirs[:, :S] = 0  # a token without chunks is NaN there
-    expected = expect_selected(*call._replace(indices=indices), chunk_size=S)["out"]
-    for out in (ours, theirs):
-        assert_accurate("out", out, expected)
-
-
 def test_a_wrong_result_is_caught():
     """Each of these faults, in one place of one result."""
     call = without_weights(make_call(Dims(T=60, T_kv=60, HQ=4, H=2)))
@@ -287,6 +281,28 @@ def test_merge_of_one_part_and_of_none():
         merge_attention()
     with pytest.raises(TypeError, match=r"parts\[1\] must be a pair \(out, lse\), got Tensor"):
         merge_attention(part, part[0])
+
+
+def _by_flash(q, k, v):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _by_flex(q, k, v):
+    return attention.flex(q, k, v, None, with_lse=True)
+
+
+@pytest.mark.parametrize("own", (_by_flash, _by_flex))
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_flash_and_flex_attention_return_is_a_part(own):
+    """Of the last chunk's tokens that chunk, merged with all chunks before it: dense causal attention."""
+    q, k, v = torch.randn(3, 1, 4 * S, 2, 16)
+    last = slice(3 * S, None)
+    chunks = torch.arange(3, dtype=torch.int32).expand(1, S, 2, 3).contiguous()
+    far = selected_attention(q[:, last], k[:, : 3 * S], v[:, : 3 * S], chunks, chunk_size=S)
+    out, _ = merge_attention(own(q[:, last], k[:, last], v[:, last]), far)
+    assert_accurate("out", out, expect(lambda *x: dense_oracle(*x, chunk_size=S)[:, last], q, k, v))
 
 
 # --- Mean keys, retrieval --------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_the_published_table_is_of_todays_spaces():
         row = published[key]
         smem, ctas = int(row["smem_bytes"]), int(row["ctas_per_sm"])
         assert smem <= c.smem_bytes(problem) <= 1.1 * smem + SMEM_SLACK, key
-        assert ctas >= blocks_per_sm(c, problem) >= (ctas - 1 if key[1] in config.tuned() else 1), key
+        assert ctas >= blocks_per_sm(c, problem) >= (ctas - 1 if key[1] in config.planned() else 1), key
         bound, _ = cost.roofline(c, problem, device)
         assert bound == pytest.approx(float(row["roofline_ns"]), rel=1e-9), key
         assert not c.tensor_core() or int(row[c.tensor_core()]), key
