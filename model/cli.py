@@ -313,18 +313,22 @@ def landmarks(
     anchors: Annotated[int, number(low=1, high=1 << 12, help="of each key/value head: numbers kept of a chunk")] = 64,
     contexts: Annotated[int, number(low=1, high=1 << 12, help="pieces of the text to read, and one to judge")] = 2,
     length: Annotated[str, typer.Option(help="tokens of a piece")] = "4k",
+    tolerance: Annotated[float, number(low=0, high=1, help="a head that would miss more keeps the exact mass")] = 0.05,
     seed: Annotated[int, seed_option("of pieces and anchors")] = 0,
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Lets a converted run choose chunks without reading their keys, and prints what this choice misses."""
     torch.set_num_threads(threads)
     tokens = parse_length(length)
-    found = add_landmarks(run, text.read_bytes(), anchors=anchors, contexts=contexts, length=tokens, seed=seed)
+    options = {"anchors": anchors, "contexts": contexts, "length": tokens, "tolerance": tolerance, "seed": seed}
+    config, found = add_landmarks(run, text.read_bytes(), **options)
     means = ([f"{100 * sum(heads) / len(heads):.1f}" for heads in layers] for layers in found.values())
     rows = [(i + 1, *each) for i, each in enumerate(zip(*means, strict=True))]
     title = "Share of the attention to all chunks that the chosen ones hold, %"
     show_table(console, title, ("layer", *found), rows, right=(0, 1, 2, 3))
-    console.print(f"wrote {run}: selection landmark, {anchors} anchors", soft_wrap=True, markup=False, highlight=False)
+    every, exact = config.layers * config.kv_heads, len(config.exact_heads)
+    chosen = f"{every - exact} of {every} key/value heads choose by {anchors} anchors, {exact} by the exact mass"
+    console.print(f"wrote {run}: {chosen}", soft_wrap=True, markup=False, highlight=False)
 
 
 def export(

@@ -61,6 +61,8 @@ class ModelConfig:
         selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "landmark"
             those of which `anchors` guess it, "mean" those whose mean key fits best. Default: "mass".
         anchors (int): M of each key/value head, see `hsa_tl.model.selected.Landmarks`. Default: 0, none.
+        exact_heads (tuple of int): with selection "landmark", key/value heads, counted through all layers, that choose
+            by the mass nevertheless. Default: ().
         score_scale (float): of the scores of "full". Default: 1.0.
         log_length (int): the scores of a query of "full" that sees n keys are times log(n) / log(log_length), so that
             more keys do not flatten its softmax; 0 for not. Default: 0.
@@ -124,6 +126,7 @@ class ModelConfig:
     sinks: int = 0
     selection: str = "mass"
     anchors: int = 0
+    exact_heads: tuple[int, ...] = ()
     score_scale: float = 1.0
     log_length: int = 0
     value_residual: str = "none"
@@ -152,12 +155,13 @@ class ModelConfig:
     recency: int | None = None
 
     def __post_init__(self):
-        for name in ("rope", "rope_frequencies", "biases"):
+        for name in ("rope", "rope_frequencies", "biases", "exact_heads"):
             if isinstance(value := getattr(self, name), list):  # JSON and YAML have no tuples
                 object.__setattr__(self, name, tuple(value))
         ints = (f.name for f in fields(self) if f.type is int)
         require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
         counts = type(self.topk) is int and self.topk >= (0 if self.attention == "selected" else 1)
+        every = self.layers * self.kv_heads
         require_rules(
             self,
             ("heads", self.heads % self.kv_heads == 0, f"be a multiple of kv_heads = {self.kv_heads}"),
@@ -173,6 +177,11 @@ class ModelConfig:
             ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "hold q, k, v or out"),
             ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),
             ("anchors", self.anchors or self.selection != "landmark", "be positive for selection landmark"),
+            (
+                "exact_heads",
+                isinstance(self.exact_heads, tuple) and set(self.exact_heads) <= set(range(every)),
+                f"be a tuple of numbers below layers * kv_heads = {every}",
+            ),
             ("score_scale", self.score_scale == 1 or self.attention == "full", "be 1 without attention full"),
             ("log_length", self.log_length != 1, "be 0 or at least 2"),
             ("log_length", not self.log_length or self.attention == "full", "be 0 without attention full"),

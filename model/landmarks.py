@@ -14,11 +14,13 @@ import torch
 
 from hsa_tl.model import checkpoint, pretrained
 from hsa_tl.model.attention import rotate
+from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.convert import write
 from hsa_tl.model.model import Model
 from hsa_tl.model.selected import Landmarks, chooser_of, scores
 from hsa_tl.model.train import reconfigure
 
+BY = ("mass", "landmark", "mean")
 ASKED = 256  # tokens of a context whose queries are looked at, in every layer
 
 
@@ -51,7 +53,7 @@ def _recalls(attention, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor) ->
     hidden = torch.arange(N) >= visible[:, None]  # [t, N]
     mass = scores(q, k).unflatten(-1, (N, S)).logsumexp(-1).masked_fill(hidden, -torch.inf)  # [1, H, G, t, N]
     share, found = mass.softmax(-1), {}
-    for name in ("mass", "landmark", "mean"):
+    for name in BY:
         if name == "mass":
             score = mass.amax(2)
         else:
@@ -65,7 +67,7 @@ def _recalls(attention, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor) ->
 @torch.no_grad()
 def find_landmarks(
     model: Model, contexts: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]] = (), *, anchors: int = 64,
-    seed: int = 0,
+    tolerance: float = 0.05, seed: int = 0,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Gives a model of attention "selected" landmarks, in place; its selection is "landmark" afterwards.
 
@@ -74,11 +76,13 @@ def find_landmarks(
         contexts (sequences of token ids): ordinary texts, which are read with the exact mass.
         held_out (sequences of token ids): others to judge by, so long that a token chooses. Default: none.
         anchors (int): M of each key/value head. Default: 64.
+        tolerance (float): a key/value head whose recall would fall by more keeps the exact mass, see
+            `ModelConfig.exact_heads`. Default: 0.05.
         seed (int): of the tokens and the queries that are taken. Default: 0.
 
     Returns:
         dict: for "mass", "landmark" and "mean" the recall on held_out, [layers][H]: the share of a query head's
-        attention to all chunks that the chosen ones hold.
+        attention to all chunks that the chosen ones hold; "landmark" before any head is made exact.
 
     Raises:
         ValueError: a model of another attention or topk; contexts of too few queries; a text that is too short.
@@ -101,31 +105,35 @@ def find_landmarks(
         landmarks = Landmarks(c.kv_heads, c.head_dim, anchors)
         landmarks.anchors.copy_(q[:, torch.randperm(q.shape[1], generator=generator)[:anchors]])
         layer.attention.landmarks = landmarks.to(q)
-    sums: dict[str, list] = {}
+    sums = {name: [0.0] * c.layers for name in BY}
     for tokens in held_out:
         rows = draw(first, len(tokens))
         for i, (layer, found) in enumerate(zip(model.layers, _read(model, tokens, rows), strict=True)):
             for name, x in _recalls(layer.attention, *found, rows).items():
-                sums.setdefault(name, [0.0] * c.layers)[i] += x / len(held_out)
-    reconfigure(model, replace(c, anchors=anchors, selection="landmark"))
-    return {name: [x.tolist() for x in layers] for name, layers in sums.items()}
+                sums[name][i] += x / len(held_out)
+    recalls = {name: torch.stack(layers) for name, layers in sums.items()} if held_out else {}
+    exact = (recalls["mass"] - recalls["landmark"] > tolerance).flatten().nonzero().flatten() if held_out else ()
+    exact_heads = tuple(map(int, exact))
+    reconfigure(model, replace(c, anchors=anchors, selection="landmark", exact_heads=exact_heads))
+    return {name: x.tolist() for name, x in recalls.items()}
 
 
 def add_landmarks(
-    run: Path, text: bytes, *, anchors: int = 64, contexts: int = 2, length: int = 4096, seed: int = 0
-) -> dict[str, list[list[float]]]:
+    run: Path, text: bytes, *, anchors: int = 64, contexts: int = 2, length: int = 4096, tolerance: float = 0.05,
+    seed: int = 0,
+) -> tuple[ModelConfig, dict[str, list[list[float]]]]:  # fmt: skip
     """Gives a converted run landmarks, see `find_landmarks`; its checkpoint is replaced.
 
     Args:
         run (Path): a run of `hsa-tl convert`.
         text (bytes): UTF-8, of `contexts` + 1 parts of at least `length` tokens. A piece of the last one judges.
-        anchors (int): M of each key/value head. Default: 64.
+        anchors, tolerance: of `find_landmarks`. Default: 64, 0.05.
         contexts (int): pieces of the text whose queries are looked at. Default: 2.
         length (int): tokens of a piece. Default: 4096.
         seed (int): of pieces and queries. Default: 0.
 
     Returns:
-        dict: as `find_landmarks`.
+        (ModelConfig, dict): the run's; and what `find_landmarks` returns.
 
     Raises:
         ValueError: a run of another kind; a text that is too short; what `find_landmarks` refuses.
@@ -140,6 +148,6 @@ def add_landmarks(
     rng = random.Random(seed)
     starts = [i * part + rng.randrange(part - length + 1) for i in range(contexts + 1)]
     *pieces, judge = (tokens[start : start + length] for start in starts)
-    recalls = find_landmarks(model, pieces, [judge], anchors=anchors, seed=seed)
+    recalls = find_landmarks(model, pieces, [judge], anchors=anchors, tolerance=tolerance, seed=seed)
     write(run, model, found.recipe["name"], found.recipe["source"])
-    return recalls
+    return model.config, recalls

@@ -72,7 +72,8 @@ class Layer(nn.Module):
         own = {"window": window, "rope_theta": theta}
         chosen = {"chunk_size": c.chunk_size, "topk": c.topk, "impl": "auto" if c.impl == "dense" else c.impl}
         if kind == "selected":
-            self.attention = SelectedAttention(*heads, Rule.of(c), c.selection, c.anchors, **options)
+            exact = tuple(x % c.kv_heads for x in c.exact_heads if x // c.kv_heads == index)
+            self.attention = SelectedAttention(*heads, Rule.of(c), c.selection, c.anchors, exact, **options)
         elif kind == "moba":
             self.attention = MixtureOfBlockAttention(*heads, **own, **chosen, **options)
         elif kind == "nsa":

@@ -48,11 +48,13 @@ class Landmarks(nn.Module):
     A query q gives a chunk the mass m(q), the log-sum-exp of q . k / sqrt(D) over its keys k. A head's queries are more
     alike than its keys are, so m is kept at queries u that the layer asked, and others take the mean of their
     neighbours': q . mean key / sqrt(D) + sum_i softmax_i(q . u_i / sqrt(D)) m(u_i), which is a dot product of E = D + M
-    numbers. A key/value head adds up its query heads. hsa_tl.model.landmarks finds the anchors.
+    numbers. A key/value head adds up its query heads. exact: the key/value heads whose queries are too different for
+    that, which choose by the mass itself. hsa_tl.model.landmarks finds both.
     """
 
-    def __init__(self, kv_heads: int = 1, head_dim: int = 1, anchors: int = 0):
+    def __init__(self, kv_heads: int = 1, head_dim: int = 1, anchors: int = 0, exact: tuple[int, ...] = ()):
         super().__init__()
+        self.exact = list(exact)
         self.anchors = nn.Parameter(torch.randn(kv_heads, anchors, head_dim)) if anchors else None
 
     def of(self, k_BPHD: torch.Tensor, chunk_size: int) -> torch.Tensor:
@@ -239,7 +241,11 @@ class Rule:
         if K < N and chooser is not None:
             landmarks = chooser.of(k, S) if landmarks is None else landmarks[:, :N]
             asked = chooser.ask(q_BTAD, H)
-            return retrieve_chunks(asked, landmarks, K, chunk_size=S, q_start=past, impl=self.impl)[1]
+            indices = retrieve_chunks(asked, landmarks, K, chunk_size=S, q_start=past, impl=self.impl)[1]
+            if heads := chooser.exact:
+                q_BTAD = q_BTAD.unflatten(2, (H, -1))[:, :, heads].flatten(2, 3)
+                indices[:, :, heads] = self._choose(q_BTAD, k[:, :, heads], None, past, N, None)
+            return indices
         visible = (positions(past, q_BTAD) // S)[:, None, None]
         every = torch.arange(N, dtype=torch.int32, device=k.device)
         if K == N:
@@ -261,13 +267,14 @@ class SelectedAttention(SelfAttention):
     """SelfAttention by a Rule. start: position of x's first token, with a cache, an OwnKeys, also int32 [B]."""
 
     def __init__(
-        self, dim: int, heads: int, kv_heads: int, head_dim: int, rule: Rule, selection: str, anchors: int, **options
-    ):
-        """selection, anchors: see ModelConfig. options: of SelfAttention, but window and rope_theta: it projects
-        without positions."""
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, rule: Rule, selection: str, anchors: int = 0,
+        exact: tuple[int, ...] = (), **options,
+    ):  # fmt: skip
+        """selection: see ModelConfig. anchors, exact: of its Landmarks. options: of SelfAttention, but window and
+        rope_theta: it projects without positions."""
         super().__init__(dim, heads, kv_heads, head_dim, window=rule.window, **options)
         self.rule, self.selection = rule, selection
-        self.landmarks = Landmarks(kv_heads, head_dim, anchors)
+        self.landmarks = Landmarks(kv_heads, head_dim, anchors, exact)
 
     @property
     def chooser(self) -> Landmarks | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -267,17 +268,29 @@ def test_landmarks(small, tmp_path):
     generator = torch.Generator().manual_seed(0)
     text.write_bytes(bytes((97 + torch.randint(26, (900,), generator=generator)).tolist()))
     output = run("landmarks", made, text, "--length", 300, "--anchors", 8, "--contexts", 2, "--threads", 1)
-    assert "layer mass landmark mean" in output and "selection landmark, 8 anchors" in output
+    assert "layer mass landmark mean" in output and re.search(
+        r"\d of 6 key/value heads choose by 8 anchors, \d by the exact", output
+    )
     after = load(made)
-    assert after.config == dataclasses.replace(before.config, selection="landmark", anchors=8)
+    assert after.config == dataclasses.replace(
+        before.config, selection="landmark", anchors=8, exact_heads=after.config.exact_heads
+    )
     tokens = before.tokenizer.encode(text.read_bytes())
-    recalls = find_landmarks(before, [tokens[:300], tokens[300:600]], [tokens[600:]], anchors=256)
+    texts = [tokens[:300], tokens[300:600]], [tokens[600:]]
+    recalls = find_landmarks(before, *texts, anchors=256, tolerance=0.02)
     mass, landmark, mean = (torch.tensor(recalls[name]) for name in ("mass", "landmark", "mean"))
     assert mass.shape == (3, 2) and (mass <= 1).all() and (mean > 0).all()
     # This source gives all chunks nearly the same; its queries are as many as the anchors, so little is guessed.
     assert mean.mean() < landmark.mean() <= mass.mean() + 0.01
+    missed = (mass - landmark).flatten()
+    assert before.config.exact_heads == tuple((missed > 0.02).nonzero().flatten().tolist())
     again = find_landmarks(after, [tokens[:300]], anchors=4)
-    assert again == {} and after.config.anchors == 4 and after.layers[0].attention.landmarks.anchors.shape == (2, 4, 8)
+    assert (
+        again == {}
+        and after.config.exact_heads == ()
+        and after.config.anchors == 4
+        and after.layers[0].attention.landmarks.anchors.shape == (2, 4, 8)
+    )
     with torch.no_grad():
         ids = torch.tensor([tokens[:300]])
         cache = after.new_cache(1)

@@ -40,7 +40,7 @@ CONFIGS = {
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
     "selected": SELECTED | {"sinks": 4, "topk": 2, "qk_norm": False, "heads": 6, "biases": ("q", "k", "v")},
     "selected by mean": SELECTED | {"selection": "mean", "sinks": 20, "rope_frequencies": (1.0, 0.01) * 4},
-    "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "sinks": 20},
+    "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "exact_heads": (0,), "sinks": 20},
     "moba": {"attention": "moba", "layers": 5, "groups": 2},
     "moba, all": {"attention": "moba", "topk": "all", "rope": ("swa", "moba"), "value_residual": "resformer"},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},

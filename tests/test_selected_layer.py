@@ -17,7 +17,7 @@ THETA = 100.0
 FREQUENCIES = (1.0, 0.3, 0.02, 0.005)
 
 
-def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, S=16):
+def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, exact, S=16):
     """The rule, a token and a key/value head at a time; q [B, T, A, D] at start, k and v [B, P, H, D] from 0."""
     (B, T, A, D), (_, P, H, _) = q.shape, k.shape
     at = lambda x, i: x if theta is None else rotate(x, i, theta)  # noqa: E731
@@ -37,11 +37,11 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, S=
                 seen = near | behind
                 if N and topk != "all":
                     chunks = capped[:, sinks : sinks + N * S].unflatten(1, (N, S))
-                    if selection == "mass":
+                    if selection == "mass" or h in exact:
                         value = chunks.logsumexp(2).amax(0)
                     else:
                         value = chunks.mean(2).sum(0)
-                    if selection == "landmark":
+                    if selection == "landmark" and h not in exact:
                         anchors = anchors.to(q)
                         mass = (k[b, sinks : sinks + N * S, h] @ anchors[h].T / math.sqrt(D)).unflatten(0, (N, S))
                         alike = (q_cap[b, t, heads] @ anchors[h].T / math.sqrt(D)).softmax(-1)
@@ -68,9 +68,10 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
     q, do = torch.randn(1, T, A, 8), torch.randn(1, T, A, 8)
     k, v = torch.randn(1, before + T, H, 8), torch.randn(1, before + T, H, 8)
     options = {"window": window, "sinks": sinks, "topk": topk, "theta": theta}
-    learned = Landmarks(H, 8, 5)
+    exact = (H - 1,) if selection == "landmark" and T % 2 else ()
+    learned = Landmarks(H, 8, 5, exact)
     chooser = chooser_of(selection, learned)
-    told = options | {"selection": selection, "anchors": learned.anchors.detach()}
+    told = options | {"selection": selection, "anchors": learned.anchors.detach(), "exact": exact}
 
     def results(run, q, k, v, do):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
