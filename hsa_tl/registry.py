@@ -1,35 +1,32 @@
-"""How a function becomes an operator of torch.library, and what operators say where they have no derivative."""
+"""How a function becomes an operator of torch.library."""
+
+from collections.abc import Callable
 
 import torch
 
 LIBRARY = torch.library.Library("hsa_tl", "DEF")
 
 
-def operator(function):
+def operator(fake: Callable):
     """Registers a function of tensors, the first of them given, as hsa_tl::<its name>, without what autocast adds.
 
+    fake: of the same arguments, results of the same shapes and types whose values mean nothing.
     torch.library.custom_op would do, but the first call of what it makes imports the compiler, for a second or two.
     """
-    name = function.__name__
 
-    def run(*args):
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
-            return function(*args)
+    def register(function):
+        name = function.__name__
 
-    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    return getattr(torch.ops.hsa_tl, name).default
+        def run(*args):
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return function(*args)
+            with torch.autocast(device, enabled=False):
+                return function(*args)
 
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hsa_tl::{name}", fake)
+        return getattr(torch.ops.hsa_tl, name).default
 
-def refuse_second_derivative(name: str):
-    raise NotImplementedError(
-        f"{name} has no second derivative: its gradient cannot be differentiated (create_graph=True, hessian); use "
-        "first-order gradients, or differentiate those by finite differences"
-    )
-
-
-def refuse_derivative(name: str, instead: str):
-    raise NotImplementedError(f"{name} is for inference and has no gradient: use {instead}")
+    return register
