@@ -95,12 +95,6 @@ def _fake_out_and_lse(q, *_):
     return _like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _fake_slots(q_slc, topk):
-    shape = (*q_slc.shape[:3], topk)
-    dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
-    return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
-
-
 @operator(_fake_pairs)
 def build_pairs(indices: Tensor, num_chunks: int, validate: bool) -> tuple[Tensor, Tensor]:
     if validate:
@@ -213,7 +207,7 @@ def decode(
     return module.decode(q, k_pages, v_pages, weights, indices, page_table, scale)
 
 
-@operator(lambda q_slc, landmarks, lengths, chunks, bounds, topk, *_: _fake_slots(q_slc, topk))
+@operator(lambda q_slc, landmarks, lengths, chunks, bounds, topk, *_: retrieval.empty_slots(q_slc, topk))
 def retrieve_decode(
     q_slc: Tensor, landmarks: Tensor, lengths: Tensor, chunks: Optional[Tensor], bounds: Optional[Tensor], topk: int,
     chunk_size: int, exclude_window: int, recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
@@ -237,7 +231,7 @@ def retrieve_decode(
     )
 
 
-@operator(lambda q_slc, landmarks, topk, *_: _fake_slots(q_slc, topk))
+@operator(lambda q_slc, landmarks, topk, *_: retrieval.empty_slots(q_slc, topk))
 def retrieve(
     q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, q_start: int, exclude_window: int,
     cu_seqlens: Optional[Tensor], recency: Optional[Tensor], recency_span: int, scale: float, impl: str,

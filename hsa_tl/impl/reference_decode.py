@@ -9,16 +9,12 @@ apart: one sum over all K * S keys would err more.
 import torch
 
 from hsa_tl import workers
+from hsa_tl.impl.reference import unavailable as unavailable
 from hsa_tl.pairs import within
 
 # Of gathered keys, and as many of values: they should stay in a CPU's cache; accelerators want fewer launches.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
 _BLOCK_ELEMENTS_ACCELERATOR = 2**24
-
-
-def unavailable(problem):
-    """Why this implementation cannot run the problem: it always can."""
-    return None
 
 
 def slots(q, k_pages, indices, page_table):

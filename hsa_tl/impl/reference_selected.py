@@ -15,15 +15,11 @@ import torch
 
 from hsa_tl import workers
 from hsa_tl.impl import reference, reference_decode
+from hsa_tl.impl.reference import unavailable as unavailable
 
 FORWARD_NEEDS_PAIRS = True
 
 _LOG2E = math.log2(math.e)
-
-
-def unavailable(problem):
-    """Why this implementation cannot run the problem: it always can."""
-    return None
 
 
 @workers.one_thread

@@ -14,7 +14,7 @@ from hsa_tl.impl import triton_launch
 from hsa_tl.impl.triton_launch import launch, tl
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem, power_of_two
-from hsa_tl.retrieval import merge, visible_chunks
+from hsa_tl.retrieval import empty_slots, merge, visible_chunks
 
 MAX_TOPK = 128
 SPLIT_CHUNKS = 256  # of a program's share in decode, at least
@@ -132,8 +132,7 @@ def _best(q_slc, landmarks, visible, topk, scale):
     """scores, indices [B, T, R, topk]; visible [B, T]: how many of its N chunks a token sees."""
     B, T, R, D_r = q_slc.shape
     N = landmarks.shape[1]
-    scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
-    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    scores, indices = empty_slots(q_slc, topk)
     if scores.numel() and N:
         constants = topk_constants(R, D_r, topk, q_slc.device.type == "cpu")
         grid = -(-T // constants["ROWS"]), R, B
