@@ -205,7 +205,7 @@ def evaluate(
             raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
         about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
     if what == "selections":
-        source = dataclasses.asdict(about) | ruler.origin(device)
+        source = dataclasses.asdict(about) | record.origin(device)
         save_selections(model, data.TokenFile(data_file), points[-1], out, source)
         return
     reader = LongReader(model, folder=memory, retrieve=topk != 0)

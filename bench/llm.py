@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from hsa_tl.bench.ruler import origin
+from hsa_tl.bench.record import origin
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
 from hsa_tl.model.convert import convert

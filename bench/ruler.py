@@ -127,11 +127,6 @@ def paired(bits: list[float], others: list[float]) -> tuple[float, float]:
     return float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)
 
 
-def origin(device: str) -> dict[str, str]:
-    """Where a figure comes from."""
-    return {"device": record.device_name(device), "versions": record.versions(), "commit": record.commit()}
-
-
 def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
     """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
     try:
@@ -139,6 +134,6 @@ def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
         kept = [r for r in found if (r["model"], r["seed"]) != (run.model, run.seed)]
     except (TypeError, KeyError, json.JSONDecodeError):
         raise ValueError(f"{path} must hold the rows of hsa-tl eval") from None
-    kept += [asdict(run) | asdict(row) | origin(device) for row in rows]
+    kept += [asdict(run) | asdict(row) | record.origin(device) for row in rows]
     write_atomic(path, record.json_list(kept))
     return kept
