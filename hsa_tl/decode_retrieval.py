@@ -95,7 +95,7 @@ def _scan(q_slc, landmarks, visible, k, scale, dtype):
     size = N if q_slc.is_cuda else max(BLOCK, _RANGE_ELEMENTS // (B * R * D_r) // BLOCK * BLOCK)
     parts = []
 
-    def score(start, _):
+    def score(start):
         marks = landmarks[:, start : start + size]
         scores = [products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)]
         scores = scores[0].unsqueeze(2) if R == 1 else torch.stack(scores, 2)
@@ -133,7 +133,7 @@ def _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype):
     best_of.masked_fill_((first >= visible[..., None])[:, :, None], -torch.inf)
     enough = min(blocks, -(-2 * k // BLOCK) + 1)
 
-    def select(query, _):
+    def select(query):
         b, t, r = query
         bound, n = best_of[b, t, r], int(visible[b, t])
         seen = bound.topk(enough).indices

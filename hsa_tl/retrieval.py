@@ -152,7 +152,7 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seq
     scores, indices = empty_slots(q_slc, topk)
     dtype = scores.dtype
 
-    def select(block, _):
+    def select(block):
         b, r, (tokens, first, chunks) = block
         position = torch.arange(first, first + tokens.stop - tokens.start, device=q_slc.device)
         visible = visible_chunks(position, chunk_size, exclude_window).clamp(max=chunks.stop - chunks.start)
@@ -190,7 +190,7 @@ def _product(bounds, column, value, dense, out):
     rows, D = out.shape
     step = max(1, BLOCK_SCORES * rows // max(1, len(value) * D))
 
-    def multiply(first, _):
+    def multiply(first):
         part = bounds[first : first + step + 1]
         begin, end = int(part[0]), int(part[-1])
         shape = len(part) - 1, len(dense)

@@ -59,7 +59,7 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
         weights = weights.masked_fill(~valid[:, None], 0)
     out = []
 
-    def attend(start, _):
+    def attend(start):
         part = slice(start, start + step)
         k, v = (gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
         p = torch.bmm(rows[part].to(dtype), k.flatten(1, 2).mT)
