@@ -50,12 +50,12 @@ def _compile(problem: Problem, programs: tuple) -> None:
 
 
 @contextlib.contextmanager
-def compile_ahead(work: list[tuple], jobs: int | None = None) -> Iterator[Callable[[int], None]]:
+def compile_ahead(work: list[tuple]) -> Iterator[Callable[[int], None]]:
     """Compiles (problem, programs)s in other processes, in this order, into TileLang's cache.
 
     Gives what waits for one of them. One that fails says so where it is next compiled, in this process.
     """
-    pool = ProcessPoolExecutor(jobs or min(8, os.cpu_count() or 1), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=get_context("spawn"))
     futures = [pool.submit(_compile, *x) for x in work]
     try:
         yield lambda i: wait([futures[i]])

@@ -66,8 +66,9 @@ def pyplot():
     return plt
 
 
-def interval(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 % by default: sound for few samples and for shares of 0 and 1."""
+def interval(right: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: sound for few samples and for shares of 0 and 1."""
+    z = 1.96
     share, room = right / n, z * z / n
     middle = (share + room / 2) / (1 + room)
     half = math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
@@ -242,9 +243,9 @@ def plot_rows(rows: list[Row], out_dir: Path, stem: str = "speed") -> dict[compa
     return out
 
 
-def plot_speed(csv_path: Path, out_dir: Path, stem: str = "speed") -> list[Path]:
+def plot_speed(csv_path: Path, out_dir: Path) -> list[Path]:
     """plot_rows of a CSV file: the files."""
-    return [p for paths in plot_rows(record.read_rows(csv_path), out_dir, stem).values() for p in paths]
+    return [p for paths in plot_rows(record.read_rows(csv_path), out_dir).values() for p in paths]
 
 
 def plot_loss(lines: list[dict], title: str, path: Path) -> list[Path]:

@@ -79,7 +79,7 @@ def chance(vocabulary: str) -> float:
 
 def run_ruler(
     reader: LongReader, vocabulary: str, tasks: list[str], lengths: list[int], depths: list[float], *, samples: int,
-    seed: int = 0, generate: bool = False,
+    generate: bool = False,
 ) -> Iterator[RulerRow]:  # fmt: skip
     """Accuracy of each task at each length and depth. vocabulary: "words", one token a byte, or "needles", the 320
     tokens of hsa_tl.model.needles. generate: see evaluate.answers_generated; each context is then read anew.
@@ -95,7 +95,7 @@ def run_ruler(
         for task in tasks:
             for depth in depths if vocabulary == "needles" or task in ruler.NIAH else [None]:
                 fixed = () if depth is None else (depth,)
-                found = evaluate.accuracy(answer, make(task, length, samples, seed, fixed))
+                found = evaluate.accuracy(answer, make(task, length, samples, 0, fixed))
                 counts = found.answers, found.samples, round(found.seconds, 3)
                 yield RulerRow(method, task, length, depth, found.share, *counts)
 

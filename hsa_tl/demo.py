@@ -268,7 +268,7 @@ def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict
         return []
     map_path = out / "chosen_chunks.png"
     return [
-        *plot_or_say(console, plot.plot_speed, out / "speed.csv", out, "speed"),
+        *plot_or_say(console, plot.plot_speed, out / "speed.csv", out),
         *plot_or_say(console, plot_eval.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
         *plot_or_say(console, plot_eval.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
     ]
