@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from hsa_tl.bench import compare, record
@@ -98,12 +99,15 @@ def length_ticks(lengths: list[int]) -> list[int]:
     return kept
 
 
-def length_axis(ax, lengths: list[int]) -> None:
+def length_axis(ax, lengths: list[int], trained: Iterable[int] = ()) -> None:
+    """Of lengths, with dotted lines at those of training."""
     ax.set_xscale("log", base=2)
     ticks = length_ticks(lengths)
     ax.set_xticks(ticks, [length_label(T) for T in ticks])
     ax.minorticks_off()
     ax.set_xlabel("tokens T")
+    for T in trained:
+        ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
 
 
 def save(figure, path: Path) -> list[Path]:
