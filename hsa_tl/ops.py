@@ -70,9 +70,7 @@ def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
     raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(others)}")
 
 
-def resolve_retrieval(
-    impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, decode: bool = False
-) -> str:
+def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, decode: bool = False) -> str:
     """As `resolve`, for retrieval: "reference" is PyTorch, which runs everything, others <name>_retrieval."""
     problem = Retrieval.of(q_slc, landmarks.shape[1], topk)
     for name in preferred(problem) if impl == "auto" else (impl,):
@@ -242,7 +240,7 @@ def retrieve_decode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Only PyTorch skips by bounds.
     name = "reference" if impl == "auto" and bounds is not None else impl
-    name = resolve_retrieval(name, q_slc, landmarks, topk, chunk_size, decode=True)
+    name = resolve_retrieval(name, q_slc, landmarks, topk, decode=True)
     window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
     if name == "reference":
         best = decode_retrieval.retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, window, scale)
@@ -264,7 +262,7 @@ def retrieve(
     cu_seqlens: Optional[Tensor], recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    name = resolve_retrieval(impl, q_slc, landmarks, topk, chunk_size)
+    name = resolve_retrieval(impl, q_slc, landmarks, topk)
     window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
     best = _retrieve(name, q_slc, landmarks, topk, chunk_size, q_start, window, cu_seqlens, scale)
     if recency is None:
