@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 
 import torch
 import typer
+from rich.console import Console
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate as calibration
@@ -19,7 +20,7 @@ from hsa_tl.autotune.journal import Journal
 from hsa_tl.cases import Case
 from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import config as configs
-from hsa_tl.terminal import make_console, minutes_option, number, parse_lengths, progress_bar, show_table
+from hsa_tl.terminal import make_console, minutes_option, number, parse_lengths, progress_bar, say, show_table
 
 console = make_console()
 SHORT = {  # in a terminal's table
@@ -38,7 +39,7 @@ def short(config: str) -> str:
     return config
 
 
-def show_static(rows: list[dict], title: str) -> bool:
+def show_static(console: Console, rows: list[dict], title: str) -> bool:
     """Prints static rows and what is wrong with them; False if one has a fault."""
     lines, notes, slow = [], [], {}
     for r in rows:
@@ -59,9 +60,8 @@ def show_static(rows: list[dict], title: str) -> bool:
     show_table(console, title, names, lines, right=(3, 4, 5, 6, 7, 8, 10, 11))
     for (program, cliff), where in slow.items():
         total = sum(r["program"] == program for r in rows)
-        console.print(f"{program}: {cliff}: {len(where)} of {total}", markup=False, highlight=False)
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
+        say(console, f"{program}: {cliff}: {len(where)} of {total}")
+    say(console, *notes)
     return not notes
 
 
@@ -96,7 +96,9 @@ def static(
         rows = static_check.table_rows(chosen, device=device, jobs=jobs, journal=journal, progress=progress)
     if out:
         static_page.write(rows, out)
-    ok = show_static(rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)")
+    ok = show_static(
+        console, rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)"
+    )
     if out:
         console.print(f"wrote {out}", soft_wrap=True)
     if not ok:
@@ -197,7 +199,7 @@ def autotune(
     if len(wanted) == 1:
         us = {"median_us"} if measured else set()
         parts = [part | {name: row[name] for name in us} for row in shown for part in row["parts"]]
-        show_static(parts, f"{wanted[0].problem}: {how}, best first")
+        show_static(console, parts, f"{wanted[0].problem}: {how}, best first")
     if measured:
         show_chosen(chosen, f"Fastest plans: {how}")
         show_agreement(journal, here)

@@ -22,6 +22,7 @@ from hsa_tl.autotune import static, table, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.autotune.plan import strategies
 from hsa_tl.autotune.tuner import CLASSES, programs_of
+from hsa_tl.bench.suite import error_line
 from hsa_tl.cases import Case, at_length
 from hsa_tl.pairs import selection_overlap
 from hsa_tl.problem import Problem
@@ -49,12 +50,12 @@ def _compile(problem: Problem, programs: tuple) -> None:
 
 
 @contextlib.contextmanager
-def compile_ahead(work: list[tuple], jobs: int | None = None) -> Iterator[Callable[[int], None]]:
+def compile_ahead(work: list[tuple]) -> Iterator[Callable[[int], None]]:
     """Compiles (problem, programs)s in other processes, in this order, into TileLang's cache.
 
     Gives what waits for one of them. One that fails says so where it is next compiled, in this process.
     """
-    pool = ProcessPoolExecutor(jobs or min(8, os.cpu_count() or 1), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=get_context("spawn"))
     futures = [pool.submit(_compile, *x) for x in work]
     try:
         yield lambda i: wait([futures[i]])
@@ -159,10 +160,6 @@ def unfinished(starts: int) -> dict:
     return {"error": error, "rounds": {}, "starts": starts}
 
 
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
 FAILURES = (AssertionError, RuntimeError, ValueError, NotImplementedError, TypeError)
 
 
@@ -173,7 +170,7 @@ def _look(row: dict, problem: Problem, rig: Rig) -> dict:
         runs = {x: rig.prepare(*plan, x) for x in CLASSES}
         return {"error": None, "rounds": {x: [rig.time_us(run)] for x, run in runs.items()}}
     except FAILURES as error:
-        return {"error": _say(error), "rounds": {}}
+        return {"error": error_line(error), "rounds": {}}
 
 
 def summary(record: dict) -> dict:

@@ -186,16 +186,11 @@ def ctas_per_sm(registers: int, smem: int, threads: int, device: cost.Device) ->
     return max(0, min(by_registers, by_smem, 2048 // threads, 32))
 
 
-def analyse(program: str, problem: Problem, config) -> dict:
-    """What lowering, ptxas and SASS say of a config; the same on any device and for any B, T, N and H.
+def analyse(program: str, problem: Problem, options: list) -> list[dict]:
+    """What lowering, ptxas and SASS say of configs of a program, assembled together; the same for any B, T, N and H.
 
-    A program that does not lower or assemble has its error, and None for the rest.
+    One that does not lower or assemble has its error, and None for the rest.
     """
-    return analyse_together(program, problem, [config])[0]
-
-
-def analyse_together(program: str, problem: Problem, options: list) -> list[dict]:
-    """analyse() of several configs of a program, assembled in one run of nvcc."""
     lowered = [_lower(program, problem, config) for config in options]
     made = iter(assemble_all([source for source, _ in lowered if isinstance(source, str)]))
     return [
@@ -302,7 +297,7 @@ def source_digest(program: str) -> str:
 
 
 def _together(program: str, problem: Problem, options: list, compiler) -> list[dict]:
-    return analyse_together(program, problem, options) if compiler is None else [
+    return analyse(program, problem, options) if compiler is None else [
         compiler(program, problem, c) for c in options
     ]  # fmt: skip
 
@@ -344,7 +339,7 @@ def analyse_all(
 
     What the journal holds of these versions is not made again, and what is made goes there at once. progress(done,
     total) after each. Raises MissingTool when something must be assembled and nvcc or cuobjdump is not there.
-    compiler: in place of analyse, in this process.
+    compiler: in place of analyse, of one config and in this process.
     """
     journal = Journal(None) if journal is None else journal
     lacking = missing_tools()

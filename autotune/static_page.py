@@ -1,10 +1,9 @@
 """The static table as files: CSV, and a Markdown page beside it."""
 
-import csv
-import io
 from pathlib import Path
 
 from hsa_tl.autotune.static import COLUMNS
+from hsa_tl.bench.record import csv_text
 from hsa_tl.files import write_together
 
 PAGE = """# Static check of the TileLang programs
@@ -22,7 +21,7 @@ beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --
 
 def write(rows: list[dict], path: Path) -> None:
     """The rows as CSV, COLUMNS first line, and as a Markdown table in README.md beside it."""
-    write_together({path: _csv(rows), path.with_name("README.md"): _page(rows, path.name)})
+    write_together({path: csv_text(rows, COLUMNS), path.with_name("README.md"): _page(rows, path.name)})
 
 
 def _page(rows: list[dict], name: str) -> str:
@@ -37,11 +36,3 @@ def _page(rows: list[dict], name: str) -> str:
     first = rows[0]
     head = PAGE.format(device=first["device"].upper(), name=name, **{k: first[k] for k in ("versions", "commit")})
     return head + "\n".join(lines) + "\n"
-
-
-def _csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import numpy as np
 import torch
 import typer
+from rich.console import Console
 
 from hsa_tl.bench import compare, page, plot, plot_eval, record, ruler, selections
 from hsa_tl.bench.attention import DIRECTIONS, Attention
@@ -32,6 +33,7 @@ from hsa_tl.terminal import (
     pick_device,
     plot_or_say,
     progress_bar,
+    say,
     seed_option,
     show_table,
     threads_option,
@@ -42,7 +44,7 @@ WHATS = (*SUITES, *DIRECTIONS)  # a direction is the attention suite in that mod
 console = make_console()
 
 
-def show_speed(rows: list[record.Row], title: str) -> None:
+def show_speed(console: Console, rows: list[record.Row], title: str) -> None:
     """Prints a sweep: time, spread, ratio to the fastest baseline, rates and memory, and why a point is missing."""
     at = {(r.mode, r.x, r.provider, r.metric): r.p50 for r in rows}
     baseline, lines = compare.fastest_baseline(rows), []
@@ -53,8 +55,7 @@ def show_speed(rows: list[record.Row], title: str) -> None:
         lines.append((r.mode, r.x, r.provider, f"{r.p50:.4g}", f"{r.p20:.4g}..{r.p80:.4g}", ratio, *cells))
     names = ("mode", "T", "provider", "ms", "p20..p80", "/ base", "GFLOP/s", "GB/s", "extra MiB")
     show_table(console, title, names, lines, right=(1, 3, 4, 5, 6, 7, 8))
-    for (name, note), points in compare.missing(rows).items():
-        console.print(f"{name} has no time for {points}: {note}", markup=False, highlight=False)
+    say(console, *(f"{name} has no time for {at}: {note}" for (name, note), at in compare.missing(rows).items()))
 
 
 def samples_option(help: str):
@@ -112,7 +113,7 @@ def bench(
             lambda done, total, what: bar.update(step, completed=done, total=total, description=what),
             threads=threads, busy=busy, seconds=seconds, max_call_s=max_call_s,
         ).run()  # fmt: skip
-    show_speed(rows, f"{suite.name}, {rows[0].config}, {selection} selection, {rows[0].device}")
+    show_speed(console, rows, f"{suite.name}, {rows[0].config}, {selection} selection, {rows[0].device}")
     plots = plot_or_say(console, plot.plot_speed, out / "bench.csv", out)
     say_written([out / "bench.csv", out / "bench.json", *plots])
     failed = any(note.startswith(("refused", "failed")) for _, note in compare.missing(rows))
@@ -204,7 +205,7 @@ def evaluate(
             raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
         about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
     if what == "selections":
-        source = dataclasses.asdict(about) | ruler.origin(device)
+        source = dataclasses.asdict(about) | record.origin(device)
         save_selections(model, data.TokenFile(data_file), points[-1], out, source)
         return
     reader = LongReader(model, folder=memory, retrieve=topk != 0)

@@ -85,7 +85,7 @@ def write(path: Path, problems: Iterable[Problem], seconds: float) -> dict:
     with path.open("a") as file:
         for problem in problems:
             device = problem.device_type
-            about = {"device": record.device_name(device), "versions": record.versions(), "commit": record.commit()}
+            about = record.origin(device)
             for name, call in calls(problem).items():
                 if time.monotonic() > end:
                     return {"lines": lines, "finished": False}

@@ -22,7 +22,7 @@ from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.contenders import MODELS
 from hsa_tl.bench.plot import interval
 from hsa_tl.bench.plot_eval import FEWEST, NEEDLES, plot_lengths
-from hsa_tl.bench.ruler import chance, origin
+from hsa_tl.bench.ruler import chance
 from hsa_tl.bench.suite import one_of
 from hsa_tl.files import write_atomic
 from hsa_tl.model import evaluate, load, needles, pretrained
@@ -133,7 +133,7 @@ def _ask(
         seconds=round(found.seconds, 3), answers=found.answers, samples=found.samples,
         read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa", "moba") else 0,
         parameters=reader.model.num_parameters(), haystacks=haystacks, near=found.near, near_right=found.near_right,
-        **origin("cpu"), **about,
+        **record.origin("cpu"), **about,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from hsa_tl.bench.ruler import origin
+from hsa_tl.bench.record import origin
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
 from hsa_tl.model.convert import convert
@@ -47,10 +47,10 @@ class Context(NamedTuple):
     digits: int  # tokens of the answer, the last ones
 
 
-def make_contexts(tokenizer, length: int, number: int, seed: int = 7) -> list[Context]:
+def make_contexts(tokenizer, length: int, number: int) -> list[Context]:
     """Of `length` tokens with the answer, the code at `number` depths."""
     topics = pydoc_data.topics.topics
-    text, rng, made = tokenizer.encode("\n\n".join(topics[k] for k in sorted(topics))), random.Random(seed), []
+    text, rng, made = tokenizer.encode("\n\n".join(topics[k] for k in sorted(topics))), random.Random(7), []
     for n in range(number):
         code = tokenizer.encode(digits := str(rng.randrange(10000, 99999)))
         needle = tokenizer.encode(f"\n\nThe secret code of the lantern is {digits}. Remember it.\n\n")

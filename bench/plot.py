@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from hsa_tl.bench import compare, record
@@ -66,8 +67,9 @@ def pyplot():
     return plt
 
 
-def interval(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 % by default: sound for few samples and for shares of 0 and 1."""
+def interval(right: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: sound for few samples and for shares of 0 and 1."""
+    z = 1.96
     share, room = right / n, z * z / n
     middle = (share + room / 2) / (1 + room)
     half = math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
@@ -97,12 +99,15 @@ def length_ticks(lengths: list[int]) -> list[int]:
     return kept
 
 
-def length_axis(ax, lengths: list[int]) -> None:
+def length_axis(ax, lengths: list[int], trained: Iterable[int] = ()) -> None:
+    """Of lengths, with dotted lines at those of training."""
     ax.set_xscale("log", base=2)
     ticks = length_ticks(lengths)
     ax.set_xticks(ticks, [length_label(T) for T in ticks])
     ax.minorticks_off()
     ax.set_xlabel("tokens T")
+    for T in trained:
+        ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
 
 
 def save(figure, path: Path) -> list[Path]:
@@ -242,9 +247,9 @@ def plot_rows(rows: list[Row], out_dir: Path, stem: str = "speed") -> dict[compa
     return out
 
 
-def plot_speed(csv_path: Path, out_dir: Path, stem: str = "speed") -> list[Path]:
+def plot_speed(csv_path: Path, out_dir: Path) -> list[Path]:
     """plot_rows of a CSV file: the files."""
-    return [p for paths in plot_rows(record.read_rows(csv_path), out_dir, stem).values() for p in paths]
+    return [p for paths in plot_rows(record.read_rows(csv_path), out_dir).values() for p in paths]
 
 
 def plot_loss(lines: list[dict], title: str, path: Path) -> list[Path]:

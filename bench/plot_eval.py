@@ -145,10 +145,9 @@ def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
             middle = [own[len(own) // 2].accuracy for own in points.values()]
             look = colors[i], MARKERS[i % len(MARKERS)]
             band(ax, list(points), low, middle, high, f"{about.label}, {seeds} seed{'s' if seeds > 1 else ''}", *look)
-        length_axis(ax, sorted({r.length for r in mine}))
+        length_axis(ax, sorted({r.length for r in mine}), [mine[0].train_length])
         share_axis(ax, chance)
         ax.set_title(NEEDLES[task])
-        ax.axvline(mine[0].train_length, color=GREY, linewidth=0.8, linestyle=":")
     axes[0].set_ylabel("share of answers right")
     legend_below(figure, 3)
     figure.suptitle(
@@ -179,9 +178,7 @@ def _plot_pairs(rows: list[dict], path: Path) -> list[Path]:
     lengths = sorted({r["length"] for r in rows})
     trained = sorted({r["trained_length"] for r in rows})
     for ax in (left, right):
-        length_axis(ax, lengths)
-        for T in trained:
-            ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
+        length_axis(ax, lengths, trained)
     left.set_ylabel("bits per token, lower is better")
     left.set_title("mean of the seeds, band of all; dashed: windows alone")
     right.axhline(0, color=GREY, linewidth=0.8)
@@ -215,9 +212,7 @@ def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
         color = COLORS[i % len(COLORS)]
         ax.errorbar(x, y, bars if any(bars) else None, marker="o", markersize=4, capsize=2, color=color, label=label)
     trained, windows, last = (sorted({r[name] for r in rows}) for name in ("trained_length", "windows", "tokens"))
-    for T in trained:
-        ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
-    length_axis(ax, sorted({r["length"] for r in rows}))
+    length_axis(ax, sorted({r["length"] for r in rows}), trained)
     ax.set_ylim(0, 1.1 * max(r["bits_per_token"] for r in rows))
     ax.set_ylabel("bits per token, lower is better")
     ax.legend(fontsize=8)

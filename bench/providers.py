@@ -104,17 +104,17 @@ def selection_complaints(tensors: Tensors, chunk_size: int) -> list[str]:
     return check_retrieval(scores, indices, q_slc, landmarks, chunk_size=chunk_size)
 
 
-def why_not(impl: str, problem: Problem) -> str | None:
-    """Why impl, or a part such as "triton_retrieval", cannot run problem here; None if it can."""
+def why_not(impl: str, problem: Problem, suffix: str = "") -> str | None:
+    """Why impl, or its part "_selected" or "_retrieval", cannot run problem here; None if it can."""
     try:
         if impl == "auto":
-            ops.resolve(impl, problem)
+            ops.resolve(impl, problem, suffix)
             return None
-        return ops.implementation(impl).unavailable(problem)
+        return ops.implementation(impl + suffix).unavailable(problem)
     except NotImplementedError as error:
         return str(error)
     except Exception as error:
-        return f"hsa_tl.impl.{impl} does not import: {type(error).__name__}: {error}"
+        return f"hsa_tl.impl.{impl}{suffix} does not import: {type(error).__name__}: {error}"
 
 
 def _strategy(forward: str) -> Provider:
@@ -170,15 +170,9 @@ def _selected(impl: str) -> Provider:
     def attention(q, k, v, indices, *, chunk_size, config=None):
         return selected.selected_attention(q, k, v, indices, chunk_size=chunk_size, impl=impl, config=config)[0]
 
-    def unavailable(problem):
-        try:
-            return ops.resolve(impl, problem, "_selected") and None
-        except NotImplementedError as error:
-            return str(error)
-
     return Provider(
-        f"selected-{impl}", attention, unavailable, selected_oracle, (*DENSE, "indices"),
-        "selected_attention", note=_one_softmax, config={},
+        f"selected-{impl}", attention, functools.partial(why_not, impl, suffix="_selected"), selected_oracle,
+        (*DENSE, "indices"), "selected_attention", note=_one_softmax, config={},
     )  # fmt: skip
 
 

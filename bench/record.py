@@ -56,13 +56,19 @@ def json_list(rows: Iterable[dict]) -> str:
     return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
+def csv_text(rows: Iterable[dict], columns: Iterable[str]) -> str:
+    """A CSV file of these columns, a row a line."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 def write_rows(rows: list[Row], folder: Path, name: str = "bench") -> None:
     """folder/name.csv and folder/name.json, sorted."""
-    found, out = [asdict(r) for r in sorted(rows, key=lambda r: r.key)], io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    write_together({folder / f"{name}.csv": out.getvalue(), folder / f"{name}.json": json_list(found)})
+    found = [asdict(r) for r in sorted(rows, key=lambda r: r.key)]
+    write_together({folder / f"{name}.csv": csv_text(found, COLUMNS), folder / f"{name}.json": json_list(found)})
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -171,3 +177,8 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + digest
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def origin(device: str) -> dict[str, str]:
+    """Where a figure comes from."""
+    return {"device": device_name(device), "versions": versions(), "commit": commit()}

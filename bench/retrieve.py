@@ -50,7 +50,7 @@ class Retrieve(Suite):
         impl = name.removeprefix("hsa-")
         if impl in ("materialise", "auto", "reference"):
             return None
-        return why_not(f"{impl}_retrieval", problem.retrieval())
+        return why_not(impl, problem.retrieval(), "_retrieval")
 
     def run(self, name, q_slc, landmarks, problem, q_start):
         p = problem

@@ -79,7 +79,7 @@ def chance(vocabulary: str) -> float:
 
 def run_ruler(
     reader: LongReader, vocabulary: str, tasks: list[str], lengths: list[int], depths: list[float], *, samples: int,
-    seed: int = 0, generate: bool = False,
+    generate: bool = False,
 ) -> Iterator[RulerRow]:  # fmt: skip
     """Accuracy of each task at each length and depth. vocabulary: "words", one token a byte, or "needles", the 320
     tokens of hsa_tl.model.needles. generate: see evaluate.answers_generated; each context is then read anew.
@@ -95,7 +95,7 @@ def run_ruler(
         for task in tasks:
             for depth in depths if vocabulary == "needles" or task in ruler.NIAH else [None]:
                 fixed = () if depth is None else (depth,)
-                found = evaluate.accuracy(answer, make(task, length, samples, seed, fixed))
+                found = evaluate.accuracy(answer, make(task, length, samples, 0, fixed))
                 counts = found.answers, found.samples, round(found.seconds, 3)
                 yield RulerRow(method, task, length, depth, found.share, *counts)
 
@@ -127,11 +127,6 @@ def paired(bits: list[float], others: list[float]) -> tuple[float, float]:
     return float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)
 
 
-def origin(device: str) -> dict[str, str]:
-    """Where a figure comes from."""
-    return {"device": record.device_name(device), "versions": record.versions(), "commit": record.commit()}
-
-
 def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
     """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
     try:
@@ -139,6 +134,6 @@ def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
         kept = [r for r in found if (r["model"], r["seed"]) != (run.model, run.seed)]
     except (TypeError, KeyError, json.JSONDecodeError):
         raise ValueError(f"{path} must hold the rows of hsa-tl eval") from None
-    kept += [asdict(run) | asdict(row) | origin(device) for row in rows]
+    kept += [asdict(run) | asdict(row) | record.origin(device) for row in rows]
     write_atomic(path, record.json_list(kept))
     return kept

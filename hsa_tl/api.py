@@ -19,16 +19,14 @@ from hsa_tl.validation import (
     check_past,
     check_weights,
     config_json,
-    laid_out,
     require,
     require_attention,
     require_common,
     require_cu_seqlens,
     require_decode,
-    require_float,
     require_int,
     require_pairs,
-    require_recency,
+    require_retrieval,
     require_shape,
     require_tensor,
     require_weights,
@@ -118,20 +116,10 @@ def retrieve_chunks(
         >>> indices[0, [15, 16, 63], 0].tolist()  # nothing is whole and past before token 16
         [[-1, -1], [0, -1], [0, 1]]
     """
-    require_tensor("q_slc", q_slc, 4)
-    require_tensor("landmarks", landmarks, 4, q_slc)
-    require_float("q_slc", q_slc)
-    require_float("landmarks", landmarks, q_slc)
-    B, T, R, D_r = q_slc.shape
-    require(D_r > 0, "q_slc", "have a D_r of at least 1", shape_of(q_slc))
-    require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc", laid_out(q_slc, landmarks))
-    require_int("topk", topk, 1)
-    require_int("q_start", q_start, 0)
-    require_int("exclude_window", exclude_window, 0)
-    for name, value in (("q_start", q_start), ("exclude_window", exclude_window)):
-        require(value < 2**62, name, "be less than 2^62", value)
+    require_retrieval(q_slc, landmarks, topk, exclude_window, recency, recency_span)
+    require_int("q_start", q_start, 0, bits=62)
     require_common(chunk_size, scale, impl)
-    require_recency(recency, recency_span, q_slc)
+    T, D_r = q_slc.shape[1], q_slc.shape[3]
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens, q_slc)
         require(q_start == 0, "q_start", "be 0 with cu_seqlens", q_start)
@@ -275,13 +263,9 @@ def retrieve_decode(
         >>> retrieve_decode(q_slc, landmarks, lengths, 2, chunk_size=16)[1].flatten(1).tolist()
         [[-1, -1], [0, 1]]
     """
-    require_tensor("q_slc", q_slc, 4)
-    require_tensor("landmarks", landmarks, 4, q_slc)
-    require_float("q_slc", q_slc)
-    require_float("landmarks", landmarks, q_slc)
+    require_retrieval(q_slc, landmarks, topk, exclude_window, recency, recency_span)
+    require_common(chunk_size, scale, impl)
     B, _T, R, D_r = q_slc.shape
-    require(D_r > 0, "q_slc", "have a D_r of at least 1", shape_of(q_slc))
-    require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc", laid_out(q_slc, landmarks))
     for name, x in (("lengths", lengths), ("chunks", chunks)):
         if x is not None or name == "lengths":
             require_tensor(name, x, 1, q_slc)
@@ -292,10 +276,6 @@ def retrieve_decode(
         blocks = (landmarks.shape[1] + BLOCK - 1) // BLOCK
         require_shape("bounds", bounds, (B, "N", 2, R, D_r), "to match q_slc")
         require(bounds.shape[1] >= blocks, "bounds", lambda: f"have {blocks} blocks", shape_of(bounds))
-    require_int("topk", topk, 1)
-    require_int("exclude_window", exclude_window, 0)
-    require_common(chunk_size, scale, impl)
-    require_recency(recency, recency_span, q_slc)
     scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
     return transforms.retrieve_decode(
         q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, recency, recency_span, scale, impl,

@@ -17,7 +17,7 @@ from hsa_tl.bench import record
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.providers import provider, why_not
 from hsa_tl.bench.suite import error_line
-from hsa_tl.demo import run_demo
+from hsa_tl.demo import accuracy, run_demo, show_accuracy
 from hsa_tl.files import writable
 from hsa_tl.model import cli as model_cli
 from hsa_tl.problem import Problem
@@ -30,12 +30,12 @@ from hsa_tl.terminal import (
     parse_lengths,
     pick_device,
     progress_bar,
+    say,
     show_table,
 )
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = make_console()
-VERDICTS = {True: "pass", False: "FAIL"}
 TOOLS = ("nvcc", "cuobjdump")
 INFO_TOKENS = 128
 
@@ -77,8 +77,7 @@ def info() -> None:
     reasons = {name: try_out(name, problem) for name in IMPLS[1:]}
     rows = [(name, "yes" if reason is None else "no", reason or "") for name, reason in reasons.items()]
     show_table(console, f"Implementations on {device}, {problem.dtype_name}", ("impl", "works", "why not"), rows)
-    for line in why_auto(problem):
-        console.print(line, markup=False, highlight=False)
+    say(console, *why_auto(problem))
 
 
 def gpu() -> str:
@@ -151,31 +150,14 @@ def check(
     problem = cases.at_length(cases.on_cpu(base) if device == "cpu" else base, T)
     if unknown := set(impl or ()) - set(IMPLS):
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {unknown.pop()!r}")
-    names = [f"hsa-{name}" for name in impl or IMPLS[1:]]
-    missing = {n: r for n in names if (r := provider(n).unavailable(problem))}
-    if impl and missing:
-        raise NotImplementedError("; ".join(f"{n.removeprefix('hsa-')}: {r}" for n, r in missing.items()))
-    tensors = selection_inputs(problem, selection)._asdict()
+    missing = {n: r for n in impl or () if (r := provider(f"hsa-{n}").unavailable(problem))}
+    if missing:
+        raise NotImplementedError("; ".join(f"{n}: {reason}" for n, reason in missing.items()))
+    tensors, names = selection_inputs(problem, selection)._asdict(), impl or IMPLS[1:]
     with progress_bar(console) as bar:
-        step = bar.add_task("float64 oracle", total=1 + len(names))
-        want = provider(names[0]).expected(tensors, problem.S)
-        rows, notes, failed = [], [], False
-        for n in names:
-            short = n.removeprefix("hsa-")
-            bar.update(step, advance=1, description=short)
-            if n in missing:
-                rows.append((short, "", "", "", "unavailable"))
-                notes.append(f"{short} is unavailable: {missing[n]}")
-                continue
-            for a in provider(n).compare(tensors, problem.S, want):
-                failed |= not a.ok
-                notes += [f"{short} {a.message}"] if a.message else []
-                rows.append((short, a.quantity, f"{a.max_error:.1e}", f"{a.rms_error:.1e}", VERDICTS[a.ok]))
-    title = f"{problem}, {selection} selection, on {device}: error relative to float64"
-    show_table(console, title, ("implementation", "quantity", "max error", "RMS error", "verdict"), rows, right=(2, 3))
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
-    if failed:
+        step = bar.add_task("starting", total=1 + len(names))
+        rows = accuracy(problem, tensors, names, lambda what: bar.update(step, advance=1, description=what))
+    if not show_accuracy(console, rows, f"{problem}, {selection} selection, on {device}"):
         raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ whose best possible score is below the topk-th of the blocks seen so far are not
 import torch
 
 from hsa_tl import workers
-from hsa_tl.retrieval import best_of_any, visible_chunks
+from hsa_tl.retrieval import best_of_any, empty_slots, visible_chunks
 
 BLOCK = 64  # landmarks that share a bound
 _ROWS = 16  # MKL sums a score the same way, to the last bit, for a multiple of so many tokens and as many landmarks
@@ -50,8 +50,7 @@ def products(q, marks, dtype):
 @workers.one_thread
 def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
     """See hsa_tl.api.retrieve_decode."""
-    B, T, R, _ = q_slc.shape
-    dtype = torch.promote_types(q_slc.dtype, torch.float32)
+    T, dtype = q_slc.shape[1], torch.promote_types(q_slc.dtype, torch.float32)
     position = lengths[:, None] + torch.arange(T, device=lengths.device)
     visible = visible_chunks(position, chunk_size, exclude_window).clamp(0, landmarks.shape[1])  # [B, T]
     if chunks is not None:
@@ -62,10 +61,7 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
         landmarks, hides = landmarks[:, :most], least < most
     N = landmarks.shape[1]
     if not N or not visible.numel():
-        return (
-            q_slc.new_full((B, T, R, topk), -torch.inf, dtype=dtype),
-            torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device),
-        )
+        return empty_slots(q_slc, topk)
     k = min(topk, N)
     if bounds is not None:
         scores, chosen = _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype)
@@ -99,7 +95,7 @@ def _scan(q_slc, landmarks, visible, k, scale, dtype):
     size = N if q_slc.is_cuda else max(BLOCK, _RANGE_ELEMENTS // (B * R * D_r) // BLOCK * BLOCK)
     parts = []
 
-    def score(start, _):
+    def score(start):
         marks = landmarks[:, start : start + size]
         scores = [products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)]
         scores = scores[0].unsqueeze(2) if R == 1 else torch.stack(scores, 2)
@@ -137,7 +133,7 @@ def _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype):
     best_of.masked_fill_((first >= visible[..., None])[:, :, None], -torch.inf)
     enough = min(blocks, -(-2 * k // BLOCK) + 1)
 
-    def select(query, _):
+    def select(query):
         b, t, r = query
         bound, n = best_of[b, t, r], int(visible[b, t])
         seen = bound.topk(enough).indices

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,18 +14,20 @@ from rich.console import Console
 
 from hsa_tl import api, cases, text
 from hsa_tl.autotune import static as static_check
-from hsa_tl.bench import compare, plot, plot_eval, record
+from hsa_tl.autotune.cli import show_static
+from hsa_tl.bench import plot, plot_eval, record
 from hsa_tl.bench.attention import Attention
+from hsa_tl.bench.cli import show_speed
 from hsa_tl.bench.lengths import ask_shipped, train_and_ask
-from hsa_tl.bench.providers import provider
+from hsa_tl.bench.providers import Tensors, provider
 from hsa_tl.bench.selections import TILES, statistics
 from hsa_tl.bench.sweep import Sweep
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
 from hsa_tl.model.recipe import load_recipe
 from hsa_tl.problem import Problem
-from hsa_tl.terminal import plot_or_say, show_table
-from hsa_tl.testing import Inputs, check_retrieval, make_selection
+from hsa_tl.terminal import plot_or_say, say, show_table
+from hsa_tl.testing import check_retrieval, make_selection
 
 TOPKS = (16, 64)
 ACCURACY_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -54,14 +56,15 @@ def _base(device: str) -> Problem:
     return cases.on_cpu(cases.case("k16-d64").problem) if device == "cpu" else cases.case("paper-d128").problem
 
 
-def accuracy(corpus: text.Corpus, device: str) -> tuple[Problem, list[dict]]:
-    """out and gradients of every implementation against float64, on retrieved chunks of real text."""
-    cpu = device == "cpu"
-    problem = cases.at_length(_base(device), ACCURACY_TOKENS[device], K=4 if cpu else 16)
-    tensors = text.text_inputs(problem, corpus).to(device)._asdict()
+def accuracy(
+    problem: Problem, tensors: Tensors, impls: Iterable[str], progress: Callable[[str], None] = lambda what: None
+) -> list[dict]:
+    """out and gradients of each implementation against float64, or why it cannot run."""
+    progress("float64 oracle")
     want = provider("hsa-reference").expected(tensors, problem.S)
     rows = []
-    for impl in IMPLS:
+    for impl in impls:
+        progress(impl)
         p = provider(f"hsa-{impl}")
         row = {"implementation": impl, "unavailable": p.unavailable(problem)}
         if row["unavailable"] is None:
@@ -69,7 +72,7 @@ def accuracy(corpus: text.Corpus, device: str) -> tuple[Problem, list[dict]]:
             results = p.compare(tensors, problem.S, want)
             row |= {"seconds": time.perf_counter() - start, "errors": [r._asdict() for r in results]}
         rows.append(row)
-    return problem, rows
+    return rows
 
 
 def selections(corpus: text.Corpus, problem: Problem, topks) -> tuple[list[dict], torch.Tensor]:
@@ -109,27 +112,26 @@ def static_rows(console: Console) -> list[dict]:
         )
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        console.print(f"No static table for an H200 here: {reason}", markup=False, highlight=False)
+        say(console, f"No static table for an H200 here: {reason}")
         return []
 
 
-def _show_accuracy(console: Console, problem: Problem, rows: list[dict]) -> None:
-    lines, notes = [], []
+def show_accuracy(console: Console, rows: list[dict], title: str) -> bool:
+    """Prints what `accuracy` found; False if a result is less accurate than it must be."""
+    lines, notes, wrong = [], [], []
     for row in rows:
-        name, errors = row["implementation"], row.get("errors", [])
+        name = row["implementation"]
         if row["unavailable"]:
-            lines.append((name, *("",) * 6, "unavailable"))
+            lines.append((name, "", "", "", "unavailable"))
             notes.append(f"{name} is unavailable: {row['unavailable']}")
-            continue
-        wrong = [e["message"] for e in errors if e["message"]]
-        notes += [f"{name}: {message}" for message in wrong]
-        verdict = "FAIL" if wrong else "pass"
-        lines.append((name, *(f"{e['rms_error']:.1e}" for e in errors), f"{row['seconds']:.1f}", verdict))
-    names = ("implementation", *Inputs.RESULTS, "seconds", "verdict")
-    title = f"RMS error relative to float64, {problem}"
-    show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6))
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
+        for e in row.get("errors", ()):
+            verdict = "FAIL" if e["message"] else "pass"
+            lines.append((name, e["quantity"], f"{e['max_error']:.1e}", f"{e['rms_error']:.1e}", verdict))
+            wrong += [f"{name} {e['message']}"] if e["message"] else []
+    names = ("implementation", "quantity", "max error", "RMS error", "verdict")
+    show_table(console, f"{title}: error relative to float64", names, lines, right=(2, 3))
+    say(console, *notes, *wrong)
+    return not wrong
 
 
 def _show_selections(console: Console, rows: list[dict]) -> None:
@@ -144,45 +146,8 @@ def _show_selections(console: Console, rows: list[dict]) -> None:
     title = f"{rows[0]['tokens']} tokens: overlap of neighbours, distinct chunks (share of tokens x K)"
     show_table(console, title, names, lines, right=(0, 2, 3, 4, 5, 7))
     wrong = [f"K={r['K']}: {r['message']}" for r in rows if r["message"]]
-    for line in wrong or [
-        f"selections and scores of the last {min(JUDGED_TOKENS, rows[0]['tokens'])} tokens, against float64: pass"
-    ]:
-        console.print(line, markup=False, highlight=False)
-
-
-def _show_speed(console: Console, rows: list[record.Row]) -> None:
-    at = {(r.mode, r.x, r.provider, r.metric): r.p50 for r in rows}
-    dense, lines = compare.fastest_baseline(rows), []
-    for mode, T in dict.fromkeys((r.mode, r.x) for r in rows):
-        base = dense.get((mode, T))
-        times = [at.get((mode, T, name, "time")) for name in SPEED]
-        cells = ("" if x is None else f"{x:.4g}" for x in (base, *times))
-        ratio = f"{times[-1] / base:.2f}" if base and times[-1] else ""
-        memory = at.get((mode, T, "hsa-auto", "peak_extra_memory"))
-        lines.append((mode, T, *cells, ratio, "" if memory is None else f"{memory:.0f}"))
-    notes = dict.fromkeys(f"{r.provider}: {r.note}" for r in rows if r.metric == "time" and r.p50 is None)
-    names = ("mode", "T", "dense ms", "HSA ms", "retrieval ms", "both ms", "both / dense", "HSA extra MiB")
-    title = f"{rows[0].device}: {rows[0].config.split(': ')[1]}, text"
-    show_table(console, title, names, lines, right=(1, 2, 3, 4, 5, 6, 7))
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
-
-
-def _show_static(console: Console, rows: list[dict]) -> None:
-    if not rows:
-        return
-    lines = []
-    for r in rows:
-        if r["error"]:
-            lines.append((r["program"], r["D"], r["config"], *("",) * 6, r["error"]))
-            continue
-        numbers = (r["registers"], r["spill_bytes"], f"{r['smem_bytes'] / 1024:.0f}", r["ctas_per_sm"])
-        cells = (*numbers, r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.1f}", r["limiter"])
-        lines.append((r["program"], r["D"], r["config"], *cells))
-    names = ("program", "D", "config", "regs", "spills", "smem", "CTAs", "MMA", "ns/pair", "limiter")
-    dims = ", ".join(f"{n}={rows[0][n]}" for n in ("G", "S", "dtype"))
-    title = f"{dims}; smem in KiB, pair = (token, chunk)"
-    show_table(console, title, names, lines, right=(1, 3, 4, 5, 6, 7, 8))
+    judged = f"selections and scores of the last {min(JUDGED_TOKENS, rows[0]['tokens'])} tokens, against float64"
+    say(console, *(wrong or [f"{judged}: pass"]))
 
 
 def run_demo(
@@ -231,8 +196,10 @@ def run_demo(
         source["commit"] = record.commit()
         console.print(f"text: {corpus.name}, the first {tokens} bytes, one token each\ndevice: {source['device']}")
         with act("accuracy"):
-            accuracy_problem, errors = accuracy(corpus, device)
-        _show_accuracy(console, accuracy_problem, errors)
+            K = 4 if device == "cpu" else 16
+            small = cases.at_length(base, ACCURACY_TOKENS[device], K=K)
+            errors = accuracy(small, text.text_inputs(small, corpus).to(device)._asdict(), IMPLS)
+        accurate = show_accuracy(console, errors, f"{small}, text")
         with act("selections"):
             found, chosen = selections(corpus, cases.at_length(cases.on_cpu(base), tokens), topks)
         _show_selections(console, found)
@@ -243,10 +210,11 @@ def run_demo(
                 Attention(corpus), case, lengths, ("forward", "train"), (*dense, *SPEED), "text", device,
                 deadline_s=min(SPEED_S, end - time.monotonic()), threads=None, min_repeats=1, seconds=0.5,
             ).run()  # fmt: skip
-        _show_speed(console, speed)
+        show_speed(console, speed, f"{speed[0].config.split(': ')[1]}, text, {speed[0].device}")
         with act("static table"):
             static = static_rows(console)
-        _show_static(console, static)
+        if static:
+            show_static(console, static, "smem in KiB, pair = (token, chunk)")
         with act("plots"):
             record.write_rows(speed, out, "speed")
             written = _plots(console, out, corpus, chosen[0, :, 0], base.S, found)
@@ -258,13 +226,13 @@ def run_demo(
         torch.set_num_threads(threads)
     result = source | {
         "text": {"name": corpus.name, "bytes": len(corpus.data), "tokens": tokens}, "seconds": seconds,
-        "accuracy": {"problem": str(accuracy_problem), "implementations": errors}, "selections": found,
+        "accuracy": {"problem": str(small), "implementations": errors}, "selections": found,
         "speed": [dataclasses.asdict(r) for r in speed], "static": static,
     }  # fmt: skip
     write_atomic(out / "demo.json", json.dumps(result, indent=1, default=str) + "\n")
     console.print("\nseconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     console.print("wrote " + ", ".join(str(p) for p in (out / "demo.json", out / "speed.csv", *written)))
-    return not any(x["message"] for x in (*found, *(e for row in errors for e in row.get("errors", ()))))
+    return accurate and not any(r["message"] for r in found)
 
 
 def _plan(device: str, needles: str | None) -> dict[str, tuple[str, str]]:
@@ -300,7 +268,7 @@ def _plots(console: Console, out: Path, corpus, chosen, S: int, found: list[dict
         return []
     map_path = out / "chosen_chunks.png"
     return [
-        *plot_or_say(console, plot.plot_speed, out / "speed.csv", out, "speed"),
+        *plot_or_say(console, plot.plot_speed, out / "speed.csv", out),
         *plot_or_say(console, plot_eval.plot_unions, found, UNION_PAYS, corpus.name, out / "unions.png"),
         *plot_or_say(console, plot_eval.plot_chosen, chosen, S, corpus.files, corpus.name, map_path),
     ]

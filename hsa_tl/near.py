@@ -64,7 +64,7 @@ def join(q_slc, scores, indices, landmarks, cu_seqlens, recency, span, chunk_siz
     elements = B * R * (S * D_r + n * D_r + S * (n + scores.shape[3]))  # of a group: the tokens of a chunk
     step = max(1, BLOCK_ELEMENTS * (64 if q_slc.is_cuda else 1) // elements) * S
 
-    def select(block, _):
+    def select(block):
         tokens, chunks, begin = block
         begin, end = max(begin, 0), min(begin + step, tokens.stop - tokens.start)
         first, part = q_start + begin, slice(tokens.start + begin, tokens.start + end)

@@ -1,4 +1,4 @@
-"""torch.library operators: schemas, fakes, autograd. The only place where an implementation is looked up.
+"""torch.library operators: schemas and fakes. The only place where an implementation is looked up.
 
 Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chunk_len [N] where a chunk is short.
 An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`; its programs of
@@ -6,6 +6,7 @@ other operators are in <name>_selected, <name>_decode and <name>_retrieval.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -14,7 +15,33 @@ from torch import Tensor
 from hsa_tl import decode_retrieval, near, pairs, retrieval
 from hsa_tl.pairs import Pairs, check_pages, check_range
 from hsa_tl.problem import Problem, Retrieval
-from hsa_tl.registry import operator, refuse_derivative, refuse_second_derivative
+
+LIBRARY = torch.library.Library("hsa_tl", "DEF")
+
+
+def operator(fake: Callable):
+    """Registers a function of tensors, the first of them given, as hsa_tl::<its name>, without what autocast adds.
+
+    fake: of the same arguments, results of the same shapes and types whose values mean nothing.
+    torch.library.custom_op would do, but the first call of what it makes imports the compiler, for a second or two.
+    """
+
+    def register(function):
+        name = function.__name__
+
+        def run(*args):
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return function(*args)
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hsa_tl::{name}", fake)
+        return getattr(torch.ops.hsa_tl, name).default
+
+    return register
 
 
 def implementation(name: str):
@@ -43,9 +70,7 @@ def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
     raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(others)}")
 
 
-def resolve_retrieval(
-    impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, decode: bool = False
-) -> str:
+def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, decode: bool = False) -> str:
     """As `resolve`, for retrieval: "reference" is PyTorch, which runs everything, others <name>_retrieval."""
     problem = Retrieval.of(q_slc, landmarks.shape[1], topk)
     for name in preferred(problem) if impl == "auto" else (impl,):
@@ -77,20 +102,32 @@ def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     return pairs.sort_pairs(indices, num_chunks)
 
 
-@operator
+def _like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_pairs(indices, num_chunks, validate):
+    B, _, H, _ = indices.shape
+    return indices.new_empty(indices.numel()), indices.new_empty(B * H * num_chunks + 1, dtype=torch.int64)
+
+
+def _fake_pack(cu_seqlens, indices, chunk_size, num_chunks, validate):
+    position = indices.new_empty(indices.shape[1], dtype=torch.int64)
+    return position, _like(indices), indices.new_empty(num_chunks)
+
+
+def _fake_out_and_lse(q, *_):
+    return _like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@operator(_fake_pairs)
 def build_pairs(indices: Tensor, num_chunks: int, validate: bool) -> tuple[Tensor, Tensor]:
     if validate:
         check_range(indices, num_chunks)
     return tuple(sort_pairs(indices, num_chunks))
 
 
-@torch.library.register_fake("hsa_tl::build_pairs")
-def _(indices, num_chunks, validate):
-    B, _, H, _ = indices.shape
-    return indices.new_empty(indices.numel()), indices.new_empty(B * H * num_chunks + 1, dtype=torch.int64)
-
-
-@operator
+@operator(_fake_pack)
 def pack(
     cu_seqlens: Tensor, indices: Tensor, chunk_size: int, num_chunks: int, validate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,13 +153,7 @@ def pack(
     return position, packed, chunk_len
 
 
-@torch.library.register_fake("hsa_tl::pack")
-def _(cu_seqlens, indices, chunk_size, num_chunks, validate):
-    position = indices.new_empty(indices.shape[1], dtype=torch.int64)
-    return position, torch.empty_like(indices, memory_format=torch.contiguous_format), indices.new_empty(num_chunks)
-
-
-@operator
+@operator(lambda q, *_: _like(q))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, pair: Optional[Tensor],
     offsets: Optional[Tensor], chunk_len: Optional[Tensor], scale: float, impl: str, config: str,
@@ -138,12 +169,7 @@ def attention(
     return module.forward(q, k, v, weights, indices, index, chunk_len, scale, config, deterministic)
 
 
-@torch.library.register_fake("hsa_tl::attention")
-def _(q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config, deterministic, validate):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-@operator
+@operator(lambda do, q, k, v, weights, *_: tuple(map(_like, (q, k, v, weights))))
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, pair: Tensor, offsets: Tensor,
     chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
@@ -152,41 +178,14 @@ def attention_backward(
     return module.backward(do, q, k, v, weights, indices, Pairs(pair, offsets), chunk_len, scale, config, deterministic)
 
 
-@torch.library.register_fake("hsa_tl::attention_backward")
-def _(do, q, k, v, weights, indices, pair, offsets, chunk_len, scale, impl, config, deterministic):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
-
-
-def attention_setup(ctx, inputs, output):
-    q, k, v, weights, indices, pair, offsets, chunk_len, *ctx.static, _ = inputs
-    ctx.save_for_backward(q, k, v, weights, indices, pair, offsets, chunk_len)
-
-
-def attention_gradients(ctx, do, backward=attention_backward):
-    q, k, v, weights, indices, pair, offsets, chunk_len = ctx.saved_tensors
-    if pair is None:  # under vmap a tensor does not say whether it takes part in a gradient
-        pair, offsets = build_pairs(indices, k.shape[1], False)
-    gradients = backward(do, q, k, v, weights, indices, pair, offsets, chunk_len, *ctx.static)
-    return (*gradients, *(None,) * 9)
-
-
-torch.library.register_autograd("hsa_tl::attention", attention_gradients, setup_context=attention_setup)
-torch.library.register_autograd("hsa_tl::attention_backward", lambda ctx, *_: refuse_second_derivative("hsa_attention"))
-
-
-@operator
+@operator(lambda indices, *_: _like(indices))
 def distinct(indices: Tensor, num_chunks: int, validate: bool) -> Tensor:
     if validate:
         check_range(indices, num_chunks)
     return pairs.distinct(indices, num_chunks)
 
 
-@torch.library.register_fake("hsa_tl::distinct")
-def _(indices, num_chunks, validate):
-    return torch.empty_like(indices, memory_format=torch.contiguous_format)
-
-
-@operator
+@operator(_fake_out_and_lse)
 def selected(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, pair: Optional[Tensor], offsets: Optional[Tensor],
     chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
@@ -199,17 +198,7 @@ def selected(
     return module.forward(q, k, v, indices, index, chunk_len, scale, config, deterministic)
 
 
-def _out_and_lse(q):
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@torch.library.register_fake("hsa_tl::selected")
-def _(q, k, v, indices, pair, offsets, chunk_len, scale, impl, config, deterministic):
-    return _out_and_lse(q)
-
-
-@operator
+@operator(lambda do, dlse, q, k, v, *_: tuple(map(_like, (q, k, v))))
 def selected_backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor, pair: Tensor,
     offsets: Tensor, chunk_len: Optional[Tensor], scale: float, impl: str, config: str, deterministic: bool,
@@ -219,31 +208,7 @@ def selected_backward(
     return module.backward(do, dlse, q, k, v, indices, out, lse, index, chunk_len, scale, config, deterministic)
 
 
-@torch.library.register_fake("hsa_tl::selected_backward")
-def _(do, dlse, q, k, v, indices, out, lse, pair, offsets, chunk_len, scale, impl, config, deterministic):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def selected_setup(ctx, inputs, output):
-    q, k, v, indices, pair, offsets, chunk_len, *ctx.static = inputs
-    ctx.save_for_backward(q, k, v, indices, *output, pair, offsets, chunk_len)
-
-
-def selected_gradients(ctx, do, dlse, backward=selected_backward):
-    q, k, v, indices, out, lse, pair, offsets, chunk_len = ctx.saved_tensors
-    if pair is None:  # as in attention_gradients
-        pair, offsets = build_pairs(indices, k.shape[1], False)
-    gradients = backward(do, dlse, q, k, v, indices, out, lse, pair, offsets, chunk_len, *ctx.static)
-    return (*gradients, *(None,) * 8)
-
-
-torch.library.register_autograd("hsa_tl::selected", selected_gradients, setup_context=selected_setup)
-torch.library.register_autograd(
-    "hsa_tl::selected_backward", lambda ctx, *_: refuse_second_derivative("selected_attention")
-)
-
-
-@operator
+@operator(_fake_out_and_lse)
 def selected_decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, indices: Tensor, page_table: Tensor, scale: float, impl: str,
     validate: bool,
@@ -255,17 +220,7 @@ def selected_decode(
     return module.decode(q, k_pages, v_pages, pairs.distinct(indices, page_table.shape[1]), page_table, scale)
 
 
-@torch.library.register_fake("hsa_tl::selected_decode")
-def _(q, k_pages, v_pages, indices, page_table, scale, impl, validate):
-    return _out_and_lse(q)
-
-
-torch.library.register_autograd(
-    "hsa_tl::selected_decode", lambda ctx, *_: refuse_derivative("selected_decode", "selected_attention")
-)
-
-
-@operator
+@operator(lambda q, *_: _like(q))
 def decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, weights: Tensor, indices: Tensor, page_table: Tensor, scale: float,
     impl: str, validate: bool,
@@ -277,15 +232,7 @@ def decode(
     return module.decode(q, k_pages, v_pages, weights, indices, page_table, scale)
 
 
-@torch.library.register_fake("hsa_tl::decode")
-def _(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validate):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-torch.library.register_autograd("hsa_tl::decode", lambda ctx, _: refuse_derivative("hsa_decode", "hsa_attention"))
-
-
-@operator
+@operator(lambda q_slc, landmarks, lengths, chunks, bounds, topk, *_: retrieval.empty_slots(q_slc, topk))
 def retrieve_decode(
     q_slc: Tensor, landmarks: Tensor, lengths: Tensor, chunks: Optional[Tensor], bounds: Optional[Tensor], topk: int,
     chunk_size: int, exclude_window: int, recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
@@ -293,7 +240,7 @@ def retrieve_decode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Only PyTorch skips by bounds.
     name = "reference" if impl == "auto" and bounds is not None else impl
-    name = resolve_retrieval(name, q_slc, landmarks, topk, chunk_size, decode=True)
+    name = resolve_retrieval(name, q_slc, landmarks, topk, decode=True)
     window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
     if name == "reference":
         best = decode_retrieval.retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, window, scale)
@@ -309,25 +256,13 @@ def retrieve_decode(
     )
 
 
-@torch.library.register_fake("hsa_tl::retrieve_decode")
-def _(q_slc, landmarks, lengths, chunks, bounds, topk, *_):
-    shape = (*q_slc.shape[:3], topk)
-    dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
-    return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
-
-
-torch.library.register_autograd(
-    "hsa_tl::retrieve_decode", lambda ctx, *_: refuse_derivative("retrieve_decode", "retrieve_chunks")
-)
-
-
-@operator
+@operator(lambda q_slc, landmarks, topk, *_: retrieval.empty_slots(q_slc, topk))
 def retrieve(
     q_slc: Tensor, landmarks: Tensor, topk: int, chunk_size: int, q_start: int, exclude_window: int,
     cu_seqlens: Optional[Tensor], recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    name = resolve_retrieval(impl, q_slc, landmarks, topk, chunk_size)
+    name = resolve_retrieval(impl, q_slc, landmarks, topk)
     window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
     best = _retrieve(name, q_slc, landmarks, topk, chunk_size, q_start, window, cu_seqlens, scale)
     if recency is None:
@@ -351,14 +286,7 @@ def _retrieve(name, q_slc, landmarks, topk, chunk_size, q_start, exclude_window,
     return torch.cat(scores, 1), torch.cat(indices, 1)
 
 
-@torch.library.register_fake("hsa_tl::retrieve")
-def _(q_slc, landmarks, topk, *_):
-    shape = (*q_slc.shape[:3], topk)
-    dtype = torch.float64 if q_slc.dtype == torch.float64 else torch.float32
-    return q_slc.new_empty(shape, dtype=dtype), q_slc.new_empty(shape, dtype=torch.int32)
-
-
-@operator
+@operator(lambda dscores, indices, q_slc, landmarks, *_: (_like(q_slc), _like(landmarks)))
 def retrieve_backward(
     dscores: Tensor, indices: Tensor, q_slc: Tensor, landmarks: Tensor, cu_seqlens: Optional[Tensor], chunk_size: int,
     scale: float,
@@ -370,30 +298,3 @@ def retrieve_backward(
         run = implementation(f"{resolve_dlandmarks(q_slc, indices.shape[3])}_retrieval")
     dlandmarks = run.dlandmarks(dscores, sort_pairs(chosen, N), q_slc, N, scale)
     return retrieval.dq_slc(dscores, chosen, q_slc, landmarks, scale), dlandmarks
-
-
-@torch.library.register_fake("hsa_tl::retrieve_backward")
-def _(dscores, indices, q_slc, landmarks, cu_seqlens, chunk_size, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_slc, landmarks))
-
-
-def retrieve_setup(ctx, inputs, output):
-    q_slc, landmarks, _, chunk_size, q_start, _, cu_seqlens, recency, span, scale, *_ = inputs
-    ctx.static, ctx.recency_static = (chunk_size, scale), (span, chunk_size, q_start)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], q_slc, landmarks, cu_seqlens, recency)
-
-
-def retrieve_gradients(ctx, dscores, backward=retrieve_backward):
-    *saved, cu_seqlens, recency = ctx.saved_tensors
-    gradients = backward(dscores, *saved, cu_seqlens, *ctx.static)
-    drecency = near.drecency(dscores, saved[0], cu_seqlens, recency, *ctx.recency_static)
-    return (*gradients, *(None,) * 5, drecency, *(None,) * 4)
-
-
-torch.library.register_autograd(
-    "hsa_tl::retrieve", lambda ctx, dscores, _: retrieve_gradients(ctx, dscores), setup_context=retrieve_setup
-)
-torch.library.register_autograd(
-    "hsa_tl::retrieve_backward", lambda ctx, *_: refuse_second_derivative("retrieve_chunks")
-)

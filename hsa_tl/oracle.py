@@ -85,16 +85,6 @@ def attention_oracle(q, k, v, weights, indices, *, chunk_size=64, scale=None):
     return out
 
 
-def attention_oracle_packed(q, k, v, weights, indices, cu_seqlens, *, chunk_size=64, scale=None):
-    """`attention_oracle` on each sequence of a packed batch (B = 1)."""
-    ends = cu_seqlens.tolist()
-    parts = [
-        attention_oracle(*(x[:, a:b] for x in (q, k, v, weights, indices)), chunk_size=chunk_size, scale=scale)
-        for a, b in itertools.pairwise(ends)
-    ]
-    return torch.cat(parts, dim=1)
-
-
 def selected_oracle(q, k, v, indices, *, chunk_size=64, scale=None):
     """out [B, T, HQ, D] and lse [B, T, HQ] of one softmax over the keys of all chunks that a token chose."""
     G = q.shape[2] // k.shape[2]

@@ -138,7 +138,7 @@ def within(x: torch.Tensor, least: int, limit: int) -> bool:
 
 
 @workers.one_thread
-def check_range(indices: torch.Tensor, limit: torch.Tensor | int, name: str = "indices") -> None:
+def check_range(indices: torch.Tensor, limit: torch.Tensor | int) -> None:
     """Raises ValueError if an index is outside [-1, limit); limit is a number or broadcasts against indices."""
     if isinstance(limit, int) and within(indices, -1, limit):  # in one pass
         return
@@ -147,7 +147,7 @@ def check_range(indices: torch.Tensor, limit: torch.Tensor | int, name: str = "i
         where = bad.nonzero()[0].tolist()
         bound = limit if isinstance(limit, int) else int(limit.expand_as(indices)[tuple(where)])
         value = int(indices[tuple(where)])
-        raise ValueError(f"{name} must lie in [-1, {bound}), the chunks there are, got {value} at {where}")
+        raise ValueError(f"indices must lie in [-1, {bound}), the chunks there are, got {value} at {where}")
 
 
 @workers.one_thread

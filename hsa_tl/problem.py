@@ -121,24 +121,21 @@ class Problem(_Tensors):
 
         weights is None where one softmax runs over all chosen chunks.
         """
-        B, T, HQ, D = q.shape
         _, N, S, H, _ = k.shape
-        return cls(
-            B=B, T=T, N=N, HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype, masked=chunk_len is not None,
-            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type,
-            device_index=q.device.index,
-        )  # fmt: skip
+        return cls._of(q, N, S, H, weights, indices, masked=chunk_len is not None)
 
     @classmethod
     def of_decode(cls, q, k_pages, weights, indices, page_table) -> "Problem":
         """The problem of a decode step: k_pages [num_pages, S, H, D], N the chunks of the longest sequence."""
-        B, T, HQ, D = q.shape
         _, S, H, _ = k_pages.shape
-        return cls(
-            B=B, T=T, N=page_table.shape[1], HQ=HQ, H=H, D=D, S=S, K=indices.shape[3], dtype=q.dtype,
-            per_head=weights is not None and weights.shape[2] != H, device_type=q.device.type,
-            device_index=q.device.index,
-        )  # fmt: skip
+        return cls._of(q, page_table.shape[1], S, H, weights, indices)
+
+    @classmethod
+    def _of(cls, q, N: int, S: int, H: int, weights, indices, masked: bool = False) -> "Problem":
+        B, T, HQ, D = q.shape
+        per_head = weights is not None and weights.shape[2] != H
+        K, device = indices.shape[3], q.device
+        return cls(B, T, N, HQ, H, D, S, K, q.dtype, masked, per_head, device.type, device.index)
 
     def retrieval(self) -> Retrieval:
         """The retrieval that chooses the chunks, with R = H heads of D_r = D."""

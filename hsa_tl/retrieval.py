@@ -44,6 +44,13 @@ def visible_chunks(position: torch.Tensor, chunk_size: int, exclude_window: int)
     return visible
 
 
+def empty_slots(q_slc: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores [B, T, R, topk] and indices of slots that hold no chunk."""
+    shape, dtype = (*q_slc.shape[:3], topk), torch.promote_types(q_slc.dtype, torch.float32)
+    scores = torch.full(shape, -torch.inf, dtype=dtype, device=q_slc.device)
+    return scores, torch.full(shape, -1, dtype=torch.int32, device=q_slc.device)
+
+
 def _ordered(scores: torch.Tensor) -> torch.Tensor:
     """float32 scores as int64 that sort alike: -0 equals 0, NaN is above all, as torch.sort has it."""
     bits = (scores + 0.0).view(torch.int32)
@@ -142,11 +149,10 @@ def _blocks(tokens, chunks, q_start, chunk_size):
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale):
     """See hsa_tl.api.retrieve_chunks."""
     B, T, R, _ = q_slc.shape
-    dtype = torch.promote_types(q_slc.dtype, torch.float32)
-    scores = q_slc.new_full((B, T, R, topk), -torch.inf, dtype=dtype)
-    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    scores, indices = empty_slots(q_slc, topk)
+    dtype = scores.dtype
 
-    def select(block, _):
+    def select(block):
         b, r, (tokens, first, chunks) = block
         position = torch.arange(first, first + tokens.stop - tokens.start, device=q_slc.device)
         visible = visible_chunks(position, chunk_size, exclude_window).clamp(max=chunks.stop - chunks.start)
@@ -184,7 +190,7 @@ def _product(bounds, column, value, dense, out):
     rows, D = out.shape
     step = max(1, BLOCK_SCORES * rows // max(1, len(value) * D))
 
-    def multiply(first, _):
+    def multiply(first):
         part = bounds[first : first + step + 1]
         begin, end = int(part[0]), int(part[-1])
         shape = len(part) - 1, len(dense)

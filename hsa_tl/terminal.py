@@ -68,6 +68,12 @@ def show_table(console: Console, title: str, names, rows, right: tuple[int, ...]
     console.print(out)
 
 
+def say(console: Console, *lines: str) -> None:
+    """Prints lines as they are."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
 class _Lines:
     """What a rich.progress.Progress is told, as lines: the state each EVERY_S seconds, whatever happens in between."""
 
@@ -111,7 +117,7 @@ def plot_or_say(console: Console, function: Callable, *args):
     try:
         return function(*args)
     except ValueError as error:
-        console.print(f"no plot: {error}", markup=False, highlight=False)
+        say(console, f"no plot: {error}")
         return []
 
 

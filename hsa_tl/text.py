@@ -19,6 +19,7 @@ RETRIEVAL_NGRAMS = (3, 4, 5, 6)  # bytes; their vectors make q_slc and landmarks
 LOCAL_NGRAMS = (1, 2, 3, 4)  # bytes; their vectors make q, k and v
 BUCKETS = 1 << 16
 WINDOW = 64  # bytes just read that make one retrieval query
+SAMPLES = 512  # tokens that best_chunk_found judges
 
 
 class Corpus(NamedTuple):
@@ -108,9 +109,7 @@ def _rms_norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
-def text_features(
-    data: bytes, problem: Problem, *, retrieval_dim: int = 128, window: int = WINDOW, seed: int = 0
-) -> Features:
+def text_features(data: bytes, problem: Problem, *, retrieval_dim: int = 128) -> Features:
     """Features of the first problem.T bytes, on the CPU in float32; vectors are RMS-normalised.
 
     Retrieval head r has its own random vectors. Query head h looks for the 1 + h % 4 bytes that end h // 4 bytes
@@ -124,35 +123,35 @@ def text_features(
     rarity = [_rarity(g, p.S) for g in grams]
     queries, marks = [], []
     for r in range(p.H):
-        f = sum(w[:, None] * _ngram_vectors(g, retrieval_dim, seed + r) for g, w in zip(grams, rarity, strict=True))
-        queries.append(_trailing_mean(f, window))
+        f = sum(w[:, None] * _ngram_vectors(g, retrieval_dim, r) for g, w in zip(grams, rarity, strict=True))
+        queries.append(_trailing_mean(f, WINDOW))
         marks.append(F.pad(f, (0, 0, 0, p.N * p.S - p.T)).view(p.N, p.S, -1).sum(1))
     q_slc, landmarks = (_rms_norm(torch.stack(y, 1))[None] for y in (queries, marks))
 
     local = [ngram_hashes(x, n) % BUCKETS for n in LOCAL_NGRAMS]
-    match = [_ngram_vectors(g, p.D, seed + 1000) for g in local]
-    value = sum(_ngram_vectors(g, p.D * p.H, seed + 2000) for g in local)
+    match = [_ngram_vectors(g, p.D, 1000) for g in local]
+    value = sum(_ngram_vectors(g, p.D * p.H, 2000) for g in local)
     key = sum(match)
     n = len(match)
     heads = [_rms_norm(F.pad(match[h % n], (0, 0, h // n, 0))[: p.T]) for h in range(p.HQ)]
     q = torch.stack(heads, 1)[None]
     # A key/value head sees the n-gram vectors through its own signs, and so do its query heads.
-    signs = torch.randint(0, 2, (p.H, p.D), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+    signs = torch.randint(0, 2, (p.H, p.D), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
     q = q * signs.repeat_interleave(p.G, 0)
     k = _rms_norm(key)[:, None] * signs
     return Features(q_slc, landmarks, q, k[None], _rms_norm(value.view(p.T, p.H, p.D))[None])
 
 
-def text_inputs(problem: Problem, corpus: Corpus | None = None, *, window: int = WINDOW, seed: int = 0) -> Inputs:
+def text_inputs(problem: Problem, corpus: Corpus | None = None) -> Inputs:
     """Inputs of `hsa_attention` from text: selection by `retrieve_chunks`, weights by `fusion_weights`. On the CPU."""
     p = problem
     corpus = read_corpus(at_least=p.T) if corpus is None else corpus
-    f = text_features(corpus.data, p, window=window, seed=seed)
+    f = text_features(corpus.data, p)
     scores, indices = api.retrieve_chunks(f.q_slc, f.landmarks, p.K, chunk_size=p.S)
     weights = api.fusion_weights(scores)
     if p.per_head:
         weights = weights.repeat_interleave(p.G, 2)
-    do = torch.randn(f.q.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+    do = torch.randn(f.q.shape, generator=torch.Generator().manual_seed(0)).to(p.dtype)
     q, k, v = (y.to(p.dtype) for y in f[2:])
     return Inputs(q, k, v, weights.to(torch.promote_types(torch.float32, p.dtype)), indices, do)
 
@@ -174,7 +173,7 @@ def union_size(indices: torch.Tensor, S: int, tokens: int) -> float:
     return float(distinct.float().mean())
 
 
-def best_chunk_found(data: bytes, indices: torch.Tensor, S: int, *, window: int = WINDOW, samples: int = 512) -> float:
+def best_chunk_found(data: bytes, indices: torch.Tensor, S: int) -> float:
     """How often the selection holds the chunk that truly shares the most distinct 6-grams with the token's window.
 
     Counted exactly, of the chunks wholly before the window (a chunk that the window overlaps shares its own bytes), for
@@ -182,15 +181,15 @@ def best_chunk_found(data: bytes, indices: torch.Tensor, S: int, *, window: int 
     """
     T, K, n = indices.shape[1], indices.shape[3], RETRIEVAL_NGRAMS[-1]
     _, gram = torch.unique(ngram_hashes(_bytes(data, T), n), return_inverse=True)
-    tokens = torch.linspace((K + 1) * S, T - 1, samples).long()
-    wanted = gram[tokens[:, None] - torch.arange(window - n + 1)].sort(dim=-1).values  # [samples, window]
+    tokens = torch.linspace((K + 1) * S, T - 1, SAMPLES).long()
+    wanted = gram[tokens[:, None] - torch.arange(WINDOW - n + 1)].sort(dim=-1).values  # [SAMPLES, WINDOW]
     first = F.pad(wanted[:, 1:] != wanted[:, :-1], (1, 0), value=True)
     N = T // S
     holds = torch.zeros(int(gram.max()) + 1, N, dtype=torch.uint8)
     holds[gram[: N * S], torch.arange(N * S) // S] = 1
-    shared = torch.stack([holds[w[f]].sum(0) for w, f in zip(wanted, first, strict=True)])  # [samples, N]
-    shared.masked_fill_(torch.arange(N) >= ((tokens - window + 1) // S)[:, None], 0)
+    shared = torch.stack([holds[w[f]].sum(0) for w, f in zip(wanted, first, strict=True)])  # [SAMPLES, N]
+    shared.masked_fill_(torch.arange(N) >= ((tokens - WINDOW + 1) // S)[:, None], 0)
     most = shared.amax(-1, keepdim=True)
-    chosen = torch.zeros(samples, N, dtype=torch.bool).scatter_(1, indices[0, tokens, 0].long(), True)
+    chosen = torch.zeros(SAMPLES, N, dtype=torch.bool).scatter_(1, indices[0, tokens, 0].long(), True)
     counted = most[:, 0] > 0
     return float(((shared == most) & chosen).any(-1)[counted].float().mean())

@@ -1,15 +1,16 @@
-"""The operators under torch.func and forward-mode differentiation, of which torch.library's registration knows nothing.
+"""The operators' derivatives, also under torch.func and forward mode, of which torch.library knows nothing.
 
 Reverse mode works: torch.func.grad, vjp, jacrev, and vmap of them, a sample at a time. What there is no formula for,
 forward mode and second derivatives, raises and names the public function; left alone it would be 0 in silence.
 """
 
+import functools
+
 import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
-from hsa_tl import ops
-from hsa_tl.registry import refuse_derivative, refuse_second_derivative
+from hsa_tl import near, ops
 
 _DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 
@@ -64,11 +65,6 @@ def _rule(name: str, operator, setup, backward):
     return Rule.apply
 
 
-def _once(name: str, operator):
-    """The rule of a backward operator."""
-    return _rule(name, operator, lambda ctx, inputs, output: None, lambda ctx, *_: refuse_second_derivative(name))
-
-
 def _transformable(name: str, operator, setup, backward):
     """The operator, called as ever where nothing transforms it."""
     rule = _rule(name, operator, setup, backward)
@@ -89,33 +85,82 @@ def _transformable(name: str, operator, setup, backward):
     return call
 
 
-def _inference(name: str, operator, instead: str):
-    return _transformable(
-        name, operator, lambda ctx, inputs, output: None, lambda ctx, *_: refuse_derivative(name, instead)
+def _saves_nothing(ctx, inputs, output):
+    pass
+
+
+def _refusal(message: str):
+    def refuse(*_):
+        raise NotImplementedError(message)
+
+    return refuse
+
+
+def _differentiable(name: str, operator, setup, gradients, backward):
+    """The operator, whose gradients are those of another operator, `backward`, which has none."""
+    refuse = _refusal(
+        f"{name} has no second derivative: its gradient cannot be differentiated (create_graph=True, hessian); use "
+        "first-order gradients, or differentiate those by finite differences"
     )
+    torch.library.register_autograd(backward, refuse)
+    torch.library.register_autograd(operator, functools.partial(gradients, backward), setup_context=setup)
+    rule = _rule(name, backward, _saves_nothing, refuse)
+    return _transformable(name, operator, setup, functools.partial(gradients, rule))
 
 
-_attention_backward = _once("hsa_attention", ops.attention_backward)
-_selected_backward = _once("selected_attention", ops.selected_backward)
-_retrieve_backward = _once("retrieve_chunks", ops.retrieve_backward)
-attention = _transformable(
-    "hsa_attention",
-    ops.attention,
-    ops.attention_setup,
-    lambda ctx, do: ops.attention_gradients(ctx, do, _attention_backward),
+def _inference(name: str, operator, instead: str):
+    refuse = _refusal(f"{name} is for inference and has no gradient: use {instead}")
+    torch.library.register_autograd(operator, refuse)
+    return _transformable(name, operator, _saves_nothing, refuse)
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, weights, indices, pair, offsets, chunk_len, *ctx.static, _ = inputs
+    ctx.save_for_backward(q, k, v, weights, indices, pair, offsets, chunk_len)
+
+
+def _attention_gradients(backward, ctx, do):
+    q, k, v, weights, indices, pair, offsets, chunk_len = ctx.saved_tensors
+    if pair is None:  # under vmap a tensor does not say whether it takes part in a gradient
+        pair, offsets = ops.build_pairs(indices, k.shape[1], False)
+    gradients = backward(do, q, k, v, weights, indices, pair, offsets, chunk_len, *ctx.static)
+    return (*gradients, *(None,) * 9)
+
+
+def _selected_setup(ctx, inputs, output):
+    q, k, v, indices, pair, offsets, chunk_len, *ctx.static = inputs
+    ctx.save_for_backward(q, k, v, indices, *output, pair, offsets, chunk_len)
+
+
+def _selected_gradients(backward, ctx, do, dlse):
+    q, k, v, indices, out, lse, pair, offsets, chunk_len = ctx.saved_tensors
+    if pair is None:  # as in _attention_gradients
+        pair, offsets = ops.build_pairs(indices, k.shape[1], False)
+    gradients = backward(do, dlse, q, k, v, indices, out, lse, pair, offsets, chunk_len, *ctx.static)
+    return (*gradients, *(None,) * 8)
+
+
+def _retrieve_setup(ctx, inputs, output):
+    q_slc, landmarks, _, chunk_size, q_start, _, cu_seqlens, recency, span, scale, *_ = inputs
+    ctx.static, ctx.recency_static = (chunk_size, scale), (span, chunk_size, q_start)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], q_slc, landmarks, cu_seqlens, recency)
+
+
+def _retrieve_gradients(backward, ctx, dscores, _):
+    *saved, cu_seqlens, recency = ctx.saved_tensors
+    gradients = backward(dscores, *saved, cu_seqlens, *ctx.static)
+    drecency = near.drecency(dscores, saved[0], cu_seqlens, recency, *ctx.recency_static)
+    return (*gradients, *(None,) * 5, drecency, *(None,) * 4)
+
+
+attention = _differentiable(
+    "hsa_attention", ops.attention, _attention_setup, _attention_gradients, ops.attention_backward
 )
-selected = _transformable(
-    "selected_attention",
-    ops.selected,
-    ops.selected_setup,
-    lambda ctx, do, dlse: ops.selected_gradients(ctx, do, dlse, _selected_backward),
+selected = _differentiable(
+    "selected_attention", ops.selected, _selected_setup, _selected_gradients, ops.selected_backward
 )
-retrieve = _transformable(
-    "retrieve_chunks",
-    ops.retrieve,
-    ops.retrieve_setup,
-    lambda ctx, dscores, _: ops.retrieve_gradients(ctx, dscores, _retrieve_backward),
-)
+retrieve = _differentiable("retrieve_chunks", ops.retrieve, _retrieve_setup, _retrieve_gradients, ops.retrieve_backward)
 decode = _inference("hsa_decode", ops.decode, "hsa_attention")
 selected_decode = _inference("selected_decode", ops.selected_decode, "selected_attention")
 retrieve_decode = _inference("retrieve_decode", ops.retrieve_decode, "retrieve_chunks")

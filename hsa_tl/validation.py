@@ -64,11 +64,14 @@ def require_float(name: str, x: torch.Tensor, like: torch.Tensor | None = None) 
     require(x.dtype in FLOATS, name, "have dtype bfloat16, float16, float32 or float64", x.dtype)
 
 
-def require_int(name: str, x: object, low: int) -> None:
+def require_int(name: str, x: object, low: int, bits: int = 0) -> None:
+    """bits: of a number that must be less than 2^bits, or 0."""
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(x).__name__}")
     if x < low:
         require(False, name, f"be at least {low}", lambda: x)
+    if bits and x >= 2**bits:
+        require(False, name, f"be less than 2^{bits}", lambda: x)
 
 
 def require_integers(name: str, x: torch.Tensor, low: int, stop: int, ignored: int | None = None) -> torch.Tensor:
@@ -110,13 +113,24 @@ def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
     require(q.shape[0] == 1, "cu_seqlens", "come with batch size B = 1", lambda: f"B = {q.shape[0]}")
 
 
-def require_recency(recency: torch.Tensor | None, recency_span: int, q_slc: torch.Tensor) -> None:
-    require_int("recency_span", recency_span, 2)
-    require(recency_span < 2**24, "recency_span", "be less than 2^24", recency_span)
+def require_retrieval(
+    q_slc: torch.Tensor, landmarks: torch.Tensor, topk: int, exclude_window: int, recency: torch.Tensor | None,
+    recency_span: int,
+) -> None:  # fmt: skip
+    require_tensor("q_slc", q_slc, 4)
+    require_tensor("landmarks", landmarks, 4, q_slc)
+    require_float("q_slc", q_slc)
+    require_float("landmarks", landmarks, q_slc)
+    B, _, R, D_r = q_slc.shape
+    require(D_r > 0, "q_slc", "have a D_r of at least 1", shape_of(q_slc))
+    require_shape("landmarks", landmarks, (B, "N", R, D_r), "to match q_slc", laid_out(q_slc, landmarks))
+    require_int("topk", topk, 1)
+    require_int("exclude_window", exclude_window, 0, bits=62)
+    require_int("recency_span", recency_span, 2, bits=24)
     if recency is not None:
         require_tensor("recency", recency, 1, q_slc)
         require_float("recency", recency)
-        require_shape("recency", recency, (q_slc.shape[2],), "to match q_slc")
+        require_shape("recency", recency, (R,), "to match q_slc")
 
 
 def validates(x: torch.Tensor, validate: bool | None) -> bool:

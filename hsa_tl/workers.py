@@ -129,8 +129,8 @@ def one_thread(function: Callable) -> Callable:
 class _Blocks:
     """Items to work on, taken in order by any worker and finished in order by one at a time."""
 
-    def __init__(self, items: Sequence, work: Callable, finish: Callable, scratch: Callable, job: _Job):
-        self.items, self.work, self.finish, self.scratch, self.job = items, work, finish, scratch, job
+    def __init__(self, items: Sequence, work: Callable, finish: Callable, job: _Job):
+        self.items, self.work, self.finish, self.job = items, work, finish, job
         self.taken = self.finished = 0
         self.waiting: dict[int, object] = {}  # results
         self.finishing = self.failed = False
@@ -164,10 +164,9 @@ class _Blocks:
 
     def run(self) -> None:
         try:
-            scratch = self.scratch()
             while (i := self.take()) is not None:
                 _check(self.job)
-                self.put(i, self.work(self.items[i], scratch))
+                self.put(i, self.work(self.items[i]))
         except BaseException:
             with self.changed:
                 self.failed = True
@@ -177,23 +176,21 @@ class _Blocks:
 
 def each(
     items: Sequence,
-    work: Callable[[object, object], object],
+    work: Callable[[object], object],
     finish: Callable[[object], None] = lambda result: None,
-    scratch: Callable[[], object] = lambda: None,
 ) -> None:
-    """finish(work(item, scratch)) for every item, on as many workers as `call` allows.
+    """finish(work(item)) for every item, on as many workers as `call` allows.
 
     work runs for several items at once and must write to nothing that they share; finish runs for one at a time, in
-    the order of the items. scratch() gives each worker something of its own, for all its items.
+    the order of the items.
     """
     job = getattr(_here, "job", None) or _Job(1)
     if min(job.workers, len(items)) < 2:
-        own = scratch()
         for item in items:
             _check(job)
-            finish(work(item, own))
+            finish(work(item))
         return
-    blocks = _Blocks(items, work, finish, scratch, job)
+    blocks = _Blocks(items, work, finish, job)
     helpers = [_pool.submit(blocks.run) for _ in range(min(job.workers, len(items)) - 1)]
     try:
         blocks.run()

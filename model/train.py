@@ -133,7 +133,7 @@ def train_step(
     parameters = [p for p in module.parameters() if p.requires_grad]
     losses = []
 
-    def differentiate(part: Batch, _):
+    def differentiate(part: Batch):
         share = _labels(part) / total
         with torch.enable_grad():
             loss = _loss(module, part, recipe, ranks)
@@ -171,7 +171,7 @@ def validate(module: nn.Module, recipe: Recipe, batches: list[Batch], ranks: Ran
     total = max(1.0, *ranks.sum(_labels(*batches)))
     losses = []
 
-    def measure(part: Batch, _):
+    def measure(part: Batch):
         with torch.no_grad():
             return _loss(module, part, recipe, ranks).item() * (_labels(part) / total)
 

@@ -1,6 +1,7 @@
 """The accuracy rule: it passes every correct implementation and catches small faults; the oracle's own gradients."""
 
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from tiers import prove
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, complaints, expect
-from hsa_tl.oracle import attention_oracle, attention_oracle_packed, expect_attention
+from hsa_tl.oracle import attention_oracle, expect_attention
 from hsa_tl.testing import (
     Inputs,
     assert_attention,
@@ -171,8 +172,13 @@ def test_the_expected_gradients_of_packed_sequences():
     call = Inputs(*(x.double() if x.is_floating_point() else x for x in call))._replace(
         indices=call.indices.clamp(max=0)
     )
-    cu_seqlens = torch.tensor([0, 17, 17, 40], dtype=torch.int32)
-    wanted = run_with_gradients(attention_oracle_packed, call, chunk_size=S, cu_seqlens=cu_seqlens)
+    ends = [0, 17, 17, 40]
+
+    def each_sequence(*tensors):
+        parts = itertools.pairwise(ends)
+        return torch.cat([attention_oracle(*(x[:, a:b] for x in tensors), chunk_size=S) for a, b in parts], 1)
+
+    wanted, cu_seqlens = run_with_gradients(each_sequence, call), torch.tensor(ends, dtype=torch.int32)
     for name, found in expect_attention(*call, chunk_size=S, cu_seqlens=cu_seqlens).items():
         torch.testing.assert_close(found.value, wanted[name])
 

@@ -205,7 +205,7 @@ def test_the_twin_keeps_to_its_protocol(D, G, per_head, masked, reduce_add):
     for name in ("dk", "dv"):
         assert re.search(rf"\*\(float2\*\)\({name} \+ .* = ", consumers)
     if not static.missing_tools():
-        found = static.analyse("hsa_bwd_chunk_sm90a", problem, config)
+        (found,) = static.analyse("hsa_bwd_chunk_sm90a", problem, [config])
         row = static.row("twin", "hsa_bwd_chunk_sm90a", problem, config, found)
         assert static.faults(row) == [] and row["registers"] == 168, row  # 384 * 168 = 128 * 56 + 256 * 224
 

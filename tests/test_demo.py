@@ -80,8 +80,7 @@ def test_an_act_is_announced_before_it_starts(stopped, monkeypatch, tmp_path, te
     def stop(*args):
         raise ValueError("stopped here")
 
-    monkeypatch.setattr(demo, "accuracy", lambda *args: ("problem", []))
-    monkeypatch.setattr(demo, "_show_accuracy", lambda *args: None)
+    monkeypatch.setattr(demo, "accuracy", lambda *args: [])
     monkeypatch.setattr(demo, stopped, stop)
     output = run("--text", text, "--tokens", 2048, "--lengths", 512, "--out", tmp_path / "out", code=2).stdout
     last = next(x for x in reversed(output.splitlines()) if x)

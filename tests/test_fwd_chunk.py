@@ -165,5 +165,5 @@ def test_the_specialised_program_assembles_off_the_papers_shape(changes, reduce_
     if static.missing_tools():
         assert not static.barrier_in_elected_branch(compile.lower("hsa_fwd_chunk_sm90a", problem, config).kernel_source)
     else:
-        found = static.analyse("hsa_fwd_chunk_sm90a", problem, config)
+        (found,) = static.analyse("hsa_fwd_chunk_sm90a", problem, [config])
         assert static.faults(static.row("", "hsa_fwd_chunk_sm90a", problem, config, found)) == []

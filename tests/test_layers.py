@@ -28,7 +28,6 @@ LAYERS = (
         "hsa_tl.products",
         "hsa_tl.workers",
         "hsa_tl.validation",
-        "hsa_tl.registry",
         "hsa_tl.impl",
         "hsa_tl.autotune",
         "hsa_tl.bench",
@@ -106,7 +105,6 @@ ONLY = {
         "hsa_tl.retrieval",
         "hsa_tl.decode_retrieval",
         "hsa_tl.near",
-        "hsa_tl.registry",
     ),  # implementations by name, when first used
     "hsa_tl.bench.*": ("hsa_tl*",),
     "hsa_tl.autotune.*": ("hsa_tl*",),

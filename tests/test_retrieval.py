@@ -368,7 +368,7 @@ def test_triton_kernels_compile_for_hopper(D_r, K):
 
 def test_auto_takes_the_first_that_can(monkeypatch):
     monkeypatch.setattr(ops, "preferred", lambda problem: ("tilelang", "triton", "reference"))
-    arguments = torch.randn(1, 4, 1, 16), torch.randn(1, 3, 1, 16), 2, 16
+    arguments = torch.randn(1, 4, 1, 16), torch.randn(1, 3, 1, 16), 2
     for name in ("tilelang", "triton", "reference"):
         assert ops.resolve_retrieval("auto", *arguments) == name
         if name != "reference":

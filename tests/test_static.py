@@ -56,7 +56,7 @@ def assembled(program, problem, configs) -> list[dict]:
     names = [static.identity(program, problem, c) for c in configs]
     known = [journal.get(name) for name in names]
     todo = [i for i, record in enumerate(known) if record is None or record["made_with"] != made_with]
-    for i, found in zip(todo, static.analyse_together(program, problem, [configs[i] for i in todo]), strict=True):
+    for i, found in zip(todo, static.analyse(program, problem, [configs[i] for i in todo]), strict=True):
         if not found["error"]:  # which may be the machine's
             journal.add(names[i], found | {"made_with": made_with})
         known[i] = found

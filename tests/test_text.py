@@ -28,11 +28,12 @@ def test_features_have_a_mean_square_of_one():
         torch.testing.assert_close(x.square().mean(-1), torch.ones(x.shape[:-1]), msg=name)
 
 
-def test_the_chunk_that_says_the_same_is_found():
+def test_the_chunk_that_says_the_same_is_found(monkeypatch):
     """A text whose last chunk repeats an earlier one."""
     T, S = SMALL.T, SMALL.S
     data = WORDS[: T - S] + WORDS[5 * S : 6 * S]
-    f = text.text_features(data, SMALL, window=S)
+    monkeypatch.setattr(text, "WINDOW", S)
+    f = text.text_features(data, SMALL)
     _, indices = api.retrieve_chunks(f.q_slc, f.landmarks, 1, chunk_size=S)
     assert (indices[0, -1] == 5).all()
     with pytest.raises(ValueError, match="problem must have B = 1 for text, got B = 2"):

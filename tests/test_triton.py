@@ -22,16 +22,18 @@ SHAPES = {"paper": (16, 128, 64, False), "short-chunk": (16, 64, 64, True), "few
 @pytest.mark.parametrize("G, D, S, masked", tiered(SHAPES, quick=("short-chunk",), rows=True))
 def test_kernels_compile_for_hopper(weighted, G, D, S, masked, monkeypatch):
     """On tensor cores, without local memory in what ptxas gets, in the shared memory that the plan reckons with."""
-    names = ("triton_kernels", "triton", "triton_decode", "triton_launch")
-    kernels, base, decode, triton_launch = map(ops.implementation, names)
+    kernels, base, triton_launch = map(ops.implementation, ("triton_kernels", "triton", "triton_launch"))
     monkeypatch.setattr(base, "_device_shared_bytes", lambda device: base._HOPPER_SHARED_BYTES)
     q, k = (torch.empty(shape, device="meta").bfloat16() for shape in ((1, 8, G, D), (1, 3, S, 1, D)))
     slots = torch.empty(1, 8, 1, 4, device="meta")
     absent = ("lse", "dlse", "delta") if weighted else ("weights", "dweights")
-    for kernel in (kernels.forward_kernel, kernels.dq_kernel, kernels.dkdv_kernel, decode.decode_kernel):
+    forward = kernels.forward_kernel
+    for kernel, paged in ((forward, False), (kernels.dq_kernel, False), (kernels.dkdv_kernel, False), (forward, True)):
         constants, _ = base._setup(kernel, q, k, slots if weighted else None, slots, "")
-        constants |= dict.fromkeys(absent if masked else (*absent, "chunk_len"))
-        constants |= {"SLOTS": 4, "WANT_DK": True, "WANT_DV": True}
+        constants |= dict.fromkeys(absent if masked and not paged else (*absent, "chunk_len"))
+        constants |= {"WANT_DK": True, "WANT_DV": True}
+        if kernel is forward and not paged:
+            constants |= dict.fromkeys(("page_table", "P", "splits"))
         if weighted and kernel is kernels.dq_kernel:
             constants["out"] = None
         jitted = triton_launch.form(kernel, False)

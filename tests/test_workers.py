@@ -138,13 +138,13 @@ def test_compiles(use, small_blocks):
 def test_each(use, n):
     """Every item once, several at a time, finished in order and by one at a time; no worker runs far ahead."""
     use(n)
-    finished, running, busy, most = [], [], threading.Lock(), [0]
+    finished, running, busy, most = [], {}, threading.Lock(), [0]
     together = threading.Barrier(n)
 
-    def work(i, own):
+    def work(i):
         if i < n:
             together.wait(30)  # for ever, if fewer worked at once
-        own.append(i)
+        running.setdefault(threading.get_ident(), []).append(i)
         most[0] = max(most[0], i - len(finished))
         return i
 
@@ -153,13 +153,9 @@ def test_each(use, n):
         finished.append(i)
         busy.release()
 
-    def scratch():
-        running.append([])
-        return running[-1]
-
-    spread(range(100), work, finish=finish, scratch=scratch)
+    spread(range(100), work, finish=finish)
     assert finished == list(range(100))
-    assert len(running) == n and sorted(i for own in running for i in own) == finished
+    assert len(running) == n and sorted(i for own in running.values() for i in own) == finished
     assert most[0] <= workers.AHEAD * n
 
 
@@ -167,7 +163,7 @@ def test_operations_in_workers_are_serial(use):
     use(3)
     found = set()
 
-    def work(i, _):  # torch's own threads, OpenMP's and MKL's
+    def work(i):  # torch's own threads, OpenMP's and MKL's
         threads = re.findall(r"(?:get_num|max)_threads\(\) : (\d+)", torch.__config__.parallel_info())
         found.add((*threads, torch.is_grad_enabled()))
 
@@ -182,21 +178,21 @@ def test_operations_in_workers_are_serial(use):
 def test_errors_reach_the_caller(use, where):
     use(3)
 
-    def fail(i, *_):
+    def fail(i):
         if i == 7:
             raise ValueError("seven")
         return i
 
     with pytest.raises(ValueError, match="seven"):
-        spread(range(1000), **({"work": fail} if where == "work" else {"work": lambda i, _: i, "finish": fail}))
-    spread(range(10), lambda i, _: i)
+        spread(range(1000), **({"work": fail} if where == "work" else {"work": lambda i: i, "finish": fail}))
+    spread(range(10), lambda i: i)
 
 
 def test_an_interrupted_caller_stops_its_workers(use):
     use(2)
     worked, go_on = [], threading.Event()
 
-    def work(i, _):
+    def work(i):
         worked.append(i)
         if i == 0:
             time.sleep(0.3)  # until the main thread waits for its workers: a signal just before would wake it late
@@ -207,7 +203,7 @@ def test_an_interrupted_caller_stops_its_workers(use):
     with pytest.raises(KeyboardInterrupt):
         spread(range(1000), work)
     go_on.set()
-    spread(range(1), lambda i, _: i)
+    spread(range(1), lambda i: i)
     assert len(worked) < 10
 
 
@@ -234,7 +230,7 @@ def _in_child(queue, want):
     found = set()
     together = threading.Barrier(3)
 
-    def work(i, _):
+    def work(i):
         together.wait(30)
         found.add(threading.get_ident())
 
@@ -306,11 +302,11 @@ def test_cores_of_the_affinity_mask(tmp_path, monkeypatch):
 def test_workers_are_no_more_than_threads_and_cores(use, monkeypatch, threads, cores, want):
     use(threads)
     monkeypatch.setattr(workers, "cores", lambda: cores)
-    scratches = []
-    spread(range(100), lambda i, _: None, scratch=lambda: scratches.append(0))
-    assert 1 <= len(scratches) <= want
+    running = set()
+    spread(range(100), lambda i: running.add(threading.get_ident()))
+    assert 1 <= len(running) <= want
     barrier = threading.Barrier(want)
-    spread(range(want), lambda i, _: barrier.wait(30))
+    spread(range(want), lambda i: barrier.wait(30))
 
 
 def test_the_gradient_of_one_heads_recency(use):

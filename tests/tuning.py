@@ -6,7 +6,7 @@ RATES = ("issue", "wgmma_flops", "mma_flops", "special", "smem_bytes", "issue_wa
 
 
 def fake_compiler(program, problem, config):
-    """As static.analyse: every third config fails or spills, work by the config's fields."""
+    """As static.analyse of one: every third config fails or spills, work by the config's fields."""
     seed = sum((i + 3) * value for i, value in enumerate(vars(config).values())) % 11
     found = dict.fromkeys(static.READ) | {"spill_bytes": 16 * (seed == 5), "ctas_per_sm": 1 + seed % 2, "copies": 9}
     if seed == 7:

@@ -212,7 +212,7 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     q_heads, out = plan.heads(q), torch.zeros(q.shape, dtype=plan.dtype, device=q.device)
     out_heads = plan.heads(out)
 
-    def multiply(block, _):
+    def multiply(block):
         n = len(block.token)
         scores = plan.product(plan.rows(q_heads, block), plan.keys(plan.k_scaled, block))  # [C, rows, keys]
         p, row_sum = plan.exp_(scores, 2, block)
@@ -238,7 +238,7 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
     gradients, q_heads, do_heads = Gradients(plan, q, k), plan.heads(q), plan.heads(do)
     dw_pairs = q.new_empty(len(plan.slot), plan.GW, dtype=weights.dtype)
 
-    def multiply(block, _):
+    def multiply(block):
         n = len(block.token)
         k_scaled, v = (plan.keys(x, block) for x in (plan.k_scaled, plan.v))
         q_rows, do_rows = (plan.rows(x, block) for x in (q_heads, do_heads))

@@ -9,16 +9,12 @@ apart: one sum over all K * S keys would err more.
 import torch
 
 from hsa_tl import workers
+from hsa_tl.impl.reference import unavailable as unavailable
 from hsa_tl.pairs import within
 
 # Of gathered keys, and as many of values: they should stay in a CPU's cache; accelerators want fewer launches.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
 _BLOCK_ELEMENTS_ACCELERATOR = 2**24
-
-
-def unavailable(problem):
-    """Why this implementation cannot run the problem: it always can."""
-    return None
 
 
 def slots(q, k_pages, indices, page_table):
@@ -63,7 +59,7 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
         weights = weights.masked_fill(~valid[:, None], 0)
     out = []
 
-    def attend(start, _):
+    def attend(start):
         part = slice(start, start + step)
         k, v = (gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
         p = torch.bmm(rows[part].to(dtype), k.flatten(1, 2).mT)

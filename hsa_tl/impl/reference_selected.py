@@ -15,15 +15,11 @@ import torch
 
 from hsa_tl import workers
 from hsa_tl.impl import reference, reference_decode
+from hsa_tl.impl.reference import unavailable as unavailable
 
 FORWARD_NEEDS_PAIRS = True
 
 _LOG2E = math.log2(math.e)
-
-
-def unavailable(problem):
-    """Why this implementation cannot run the problem: it always can."""
-    return None
 
 
 @workers.one_thread
@@ -40,7 +36,7 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
     shifts = torch.full_like(row_sum, 0 if bounded else -math.inf)
     q_heads, out_heads, sum_heads, shift_heads = (plan.heads(x) for x in (q, out, row_sum, shifts))
 
-    def multiply(block, _):
+    def multiply(block):
         p = plan.product(plan.rows(q_heads, block), plan.keys(plan.k_scaled, block))  # [1, rows, keys]
         shift = plan.shift(p, 2, block)
         if shift is not None:
@@ -83,7 +79,7 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
     delta = torch.einsum("bthd,bthd->bth", do.to(plan.dtype), out.to(plan.dtype)).sub_(dlse)
     delta_heads, lse_heads = plan.heads(delta), plan.heads(lse * _LOG2E)
 
-    def multiply(block, _):
+    def multiply(block):
         k_scaled, v = (plan.keys(x, block) for x in (plan.k_scaled, plan.v))
         q_rows, do_rows, delta, lse2 = (plan.rows(x, block) for x in (q_heads, do_heads, delta_heads, lse_heads))
         for x in (do_rows, delta):  # 0 for what fills the block up
@@ -105,7 +101,7 @@ def decode(q, k_pages, v_pages, indices, page_table, scale):
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     lse = torch.empty(rows.shape[:2], dtype=dtype, device=q.device)
 
-    def attend(start, _):
+    def attend(start):
         part = slice(start, start + step)
         k, v = (reference_decode.gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
         p = (rows[part, None].to(dtype) @ k.mT).mul_(scale)  # [n, K, G, S]

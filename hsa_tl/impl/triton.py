@@ -11,18 +11,15 @@ import math
 
 import torch
 
-from hsa_tl.impl.triton_kernels import dkdv_kernel, dq_kernel, forward_kernel, triton
+from hsa_tl.impl import triton_launch
+from hsa_tl.impl.triton_kernels import dkdv_kernel, dq_kernel, forward_kernel
 from hsa_tl.impl.triton_launch import launch
+from hsa_tl.problem import power_of_two
 
 FORWARD_NEEDS_PAIRS = False
 _CONFIG_KEYS = ("block_M", "num_warps", "num_stages", "num_splits")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HOPPER_SHARED_BYTES = 232448
 _REGISTER_AREA = 64 * 128  # S * D up to which ptxas keeps dk and dv of one chunk in registers together
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _shared_bytes(kernel, rows: int, num_stages: int, S: int, block_D: int, itemsize: int) -> int:
@@ -40,8 +37,8 @@ def plan(kernel, G: int, D: int, S: int, itemsize: int, shared_limit: int = _HOP
 
     Chosen from ptxas reports for sm_90a (no spills at D = 64 and 128, S = 64), not from timings.
     """
-    block_D = _next_power_of_two(max(16, D))
-    least = _next_power_of_two(max(16, G))
+    block_D = power_of_two(max(16, D))
+    least = power_of_two(max(16, G))
     area = S * block_D
     hopper = shared_limit >= _HOPPER_SHARED_BYTES
     heights, stages = (least,), (2, 1)
@@ -74,7 +71,7 @@ def _overrides(config: str, kernel, G: int) -> dict:
     if unknown := named.keys() - {*kernels, "overlap"}:
         raise ValueError(f"config must name kernels among {', '.join(kernels)}, got {sorted(unknown)}")
     fields = named.get(kernel.__name__, {})
-    least = _next_power_of_two(max(16, G))
+    least = power_of_two(max(16, G))
     for key, value in fields.items():
         if key not in _CONFIG_KEYS:
             raise ValueError(f"config must have no fields but {', '.join(_CONFIG_KEYS)}, got {key!r}")
@@ -94,18 +91,9 @@ def _device_shared_bytes(device=None) -> int:
 
 def unavailable(problem, kernels=(forward_kernel, dq_kernel, dkdv_kernel)) -> str | None:
     """Why this implementation cannot run `problem` here; None if it can."""
-    if triton is None:
-        return "triton is not installed"
-    if problem.device_type == "cpu":
-        return None if problem.dtype == torch.float32 else "the interpreter runs float32 only"
-    if problem.device_type != "cuda":
-        return f"it runs on cuda and cpu tensors, not on {problem.device_type}"
-    if problem.dtype not in _DTYPES:
-        return "it runs bfloat16, float16 and float32"
-    if not torch.cuda.is_available():
-        return "no CUDA device is present"
-    if torch.cuda.get_device_capability(problem.device_index) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+    reason = triton_launch.unavailable(problem)
+    if reason or problem.device_type == "cpu":
+        return reason
     limit = _device_shared_bytes(problem.device_index)
     for kernel in kernels:
         if plan(kernel, problem.G, problem.D, problem.S, problem.dtype.itemsize, limit) is None:
@@ -116,7 +104,7 @@ def unavailable(problem, kernels=(forward_kernel, dq_kernel, dkdv_kernel)) -> st
 def _setup(kernel, q, k, weights, indices, config):
     G, D, S, H = q.shape[2] // k.shape[3], q.shape[3], k.shape[2], k.shape[3]
     if q.device.type == "cpu":
-        settings = {"block_M": _next_power_of_two(max(64, G)), "num_warps": 4, "num_stages": 1}
+        settings = {"block_M": power_of_two(max(64, G)), "num_warps": 4, "num_stages": 1}
     else:
         settings = plan(kernel, G, D, S, q.dtype.itemsize, _device_shared_bytes(q.device))
     settings |= _overrides(config, kernel, G)
@@ -128,13 +116,13 @@ def _setup(kernel, q, k, weights, indices, config):
         "K": indices.shape[3],
         "PER_HEAD": weights is not None and weights.shape[2] != H,
     }
-    constants["BLOCK_D"] = _next_power_of_two(max(16, D))
+    constants["BLOCK_D"] = power_of_two(max(16, D))
     constants |= {key: settings[key] for key in ("num_warps", "num_stages", "maxnreg") if key in settings}
     if kernel is dkdv_kernel:
         constants["ROWS"] = settings["block_M"]
     else:
-        constants["ROWS"] = _next_power_of_two(max(16, G))
-        constants["BLOCK_K"] = _next_power_of_two(indices.shape[3])
+        constants["ROWS"] = power_of_two(max(16, G))
+        constants["SLOTS"] = power_of_two(indices.shape[3])
     return constants, settings.get("num_splits")
 
 
@@ -147,46 +135,50 @@ def _default_splits(device, programs: int, blocks: int) -> int:
 
 
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
-    B, T, _, _ = q.shape
-    N, H = k.shape[1], k.shape[3]
-    if 0 in (q.numel(), k.numel(), indices.numel()):
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v, weights, indices = (x.contiguous() for x in (q, k, v, weights, indices))
-    out = torch.empty_like(q)
-    constants, _ = _setup(forward_kernel, q, k, weights, indices, config)
-    scale_log2 = scale * math.log2(math.e)
-    launch(forward_kernel, (T, H, B), q, k, v, weights, indices, chunk_len, out, None, T, N, scale_log2, **constants)
-    return out
+    return run_forward(q, k, v, weights, indices, chunk_len, scale, config)[0]
 
 
 def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv, dweights). Always deterministic."""
-    B, T, _, _ = q.shape
+    return run_backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config)
+
+
+def run_forward(q, k, v, weights, indices, chunk_len, scale, config):
+    """out [B, T, HQ, D], and where weights is None lse [B, T, HQ]."""
+    B, T, HQ, _ = q.shape
     N, H = k.shape[1], k.shape[3]
+    q, k, v, weights, indices = map(_contiguous, (q, k, v, weights, indices))
+    out = torch.empty_like(q)
+    lse = q.new_empty(B, T, HQ, dtype=torch.float32) if weights is None else None
+    if q.numel():
+        constants, _ = _setup(forward_kernel, q, k, weights, indices, config)
+        launch(
+            forward_kernel, (T, H, B), q, k, v, weights, indices, None, chunk_len, out, lse, T, N, None, None,
+            scale * math.log2(math.e), **constants,
+        )  # fmt: skip
+    return out, lse
+
+
+def run_backward(
+    do, q, k, v, weights, indices, pairs, chunk_len, scale, config, out=None, lse=None, dlse=None
+):  # fmt: skip
+    """dq, dk, dv, dweights; where weights is None it takes out, lse and dlse, and dweights is None."""
+    B, T, _, _ = q.shape
+    _, N, S, H, _ = k.shape
+    do, q, k, v, weights, indices, out, lse, dlse = map(_contiguous, (do, q, k, v, weights, indices, out, lse, dlse))
     if 0 in (q.numel(), k.numel(), indices.numel()):
-        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
-    do, q, k, v, weights, indices = (x.contiguous() for x in (do, q, k, v, weights, indices))
+        return tuple(x if x is None else torch.zeros_like(x) for x in (q, k, v, weights))
     scale_log2 = scale * math.log2(math.e)
 
     dq = torch.empty_like(q)
-    dweights = torch.zeros_like(weights)  # the kernel skips the empty slots at the end of a row
+    dweights = None if weights is None else torch.zeros_like(weights)  # the kernel skips empty slots at a row's end
+    delta = None if lse is None else torch.empty_like(lse)
     constants, _ = _setup(dq_kernel, q, k, weights, indices, config)
     launch(
-        dq_kernel, (T, H, B), do, q, k, v, weights, indices, chunk_len, None, None, None, None, dq, dweights, T, N,
+        dq_kernel, (T, H, B), do, q, k, v, weights, indices, chunk_len, out, lse, dlse, delta, dq, dweights, T, N,
         scale, scale_log2, **constants,
     )  # fmt: skip
 
-    return (
-        dq,
-        *gradients_of_chunks(do, q, k, v, weights, indices, chunk_len, None, None, pairs, scale, config),
-        dweights,
-    )
-
-
-def gradients_of_chunks(do, q, k, v, weights, indices, chunk_len, lse, delta, pairs, scale, config):
-    """dk and dv; weights is None where lse and delta are given, [B, T, HQ]."""
-    B, T, _, _ = q.shape
-    _, N, S, H, _ = k.shape
     constants, splits = _setup(dkdv_kernel, q, k, weights, indices, config)
     tokens = constants["ROWS"] // constants["G"]
     splits = splits or _default_splits(q.device, B * H * N, indices.numel() // tokens)
@@ -195,8 +187,12 @@ def gradients_of_chunks(do, q, k, v, weights, indices, chunk_len, lse, delta, pa
     for want_dk, want_dv in [(True, True)] if together else [(True, False), (False, True)]:
         launch(
             dkdv_kernel, (N * splits, H, B), do, q, k, v, weights, chunk_len, lse, delta, pairs.pair, pairs.offsets,
-            dk, dv, T, N, splits, scale, scale * math.log2(math.e), WANT_DK=want_dk, WANT_DV=want_dv, **constants,
+            dk, dv, T, N, splits, scale, scale_log2, WANT_DK=want_dk, WANT_DV=want_dv, **constants,
         )  # fmt: skip
     if splits > 1:
         dk, dv = dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
-    return dk, dv
+    return dq, dk, dv, dweights
+
+
+def _contiguous(x):
+    return None if x is None else x.contiguous()

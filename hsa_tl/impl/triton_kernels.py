@@ -3,6 +3,7 @@
     o[t, c] = softmax(q[t] . k[c]^T * scale) v[c]          out[t] = sum over slots of weights[t, slot] * o[t, c(slot)]
 
 forward_kernel  one program owns a token and a KV head: its G query rows stay, the K selected chunks stream past.
+                With a page_table, in decode, they come from its pages, and one of `splits` ranges of slots is its own.
 dq_kernel       the same walk once more; recomputes the probabilities and gives dq and dweights.
 dkdv_kernel     one program owns a chunk: its keys and values stay, the tokens that selected it are gathered through
                 the inverted index, and dk and dv are summed in registers. No atomics: every sum has a fixed order.
@@ -15,13 +16,7 @@ from __future__ import annotations
 
 import math
 
-from hsa_tl.impl.triton_launch import piece
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from hsa_tl.impl.triton_launch import piece, tl
 
 # The kernels are plain functions here; form() makes the compiled or the interpreted form. Reductions name their
 # combine function because tl.max and tl.sum, jitted when triton was imported, cannot be called by the interpreter.
@@ -48,75 +43,127 @@ def finish(row_max, row_sum, acc_o):
     return acc_o / some[:, None], (row_max + tl.log2(some)) / _LOG2E
 
 
+@piece
+def softmax_of(acc_s):
+    """The softmax of each row times its sum, and that."""
+    p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
+    return p, tl.reduce(p, 1, tl.standard._sum_combine)
+
+
+@piece
+def find_chunk(indices, page_table, slot, N, K):
+    """A slot's chunk, or its page in decode: out of range if there is none."""
+    chunk = tl.load(indices + slot, mask=slot < K, other=-1)
+    if page_table is not None:
+        chunk = tl.load(page_table + chunk, mask=(chunk >= 0) & (chunk < N), other=-1)
+    return chunk
+
+
+@piece
+def slots_to_walk(indices, slots, N, K):
+    """Causal rows have their empty slots last: a walk stops behind the last chunk."""
+    chosen = tl.load(indices + slots, mask=slots < K, other=-1)
+    ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
+    return tl.reduce(ends, 0, tl.standard._elementwise_max)
+
+
+@piece
+def load_weight(weights, slot, heads, valid, G, K, PER_HEAD):
+    """[ROWS], or one for all rows; None where weights is."""
+    if PER_HEAD:
+        return tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)
+    elif weights is not None:
+        return tl.load(weights + slot, mask=valid, other=0.0)
+
+
+@piece
+def load_chunk(k, v, chunk, kv_at, cols, valid, chunk_elements, D):
+    """Keys and values [S, D]. An empty slot reads zeros: a branch here would stop the loads from being pipelined."""
+    tile = chunk.to(tl.int64) * chunk_elements
+    mask = (cols < tl.where(valid, D, 0))[None, :]
+    return tl.load(k + tile + kv_at, mask=mask, other=0.0), tl.load(v + tile + kv_at, mask=mask, other=0.0)
+
+
+@piece
+def scores_of(q_tile, k_tile, chunk, chunk_len, keys, valid, scale_log2, S):
+    """[ROWS, S], for exp2; -inf behind the end of a short chunk."""
+    acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+    if chunk_len is not None:
+        length = tl.maximum(tl.load(chunk_len + chunk, mask=valid, other=S), 1)
+        acc_s = tl.where((keys < length)[None, :], acc_s, float("-inf"))
+    return acc_s
+
+
 def forward_kernel(
-    q, k, v, weights, indices, chunk_len, out, lse, T, N, scale_log2,
+    q, k, v, weights, indices, page_table, chunk_len, out, lse, T, N, P, splits, scale_log2,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    i_t = tl.program_id(0)
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
-    row = (i_b.to(tl.int64) * T + tl.program_id(0)) * H + i_h
+    if page_table is not None:
+        i_split = i_t % splits
+        i_t = i_t // splits
+    row = (i_b.to(tl.int64) * T + i_t) * H + i_h
     heads = tl.arange(0, ROWS)
     keys = tl.arange(0, S)
     cols = tl.arange(0, BLOCK_D)
-    slots = tl.arange(0, BLOCK_K)
 
     q_at = heads[:, None] * D + cols[None, :]
     kv_at = keys[:, None] * (H * D) + cols[None, :]
-    base = row * (G * D)
     indices += row * K
-    k += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
-    v += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
     q_mask = (heads < G)[:, None] & (cols < D)[None, :]
-    q_tile = tl.load(q + base + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
+    q_tile = tl.load(q + row * (G * D) + q_at, mask=q_mask, other=0.0)  # [ROWS, D]
     acc_o = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-
     if weights is not None:
         weights += row * (G * K if PER_HEAD else K)
     else:
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.full([ROWS], 0.0, tl.float32)
-    # Causal rows have their empty slots last: stop after the last chunk instead of walking K slots. The next index is
-    # loaded one slot ahead, or Triton would spend a pipeline stage on it and leave k and v a single buffer.
-    chosen = tl.load(indices + slots, mask=slots < K, other=-1)
-    ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
-    ahead = tl.load(indices)
-    for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
-        valid = (ahead >= 0) & (ahead < N)
-        chunk = tl.where(valid, ahead, 0)
-        ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
-        if PER_HEAD:
-            w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)
-        elif weights is not None:
-            w = tl.load(weights + slot, mask=valid, other=0.0)
-        # An empty slot between others reads zeros: a branch here would stop the loads from being pipelined.
-        tile = chunk.to(tl.int64) * (S * H * D)
-        kv_mask = (cols < tl.where(valid, D, 0))[None, :]
-        k_tile = tl.load(k + tile + kv_at, mask=kv_mask, other=0.0)  # [S, D]
-        v_tile = tl.load(v + tile + kv_at, mask=kv_mask, other=0.0)
 
-        acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # [ROWS, S]
-        if chunk_len is not None:
-            length = tl.maximum(tl.load(chunk_len + chunk, mask=valid, other=S), 1)
-            acc_s = tl.where((keys < length)[None, :], acc_s, float("-inf"))
+    if page_table is not None:
+        page_table += i_b.to(tl.int64) * N
+        k += i_h * D
+        v += i_h * D
+        first = i_split * SLOTS
+        stop = first + SLOTS
+        chunks = P
+        at = row * splits + i_split
+    else:
+        k += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
+        v += (i_b.to(tl.int64) * (N * H) * S + i_h) * D
+        first = 0
+        stop = slots_to_walk(indices, tl.arange(0, SLOTS), N, K)
+        chunks = N
+        at = row
+    # The next chunk is looked up one slot ahead, or Triton would spend the pipeline stages of k and v on it.
+    ahead = find_chunk(indices, page_table, first, N, K)
+    for slot in range(first, stop):
+        valid = (ahead >= 0) & (ahead < chunks)
+        chunk = tl.where(valid, ahead, 0)
+        ahead = find_chunk(indices, page_table, slot + 1, N, K)
+        w = load_weight(weights, slot, heads, valid, G, K, PER_HEAD)
+        k_tile, v_tile = load_chunk(k, v, chunk, kv_at, cols, valid, S * H * D, D)
+
+        acc_s = scores_of(q_tile, k_tile, chunk, chunk_len, keys, valid, scale_log2, S)
         if weights is None:
             acc_s = tl.where(valid, acc_s, float("-inf"))
             row_max, row_sum, acc_o = add_tile(acc_s, v_tile, row_max, row_sum, acc_o)
         else:
-            p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
-            row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
+            p, row_sum = softmax_of(acc_s)
             acc_o += tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee") * (w / row_sum)[:, None]
 
     if weights is None:
         acc_o, row_lse = finish(row_max, row_sum, acc_o)
-        tl.store(lse + row * G + heads, row_lse, mask=heads < G)
-    tl.store(out + base + q_at, acc_o.to(out.dtype.element_ty), mask=q_mask)
+        tl.store(lse + at * G + heads, row_lse, mask=heads < G)
+    tl.store(out + at * (G * D) + q_at, acc_o.to(out.dtype.element_ty), mask=q_mask)
 
 
 def dq_kernel(
     do, q, k, v, weights, indices, chunk_len, out, lse, dlse, delta, dq, dweights, T, N, scale, scale_log2,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
@@ -124,7 +171,6 @@ def dq_kernel(
     heads = tl.arange(0, ROWS)
     keys = tl.arange(0, S)
     cols = tl.arange(0, BLOCK_D)
-    slots = tl.arange(0, BLOCK_K)
 
     q_at = heads[:, None] * D + cols[None, :]
     kv_at = keys[:, None] * (H * D) + cols[None, :]
@@ -146,39 +192,27 @@ def dq_kernel(
         row_delta = tl.reduce(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1, tl.standard._sum_combine)
         row_delta -= tl.load(dlse + row * G + heads, mask=heads < G, other=0.0)
         tl.store(delta + row * G + heads, row_delta, mask=heads < G)
-    chosen = tl.load(indices + slots, mask=slots < K, other=-1)
-    ends = tl.where((chosen >= 0) & (chosen < N), slots + 1, 0)
-    ahead = tl.load(indices)
-    for slot in range(0, tl.reduce(ends, 0, tl.standard._elementwise_max)):
+    ahead = find_chunk(indices, None, 0, N, K)
+    for slot in range(0, slots_to_walk(indices, tl.arange(0, SLOTS), N, K)):
         valid = (ahead >= 0) & (ahead < N)
         chunk = tl.where(valid, ahead, 0)
-        ahead = tl.load(indices + (slot + 1), mask=slot + 1 < K, other=-1)
-        if PER_HEAD:
-            w = tl.load(weights + heads * K + slot, mask=heads < tl.where(valid, G, 0), other=0.0)[:, None]
-        elif weights is not None:
-            w = tl.load(weights + slot, mask=valid, other=0.0)
-        tile = chunk.to(tl.int64) * (S * H * D)
-        kv_mask = (cols < tl.where(valid, D, 0))[None, :]
-        k_tile = tl.load(k + tile + kv_at, mask=kv_mask, other=0.0)  # [S, D]
-        v_tile = tl.load(v + tile + kv_at, mask=kv_mask, other=0.0)
+        ahead = find_chunk(indices, None, slot + 1, N, K)
+        w = load_weight(weights, slot, heads, valid, G, K, PER_HEAD)
+        k_tile, v_tile = load_chunk(k, v, chunk, kv_at, cols, valid, S * H * D, D)
 
-        acc_s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # [ROWS, S]
+        acc_s = scores_of(q_tile, k_tile, chunk, chunk_len, keys, valid, scale_log2, S)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-        if chunk_len is not None:
-            length = tl.maximum(tl.load(chunk_len + chunk, mask=valid, other=S), 1)
-            acc_s = tl.where((keys < length)[None, :], acc_s, float("-inf"))
         if weights is None:
             acc_s = tl.where(valid, acc_s, float("-inf"))
             ds = tl.exp2(acc_s - lse2[:, None]) * (dp - row_delta[:, None])
         else:
-            p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
-            row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
+            p, row_sum = softmax_of(acc_s)
             row_delta = tl.reduce(p * dp, 1, tl.standard._sum_combine) / row_sum
             if PER_HEAD:
                 tl.store(dweights + heads * K + slot, row_delta, mask=heads < G)
             else:
                 tl.store(dweights + slot, tl.reduce(row_delta, 0, tl.standard._sum_combine))
-            ds = p * (w / row_sum[:, None]) * (dp - row_delta[:, None])
+            ds = p * (w / row_sum)[:, None] * (dp - row_delta[:, None])
         acc_dq += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision="ieee")
 
     tl.store(dq + base + q_at, (acc_dq * scale).to(dq.dtype.element_ty), mask=q_mask)
@@ -240,8 +274,7 @@ def dkdv_kernel(
         if weights is None:
             pw = tl.exp2(acc_s - lse2[:, None])
         else:
-            p = tl.exp2(acc_s - tl.reduce(acc_s, 1, tl.standard._elementwise_max)[:, None])
-            row_sum = tl.reduce(p, 1, tl.standard._sum_combine)
+            p, row_sum = softmax_of(acc_s)
             pw = p * (w / row_sum)[:, None]
         # [D, S] and not [S, D]: p and ds then go to the tensor cores from shared memory, not from registers.
         if WANT_DK:

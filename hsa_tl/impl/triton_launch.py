@@ -11,8 +11,11 @@ from hsa_tl.files import writable
 
 try:
     import triton
+    import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # A new length must not compile again, not even when it becomes divisible by 16 or 1.
 LENGTHS = ("T", "N", "splits")
@@ -20,6 +23,23 @@ LENGTHS = ("T", "N", "splits")
 # The interpreter replaces functions of triton.language for the whole process while it runs, and keeps the current
 # program in a global: two launches at once would compute each other's addresses, and one that compiles would see them.
 _ONE_LAUNCH = threading.RLock()
+
+
+def unavailable(problem) -> str | None:
+    """Why no Triton kernel can run `problem` here, whatever it computes; None if one can."""
+    if triton is None:
+        return "triton is not installed"
+    if problem.device_type == "cpu":
+        return None if problem.dtype == torch.float32 else "the interpreter runs float32 only"
+    if problem.device_type != "cuda":
+        return f"it runs on cuda and cpu tensors, not on {problem.device_type}"
+    if problem.dtype not in _DTYPES:
+        return "it runs bfloat16, float16 and float32"
+    if not torch.cuda.is_available():
+        return "no CUDA device is present"
+    if torch.cuda.get_device_capability(problem.device_index) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
 
 
 def piece(function):

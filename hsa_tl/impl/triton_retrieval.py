@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import torch
 
-from hsa_tl.impl.triton_launch import launch
+from hsa_tl.impl import triton_launch
+from hsa_tl.impl.triton_launch import launch, tl
 from hsa_tl.pairs import Pairs
-from hsa_tl.problem import Problem
-from hsa_tl.retrieval import merge, visible_chunks
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from hsa_tl.problem import Problem, power_of_two
+from hsa_tl.retrieval import empty_slots, merge, visible_chunks
 
 MAX_TOPK = 128
 SPLIT_CHUNKS = 256  # of a program's share in decode, at least
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Plain functions; form() makes the compiled or the interpreted form. Reductions name their combine function because
 # tl.max and tl.sum, jitted when triton was imported, cannot be called by the interpreter.
@@ -112,46 +106,33 @@ def dlandmarks_kernel(
 
 def unavailable(problem: Problem) -> str | None:
     """Why the kernels cannot run this retrieval here, or None. A retrieval's H is R and its D is D_r."""
-    if triton is None:
-        return "triton is not installed"
     if problem.K > MAX_TOPK:
         return f"topk must be at most {MAX_TOPK}, got {problem.K}"
-    if problem.device_type == "cpu":
-        return None if problem.dtype == torch.float32 else "the interpreter runs float32 only"
-    if problem.device_type != "cuda" or not torch.cuda.is_available():
-        return f"it runs on cuda and cpu tensors, not on {problem.device_type}"
-    if torch.cuda.get_device_capability(problem.device_index) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    return None if problem.dtype in _DTYPES else "it runs bfloat16, float16 and float32"
+    return triton_launch.unavailable(problem)
 
 
 decode_unavailable = unavailable
-
-
-def _power_of_two(n: int, least: int = 16) -> int:
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def topk_constants(R: int, D_r: int, topk: int, interpreted: bool = False) -> dict:
     """Compile-time arguments of topk_kernel; the interpreter's time goes by program, so its tiles are larger."""
     rows, block_N = (64, 128) if interpreted else (32, 64)
     return {
-        "R": R, "D": D_r, "K": topk, "ROWS": rows, "BLOCK_N": block_N, "BLOCK_D": _power_of_two(D_r),
-        "BLOCK_K": _power_of_two(topk, 2), "num_warps": 4, "num_stages": 2,
+        "R": R, "D": D_r, "K": topk, "ROWS": rows, "BLOCK_N": block_N, "BLOCK_D": power_of_two(max(16, D_r)),
+        "BLOCK_K": power_of_two(max(2, topk)), "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
 
 
 def sum_constants(R: int, D_r: int, topk: int) -> dict:
     """Compile-time arguments of dlandmarks_kernel."""
-    return {"R": R, "D": D_r, "K": topk, "ROWS": 32, "BLOCK_D": _power_of_two(D_r), "num_warps": 4}
+    return {"R": R, "D": D_r, "K": topk, "ROWS": 32, "BLOCK_D": power_of_two(max(16, D_r)), "num_warps": 4}
 
 
 def _best(q_slc, landmarks, visible, topk, scale):
     """scores, indices [B, T, R, topk]; visible [B, T]: how many of its N chunks a token sees."""
     B, T, R, D_r = q_slc.shape
     N = landmarks.shape[1]
-    scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
-    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    scores, indices = empty_slots(q_slc, topk)
     if scores.numel() and N:
         constants = topk_constants(R, D_r, topk, q_slc.device.type == "cpu")
         grid = -(-T // constants["ROWS"]), R, B

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-
 from hsa_tl import fusion
 from hsa_tl.impl import triton as base
 from hsa_tl.impl import triton_decode
-from hsa_tl.impl.triton_kernels import dq_kernel, forward_kernel
-from hsa_tl.impl.triton_launch import launch
 
 FORWARD_NEEDS_PAIRS = False
 
@@ -22,31 +16,12 @@ def unavailable(problem) -> str | None:
 
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] and lse [B, T, HQ]."""
-    B, T, HQ, _ = q.shape
-    N, H = k.shape[1], k.shape[3]
-    q, k, v, indices = (x.contiguous() for x in (q, k, v, indices))
-    out, lse = torch.empty_like(q), q.new_empty(B, T, HQ, dtype=torch.float32)
-    if q.numel():
-        constants, _ = base._setup(forward_kernel, q, k, None, indices, config)
-        scale_log2 = scale * math.log2(math.e)
-        launch(forward_kernel, (T, H, B), q, k, v, None, indices, chunk_len, out, lse, T, N, scale_log2, **constants)
-    return out, lse
+    return base.run_forward(q, k, v, None, indices, chunk_len, scale, config)
 
 
 def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv). Always deterministic."""
-    B, T, _, _ = q.shape
-    N, H = k.shape[1], k.shape[3]
-    if not q.numel():
-        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    do, dlse, q, k, v, indices = (x.contiguous() for x in (do, dlse, q, k, v, indices))
-    dq, delta = torch.empty_like(q), torch.empty_like(lse)
-    constants, _ = base._setup(dq_kernel, q, k, None, indices, config)
-    launch(
-        dq_kernel, (T, H, B), do, q, k, v, None, indices, chunk_len, out, lse, dlse, delta, dq, None, T, N, scale,
-        scale * math.log2(math.e), **constants,
-    )  # fmt: skip
-    return dq, *base.gradients_of_chunks(do, q, k, v, None, indices, chunk_len, lse, delta, pairs, scale, config)
+    return base.run_backward(do, q, k, v, None, indices, pairs, chunk_len, scale, config, out, lse, dlse)[:3]
 
 
 def decode(q, k_pages, v_pages, indices, page_table, scale):
