@@ -166,7 +166,9 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
     depth_steps: Annotated[int, number(low=1, high=1001, help="depths from first to last")] = 5,
-    tasks: Annotated[str, typer.Option(help="s-niah, mk-niah-1 to 3, mq-niah, vt, fwe")] = "s-niah,mq-niah",
+    tasks: Annotated[
+        str, typer.Option(help="in words: s-niah, mk-niah-1 to 3, mq-niah, mv-niah, vt, fwe, cwe, qa, babi-1 to 3")
+    ] = "s-niah,mq-niah",
     samples: Annotated[int, samples_option("contexts of each length, task and depth")] = 4,
     vocabulary: Annotated[
         Optional[str], typer.Option(help="words or needles; by default what the run was trained on")
@@ -177,6 +179,9 @@ def evaluate(
     memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,
     topk: Annotated[
         Optional[int], number(low=0, high=1 << 16, help="chunks to retrieve, 0 for windows only; by default the run's")
+    ] = None,
+    haystack: Annotated[
+        Optional[Path], typer.Option(help="UTF-8 text to hide things in, for RULER in words; by default some sentences")
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
     windows: Annotated[int, number(low=1, high=1 << 20, help="places of the file, for perplexity")] = 8,
@@ -217,7 +222,8 @@ def evaluate(
         chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
         one_of("vocabulary", chosen, ruler.VOCABULARIES)
         places = parse_depths(depths, depth_steps)
-        found = ruler.run_ruler(reader, chosen, tasks.split(","), points, places, samples=samples, generate=generate)
+        options = {"samples": samples, "generate": generate, "haystack": haystack}
+        found = ruler.run_ruler(reader, chosen, tasks.split(","), points, places, **options)
     rows = []
     with progress_bar(console) as bar:
         step = bar.add_task("read", total=None)

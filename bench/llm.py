@@ -120,7 +120,7 @@ def main() -> None:
         recalls = find_landmarks(model, pieces, [judge], anchors=ANCHORS)
         config = model.config
         shares = {name: sum(map(sum, layers)) / sum(map(len, layers)) for name, layers in recalls.items()}
-        settings |= {"anchors": ANCHORS, "recall": shares, "recall_by_layer": recalls}
+        settings |= {"anchors": ANCHORS, "exact_heads": config.exact_heads, "recall": shares, "recall_by_head": recalls}
         told = ", ".join(f"{100 * share:.1f} % by {name}" for name, share in shares.items())
         print(f"attention to all chunks that {TOPK} chosen ones hold: {told}", flush=True)
     rows, path = [], given.out / f"llm-{given.length}.json"

@@ -58,6 +58,7 @@ class RulerRow:
     answers: int
     samples: int
     seconds: float
+    haystack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,20 @@ def chance(vocabulary: str) -> float:
 
 def run_ruler(
     reader: LongReader, vocabulary: str, tasks: list[str], lengths: list[int], depths: list[float], *, samples: int,
-    generate: bool = False,
+    generate: bool = False, haystack: Path | None = None,
 ) -> Iterator[RulerRow]:  # fmt: skip
-    """Accuracy of each task at each length and depth. vocabulary: "words", one token a byte, or "needles", the 320
-    tokens of hsa_tl.model.needles. generate: see evaluate.answers_generated; each context is then read anew.
-    ValueError: a task that the vocabulary does not have."""
-    known = needles.TASKS if vocabulary == "needles" else ruler.TASKS
-    make = evaluate.needle_samples if vocabulary == "needles" else evaluate.ruler_samples
+    """Accuracy of each task at each length and depth. vocabulary: "words", in the model's own tokens, or "needles", the
+    320 tokens of hsa_tl.model.needles. generate: see evaluate.answers_generated; each context is then read anew.
+    haystack: a text around what is hidden in words, by default some sentences again and again.
+    ValueError: a task or a haystack that the vocabulary does not have."""
+    known, make, name = needles.TASKS, evaluate.needle_samples, None
+    if vocabulary == "words":
+        tokenizer, text = reader.model.tokenizer, None
+        if haystack is not None:
+            name, text = haystack.name, tokenizer.encode_all([haystack.read_bytes()])[0]
+        known, make = ruler.TASKS, partial(evaluate.ruler_samples, tokenizer=tokenizer, haystack=text)
+    elif haystack is not None:
+        raise ValueError(f"haystack must go with the vocabulary words, got it with {vocabulary}")
     for task in tasks:
         one_of("task", task, known)
     method, answer = "teacher-forced", partial(evaluate.answers_right, reader)
@@ -97,7 +105,7 @@ def run_ruler(
                 fixed = () if depth is None else (depth,)
                 found = evaluate.accuracy(answer, make(task, length, samples, 0, fixed))
                 counts = found.answers, found.samples, round(found.seconds, 3)
-                yield RulerRow(method, task, length, depth, found.share, *counts)
+                yield RulerRow(method, task, length, depth, found.share, *counts, name)
 
 
 def run_perplexity(

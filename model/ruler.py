@@ -1,7 +1,8 @@
-"""Retrieval tasks in words, after RULER: needles by depth, many keys, many queries, variable tracking, frequent words.
+"""Retrieval tasks in words: RULER's needles by depth, many keys, values and queries, variable tracking, frequent and
+common words and questions about people, and BabiLong's stories, of which one to three facts answer.
 
-Every sample is a body of exact length, a question and its answers; any tokenizer. The words are ours; the kinds are
-RULER's: a haystack of filler sentences, of real text, or of needles.
+Every sample is a body of exact length, a question and its answers; any tokenizer. The words are ours; the haystack is
+of filler sentences, of real text, or of needles.
 
     sample = ruler_sample("mq-niah", 4096, seed=0, index=3)
     ByteTokenizer().decode(sample.tokens)
@@ -10,9 +11,11 @@ Nothing loops over tokens, so that a sample of 16M tokens takes seconds.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from hsa_tl.model import facts
 from hsa_tl.model.data import ByteTokenizer, Sample, Tokenizer, distinct
 
 FILLER = (
@@ -36,15 +39,18 @@ LETTERS = np.frombuffer(b"BCDFGHJKLMNPQRSTVWXZ", np.uint8)
 FREQUENT = 3  # words asked for
 LEXICON = 200
 ZIPF = 2.0
+COMMON, TIMES = 10, 10  # words asked for, and how often they come where another one comes once
 
 
 @dataclass(frozen=True)
 class Niah:
-    """Needles: how many (0: the body is made of them), how many are asked, and whether keys are random strings."""
+    """Needles: how many (0: the body is made of them), how many are asked, whether keys are random strings, and how
+    many needles a key has, which are all asked."""
 
     needles: int = 1
     queries: int = 1
     long_keys: bool = False
+    values: int = 1
 
 
 NIAH = {
@@ -53,8 +59,11 @@ NIAH = {
     "mk-niah-2": Niah(0),
     "mk-niah-3": Niah(0, long_keys=True),
     "mq-niah": Niah(6, 2),
+    "mv-niah": Niah(4, 4, values=4),
 }
-TASKS = (*NIAH, "vt", "fwe")
+FACTS = {"qa": facts.biographies, **{f"babi-{n}": partial(facts.story, needed=n) for n in (1, 2, 3)}}
+TASKS = (*NIAH, "vt", "fwe", "cwe", *FACTS)
+TRAINED = ("s-niah", "mk-niah-1", "mk-niah-2", "mk-niah-3", "mq-niah", "vt", "fwe")  # short enough for any length
 CHAINS, HOPS = 2, 4
 
 
@@ -64,7 +73,7 @@ def ruler_sample(
 ) -> Sample:  # fmt: skip
     """The sample of (seed, index): tokens [length] and its answers' spans [A, 2].
 
-    name: s-niah, mk-niah-1 to 3, mq-niah, vt, fwe. depth: of the first needle asked for, in [0, 1], by default
+    name: one of TASKS. depth: of the first needle asked for, in [0, 1], by default
     anywhere; niah only. haystack: tokens of real text, which repeat where they are too few; by default filler
     sentences. ValueError: an unknown name, or a length too short for the task.
     """
@@ -79,7 +88,9 @@ def ruler_sample(
         return _niah(NIAH[name], length, rng, depth, tokenizer, filler)
     if name == "vt":
         return _variables(length, rng, tokenizer, filler)
-    return _frequent(length, rng, tokenizer)
+    if name in FACTS:
+        return _facts(FACTS[name], length, rng, tokenizer, filler)
+    return (_frequent if name == "fwe" else _common)(length, rng, tokenizer)
 
 
 def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.ndarray) -> Sample:
@@ -88,13 +99,17 @@ def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.
         sizes = [len(t) for t in tokenizer.encode_all(_sentences(*_pairs(rng, 64, kind.long_keys)))]
         count = max(1, int((length - 4 * max(sizes)) / np.mean(sizes)))
     keys, values = _pairs(rng, count, kind.long_keys)
+    keys = [keys[i // kind.values * kind.values] for i in range(count)]
     asked = rng.permutation(count)[: kind.queries]
     if depth is not None:
         place = round(depth * (count - 1))
         asked[asked == place], asked[0] = asked[0], place
-    tail, spans = _question(
-        tokenizer, [(f"\nQuestion: what is the code of {keys[i]}? Answer: ", values[i]) for i in asked]
-    )
+    if kind.values > 1:  # in the order of the text
+        questions = [f"\nQuestion: what are all codes of {keys[0]}? Answer: ", *[" "] * (count - 1)]
+        tail, spans = _question(tokenizer, list(zip(questions, values, strict=True)))
+    else:
+        questions = [(f"\nQuestion: what is the code of {keys[i]}? Answer: ", values[i]) for i in asked]
+        tail, spans = _question(tokenizer, questions)
     body, needles = length - len(tail), tokenizer.encode_all(_sentences(keys, values))
     if not kind.needles:  # what does not fit goes, from the end; never one that is asked for
         kept = np.ones(count, bool)
@@ -213,3 +228,28 @@ def _frequent(length: int, rng, tokenizer: Tokenizer) -> Sample:
     text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), counts)))
     rest = np.resize(tokenizer.encode_all([". "])[0], body - len(text))
     return Sample(np.concatenate([text, rest, tail]), spans + body)
+
+
+def _common(length: int, rng, tokenizer: Tokenizer) -> Sample:
+    """A body of made-up words, of which COMMON come TIMES times as often as each other one, asked in alphabetical
+    order."""
+    words = [w.lower() for w in _letters(rng, LEXICON, 4)]
+    pieces = tokenizer.encode_all([w + " " for w in words])
+    question = f"\nQuestion: which {COMMON} words are the most common, from a to z? Answer: "
+    tail, spans = _question(tokenizer, [(question, " ".join(sorted(words[:COMMON])))])
+    body, share = length - len(tail), np.array([TIMES] * COMMON + [1] * (LEXICON - COMMON))
+    once = int((share * [len(p) for p in pieces]).sum())
+    if body < once:
+        raise ValueError(f"length must leave {once} tokens for the words, got {max(body, 0)}")
+    text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), share * (body // once))))
+    rest = np.resize(tokenizer.encode_all([". "])[0], body - len(text))
+    return Sample(np.concatenate([text, rest, tail]), spans + body)
+
+
+def _facts(make, length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> Sample:
+    """Sentences in their order, anywhere in the filler, and a question about them."""
+    sentences, question, answer = make(rng)
+    pieces = tokenizer.encode_all([f"\n{x}\n" for x in sentences])
+    tail, spans = _question(tokenizer, [(f"\nQuestion: {question} Answer: ", answer)])
+    body = length - len(tail)
+    return _assemble(body, filler, pieces, _places(rng, body, pieces, "facts"), tail, spans)

@@ -134,7 +134,7 @@ def _needles(length: int, seed: int, *, tasks) -> TaskSource:
     return TaskSource(samples, weights, length, needles.VOCAB, seed)
 
 
-def _ruler(length: int, seed: int, *, tasks=ruler.TASKS, tokenizer=None) -> TaskSource:
+def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> TaskSource:
     """tasks: names; tokenizer: a file, by default bytes."""
     tokenizer = make_tokenizer(tokenizer)
     samples = [

@@ -47,6 +47,7 @@ def test_ruler_of_needles(tmp_path):
     assert all(r["answers"] == r["samples"] * (2 if r["task"] == "mq-niah" else 1) for r in rows)
     assert (tmp_path / "ruler.png").stat().st_size > 5000 and "mq-niah" in output
     assert "task must be one of s-niah" in invoke("ruler", *common, "--tasks", "vt", code=2)
+    assert "haystack must go with the vocabulary words" in invoke("ruler", *common, "--haystack", __file__, code=2)
     invoke("ruler", *common, "--generate", "--tasks", "mq-niah", "--memory", tmp_path / "memory")
     generated = json.loads((tmp_path / "ruler.json").read_text())
     assert {r["method"] for r in rows} == {"teacher-forced"} and {r["method"] for r in generated} == {"generated"}
@@ -60,7 +61,12 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     invoke("ruler", "--run", run, "--lengths", "1k", "--depths", "0.5", "--samples", 1, "--tasks", "s-niah,vt",
            "--out", tmp_path, "--topk", 4)  # fmt: skip
     rows = json.loads((tmp_path / "ruler.json").read_text())
-    assert [(r["task"], r["depth"]) for r in rows] == [("s-niah", 0.5), ("vt", None)]
+    assert [(r["task"], r["depth"], r["haystack"]) for r in rows] == [("s-niah", 0.5, None), ("vt", None, None)]
+    (tmp_path / "book.txt").write_text("It was a dark night. " * 9)
+    invoke("ruler", "--run", run, "--lengths", "2k", "--samples", 1, "--tasks", "babi-2", "--out", tmp_path / "book",
+           "--haystack", tmp_path / "book.txt")  # fmt: skip
+    row = json.loads((tmp_path / "book/ruler.json").read_text())[0]
+    assert (row["task"], row["haystack"], row["answers"]) == ("babi-2", "book.txt", 1)
     common = ("--run", run, "--data", tmp_path / "text.bin", "--out", tmp_path)
     invoke("perplexity", *common, "--lengths", "256..1k")
     rows = json.loads((tmp_path / "perplexity.json").read_text())
