@@ -37,7 +37,7 @@ def products(q, marks, dtype):
         return torch.bmm(q, marks.mT, out_dtype=dtype)
     T, n = q.shape[-2], marks.shape[-2]
     if q.device.type == "cpu":
-        q = torch.nn.functional.pad(q, (0, 0, 0, -T % _ROWS))
+        q = torch.constant_pad_nd(q, (0, 0, 0, -T % _ROWS))
     q = q.to(dtype)
     if marks.dtype == dtype or marks.numel() <= _CONVERTED:
         if n < _ROWS:  # a pad by nothing would copy all of them
@@ -52,13 +52,12 @@ def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclud
     """See hsa_tl.api.retrieve_decode."""
     T, dtype = q_slc.shape[1], torch.promote_types(q_slc.dtype, torch.float32)
     position = lengths[:, None] + torch.arange(T, device=lengths.device)
-    visible = visible_chunks(position, chunk_size, exclude_window).clamp(0, landmarks.shape[1])  # [B, T]
-    if chunks is not None:
-        visible = torch.minimum(visible, chunks[:, None])
+    held = landmarks.shape[1] if chunks is None else chunks[:, None]
+    visible = visible_chunks(position, chunk_size, exclude_window).clamp(max=held)  # [B, T]
     hides = True
     if visible.device.type == "cpu" and visible.numel():  # what no token sees need not be read
-        least, most = (int(x) for x in visible.aminmax())
-        landmarks, hides = landmarks[:, :most], least < most
+        ends = visible.flatten().tolist()
+        landmarks, hides = landmarks[:, : max(ends)], min(ends) < max(ends)
     N = landmarks.shape[1]
     if not N or not visible.numel():
         return empty_slots(q_slc, topk)
@@ -104,7 +103,7 @@ def _scan(q_slc, landmarks, visible, k, scale, dtype):
             hidden = torch.arange(start, start + marks.shape[1], device=q_slc.device) >= visible[..., None]
             scores.masked_fill_(hidden[:, :, None], -torch.inf)
         chosen = _best(scores, min(k, marks.shape[1]))
-        return scores.gather(-1, chosen), chosen + start
+        return scores.gather(-1, chosen), chosen + start if start else chosen
 
     workers.each(range(0, N, size), score, parts.append)
     if len(parts) == 1:

@@ -37,11 +37,7 @@ def sequences(cu_seqlens, T, N, chunk_size):
 
 def visible_chunks(position: torch.Tensor, chunk_size: int, exclude_window: int) -> torch.Tensor:
     """How many chunks a token at each position may retrieve: whole ones in the past, not all inside its window."""
-    visible = position // chunk_size
-    if exclude_window > 0:
-        outside = torch.div(position - exclude_window, chunk_size, rounding_mode="floor") + 1
-        visible = torch.minimum(visible, outside.clamp(min=0))
-    return visible
+    return (position - max(0, exclude_window - chunk_size)).clamp(min=0) // chunk_size
 
 
 def empty_slots(q_slc: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
