@@ -52,12 +52,12 @@ def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[fl
 
 
 def _attend(q_BTAD, k_BPHD, v_BPHD, mask, with_lse):
-    """Attention of one block: mask [T, P] or [B, 1, T, P], True where seen; None: causal, P = T."""
+    """Attention of one block: mask [T, P] or [B, 1, T, P], True where seen; None: causal, P = T, or T = 1."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTAD, k_BPHD, v_BPHD))
-    if not with_lse:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out.transpose(1, 2), None
     T, H, D = q.shape[2], k.shape[1], q.shape[3]
+    if not with_lse:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True)
+        return out.transpose(1, 2), None
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     score = (q.unflatten(1, (H, -1)) @ k[:, :, None].mT).float() / math.sqrt(D)  # [B, H, G, T, P]
@@ -131,7 +131,7 @@ def windowed(
 
     n = min(W, T)
     mask = None
-    if before or n > W:
+    if before and (T > 1 or past_B is not None):  # one query sees every key that there is
         r = torch.arange(n, device=q.device)[:, None] + before
         c = torch.arange(before + n, device=q.device)
         mask = (c <= r) & (c > r - (k_BPHD.shape[1] if window is None else window))
