@@ -313,7 +313,7 @@ def landmarks(
     anchors: Annotated[int, number(low=1, high=1 << 12, help="of each key/value head: numbers kept of a chunk")] = 64,
     contexts: Annotated[int, number(low=1, high=1 << 12, help="pieces of the text to read, and one to judge")] = 2,
     length: Annotated[str, typer.Option(help="tokens of a piece")] = "4k",
-    tolerance: Annotated[float, number(low=0, high=1, help="a head that would miss more keeps the exact mass")] = 0.05,
+    tolerance: Annotated[float, number(low=0, high=1, help="a head that may miss more keeps the exact mass")] = 0.4,
     seed: Annotated[int, seed_option("of pieces and anchors")] = 0,
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:

@@ -14,6 +14,7 @@ from hsa_tl.model import load
 from hsa_tl.model.convert import convert
 from hsa_tl.model.data import ByteTokenizer
 from hsa_tl.model.landmarks import find_landmarks
+from hsa_tl.model.train import reconfigure
 
 transformers = pytest.importorskip("transformers")
 
@@ -276,16 +277,18 @@ def test_landmarks(small, tmp_path):
     )
     tokens = before.tokenizer.encode(text.read_bytes())
     texts = [tokens[:300], tokens[300:600]], [tokens[600:]]
-    recalls = find_landmarks(before, *texts, anchors=256, tolerance=0.02)
+    recalls = find_landmarks(before, *texts, anchors=256, tolerance=1.0)
     mass, landmark, mean = (torch.tensor(recalls[name]) for name in ("mass", "landmark", "mean"))
-    assert mass.shape == (3, 2) and (mass <= 1).all() and (mean > 0).all()
-    # This source gives all chunks nearly the same; its queries are as many as the anchors, so little is guessed.
-    assert mean.mean() < landmark.mean() <= mass.mean() + 0.01
-    missed = (mass - landmark).flatten()
-    assert before.config.exact_heads == tuple((missed > 0.02).nonzero().flatten().tolist())
-    again = find_landmarks(after, [tokens[:300]], anchors=4)
-    assert again == {} and (after.config.anchors, after.config.exact_heads) == (4, ())
-    assert after.layers[0].attention.landmarks.anchors.shape == (2, 4, 8)
+    assert mass.shape == (3, 2) and (mass <= 1).all() and before.config.exact_heads == ()
+    assert mean.mean() < landmark.mean() <= mass.mean() + 0.01  # with as many anchors as these know queries
+    with torch.no_grad():
+        exact = load(tmp_path / "run")
+        reconfigure(exact, dataclasses.replace(exact.config, selection="mass"))
+        ids = torch.tensor([tokens[300:600]])
+        assert not torch.equal(before(ids).logits, exact(ids).logits)
+        assert find_landmarks(before, *texts, anchors=4, tolerance=0.0)["mass"] == recalls["mass"]
+        assert before.config.exact_heads == (0, 1, 2, 3, 4, 5) and before.config.anchors == 4
+        assert torch.equal(before(ids).logits, exact(ids).logits)
     with torch.no_grad():
         ids = torch.tensor([tokens[:300]])
         cache = after.new_cache(1)
