@@ -31,13 +31,15 @@ from hsa_tl.text import read_corpus
 
 ATOL = 1e-4
 WINDOW, SINKS, CHUNK_SIZE, TOPK, ANCHORS = 512, 4, 64, 16, 64
+FINE = {"chunk_size": 16, "topk": 64}  # as many tokens
 METHODS = {  # None: the source
     "source": None,
     "window": {"topk": 0},
     "all": {"topk": "all"},
-    "mass": {"topk": TOPK, "selection": "mass"},
-    "landmark": {"topk": TOPK, "selection": "landmark"},
-    "mean": {"topk": TOPK, "selection": "mean"},
+    "mass": {"selection": "mass"},
+    "mean": {"selection": "mean"},
+    "mean of 16": FINE | {"selection": "mean"},
+    "landmark of 16": FINE | {"selection": "landmark"},
 }
 LAST = 301  # tokens before the code's end whose logits are asked for, at least
 
@@ -115,14 +117,15 @@ def main() -> None:
     if not difference <= ATOL:
         raise SystemExit(1)
     settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
-    if "landmark" in given.methods:
+    if "landmark of 16" in given.methods:
         *pieces, judge = pieces_of(model.tokenizer, 3, 4096)
+        reconfigure(model, replace(config, **FINE))
         recalls = find_landmarks(model, pieces, [judge], anchors=ANCHORS)
-        config = model.config
+        config = replace(config, anchors=ANCHORS, exact_heads=model.config.exact_heads)
         shares = {name: sum(map(sum, layers)) / sum(map(len, layers)) for name, layers in recalls.items()}
         settings |= {"anchors": ANCHORS, "exact_heads": config.exact_heads, "recall": shares, "recall_by_head": recalls}
         told = ", ".join(f"{100 * share:.1f} % by {name}" for name, share in shares.items())
-        print(f"attention to all chunks that {TOPK} chosen ones hold: {told}", flush=True)
+        print(f"attention to all chunks of 16 that 64 hold: {told}; exact: {config.exact_heads}", flush=True)
     rows, path = [], given.out / f"llm-{given.length}.json"
     for name in given.methods:
         if METHODS[name] is None:
