@@ -101,6 +101,12 @@ def test_dims(impl, dims):
     check_selected(impl, dims)
 
 
+def test_dq_may_be_added_atomically():
+    call = without_weights(make_call(Dims()))
+    actual = run("tilelang", call, config={"selected_bwd_chunk": {"reduce_add": 1}})
+    assert_attention(actual, call, chunk_size=S)
+
+
 def _dense(q, k, v, indices, chunk_size):
     """Causal attention to all chunks but the token's own."""
     T, G = q.shape[1], q.shape[2] // k.shape[2]

@@ -12,6 +12,13 @@ SMALL = cases.at_length(cases.on_cpu(cases.case("k16-d64").problem), 640, HQ=6, 
 WORDS = b"".join(f"line {i}: the key of {i % 97} is {i * i % 1009}\n".encode() for i in range(60))
 
 
+def test_files_are_read_until_there_is_enough():
+    every = text.read_corpus()
+    first = every.files[1][1]  # bytes of the first file
+    for at_least, n in ((first, 1), (first + 1, 2)):
+        assert text.read_corpus(at_least=at_least).files == every.files[:n]
+
+
 def test_an_n_gram_counts_by_the_chunks_that_hold_it():
     """Once for each: log(chunks / chunks that hold it)."""
     buckets = torch.tensor([[7, 7, 1, 2], [7, 3, 3, 4], [7, 5, 6, 1]])
