@@ -68,7 +68,8 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     code = (
         "import sys, torch, json, pathlib; torch.set_num_threads(int(sys.argv[3]))\n"
         "from hsa_tl.model import train; from hsa_tl.model.recipe import recipe_of\n"
-        "train.train(recipe_of(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))"
+        "import time; slow = lambda step: time.sleep(0.1)\n"  # or it may have ended before it is killed
+        "train.train(recipe_of(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]), on_step=slow)"
     )
     run = tmp_path / "killed"
     threads = str(torch.get_num_threads())
@@ -84,6 +85,12 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     first, second = log(tmp_path / "whole"), log(run)
     assert [x["step"] for x in second] == list(range(recipe.steps))
     assert [x["loss"] for x in first] == [x["loss"] for x in second]
+
+
+def test_experts_are_balanced(tmp_path):
+    model = training.train(toy(2, model={"experts": 4, "experts_per_token": 2, "expert_dim": 16}), tmp_path)
+    biases = [x for name, x in model.named_buffers() if name.endswith("bias_E")]
+    assert biases and all(x.any() for x in biases)
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
