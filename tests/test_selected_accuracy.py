@@ -122,6 +122,8 @@ def test_a_small_result_has_a_small_unit(operator):
     whole = expected(*call, chunk_size=S)
     for name, found in expected(*small, chunk_size=S).items():
         torch.testing.assert_close(found.unit, whole[name].unit * least ** powers.get(name, 2), rtol=1e-6, atol=0)
+    for name, found in expected(*call._replace(q=call.q * 1e4), chunk_size=S).items():
+        assert not found.unit.isnan().any(), name  # probabilities of 0
 
 
 def _scaled(call, right, name):
