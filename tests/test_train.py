@@ -396,6 +396,8 @@ def test_train_command(tmp_path):
     for _ in range(2):
         result = CliRunner().invoke(app, args)
         assert result.exit_code == 0 and "mine, 2 steps" in result.output, result.output
+        rows = [line.split()[:2] for line in result.output.splitlines()]
+        assert [x for x in rows if x and x[0].isdigit()] == [["1", "1"], ["2", "1"]]  # steps, stages
     assert checkpoint.latest(tmp_path / "run").recipe["seed"] == 3
     other = ["train", str(file), "--threads", "1", "--out", str(tmp_path / "other"), "--attention", "full"]
     assert CliRunner().invoke(app, other).exit_code == 0
