@@ -215,6 +215,11 @@ def test_what_works_does_without_a_cache(tmp_path):
     assert text.count("cannot be written: what is compiled is kept for one process only") == 3
 
 
+def test_a_seed_is_any_int64_from_0_on():
+    option = terminal.seed_option("")
+    assert (option.min, option.max) == (0, 2**63 - 1)
+
+
 def test_the_module_is_the_command(monkeypatch, capsys):
     """torchrun starts it so."""
     monkeypatch.setattr(sys, "argv", ["hsa-tl", "--help"])
