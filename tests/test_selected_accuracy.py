@@ -108,18 +108,13 @@ def test_the_expected_gradients_of_packed_sequences():
             torch.testing.assert_close(found[:, part].value, wanted[name])
 
 
-@pytest.mark.parametrize("operator", ("hsa", "selected"))
-def test_a_small_result_has_a_small_unit(operator):
+@pytest.mark.parametrize("expected, of", ((expect_attention, lambda call: call), (expect_selected, without_weights)))
+def test_a_small_result_has_a_small_unit(expected, of):
     """What is allowed next to 0 is the type's least number, and no more: units scale with v, do and dlse."""
-    call, least = make_call(Dims(T_kv=40)), 2.0**-40
-    if operator == "selected":
-        call = without_weights(call)
-    small = call._replace(v=call.v * least, do=call.do * least)
-    if operator == "selected":
-        small = small._replace(dlse=call.dlse * least**2)
-    expected = expect_selected if operator == "selected" else expect_attention
-    powers = {"out": 1, "dv": 1, "lse": 0}
-    whole = expected(*call, chunk_size=S)
+    call, least = of(make_call(Dims(T_kv=40))), 2.0**-40
+    factors = {"v": least, "do": least, "dlse": least**2}
+    small = call._replace(**{name: getattr(call, name) * x for name, x in factors.items() if name in call._fields})
+    powers, whole = {"out": 1, "dv": 1, "lse": 0}, expected(*call, chunk_size=S)
     for name, found in expected(*small, chunk_size=S).items():
         torch.testing.assert_close(found.unit, whole[name].unit * least ** powers.get(name, 2), rtol=1e-6, atol=0)
     # Probabilities of 0, and results below the least normal number.

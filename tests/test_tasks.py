@@ -58,10 +58,9 @@ def test_ruler_answers(name, length, index, real_text):
 
 
 def test_numbers_are_any_of_their_digits():
-    numbers = ruler._numbers(np.random.default_rng(0), 2000)
-    assert (
-        len(set(numbers)) == 2000 and {len(x) for x in numbers} == {7} and {x[0] for x in numbers} == set("123456789")
-    )
+    numbers = set(ruler._numbers(np.random.default_rng(0), 2000))
+    assert len(numbers) == 2000 and {len(x) for x in numbers} == {7}
+    assert {x[0] for x in numbers} == set("123456789")
 
 
 @pytest.mark.parametrize("name", ("s-niah", "mk-niah-3"))

@@ -73,17 +73,14 @@ def test_a_tile_writes_its_own_tokens(program):
     """The first tile alone, of 21 tokens in 64 rows: the row that pads it would be the next one's."""
     T, tile, K = 30, 21, 3
     q, kv, chunk_len = torch.randn(1, T, 1, 3, 16), torch.randn(1, 3, 16, 1, 16), torch.full((3,), 16).int()
-    indices, chunks, none = (
-        torch.full((1, T, 1, K), -1).int(),
-        torch.zeros(1, 1, 1, tile * K).int(),
-        torch.zeros(1, 1, 1),
-    )
+    indices = torch.full((1, T, 1, K), -1).int()
+    chunks, none = torch.zeros(1, 1, 1, tile * K).int(), torch.zeros(1, 1, 1).int()
     weights, results = [torch.ones(1, T, 1, 1, K)], [torch.full_like(q, torch.nan)]
     if program == "selected_fwd_union":
         weights, results = [], [*results, torch.full((1, T, 1, 3), torch.nan)]
     problem = Problem(B=1, T=T, N=3, HQ=3, H=1, D=16, S=16, K=K, dtype=torch.float32, device_type="cpu")
     kernel = compile.kernel(program, problem, config_of(program)(block_M=64))
-    kernel(q, kv, kv, *weights, indices, indices + 1, chunks, chunks, none.int(), chunk_len, 1.0, *results)
+    kernel(q, kv, kv, *weights, indices, indices + 1, chunks, chunks, none, chunk_len, 1.0, *results)
     for x in results:
         assert not x[:, :tile].isnan().any() and x[:, tile:].isnan().all()
 
