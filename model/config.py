@@ -54,7 +54,7 @@ class ModelConfig:
         rope (tuple of str): kinds of attention with RoPE; the others have no positions. Default: ("swa", "full").
         rope_theta (float): base of RoPE. Default: 10000.
         rope_frequencies (tuple of float): of RoPE's D / 2 pairs instead of the base's. Default: (), the base's.
-        norm_eps (float): of every norm but those of HSA and its encoder. Default: float32's own, 1.2e-7.
+        norm_eps (float): of every norm but those of HSA and its encoder. Default: 1.2e-7, float32's own.
         qk_norm (bool): whether queries and keys of windows, of "full" and of "selected" are normed. Default: True.
         biases (tuple of str): which of the same attentions' projections have a bias: q, k, v, out. Default: ().
         sinks (int): of "selected", first tokens that every token sees. Default: 0.

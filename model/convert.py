@@ -62,7 +62,7 @@ def config_of(source, **options) -> ModelConfig:
          sliding is None or sliding >= options["window"]),
     ):  # fmt: skip
         _require(ok, name, rule, value)
-    theta, frequencies = float(rope.get("rope_theta", 10000.0)), ()
+    theta, frequencies = float(rope["rope_theta"]), ()
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -61,12 +61,12 @@ class ByteTokenizer(Tokenizer):
         return tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
     def fast(self):
-        from tokenizers import AddedToken, Tokenizer, decoders, models
+        from tokenizers import Tokenizer, decoders, models
 
         vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
         made = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
         made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-        made.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+        made.add_special_tokens(["<|endoftext|>"])
         return made
 
 

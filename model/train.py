@@ -282,7 +282,6 @@ def _train(
     source: Source | None = None
     held_out: list[Batch] = []
     stage_number, stopped, saving_s = None, False, 0.0
-    model.train()
     with (run / LOG if writes else Path(os.devnull)).open("a", buffering=1) as log:
         for step in range(first, recipe.steps):
             begin = time.perf_counter()

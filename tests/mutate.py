@@ -4,10 +4,10 @@
     python tests/mutate.py --again tests/mutants.md --tests test_static.py
 
 Works on copies of the tree under out/mutate. One run of the quick tests with coverage says which of them run each line;
-a change is met by those that run its line (of a line outside any function, by those that run its file), the shortest
-first, until one fails. A change that takes ten times the time of its tests is noticed too. Each change has a process of
-its own, forked from one that has imported what the tests need besides the project. A run of the same tree goes on
-where an earlier one ended. --again meets those that a list names, wherever their lines stand now.
+a change is met by those that run its line (of a line outside any function, by all of a file of tests that runs its
+file), the shortest first, until one fails. A change that takes ten times the time of its tests is noticed too. Each
+change has a process of its own, forked from one that has imported what the tests need besides the project. A run of the
+same tree goes on where an earlier one ended. --again meets those that a list names, wherever their lines stand now.
 """
 
 import argparse
@@ -208,11 +208,10 @@ def is_test(name: str) -> bool:
 def reached(mutant: Mutant, tests: list[dict]) -> list[dict]:
     """The tests that run the change, the shortest first."""
     first, last = mutant.span
-    found = []
-    for test in tests:
-        lines = test["lines"].get(mutant.path, ())
-        if lines if not mutant.inside else any(first <= x <= last for x in lines):
-            found.append(test)
+    found = [t for t in tests if any(not mutant.inside or first <= x <= last for x in t["lines"].get(mutant.path, ()))]
+    if not mutant.inside:  # it ran when one of these files was imported
+        files = {t["test"].split("::")[0] for t in found}
+        found = [t for t in tests if t["test"].split("::")[0] in files]
     return sorted(found, key=lambda t: (t["seconds"], t["test"]))
 
 

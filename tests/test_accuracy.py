@@ -1,6 +1,7 @@
 """The accuracy rule: it passes every correct implementation and catches small faults; the oracle's own gradients."""
 
 import functools
+import inspect
 import itertools
 import subprocess
 import sys
@@ -12,9 +13,16 @@ from hypothesis import strategies as st
 from strategies import TYPES, Dims, attend, hard_calls, make_call, seeds
 from tiers import prove
 
-from hsa_tl import hsa_attention, retrieve_chunks
+from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.accuracy import assert_accurate, complaints, expect
-from hsa_tl.oracle import attention_oracle, expect_attention
+from hsa_tl.oracle import (
+    attention_oracle,
+    expect_attention,
+    expect_scores,
+    expect_selected,
+    retrieve_oracle,
+    selected_oracle,
+)
 from hsa_tl.testing import (
     Inputs,
     assert_attention,
@@ -249,6 +257,19 @@ def test_the_check_takes_the_operators_chunk_size():
     call = make_call(Dims(T=20, T_kv=200, S=64))
     assert check_attention({"out": hsa_attention(*call[:5])}, call) == []
     assert check_attention({"out": hsa_attention(*call[:5])}, call, chunk_size=128) != []
+
+
+def test_the_oracles_have_the_operators_defaults():
+    oracles = {
+        hsa_attention: (attention_oracle, expect_attention, check_attention),
+        selected_attention: (selected_oracle, expect_selected),
+        retrieve_chunks: (retrieve_oracle, expect_scores),
+    }
+    for operator, its in oracles.items():
+        wanted = inspect.signature(operator).parameters
+        for oracle in its:
+            for name, p in inspect.signature(oracle).parameters.items():
+                assert name not in wanted or p.default in (p.empty, wanted[name].default), (oracle, name)
 
 
 def test_what_is_not_a_number_is_told():

@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 import torch
-from strategies import Dims, assert_all_accurate, attend, check, each_attention, each_impl, make_call, run
+from strategies import (
+    Dims,
+    assert_all_accurate,
+    attend,
+    check,
+    check_selected,
+    each_attention,
+    each_impl,
+    make_call,
+    run,
+)
 from tiers import tiered
 
 from hsa_tl import fusion_weights, retrieve_chunks
@@ -114,6 +124,12 @@ def test_the_weight_of_an_empty_slot_is_not_read(impl, per_head):
 def test_nothing_to_do(impl, of, dims):
     actual = check(impl, of(make_call(dims)))
     assert all((x == 0).all() for x in actual.values())
+
+
+def test_one_of_everything():
+    d = Dims(T=1, T_kv=1, HQ=1, D=1, K=1)
+    check("reference", make_call(d, low=0))
+    check_selected("reference", d)
 
 
 def _strided(call: Inputs) -> Inputs:

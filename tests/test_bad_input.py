@@ -328,6 +328,17 @@ def test_unable_implementation(impl, dtype):
         attention(**x, weights=w, impl=impl)
 
 
+@pytest.mark.parametrize("T_kv, token, chunk", ((20, 16, 0), (40, 16, 0), (60, 12, 1)))
+def test_a_chunk_is_past_for_the_token_behind_it(T_kv, token, chunk):
+    """Queries are the last of the keys' tokens, or the first where there are fewer keys."""
+    kv = {name: zeros(B, T_kv, H, D) for name in ("k", "v")}
+    indices = zeros(B, T, H, K, dtype=torch.int32) - 1
+    indices[:, token] = chunk
+    attention(**kv, indices=indices, validate=True)
+    with pytest.raises(ValueError, match=f"below {chunk} for token {token - 1}, got {chunk}"):
+        attention(**kv, indices=indices.roll(-1, 1), validate=True)
+
+
 @pytest.mark.parametrize("impl", ("tilelang", "triton"))
 @pytest.mark.parametrize(
     "dtype, topk, words", [(torch.bfloat16, 2, "float32 only"), (torch.float32, 129, "at most 128")]

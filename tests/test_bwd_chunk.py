@@ -180,6 +180,18 @@ def _branch(source: str, opening: str) -> str:
     return source[start:end]
 
 
+@pytest.mark.parametrize("D", (64, 128))
+def test_what_only_a_gpu_needs_of_the_twin(D):
+    """A fence keeps the compiler from reading registers ahead of the wait for their product: all that a thread has of
+    each accumulator. At D = 64 a consumer has all of dk or of dv. What the producer gives up the consumers take.
+    """
+    program = compile.build("hsa_bwd_chunk_sm90a", replace(PAPER, D=D), TWIN).script()
+    fences = re.findall(r'warpgroup_fence_operand\("float32", acc_(\w+)\.data, 0, (\d+)\)', program)
+    of_thread = {"s": 32, "dp": 32, "dq": D // 2, "dk": 32, "dv": 32}
+    assert [(name, int(n)) for name, n in fences] == list(of_thread.items())
+    assert re.findall(r"set_max_nreg\((\d+), (\d)\)", program) == [("56", "0"), ("224", "1")]
+
+
 @prove
 @pytest.mark.static
 @pytest.mark.parametrize("reduce_add", [0, 1])

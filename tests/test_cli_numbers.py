@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import runpy
 import subprocess
 import sys
 import typing
@@ -212,6 +213,19 @@ def test_what_works_does_without_a_cache(tmp_path):
     assert all(works[name] == "yes" for name in ("reference", "tilelang", "triton")), run.stdout
     assert "auto takes reference: on a CPU it is the fastest" in text and "GPU none: torch" in text
     assert text.count("cannot be written: what is compiled is kept for one process only") == 3
+
+
+def test_a_seed_is_any_int64_from_0_on():
+    option = terminal.seed_option("")
+    assert (option.min, option.max) == (0, 2**63 - 1)
+
+
+def test_the_module_is_the_command(monkeypatch, capsys):
+    """torchrun starts it so."""
+    monkeypatch.setattr(sys, "argv", ["hsa-tl", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(inspect.getfile(caches), run_name="__main__")
+    assert "retrieve" in capsys.readouterr().out
 
 
 def test_the_walk_sees_every_command():

@@ -60,6 +60,7 @@ def source(folder, name="llama", dtype=torch.float32, **options):
 @pytest.mark.parametrize("name", SOURCES)
 def test_logits_are_those_of_transformers_within_the_window(name, tmp_path):
     model = source(tmp_path / "source", name)
+    (tmp_path / "run").mkdir()
     config = convert(tmp_path / "source", tmp_path / "run", window=96)
     ours = load(tmp_path / "run")
     assert ours.config == config and config.heads // config.kv_heads == 3 and not ours.training
@@ -180,8 +181,9 @@ def test_a_window_wider_than_the_sources_is_refused(tmp_path):
 def test_sources_and_runs_that_are_none(tmp_path, small):
     with pytest.raises(ValueError, match=r"source must be a .gguf file or a folder with config.json, got"):
         convert(tmp_path, tmp_path / "run")
-    with pytest.raises(ValueError, match="run must be new or empty, got"):
-        convert(small / "source", small / "run")
+    for run in (small / "run", small / "source/config.json"):
+        with pytest.raises(ValueError, match="run must be new or empty, got"):
+            convert(small / "source", run)
     source(tmp_path / "source")
     file = tmp_path / "source/model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

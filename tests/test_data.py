@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -165,8 +166,16 @@ def test_wrong_rows_are_named(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_links_are_followed_once(folder, tmp_path):
-    """Into folders too; what has two names is in one split."""
+def test_links_are_followed_once(folder, tmp_path, monkeypatch):
+    """Into folders too, and no folder twice; what has two names is in one split."""
+    walk = os.walk
+
+    def counted(*args, **options):
+        for i, step in enumerate(walk(*args, **options)):
+            assert i < 20, "a link that leads back is followed again"
+            yield step
+
+    monkeypatch.setattr(os, "walk", counted)
     (tmp_path / "linked").symlink_to(folder)
     other = tmp_path / "other"
     other.mkdir()

@@ -52,16 +52,25 @@ def test_docstring(name):
         assert parts.get("Returns", "").strip(), f"{name} must have Returns"
 
 
+def is_default(told: str, default) -> bool:
+    """Whether a text begins with the default; None is told in words, a float at least by two digits."""
+    if isinstance(default, float):
+        return float(re.match(r"[\d.e-]*\d", told)[0]) in (default, float(f"{default:.2g}"))
+    written = re.escape(repr(default).replace("'", '"'))
+    return default is None or re.match(written + r"[.,]?( |$)", told) is not None
+
+
 def test_a_default_is_told():
     """A parameter that may be left out says its default; options and fields of results have none to tell."""
     for name, x in CALLS.items():
         args = textwrap.dedent(sections(x.__doc__).get("Args", ""))
-        entries = re.split(r"^(?=\w)", args, flags=re.M)[1:]
-        for entry in entries:
-            p = inspect.signature(x).parameters.get(entry.split(" ")[0].split(":")[0])
-            if p is None or p.default is p.empty or x is model.ModelOutput or "as there" in entry or "as for" in entry:
+        for entry in re.split(r"^(?=\w)", args, flags=re.M)[1:]:
+            if x is model.ModelOutput or "as there" in entry or "as for" in entry:
                 continue
-            assert "efault:" in entry or "efault is" in entry, f"{name}: {entry!r} must tell its default"
+            told = re.search(r"efault: (.*)", " ".join(entry.split()))
+            for p in (inspect.signature(x).parameters.get(p) for p in described(entry)):
+                if p is not None and p.default is not p.empty:
+                    assert told and is_default(told[1], p.default), f"{name}: {entry!r} must tell {p.default!r}"
 
 
 def test_examples():

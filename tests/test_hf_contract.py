@@ -148,6 +148,8 @@ def test_resized_embeddings(changes, size, ids, tmp_path):
     model = build(**changes)
     before = model.get_input_embeddings().weight[:40].clone()
     model.resize_token_embeddings(size, mean_resizing=False)
+    new = model.get_input_embeddings().weight[50:]
+    assert not len(new) or new.std().item() == pytest.approx(model.model.config.embedding_std, rel=0.2)
     model.save_pretrained(tmp_path)
     for m in (model, HSAForCausalLM.from_pretrained(tmp_path).eval()):
         embedding, head = m.get_input_embeddings(), m.get_output_embeddings()

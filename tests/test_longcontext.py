@@ -192,6 +192,8 @@ def test_a_needle_in_the_last_unfinished_chunk_counts_apart():
     spans = np.array([[0, 3], [45, 48], [46, 49], [48, 51]])
     sample = Sample(np.arange(60, dtype=np.uint16), np.array([[50 + i, 51 + i] for i in range(4)]), spans)
     assert sample.unfinished(16).tolist() == [False, False, True, True]
+    long = Sample(sample.tokens, np.array([[48, 65], [49, 65]]), np.array([[31, 33], [46, 48]]))  # asked at 47, 48
+    assert long.unfinished(16).tolist() == [True, False]
     right = partial(evaluate.answers_right, Oracle([50, 53]))
     found = evaluate.accuracy(right, iter([sample] * 2), chunk_size=16)
     assert (found.right, found.answers, found.near_right, found.near) == (2, 4, 2, 4)

@@ -85,6 +85,8 @@ def test_config_errors_name_the_field():
         preset("huge")
 
 
-def test_tiny_has_the_prototypes_scale():
+@pytest.mark.parametrize("name, millions", (("tiny", 0.602), ("small", 50.0)))
+def test_the_scale_of_a_preset(name, millions):
     assert preset("tiny") == ModelConfig()
-    assert 0.5e6 < sum(p.numel() for p in Model(preset("tiny")).parameters()) < 1e6
+    with torch.device("meta"):
+        assert Model(preset(name)).num_parameters() / 1e6 == pytest.approx(millions, rel=1e-3)

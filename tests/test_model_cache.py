@@ -335,7 +335,7 @@ def test_crop_and_save(name, tmp_path):
         cache.crop([64, 70])  # the rows differ
         model(ids[:, 64:70], cache=cache, lengths=[6, 0], logits_to_keep=0)
         model(ids[:, 70:90], cache=cache)
-        model(wrong[:, 90:110], cache=cache, logits_to_keep=1)
+        model(wrong[:, 90:110], cache=cache, lengths=[20, 13], logits_to_keep=1)  # and differ where they are saved
         cache.save(tmp_path / "cache")
         for again in (cache, model.load_cache(tmp_path / "cache")):
             again.crop(88)

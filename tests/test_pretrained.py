@@ -164,6 +164,7 @@ def test_generate_writes_on(tmp_path):
 def test_an_exported_folder_is_read_by_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "exported"
+    folder.mkdir()
     run("export", "needle-tiny", folder)
     kind = {"trust_remote_code": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kind)
@@ -173,8 +174,9 @@ def test_an_exported_folder_is_read_by_transformers(tmp_path):
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert torch.equal(model(ids).logits, ours(ids).logits) and tokenizer.decode(ids[0]) == text
     assert tokenizer.apply_chat_template([{"role": "user", "content": "n1"}], tokenize=False) == "n1\n"
-    with pytest.raises(ValueError, match="folder must be new or empty"):
-        pretrained.export("needle-tiny", folder)
+    for wrong in (folder, folder / "config.json"):
+        with pytest.raises(ValueError, match="folder must be new or empty"):
+            pretrained.export("needle-tiny", wrong)
 
 
 @pytest.mark.parametrize(

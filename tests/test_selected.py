@@ -101,6 +101,22 @@ def test_dims(impl, dims):
     check_selected(impl, dims)
 
 
+@pytest.mark.parametrize("impl", EXAMPLES)
+@pytest.mark.parametrize("bits", (200, -200))
+def test_scores_whose_power_of_two_is_out_of_range(impl, bits):
+    call = without_weights(make_call(Dims(T=9)))
+    q, k = torch.zeros_like(call.q), call.k.round()
+    q[..., 0] = 1
+    k[..., 0] += bits
+    check(impl, call._replace(q=q, k=k), scale=math.log(2))
+
+
+def test_dq_may_be_added_atomically():
+    call = without_weights(make_call(Dims()))
+    actual = run("tilelang", call, config={"selected_bwd_chunk": {"reduce_add": 1}})
+    assert_attention(actual, call, chunk_size=S)
+
+
 def _dense(q, k, v, indices, chunk_size):
     """Causal attention to all chunks but the token's own."""
     T, G = q.shape[1], q.shape[2] // k.shape[2]

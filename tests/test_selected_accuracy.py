@@ -3,13 +3,14 @@
 import functools
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from strategies import Dims, hard_calls, make_call, seeds, without_weights
 from test_accuracy import causal_call, each_shape, each_type
 
 from hsa_tl.accuracy import complaints
-from hsa_tl.oracle import expect_selected, selected_oracle
+from hsa_tl.oracle import expect_attention, expect_selected, selected_oracle
 from hsa_tl.testing import SelectedInputs, assert_attention, check_attention, run_with_gradients
 
 S = 16
@@ -105,6 +106,20 @@ def test_the_expected_gradients_of_packed_sequences():
         wanted = run_with_gradients(selected_oracle, SelectedInputs(*(x[:, part] for x in call)), chunk_size=S)
         for name, found in whole.items():
             torch.testing.assert_close(found[:, part].value, wanted[name])
+
+
+@pytest.mark.parametrize("expected, of", ((expect_attention, lambda call: call), (expect_selected, without_weights)))
+def test_a_small_result_has_a_small_unit(expected, of):
+    """What is allowed next to 0 is the type's least number, and no more: units scale with v, do and dlse."""
+    call, least = of(make_call(Dims(T_kv=40))), 2.0**-40
+    factors = {"v": least, "do": least, "dlse": least**2}
+    small = call._replace(**{name: getattr(call, name) * x for name, x in factors.items() if name in call._fields})
+    powers, whole = {"out": 1, "dv": 1, "lse": 0}, expected(*call, chunk_size=S)
+    for name, found in expected(*small, chunk_size=S).items():
+        torch.testing.assert_close(found.unit, whole[name].unit * least ** powers.get(name, 2), rtol=1e-6, atol=0)
+    # Probabilities of 0, and results below the least normal number.
+    for hard in (call._replace(q=call.q * 1e4), call._replace(v=call.v * 2.0**-130, do=call.do * 2.0**-130)):
+        assert not any(x.unit.isnan().any() for x in expected(*hard, chunk_size=S).values())
 
 
 def _scaled(call, right, name):

@@ -92,6 +92,12 @@ def test_ruler_answers(name, length, index, real_text):
         assert text.count("The code of ") == kind.needles or (kind.needles == 0 and hay > 0.5 * length)
 
 
+def test_numbers_are_any_of_their_digits():
+    numbers = set(ruler._numbers(np.random.default_rng(0), 2000))
+    assert len(numbers) == 2000 and {len(x) for x in numbers} == {7}
+    assert {x[0] for x in numbers} == set("123456789")
+
+
 @pytest.mark.parametrize("name", ("s-niah", "mk-niah-3"))
 @pytest.mark.parametrize("depth", (0.0, 0.25, 0.5, 1.0))
 def test_ruler_depth(name, depth):

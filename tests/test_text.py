@@ -12,6 +12,24 @@ SMALL = cases.at_length(cases.on_cpu(cases.case("k16-d64").problem), 640, HQ=6, 
 WORDS = b"".join(f"line {i}: the key of {i % 97} is {i * i % 1009}\n".encode() for i in range(60))
 
 
+def test_files_are_read_until_there_is_enough():
+    every = text.read_corpus()
+    first = every.files[1][1]  # bytes of the first file
+    for at_least, n in ((first, 1), (first + 1, 2)):
+        assert text.read_corpus(at_least=at_least).files == every.files[:n]
+
+
+def test_unions_are_of_tokens_that_have_a_choice():
+    """Of those that see more than K chunks, two at a time: 3 and 2 distinct chunks of one head, 4 of the other."""
+    indices = torch.zeros(1, 3 * 16 + 16, 2, 2, dtype=torch.int32)
+    indices[0, 3 * 16 :, 0] = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 1]]).repeat(4, 1)
+    indices[0, 3 * 16 :, 1] = torch.arange(32).view(16, 2)
+    assert text.choosing(indices, 16).shape == (1, 16, 2, 2)
+    assert text.union_size(indices, 16, 2) == (3 + 2 + 4 + 4) / 4
+    with pytest.raises(ValueError, match="must hold at least 64 tokens for K = 2, S = 16"):
+        text.choosing(indices[:, 1:], 16)
+
+
 def test_an_n_gram_counts_by_the_chunks_that_hold_it():
     """Once for each: log(chunks / chunks that hold it)."""
     buckets = torch.tensor([[7, 7, 1, 2], [7, 3, 3, 4], [7, 5, 6, 1]])

@@ -68,12 +68,13 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     code = (
         "import sys, torch, json, pathlib; torch.set_num_threads(int(sys.argv[3]))\n"
         "from hsa_tl.model import train; from hsa_tl.model.recipe import recipe_of\n"
-        "train.train(recipe_of(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))"
+        "import time; slow = lambda step: time.sleep(0.1)\n"  # or it may have ended before it is killed
+        "train.train(recipe_of(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]), on_step=slow)"
     )
     run = tmp_path / "killed"
     threads = str(torch.get_num_threads())
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(recipe.to_dict()), str(run), threads])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(run.glob("step-*")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
@@ -84,6 +85,12 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     first, second = log(tmp_path / "whole"), log(run)
     assert [x["step"] for x in second] == list(range(recipe.steps))
     assert [x["loss"] for x in first] == [x["loss"] for x in second]
+
+
+def test_experts_are_balanced(tmp_path):
+    model = training.train(toy(2, model={"experts": 4, "experts_per_token": 2, "expert_dim": 16}), tmp_path)
+    biases = [x for name, x in model.named_buffers() if name.endswith("bias_E")]
+    assert biases and all(x.any() for x in biases)
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
@@ -389,6 +396,8 @@ def test_train_command(tmp_path):
     for _ in range(2):
         result = CliRunner().invoke(app, args)
         assert result.exit_code == 0 and "mine, 2 steps" in result.output, result.output
+        rows = [line.split()[:2] for line in result.output.splitlines()]
+        assert [x for x in rows if x and x[0].isdigit()] == [["1", "1"], ["2", "1"]]  # steps, stages
     assert checkpoint.latest(tmp_path / "run").recipe["seed"] == 3
     other = ["train", str(file), "--threads", "1", "--out", str(tmp_path / "other"), "--attention", "full"]
     assert CliRunner().invoke(app, other).exit_code == 0

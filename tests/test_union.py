@@ -9,6 +9,7 @@ from strategies import Dims, attend, make_call, seeds
 from tiers import tiered
 
 from hsa_tl.kernels_tilelang import compile
+from hsa_tl.kernels_tilelang.config import config_of
 from hsa_tl.kernels_tilelang.union_index import UnionIndexConfig
 from hsa_tl.problem import Problem
 from hsa_tl.testing import assert_attention
@@ -65,6 +66,23 @@ def test_any_block_gives_the_same_output(block_M, q_registers, per_head):
     config = {"block_M": block_M, "q_registers": q_registers}
     out = attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_union": config})
     assert_attention({"out": out}, call, chunk_size=16)
+
+
+@pytest.mark.parametrize("program", ("hsa_fwd_union", "selected_fwd_union"))
+def test_a_tile_writes_its_own_tokens(program):
+    """The first tile alone, of 21 tokens in 64 rows: the row that pads it would be the next one's."""
+    T, tile, K = 30, 21, 3
+    q, kv, chunk_len = torch.randn(1, T, 1, 3, 16), torch.randn(1, 3, 16, 1, 16), torch.full((3,), 16).int()
+    indices = torch.full((1, T, 1, K), -1).int()
+    chunks, none = torch.zeros(1, 1, 1, tile * K).int(), torch.zeros(1, 1, 1).int()
+    weights, results = [torch.ones(1, T, 1, 1, K)], [torch.full_like(q, torch.nan)]
+    if program == "selected_fwd_union":
+        weights, results = [], [*results, torch.full((1, T, 1, 3), torch.nan)]
+    problem = Problem(B=1, T=T, N=3, HQ=3, H=1, D=16, S=16, K=K, dtype=torch.float32, device_type="cpu")
+    kernel = compile.kernel(program, problem, config_of(program)(block_M=64))
+    kernel(q, kv, kv, *weights, indices, indices + 1, chunks, chunks, none, chunk_len, 1.0, *results)
+    for x in results:
+        assert not x[:, :tile].isnan().any() and x[:, tile:].isnan().all()
 
 
 def test_full_selection_is_one_walk_over_all_chunks():
