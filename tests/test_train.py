@@ -93,56 +93,6 @@ def test_experts_are_balanced(tmp_path):
     assert biases and all(x.any() for x in biases)
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_ends_training_with_a_checkpoint(tmp_path, number):
-    recipe = toy(checkpoint_every=1000)
-    whole = weights(training.train(recipe, tmp_path / "whole"))
-    handler, run = signal.getsignal(number), tmp_path / "run"
-
-    def on_step(step):
-        if step.step == 1:
-            signal.raise_signal(number)
-
-    with pytest.raises(training.Interrupted, match=f"{number.name} ended training .*: 3 of 6 steps are in"):
-        training.train(recipe, run, on_step=on_step)
-    assert signal.getsignal(number) is handler and checkpoint.latest(run).step == 3
-    assert_same(weights(training.train(recipe, run)), whole)
-
-
-def test_a_second_signal_ends_training_at_once(tmp_path):
-    def on_step(step):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt) as stop:
-        training.train(toy(checkpoint_every=1000), tmp_path, on_step=on_step)
-    assert not isinstance(stop.value, training.Interrupted) and checkpoint.latest(tmp_path) is None
-
-
-def test_the_callers_own_handler_stays(tmp_path):
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    try:
-        training.train(toy(steps=2), tmp_path, on_step=lambda step: signal.raise_signal(signal.SIGTERM))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert came == [signal.SIGTERM] * 2
-
-
-def test_the_command_says_what_a_signal_left(tmp_path, monkeypatch):
-    step = training.train_step
-
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGTERM)
-        return step(*args)
-
-    monkeypatch.setattr(training, "train_step", interrupted)
-    monkeypatch.setattr("hsa_tl.model.cli.load_recipe", lambda name: toy())
-    result = CliRunner().invoke(app, ["train", "toy", "--out", str(tmp_path), "--device", "cpu", "--threads", "1"])
-    assert result.exit_code == 128 + signal.SIGTERM
-    assert "SIGTERM ended training with a checkpoint: 1 of 6 steps are in" in result.output
-
-
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     with locked(tmp_path / training.LOCK), pytest.raises(InUse, match=r"run must be a folder that no other process"):
         training.train(toy(steps=2), tmp_path)
