@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_bench_plot import row
 from typer.testing import CliRunner
 
 from hsa_tl import cases, demo
@@ -74,18 +73,6 @@ def test_a_wrong_selection_is_told(monkeypatch):
     console = Console(record=True)
     demo._show_selections(console, rows)
     assert "K=2: indices: " in console.export_text() and ": pass" not in console.export_text()
-
-
-def test_the_speed_of_a_length_that_lacks_a_time():
-    rows = [row("dense", "forward", T, 4.0) for T in (1024, 2048)]
-    rows += [row(name, "forward", 1024, ms) for name, ms in zip(demo.SPEED, (1.0, 2.0, 3.0), strict=True)]
-    rows += [row("retrieve", "forward", 2048, 2.0), row("hsa-auto", "forward", 2048, None, note="no time left")]
-    console = Console(record=True, width=100)
-    demo._show_speed(console, rows)
-    said = console.export_text()
-    lines = [line.split() for line in said.splitlines()]
-    assert ["forward", "1024", "4", "1", "2", "3", "0.75"] in lines and ["forward", "2048", "4", "2"] in lines
-    assert "hsa-auto: no time left" in said
 
 
 @pytest.mark.parametrize("stopped", ("accuracy", "selections"))

@@ -108,8 +108,13 @@ def test_figures_of_a_converted_model():
     files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("llm-*.json"))]
     page, methods = (ROOT / "docs/convert.md").read_text(), {
         "source": "the source", "window": "window and sinks alone", "all": "all chunks",
-        "mass": "16 chunks by mass", "mean": "16 chunks by mean key",
+        "mass": "16 chunks of 64 by mass", "mean": "16 chunks of 64 by mean key",
+        "mean of 16": "64 chunks of 16 by mean key",
     }  # fmt: skip
+    fine = next(found for found in files if "anchors" in found)
+    heads = sum(map(len, fine["recall_by_head"]["mass"]))
+    methods["landmark of 16"] = f"64 chunks of 16 by landmarks, {len(fine['exact_heads'])} of {heads} heads by mass"
+    assert all(f"{100 * share:.1f} %" in page for share in fine["recall"].values())
     at = {(row["method"], row["length"]): row for found in files for row in found["rows"]}
     lengths = sorted({length for _, length in at})
     for method, name in methods.items():
