@@ -32,7 +32,8 @@ def _read(model: Model, tokens: Sequence[int], rows: torch.Tensor) -> list[tuple
         x, _, first_v = arguments[:3]
         q, k, _, _ = layer.attention.project(x, first_v_BTHD=first_v)
         rule, q = layer.attention.rule, q[:, rows]
-        found.append((q if rule.theta is None else rotate(q, torch.tensor([rule.window]), rule.theta), k))
+        at = torch.tensor([rule.window], device=q.device)
+        found.append((q if rule.theta is None else rotate(q, at, rule.theta), k))
 
     hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
     try:
@@ -50,7 +51,7 @@ def _recalls(attention, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor) ->
     visible = (rows + 1 - rule.window - rule.sinks) // S
     N = int(visible.max())
     k = k[:, rule.sinks : rule.sinks + N * S]
-    hidden = torch.arange(N) >= visible[:, None]  # [t, N]
+    hidden = torch.arange(N, device=k.device) >= visible[:, None]  # [t, N]
     mass = scores(q, k).unflatten(-1, (N, S)).logsumexp(-1).masked_fill(hidden, -torch.inf)  # [1, H, G, t, N]
     share, found = mass.softmax(-1), []
     for name in BY:
@@ -98,7 +99,11 @@ def find_landmarks(
     if (shortest := min(map(len, held_out), default=0)) <= first:
         raise ValueError(f"held_out must be of more than {first} tokens, got {shortest}")
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda first, last: first + torch.randperm(last - first, generator=generator)[:ASKED]  # noqa: E731
+    device = model.embedding.weight.device
+
+    def draw(first: int, last: int) -> torch.Tensor:
+        return first + torch.randperm(last - first, generator=generator)[:ASKED].to(device)
+
     reconfigure(model, replace(c, selection="mass"))
     read = [_read(model, tokens, draw(0, len(tokens))) for tokens in contexts]
     for layer, parts in zip(model.layers, zip(*read, strict=True), strict=True):
