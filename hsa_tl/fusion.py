@@ -5,22 +5,33 @@ import torch
 from hsa_tl.validation import FLOATS, require, require_tensor, shape_of
 
 
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    """+inf as the largest number, so that it takes the whole weight, or shares it with others; the limit, not NaN."""
+    return x.clamp(max=torch.finfo(x.dtype).max)
+
+
+def _softmax(scores: torch.Tensor, *extra: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """exp(scores) and each exp(extra) over their common sum; -inf scores give 0, also when nothing is finite."""
+    x = _finite(torch.cat([scores, *extra], -1) if extra else scores)
+    none = x.amax(-1, keepdim=True) == -torch.inf  # their softmax, and its gradient, would be nan
+    weights = x.masked_fill(none, 0.0).softmax(-1).masked_fill(none, 0.0)
+    return weights.split([scores.shape[-1], *(1 for _ in extra)], -1)
+
+
 def softmax(scores: torch.Tensor) -> torch.Tensor:
     """w[k] = exp(s[k]) / sum_j exp(s[j]) over the filled slots; 0 where none is filled."""
-    # Finite on both sides: the softmax of a row of -inf, and its gradient, would be nan.
-    least = torch.finfo(scores.dtype).min
-    return scores.clamp(least, -least).softmax(-1) * (scores > -torch.inf)
+    return _softmax(scores)[0]
 
 
 def softmax1(scores: torch.Tensor) -> torch.Tensor:
     """w[k] = exp(s[k]) / (exp(0) + sum_j exp(s[j])): a token may attend to nothing."""
-    return softmax(torch.nn.functional.pad(scores, (0, 1)))[..., :-1]
+    return _softmax(scores, torch.zeros_like(scores[..., :1]))[0]
 
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:
     """w[k] = sigmoid(s[k]) * prod_{j > k} (1 - sigmoid(s[j])): the nearest chunk (last slot) breaks the stick first."""
     filled = scores != -torch.inf
-    s = torch.where(filled, scores, 0.0).clamp(max=torch.finfo(scores.dtype).max)
+    s = _finite(torch.where(filled, scores, 0.0))
     log_take = torch.nn.functional.logsigmoid(s)
     log_leave = torch.where(filled, torch.nn.functional.logsigmoid(-s), 0.0)
     # Of the later slots alone: taking this one off a sum again would lose the others beside a high score.
@@ -30,8 +41,8 @@ def stick_breaking(scores: torch.Tensor) -> torch.Tensor:
 
 def joint(scores: torch.Tensor, swa_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """w[k] = exp(s[k]) / (exp(lse) + sum_j exp(s[j])) and the window's exp(lse) / (the same sum)."""
-    weights = softmax(torch.cat([scores, swa_lse[..., None]], -1))
-    return weights[..., :-1], weights[..., -1]
+    weights, window = _softmax(scores, swa_lse[..., None])
+    return weights, window[..., 0]
 
 
 KINDS = {"softmax": softmax, "softmax1": softmax1, "stick_breaking": stick_breaking, "joint": joint}

@@ -105,10 +105,10 @@ def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.
         place = round(depth * (count - 1))
         asked[asked == place], asked[0] = asked[0], place
     if kind.values > 1:  # in the order of the text
-        questions = [f"\nQuestion: what are all codes of {keys[0]}? Answer: ", *[" "] * (count - 1)]
+        questions = [f"\nQuestion: what are all codes of {keys[0]}? Answer:", *[""] * (count - 1)]
         tail, spans = _question(tokenizer, list(zip(questions, values, strict=True)))
     else:
-        questions = [(f"\nQuestion: what is the code of {keys[i]}? Answer: ", values[i]) for i in asked]
+        questions = [(f"\nQuestion: what is the code of {keys[i]}? Answer:", values[i]) for i in asked]
         tail, spans = _question(tokenizer, questions)
     body, needles = length - len(tail), tokenizer.encode_all(_sentences(keys, values))
     if not kind.needles:  # what does not fit goes, from the end; never one that is asked for
@@ -154,10 +154,11 @@ def _sentences(keys: list[str], values: list[str]) -> list[str]:
 
 
 def _question(tokenizer: Tokenizer, asked: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Questions with their answers as tokens, and the answers' spans in them."""
+    """Questions with their answers as tokens, and the answers' spans in them, which begin with the space before: most
+    tokenizers have it in a word's first token."""
     parts, spans, at = [], [], 0
     for question, answer in asked:
-        q, a = tokenizer.encode_all([question, answer])
+        q, a = tokenizer.encode_all([question, f" {answer}"])
         spans.append((at + len(q), at + len(q) + len(a)))
         parts += [q, a]
         at += len(q) + len(a)
@@ -205,7 +206,7 @@ def _variables(length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> Sa
         source = f"VAR {held[chain][-1]}" if held[chain] else values[chain]
         statements.append(f"\nVAR {name} = {source}\n")
         held[chain].append(name)
-    question = f"\nQuestion: which variables hold {values[0]}? Answer: "
+    question = f"\nQuestion: which variables hold {values[0]}? Answer:"
     tail, spans = _question(tokenizer, [(question, " ".join(held[0]))])
     pieces = tokenizer.encode_all(statements)
     body = length - len(tail)
@@ -216,7 +217,7 @@ def _frequent(length: int, rng, tokenizer: Tokenizer) -> Sample:
     """A body of made-up words with Zipf frequencies; asked are the most frequent ones, in falling order."""
     words = [w.lower() for w in _letters(rng, LEXICON, 4)]
     pieces = tokenizer.encode_all([w + " " for w in words])
-    question = f"\nQuestion: which {FREQUENT} words are the most frequent? Answer: "
+    question = f"\nQuestion: which {FREQUENT} words are the most frequent? Answer:"
     tail, spans = _question(tokenizer, [(question, " ".join(words[:FREQUENT]))])
     body = length - len(tail)
     words_in = body // max(len(p) for p in pieces)
@@ -235,7 +236,7 @@ def _common(length: int, rng, tokenizer: Tokenizer) -> Sample:
     order."""
     words = [w.lower() for w in _letters(rng, LEXICON, 4)]
     pieces = tokenizer.encode_all([w + " " for w in words])
-    question = f"\nQuestion: which {COMMON} words are the most common, from a to z? Answer: "
+    question = f"\nQuestion: which {COMMON} words are the most common, from a to z? Answer:"
     tail, spans = _question(tokenizer, [(question, " ".join(sorted(words[:COMMON])))])
     body, share = length - len(tail), np.array([TIMES] * COMMON + [1] * (LEXICON - COMMON))
     once = int((share * [len(p) for p in pieces]).sum())
@@ -250,6 +251,6 @@ def _facts(make, length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> 
     """Sentences in their order, anywhere in the filler, and a question about them."""
     sentences, question, answer = make(rng)
     pieces = tokenizer.encode_all([f"\n{x}\n" for x in sentences])
-    tail, spans = _question(tokenizer, [(f"\nQuestion: {question} Answer: ", answer)])
+    tail, spans = _question(tokenizer, [(f"\nQuestion: {question} Answer:", answer)])
     body = length - len(tail)
     return _assemble(body, filler, pieces, _places(rng, body, pieces, "facts"), tail, spans)

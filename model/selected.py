@@ -152,9 +152,12 @@ class OwnKeys:
             self._summarise(self.before, end)
 
 
+MEAN_KEYS = Landmarks()
+
+
 def chooser_of(selection: str, learned: Landmarks | None = None) -> Landmarks | None:
     """For Rule.attend, of ModelConfig's selection."""
-    return {"mass": None, "mean": Landmarks(), "landmark": learned}[selection]
+    return {"mass": None, "mean": MEAN_KEYS, "landmark": learned}[selection]
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ INF = torch.inf
 INFINITE = [  # kind, scores and for joint the window's log-sum-exp, weights: the limit of ever larger scores
     ("softmax", [INF, 0.0, -INF], [1.0, 0.0, 0.0]),
     ("softmax", [INF, INF, 1.0], [0.5, 0.5, 0.0]),
+    ("softmax", [torch.finfo(torch.float32).min, -INF], [1.0, 0.0]),  # a filled slot, however low
     ("softmax1", [0.0, INF, 3e38], [0.0, 1.0, 0.0]),
     ("stick_breaking", [INF, 0.0, -INF], [0.5, 0.5, 0.0]),
     ("stick_breaking", [1e9, 0.0, -INF], [0.5, 0.5, 0.0]),

@@ -16,8 +16,10 @@ from hsa_tl.model.ruler import ruler_sample
 
 
 def text_and_answers(sample) -> tuple[str, list[str]]:
+    """Each answer without the space that it begins with."""
     raw = bytes(sample.tokens.astype(np.uint8))
-    return raw.decode(), [raw[a:b].decode() for a, b in sample.answers]
+    assert all(raw[a : a + 1] == b" " for a, _ in sample.answers)
+    return raw.decode(), [raw[a + 1 : b].decode() for a, b in sample.answers]
 
 
 def solve_story(body: str, question: str) -> str:
