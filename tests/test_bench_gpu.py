@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import prove
 from tuning import FakeGpu, fake_compiler
 
 from hsa_tl import cases
@@ -75,6 +76,7 @@ PLAN = (
 )
 
 
+@prove
 def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_path):
     """A fake device and clock: the second machine has the first one's folder and does what is left, then nothing."""
     monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H200 (a fake)")
@@ -157,6 +159,7 @@ stages:
 """
 
 
+@prove
 def test_needles_train_in_parts(tmp_path):
     """Training that runs out of time is evaluated as it is and goes on in the next lease."""
     recipe = tmp_path / "toy.yaml"

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from tiers import prove
 
 from hsa_tl.autotune import plan
 from hsa_tl.bench import kernels
@@ -12,6 +13,7 @@ from hsa_tl.problem import Problem
 SMALL = Problem(B=1, T=48, N=3, HQ=2, H=1, D=32, S=16, K=2, dtype=torch.float32, device_type="cpu")
 
 
+@prove
 def test_every_strategy_has_a_line(tmp_path):
     """On a CPU the operators stand for kernels; what the CPU target cannot run says so."""
     kernels.write(tmp_path / "kernels.jsonl", [SMALL], 1e9)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from test_convert import source
+from tiers import prove
 
 from hsa_tl.bench import llm
 from hsa_tl.model.data import ByteTokenizer
@@ -39,6 +40,7 @@ def test_right_is_every_digit():
     assert uniform["right"] == 0 and uniform["perplexity"] == pytest.approx(257, rel=1e-4)
 
 
+@prove
 def test_the_whole_check_on_a_random_model(tmp_path, monkeypatch, capsys):
     source(tmp_path / "source", "llama 3")
     arguments = ("--length", "1024", "--contexts", "1", "--threads", "1", "--out", tmp_path / "out")

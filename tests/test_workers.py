@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,10 @@ def test_an_interrupted_caller_stops_its_workers(use):
     def work(i):
         worked.append(i)
         if i == 0:
-            time.sleep(0.3)  # until the main thread waits for its workers: a signal just before would wake it late
+            main = threading.main_thread().ident
+            while sys._current_frames()[main].f_code.co_name != "wait":  # a signal just before would wake it late
+                time.sleep(0.01)
+            time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGINT)  # the main thread takes it
         if not go_on.wait(30):
             raise TimeoutError
