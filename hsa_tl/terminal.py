@@ -199,3 +199,13 @@ def pick_device(name: str | None) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be here: torch sees no CUDA GPU, got 'cuda'; use --device cpu")
     return name
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """ValueError: none of DTYPES."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return getattr(torch, name)

@@ -30,6 +30,7 @@ from hsa_tl.terminal import (
     number,
     parse_length,
     pick_device,
+    pick_dtype,
     plot_or_say,
     progress_bar,
     seed_option,
@@ -227,6 +228,7 @@ Memory = Annotated[
 Temperature = Annotated[float, number(low=0, high=100, help="0 takes the likeliest token")]
 TopP = Annotated[float, number(low=1e-6, high=1, help="draws from the likeliest that reach this together")]
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
+Dtype = Annotated[str, typer.Option(help="of the weights: float32, or on a GPU bfloat16 or float16")]
 
 
 def generate(
@@ -239,12 +241,12 @@ def generate(
     top_p: TopP = 1.0,
     seed: Annotated[Optional[int], seed_option("of drawing; by default another each time")] = None,
     device: Device = None,
+    dtype: Dtype = "float32",
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Prints what a trained model writes on, token by token."""
     torch.set_num_threads(threads)
-    device = pick_device(device)
-    model = pretrained.load(run, device)
+    model = pretrained.load(run, pick_device(device), pick_dtype(dtype))
     tokenizer = model.tokenizer
     cache = chats.read(model, None if file is None else file.read_bytes(), memory)
     ids = [[*(tokenizer.begin if cache is None else ()), *tokenizer.encode(prompt)]]
@@ -263,6 +265,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Annotated[Optional[int], seed_option("of drawing; by default another each time")] = None,
     device: Device = None,
+    dtype: Dtype = "float32",
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Answers line by line what stands on the standard input, in one conversation. Ctrl-C ends an answer, Ctrl-D all.
@@ -270,7 +273,7 @@ def chat(
     A converted model reads its tokenizer's chat template, another one plain lines.
     """
     torch.set_num_threads(threads)
-    model = pretrained.load(run, pick_device(device))
+    model = pretrained.load(run, pick_device(device), pick_dtype(dtype))
     cache = chats.read(model, None if file is None else file.read_bytes(), memory)
     talk = chats.Chat(model, chats.template(run), cache)
     while True:
@@ -334,9 +337,10 @@ def landmarks(
 def export(
     run: Annotated[str, typer.Argument(help=RUN)],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
+    dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """Writes a trained model as a folder that transformers reads: config, safetensors, tokenizer, chat template."""
-    pretrained.export(run, folder)
+    pretrained.export(run, folder, pick_dtype(dtype))
     console.print(f"wrote {folder}", soft_wrap=True)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hsa_tl.files import write_together
+from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import Recipe, recipe_of
 
@@ -52,7 +53,9 @@ def shipped(name: str) -> Shipped:
         raise ValueError(f"{path} must hold what is known of weights, got {error}") from None
 
 
-def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
+def load(
+    run_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Model:  # fmt: skip
     """A trained model in eval mode, configured as after training.
 
     Args:
@@ -60,6 +63,7 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
             the name of weights that ship with the package: "needle-tiny". A str that is such a name means the weights;
             a Path is a folder.
         device: where the parameters are put. Default: "cpu".
+        dtype: of the parameters, which are never held in another. Default: torch.float32.
 
     Returns:
         The Model; `model.tokenizer` (hsa_tl.model.data.Tokenizer) is the source's of a converted model, else the one of
@@ -73,10 +77,10 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
 
     if isinstance(run_or_name, str) and run_or_name in shipped_names():
         about = shipped(run_or_name)
-        model = Model((recipe := recipe_of(about.recipe)).config())
+        model = _new((recipe := recipe_of(about.recipe)).config(), device, dtype)
         model.load_state_dict(_weights(FOLDER / f"{run_or_name}.safetensors", about))
     elif (found := checkpoint.latest(Path(run_or_name))) is not None:
-        model = Model((recipe := recipe_of(found.recipe)).config())
+        model = _new((recipe := recipe_of(found.recipe)).config(), device, dtype)
         checkpoint.load(found, model)
     else:
         names = ", ".join(shipped_names())
@@ -85,7 +89,17 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu") -> Model:
         model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data)
     else:
         model.tokenizer = sources.make_tokenizer(Path(run_or_name) / TOKENIZER / "tokenizer.json")
-    return model.to(device).eval()
+    return model.eval()
+
+
+def _new(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> Model:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Model(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _weights(path: Path, about: Shipped) -> dict[str, torch.Tensor]:
@@ -103,7 +117,7 @@ def _weights(path: Path, about: Shipped) -> dict[str, torch.Tensor]:
 CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def export(run_or_name: str | Path, folder: Path) -> None:
+def export(run_or_name: str | Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes a trained model as a folder of transformers: config, safetensors, tokenizer, chat template.
 
     AutoModelForCausalLM and AutoTokenizer read it, with trust_remote_code=True where hsa_tl is installed.
@@ -111,6 +125,7 @@ def export(run_or_name: str | Path, folder: Path) -> None:
     Args:
         run_or_name: as for `load`.
         folder: new, or empty.
+        dtype: of the weights. Default: torch.float32.
 
     Raises:
         ValueError: neither a run nor a name; a folder that holds something. ImportError: no transformers.
@@ -123,11 +138,12 @@ def export(run_or_name: str | Path, folder: Path) -> None:
         raise ImportError("a folder of transformers needs the package: pip install 'hsa-tl[hf]'") from None
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder must be new or empty, got {folder}")
-    model = load(run_or_name)
+    model = load(run_or_name, dtype=dtype)
     fast, end = model.tokenizer.fast(), model.tokenizer.end
     special = {} if end is None else dict.fromkeys(("eos_token", "pad_token"), fast.id_to_token(end))
-    made = HSAForCausalLM(HSAConfig(model.config, eos_token_id=end, pad_token_id=end))
-    made.model.load_state_dict(model.state_dict())
+    with torch.device("meta"):
+        made = HSAForCausalLM(HSAConfig(model.config, eos_token_id=end, pad_token_id=end))
+    made.model = model
     made.save_pretrained(folder)
     if (kept := Path(run_or_name) / TOKENIZER).is_dir():
         tokenizer = AutoTokenizer.from_pretrained(kept)

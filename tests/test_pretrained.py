@@ -17,6 +17,7 @@ from hsa_tl.model.data import ByteTokenizer
 from hsa_tl.model.needles import NeedleTask, NeedleTokenizer
 from hsa_tl.model.recipe import Recipe, Stage, load_recipe
 from hsa_tl.model.sources import tokenizer_of
+from hsa_tl.terminal import pick_dtype
 
 ORIGIN = {"train_seconds": 1.0, "device": "cpu", "versions": "v", "commit": "c", "accuracy": []}
 NEEDLES = {"kind": "needles", "tasks": [{}]}
@@ -177,6 +178,22 @@ def test_an_exported_folder_is_read_by_transformers(tmp_path):
     for wrong in (folder, folder / "config.json"):
         with pytest.raises(ValueError, match="folder must be new or empty"):
             pretrained.export("needle-tiny", wrong)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_weights_in_16_bits(dtype, tmp_path):
+    """As a GPU takes them; their run holds float32."""
+    transformers = pytest.importorskip("transformers")
+    trained = training.train(toy(tied=True), tmp_path / "run")
+    run("export", tmp_path / "run", tmp_path / "folder", "--dtype", str(dtype).removeprefix("torch."))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    for model in (load(tmp_path / "run", "cpu", dtype), theirs.model):
+        got, want = model.state_dict(), trained.state_dict()
+        assert got.keys() == want.keys() and model.output.weight is model.embedding.weight
+        assert all(got[name].dtype == dtype and torch.equal(got[name], x.to(dtype)) for name, x in want.items())
+    assert next(load("needle-tiny", dtype=dtype).parameters()).dtype == dtype != torch.get_default_dtype()
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
+        pick_dtype("int8")
 
 
 @pytest.mark.parametrize(
