@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from strategies import Dims, make_call, without_weights
-from tiers import prove, tiered
+from tiers import tiered
 
 from hsa_tl import (
     cases,
@@ -175,9 +175,14 @@ def _out_and_gradients(function, inputs, do, **options):
 each_layer = pytest.mark.parametrize("layer", (hsa_layer, selected_layer))
 
 
-@each_layer
+# One softmax is quick in one graph of packed sequences, below.
 @pytest.mark.parametrize(
-    "backend, lengths", [("aot_eager", (64, 96, 70)), pytest.param("inductor", (64, 96), marks=prove)]
+    "layer, backend, lengths",
+    tiered(
+        [(f, *x) for f in (hsa_layer, selected_layer) for x in (("aot_eager", (64, 96, 70)), ("inductor", (64, 96)))],
+        quick=[(hsa_layer, "aot_eager", (64, 96, 70))],
+        rows=True,
+    ),
 )
 def test_compile_equals_eager(layer, backend, lengths):
     """One graph for every length of whole chunks, one for those with a short last chunk."""

@@ -135,6 +135,13 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert model.config == preset("tiny") and not model.training
 
 
+def test_validation_changes_no_training(tmp_path):
+    """Its model sees no distractors; the next step's does again."""
+    often, never = (toy(checkpoint_every=n, model={"distractors": 1}) for n in (1, 1000))
+    assert_same(*(weights(training.train(r, tmp_path / str(r.checkpoint_every))) for r in (often, never)))
+    assert sum(x.get("validation_loss") is not None for x in log(tmp_path / "1")) == often.steps
+
+
 def test_accumulated_batches_are_one_batch():
     data = {"kind": "needles", "tasks": [{"needles": 2, "queries": 2}, {"needles": 2, "queries": 1}]}
     batch = make_source(data, 64, 0).batch(0, 6)
