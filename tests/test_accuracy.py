@@ -351,6 +351,17 @@ def test_ties_are_exact():
     assert "a tie is not won by the lower chunk" in check_retrieval(scores, later, q_slc, landmarks, chunk_size=S)[0]
 
 
+def test_scores_times_zero_have_the_units_of_zero_scores():
+    """Of values so small that what float16 cannot hold is all of the unit."""
+    call = causal_call(torch.float16)
+    call = call._replace(v=call.v * 1e-6, do=call.do * 1e-6)
+    times_zero = expect_attention(*call, chunk_size=S, scale=0.0)
+    zero = expect_attention(*call._replace(q=torch.zeros_like(call.q)), chunk_size=S, scale=1.0)
+    for name in ("out", "dv", "dweights"):
+        torch.testing.assert_close(times_zero[name].unit, zero[name].unit)
+    assert all(x.unit.isfinite().all() for found in (times_zero, zero) for x in found.values())
+
+
 def test_a_subnormal_result_is_rounded_to_its_types_step():
     """One product in float16: right to half a step, wrong by three of them; an exact 0 allows nothing."""
     a, b = (torch.tensor([[3e-4], [0.7], [0.0]], dtype=torch.float16), torch.tensor([[7.1e-3], [0.3], [1.0]]))

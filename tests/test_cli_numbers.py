@@ -165,10 +165,11 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch):
     clock = iter(range(0, 100, 4))
     monkeypatch.setattr(terminal.time, "monotonic", lambda: float(next(clock)))
     with terminal.progress_bar(Console(file=out)) as bar:
-        task = bar.add_task("train", total=9)
+        tasks = [bar.add_task("train", total=n) for n in (9, 5)]
         for i in range(9):
-            bar.update(task, advance=1, description=f"loss {9 - i}")
-    assert out.getvalue().splitlines()[:2] == ["loss 7: 3 of 9", "loss 4: 6 of 9"]
+            bar.update(tasks[0], advance=1, description=f"loss {9 - i}")
+        bar.update(tasks[1], advance=4)
+    assert out.getvalue().splitlines() == ["loss 7: 3 of 9", "loss 4: 6 of 9", "loss 1: 9 of 9", "train: 4 of 5"]
 
 
 def test_version():

@@ -43,6 +43,15 @@ def test_generate_equals_ours(model, segment, options, monkeypatch):
     assert torch.equal(got[:, 70:], want) and torch.equal(got[:, :70], batch["input_ids"])
 
 
+@pytest.mark.parametrize("keep", (1, 2, 3))
+def test_a_long_prompt_keeps_the_logits_asked_for(model, keep, monkeypatch):
+    monkeypatch.setattr(hf, "SEGMENT", 9)
+    ids = torch.randint(50, (1, 40))
+    with torch.no_grad():
+        got = model(ids, use_cache=True, logits_to_keep=keep).logits
+        torch.testing.assert_close(got, model.model(ids, logits_to_keep=keep).logits)
+
+
 def test_sampling_runs_and_a_cache_can_be_continued(model):
     ids = torch.randint(50, (1, 40))
     torch.manual_seed(0)

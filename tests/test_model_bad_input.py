@@ -27,6 +27,7 @@ MODEL = [  # arguments, the error and what it says
     ({"labels": IDS[:, 1:]}, ValueError, r"labels must have shape \[2, 40\] like input_ids, got shape \[2, 39\]"),
     ({"labels": IDS + V}, ValueError, r"labels must lie in \[0, 320\) or be -100, got 320"),
     ({"labels": IDS.float()}, TypeError, "labels must be integers, got torch.float32"),
+    ({"labels": IDS.tolist()}, TypeError, "labels must be a torch.Tensor, got list"),
     ({"logits_to_keep": -1}, ValueError, "logits_to_keep must be at least 0, got -1"),
 ]
 ENCODER = {"dim": 32, "kv_heads": 1, "head_dim": 16, "retrieval_dim": 8, "chunk_size": 16}

@@ -14,6 +14,12 @@ def layers():
     return encoder, HSALayer(C, 4, 2, 16, 8, topk=3)
 
 
+def test_learned_vectors_begin_as_small_as_asked():
+    encoder = ChunkEncoder(1024, kv_heads=1, head_dim=16, retrieval_dim=8, chunk_size=S, std=0.3)
+    for x in (encoder.cls_C, encoder.position_SC):
+        assert x.mean().abs() < 0.05 and x.std().item() == pytest.approx(0.3, rel=0.1)
+
+
 def test_a_later_token_changes_no_earlier_output(layers):
     encoder, layer = layers
     x = torch.randn(2, T, C)

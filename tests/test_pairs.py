@@ -14,6 +14,7 @@ from strategies import seeds
 from hsa_tl import build_pairs, cases, pairs, selection_overlap
 from hsa_tl.impl import tilelang
 from hsa_tl.pairs import partial_window, sort_pairs, windows
+from hsa_tl.testing import make_selection
 
 
 def plain_pairs(indices: torch.Tensor, num_chunks: int) -> tuple[list[int], list[int]]:
@@ -163,6 +164,13 @@ def test_the_counting_sort_equals_the_torch_sort_on_a_gpu(shape, num_chunks):
     expected = windows(valid, num_chunks, sort_pairs(valid, num_chunks), 100)
     for window, other in zip(windows(valid.cuda(), num_chunks, index, 100), expected, strict=True):
         assert_same((window.begin.cpu(), window.end.cpu()), (other.begin, other.end))
+
+
+@pytest.mark.parametrize("asked", (0.5, 0.9))
+def test_random_selections_overlap_as_asked(asked):
+    """But for a fresh chunk that is the predecessor's by chance."""
+    made = selection_overlap(make_selection(1, 3200, 1, 8, 16, kind="overlap", overlap=asked))
+    assert asked - 0.02 < made < asked + 0.1
 
 
 @pytest.mark.parametrize("compared", (1, 500, pairs.COMPARED))

@@ -21,7 +21,8 @@ SHAPES = {"paper": (16, 128, 64, False), "short-chunk": (16, 64, 64, True), "few
 @pytest.mark.parametrize("weighted", (True, False), ids=("hsa", "selected"))
 @pytest.mark.parametrize("G, D, S, masked", tiered(SHAPES, quick=("short-chunk",), rows=True))
 def test_kernels_compile_for_hopper(weighted, G, D, S, masked, monkeypatch):
-    """On tensor cores, without local memory in what ptxas gets, in the shared memory that the plan reckons with."""
+    """On tensor cores, with loads that run ahead, without local memory in what ptxas gets, in the shared memory that the
+    plan reckons with. Pointers are aligned as tensors are, or Triton would load nothing ahead."""
     kernels, base, triton_launch = map(ops.implementation, ("triton_kernels", "triton", "triton_launch"))
     monkeypatch.setattr(base, "_device_shared_bytes", lambda device: base._HOPPER_SHARED_BYTES)
     q, k = (torch.empty(shape, device="meta").bfloat16() for shape in ((1, 8, G, D), (1, 3, S, 1, D)))
@@ -38,11 +39,14 @@ def test_kernels_compile_for_hopper(weighted, G, D, S, masked, monkeypatch):
             constants["out"] = None
         jitted = triton_launch.form(kernel, False)
         signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in jitted.arg_names}
-        source = triton.compiler.ASTSource(jitted, signature, {n: constants[n] for n in signature if n in constants})
+        given = {n: constants[n] for n in signature if n in constants}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+        source = triton.compiler.ASTSource(jitted, signature, given, attrs=aligned)
         options = {n: constants[n] for n in ("num_warps", "num_stages", "maxnreg") if n in constants}
         target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
         made = triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
-        assert "mma" in made.asm["ptx"] and "st.local" not in made.asm["ptx"], kernel.__name__
+        ptx = made.asm["ptx"]
+        assert "mma" in ptx and "cp.async" in ptx and "st.local" not in ptx, kernel.__name__
         settings = base.plan(kernel, G, D, S, 2)
         reckoned = base._shared_bytes(kernel, settings["block_M"], settings["num_stages"], S, constants["BLOCK_D"], 2)
-        assert made.metadata.shared <= reckoned, kernel.__name__
+        assert reckoned - 512 <= made.metadata.shared <= reckoned, kernel.__name__
