@@ -123,7 +123,9 @@ def test_of_one_file_the_end_is_held_out(tmp_path, held_out):
         prepare([tmp_path / "data/train.bin"], tmp_path / "other")
 
 
-@pytest.mark.parametrize("text", ("a b\n\nc d\ne " * 9, "naïve" * 30, "ïï" * 50, "€" * 40, "aa" + "€" * 40, "a" * 99), ids=len)
+@pytest.mark.parametrize(
+    "text", ("a b\n\nc d\ne " * 9, "naïve" * 30, "ïï" * 50, "€" * 40, "aa" + "€" * 40, "a" * 99), ids=len
+)
 def test_long_text_is_cut_between_characters(text):
     parts = list(cut(io.BytesIO(text.encode()), 16))
     assert b"".join(parts) == text.encode() and max(map(len, parts)) <= 16 and len(parts) > 5

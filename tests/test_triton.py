@@ -21,8 +21,8 @@ SHAPES = {"paper": (16, 128, 64, False), "short-chunk": (16, 64, 64, True), "few
 @pytest.mark.parametrize("weighted", (True, False), ids=("hsa", "selected"))
 @pytest.mark.parametrize("G, D, S, masked", tiered(SHAPES, quick=("short-chunk",), rows=True))
 def test_kernels_compile_for_hopper(weighted, G, D, S, masked, monkeypatch):
-    """On tensor cores, with loads that run ahead, without local memory in what ptxas gets, in the shared memory that the
-    plan reckons with. Pointers are aligned as tensors are, or Triton would load nothing ahead."""
+    """On tensor cores, with loads that run ahead, without local memory in what ptxas gets, in the shared memory that
+    the plan reckons with. Pointers are aligned as tensors are, or Triton would load nothing ahead."""
     kernels, base, triton_launch = map(ops.implementation, ("triton_kernels", "triton", "triton_launch"))
     monkeypatch.setattr(base, "_device_shared_bytes", lambda device: base._HOPPER_SHARED_BYTES)
     q, k = (torch.empty(shape, device="meta").bfloat16() for shape in ((1, 8, G, D), (1, 3, S, 1, D)))
