@@ -4,6 +4,7 @@ import csv
 import itertools
 
 import pytest
+from tiers import prove
 from typer.testing import CliRunner
 
 from hsa_tl import api, cases, ops
@@ -53,6 +54,7 @@ def test_the_gate_finds_a_mode_that_launches_nothing(untouched, monkeypatch):
     assert Dispatch().gate("hsa-tilelang", PROBLEM) == ["forward launched nothing"]
 
 
+@prove
 def test_bench_dispatch_writes_its_rows(untouched, tmp_path):
     options = ("--out", str(tmp_path), "--device", "cpu", "--lengths", "128", "--seconds", "0")
     result = CliRunner().invoke(app, ["bench", "dispatch", *options])

@@ -173,6 +173,7 @@ def test_needles_train_in_parts(tmp_path):
     assert (tmp_path / "ruler.png").stat().st_size > 5000
 
 
+@prove
 def test_needles_are_asked_without_matplotlib(monkeypatch, tmp_path):
     """As a machine of a lease may be: the figures are in the file, the picture can be made anywhere."""
     recipe = tmp_path / "toy.yaml"

@@ -18,6 +18,9 @@ from hsa_tl import cases, terminal
 from hsa_tl.bench import sweep
 from hsa_tl.cli import app, caches
 from hsa_tl.impl import tilelang
+from hsa_tl.model import cli
+from hsa_tl.model.convert import DEFAULTS
+from hsa_tl.model.landmarks import add_landmarks
 
 NUMBERS = (int, float)
 # command, option, its typer.Option, int or float
@@ -171,6 +174,18 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch):
         for _ in range(3):
             bar.update(tasks[1], advance=1)
     assert out.getvalue().splitlines() == ["loss 7: 3 of 9", "loss 4: 6 of 9", "loss 1: 9 of 9", "train: 3 of 5"]
+
+
+@pytest.mark.parametrize("command, function", ((cli.landmarks, add_landmarks), (cli.convert, DEFAULTS)), ids=str)
+def test_an_option_s_default_is_the_function_s(command, function):
+    told = {name: p.default for name, p in inspect.signature(command).parameters.items() if p.default is not p.empty}
+    if callable(function):
+        function = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    for name in told.keys() - {"threads"}:
+        default = told[name]
+        if isinstance(default, str) and default[0].isdigit():
+            default = terminal.parse_length(default)
+        assert default == function[name], name
 
 
 def test_version():

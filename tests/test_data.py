@@ -133,6 +133,15 @@ def test_long_text_is_cut_between_characters(text):
     assert "\n" not in text or all(p.endswith(b"\n") for p in parts[:-1])
 
 
+def test_a_part_is_held_out_by_its_middle(tmp_path):
+    """The second of three equal ones has it at a half."""
+    book = tmp_path / "book.txt"
+    book.write_text(("a" * 99 + "\n") * 3)
+    for held_out, sizes in ((0.47, [200, 100]), (0.53, [100, 200])):
+        files = prepare([book], tmp_path / str(held_out), held_out=held_out)
+        assert [len(b"".join(documents(f))) for f in files.values()] == sizes
+
+
 def rows_of(tmp_path, kind):
     texts = [f"document {i}, naïve" for i in range(40)]
     if kind == "jsonl":

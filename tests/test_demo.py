@@ -52,9 +52,20 @@ def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path, text):
         and result["static"] == []
         and list(result["seconds"]) == ACTS
     )
+    assert {r["provider"] for r in result["speed"]} == {"dense-expanded", *demo.SPEED}
     assert len(list(out.glob("*.png"))) >= 3 and asked == [out]
     places = [output.index(f"\n{i}/{len(ACTS)} {name}: ") for i, name in enumerate(ACTS, 1)]
     assert places == sorted(places)
+
+
+def test_what_fails_and_what_is_missing_is_said():
+    error = {"quantity": "dq", "max_error": 1.0, "rms_error": 0.1, "message": "dq: wrong"}
+    rows = [{"implementation": "a", "unavailable": None, "errors": [error]}]
+    rows.append({"implementation": "b", "unavailable": "no GPU"})
+    console = Console(record=True)
+    assert not demo.show_accuracy(console, rows, "all")
+    text = console.export_text()
+    assert all(words in text for words in ("FAIL", "a dq: wrong", "unavailable", "b is unavailable: no GPU"))
 
 
 def test_a_wrong_selection_is_told(monkeypatch):

@@ -166,7 +166,7 @@ def test_an_exported_folder_is_read_by_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "exported"
     folder.mkdir()
-    run("export", "needle-tiny", folder)
+    assert run("export", "needle-tiny", folder).split()[-2:] == ["wrote", str(folder)]
     kind = {"trust_remote_code": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **kind)

@@ -1,5 +1,6 @@
 """The generators' ground truth, found again by parsers that share no line with them."""
 
+import dataclasses
 import re
 import time
 from collections import Counter
@@ -92,6 +93,14 @@ def test_ruler_answers(name, length, index, real_text):
         )
         hay = sum(len(m) for m in re.findall(r"\nThe code of \S+ is \w+\.\n", text))
         assert text.count("The code of ") == kind.needles or (kind.needles == 0 and hay > 0.5 * length)
+
+
+def test_what_the_tasks_hide():
+    """RULER's: needles, questions, whether keys are random strings, values of a key; 0 needles fill the text."""
+    assert {name: dataclasses.astuple(kind) for name, kind in ruler.NIAH.items()} == {
+        "s-niah": (1, 1, False, 1), "mk-niah-1": (4, 1, False, 1), "mk-niah-2": (0, 1, False, 1),
+        "mk-niah-3": (0, 1, True, 1), "mq-niah": (6, 2, False, 1), "mv-niah": (4, 4, False, 4),
+    }  # fmt: skip
 
 
 def test_numbers_are_any_of_their_digits():

@@ -50,3 +50,12 @@ def test_kernels_compile_for_hopper(weighted, G, D, S, masked, monkeypatch):
         settings = base.plan(kernel, G, D, S, 2)
         reckoned = base._shared_bytes(kernel, settings["block_M"], settings["num_stages"], S, constants["BLOCK_D"], 2)
         assert reckoned - 512 <= made.metadata.shared <= reckoned, kernel.__name__
+
+
+@pytest.mark.parametrize("lacking", ("triton", "triton_decode"))
+def test_one_softmax_needs_both_launchers(lacking, monkeypatch):
+    for name in ("triton", "triton_decode"):
+        monkeypatch.setattr(
+            ops.implementation(name), "unavailable", lambda p, no=name == lacking: lacking if no else None
+        )
+    assert ops.implementation("triton_selected").unavailable(None) == lacking
