@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hsa_tl import fusion_weights, transforms
 from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset
 from hsa_tl.model import cache as caches
-from hsa_tl.model.config import UNLEARNED
+from hsa_tl.model.config import PRESETS, UNLEARNED
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.longcontext import LongReader
 
@@ -264,7 +264,16 @@ def test_moe_sizes_are_the_papers():
     assert abs((model.num_parameters(active=True) - tables) / 1e9 - 1) < 0.05
 
 
-@pytest.mark.parametrize("name", ("tiny", "small", "dense-0.5b", "moe-8b-a1b"))
+def test_the_mixtures_baseline_has_its_size():
+    """Fewer and wider experts, and full attention instead of windows, chunks and their encoder."""
+    with torch.device("meta"):
+        ours, theirs = Model(preset("moe-8b-a1b")), Model(preset("trm-moe"))
+    c = theirs.config
+    assert (c.attention, c.experts, c.experts_per_token, c.expert_dim) == ("full", 32, 2, 1024)
+    assert abs(theirs.num_parameters() / ours.num_parameters() - 1) < 0.03
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_head_ratio_of_presets(name):
     c = preset(name)
     assert c.heads == (4 if name == "tiny" else 16) * c.kv_heads
