@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hsa_tl.bench import compare, page, plot, plot_eval, record, ruler, selections
+from hsa_tl.bench import compare, page, paper, plot, plot_eval, record, ruler, selections
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.contenders import MODELS
@@ -171,6 +171,24 @@ def lengths(
     )  # fmt: skip
 
 
+def paper_command(
+    table: Annotated[str, typer.Argument(help=f"one of {', '.join(paper.TABLES)}")],
+    size: Annotated[str, typer.Option(help="tiny, about an hour of a CPU core, or small, for one GPU")] = "tiny",
+    seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each run")] = 1,
+    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    data_folder: Annotated[Path, typer.Option("--data", help="what hsa-tl prepare wrote")] = Path("out/data"),
+    tokenizer: Annotated[Optional[Path], typer.Option(help="that the text was prepared with, by default none")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the JSON and the plots")] = Path("out/paper"),
+    runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/paper"),
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
+    threads: Annotated[int, threads_option()] = 2,
+) -> None:
+    """Trains what a table of the paper compares, and asks it: bits per token and needles by length. Resumes."""
+    torch.set_num_threads(threads)
+    options = {"out": out, "runs": runs, "text": data_folder, "tokenizer": tokenizer, "samples": samples}
+    paper.run_table(console, table, size, seeds, **options, device=pick_device(device))
+
+
 def evaluate(
     what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what HSA layers read")],
     run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
@@ -311,5 +329,6 @@ def register(app: typer.Typer) -> None:
     app.command()(bench)
     app.command("plot")(plot_command)
     app.command()(lengths)
+    app.command("paper")(paper_command)
     app.command("eval")(evaluate)
     app.command()(weights)
