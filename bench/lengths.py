@@ -220,7 +220,7 @@ def run_lengths(
                 rows = [r for r in rows if (r.recipe, *key(r)) != (trained_on, *key(row))] + [row]
                 write_rows(path, rows)
                 bar.update(step, description=f"{name} {seed}: {task} {length_label(T)}")
-    rows = [r for r in rows if r.recipe == trained_on]
+    rows = [r for r in rows if (r.recipe, r.rates) == (trained_on, rates)]
     mine = [r for r in rows if (r.model, r.seed) in plans and r.task in tasks]
     if not mine:
         raise ValueError(f"lengths must hold one that {', '.join(models)} can read, got {', '.join(map(str, lengths))}")

@@ -22,7 +22,7 @@ from hsa_tl.model import load, needles
 from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 from hsa_tl.model.model import Model
-from hsa_tl.model.recipe import Recipe, load_recipe
+from hsa_tl.model.recipe import Recipe, Stage, load_recipe
 from hsa_tl.model.train import Step, train
 from hsa_tl.terminal import plot_or_say, progress_bar, show_table
 
@@ -32,8 +32,6 @@ SCALE = 64
 # What `tiny` divides of a model's changes; chunks have a quarter of the tokens.
 DIVIDED = {"window": SCALE, "hsa_window": SCALE, "topk": SCALE // 4, "recency": SCALE // 4, "expert_dim": 6}
 STEPS, TOKENS = 250, 1 << 14  # of a stage at `tiny`, at most, and of its steps
-# A small model learns nothing from a needle among 100 texts: at `tiny` every third sample is a task of needles.
-TINY_NEEDLES = {"kind": "needles", "tasks": [{"needles": 24, "queries": 24}, {"needles": 6, "queries": 6}]}
 WINDOWS = 128  # places of held-out text
 
 
@@ -54,18 +52,18 @@ FULL = {"attention": "full", "layers": 9, "mlp_dim": 1696}  # of HSA's number of
 RUNS = {
     "nsa-rope": Run("NSA, RoPE", "needle-{size}", None, {"attention": "nsa", "rope": ["swa", "nsa"]}, {}),
     "nsa": Run("NSA, NoPE", "needle-{size}", None, {"attention": "nsa"}, {}),
-    "base-first": Run("BaseLM, first stage", "warmup-short-window", None, FULL),
+    "base-first": Run("BaseLM, warm-up", "warmup-short-window", None, FULL),
     "base": Run("BaseLM, full attention", "pretrain", "base-first"),
-    "copy-first": Run("self-copy, first stage", "warmup-self-copy"),
-    "copy": Run("SWA + HSA, self-copy", "pretrain", "copy-first"),
-    "short-first": Run("short window, first stage", "warmup-short-window"),
-    "short": Run("SWA + HSA, short window + full HSA", "pretrain", "short-first"),
+    "copy-first": Run("self-copy warm-up", "warmup-self-copy"),
+    "copy": Run("window 4K, self-copy warm-up", "pretrain", "copy-first"),
+    "short-first": Run("short-window warm-up", "warmup-short-window"),
+    "short": Run("window 4K, short-window warm-up", "pretrain", "short-first"),
     "short-mid": Run("window 4K, mid-trained", "mid-train", "short"),
     "narrow": Run("window 512", "pretrain", "short-first", NARROW),
     "narrow-mid": Run("window 512, mid-trained", "mid-train", "narrow", NARROW),
     "mixture": Run("window 4K, mixture", "mixture"),
     "mixture-mid": Run("window 4K, mixture, mid-trained", "mid-train", "mixture"),
-    "wide-first": Run("window 4K, first stage", "warmup-short-window", stages={"topk": "all"}),
+    "wide-first": Run("window 4K, warm-up", "warmup-short-window", stages={"topk": "all"}),
     "wide": Run("window 4K from scratch", "pretrain", "wide-first"),
 }
 
@@ -90,8 +88,12 @@ TABLES = {
 
 
 def tiny(recipe: Recipe) -> Recipe:
-    """A recipe of `small` for the preset `tiny`; one of that preset has its steps cut only."""
-    by = 1 if recipe.preset == "tiny" else SCALE
+    """A recipe of `small` for the preset `tiny`; one of that preset has its steps cut only.
+
+    So short a training learns nothing from RULER in 1 % of the samples: instead half of them are those of the recipe
+    `needle-tiny`, and training from nothing begins with that recipe's first stage.
+    """
+    by, curriculum = 1 if recipe.preset == "tiny" else SCALE, load_recipe("needle-tiny").stages
 
     def divided(model: dict[str, Any]) -> dict[str, Any]:
         small = {k: v // DIVIDED[k] if by > 1 and k in DIVIDED and v != "all" else v for k, v in model.items()}
@@ -102,17 +104,17 @@ def tiny(recipe: Recipe) -> Recipe:
         if "path" not in spec:
             return spec
         text = {k: v for k, v in spec.items() if k != "needles"}
-        return {"kind": "mix", "sources": [text | {"weight": 2}, TINY_NEEDLES]}
+        return {"kind": "mix", "sources": [text, curriculum[-1].data]}
 
-    stages = tuple(
-        replace(
-            s, steps=min(s.steps, STEPS), length=s.length // by, batch=min(s.tokens, TOKENS) * by // s.length,
-            accumulate=1, data=data(s.data), model=divided(s.model),
-        )
-        for s in recipe.stages
-    )  # fmt: skip
+    def stage(s: Stage) -> Stage:
+        batch = min(s.tokens, TOKENS) // s.length
+        return replace(s, steps=min(s.steps, STEPS), batch=batch, accumulate=1, model=divided(s.model))
+
+    stages = [stage(replace(s, length=s.length // by, batch=s.batch * by, data=data(s.data))) for s in recipe.stages]
+    if by > 1 and recipe.start is None:
+        stages.insert(0, stage(replace(curriculum[0], model=recipe.stages[0].model)))
     changes = {"preset": "tiny", "lr": 1.5e-3, "warmup": 50, "dtype": "float32", "model": divided(recipe.model)}
-    return replace(recipe, stages=stages, **changes)
+    return replace(recipe, stages=tuple(stages), **changes)
 
 
 def recipe_of(name: str, size: str) -> Recipe:
@@ -164,6 +166,7 @@ def ask(model: Model, table: Table, size: str, text: Path, samples: int) -> Iter
 
 def show(console: Console, table: str, size: str, rows: list[dict], out: Path) -> list[Path]:
     """Prints bits and needles by length, and draws both; the plots' files."""
+    title = f"{table} at {size}" + (f", windows and contexts of the paper's over {SCALE}" if size == "tiny" else "")
     mine = [r | {"model": RUNS[r["model"]].label, "train_length": r["trained_length"]} for r in rows]
     bits, asked = ([r for r in mine if name in r] for name in ("bits_per_token", "accuracy"))
     for kind, found in (("bits per token", bits), ("needles, right in % with the 95 % interval", asked)):
@@ -174,7 +177,7 @@ def show(console: Console, table: str, size: str, rows: list[dict], out: Path) -
             lines.append((model, size_M, seed, task, *(at.get(T, "") for T in lengths)))
         if lines:
             names = ("model", "parameters", "seed", "task", *map(length_label, lengths))
-            show_table(console, f"{table} at {size}, {kind}", names, lines, right=(1, *range(4, len(names))))
+            show_table(console, f"{title}: {kind}", names, lines, right=(1, *range(4, len(names))))
     written = plot_or_say(console, plot_perplexity, bits, out / f"{table}-{size}-text.png") if bits else []
     labels = {r["model"]: r["model"] for r in asked}
     chance = ruler.chance("needles" if size == "tiny" or not bits else "words")
