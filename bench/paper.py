@@ -91,7 +91,7 @@ def tiny(recipe: Recipe) -> Recipe:
     """A recipe of `small` for the preset `tiny`; one of that preset has its steps cut only.
 
     So short a training learns nothing from RULER in 1 % of the samples: instead half of them are those of the recipe
-    `needle-tiny`, and training from nothing begins with that recipe's first stage.
+    `needle-tiny`, and training from nothing begins with that recipe's shorter stages.
     """
     by, curriculum = 1 if recipe.preset == "tiny" else SCALE, load_recipe("needle-tiny").stages
 
@@ -112,7 +112,7 @@ def tiny(recipe: Recipe) -> Recipe:
 
     stages = [stage(replace(s, length=s.length // by, batch=s.batch * by, data=data(s.data))) for s in recipe.stages]
     if by > 1 and recipe.start is None:
-        stages.insert(0, stage(replace(curriculum[0], model=recipe.stages[0].model)))
+        stages = [stage(replace(s, model=recipe.stages[0].model)) for s in curriculum[:-1]] + stages
     changes = {"preset": "tiny", "lr": 1.5e-3, "warmup": 50, "dtype": "float32", "model": divided(recipe.model)}
     return replace(recipe, stages=tuple(stages), **changes)
 

@@ -93,7 +93,7 @@ def test_tiny_is_the_papers_size_divided(name):
     if not name.startswith("nsa"):
         a, b = small.config(), tiny.config()
         first = tiny.stages[: len(tiny.stages) - len(small.stages)]
-        assert [s.length for s in first] == [64] * (small.start is None)
+        assert [s.length for s in first] == [64, 128] * (small.start is None)
         assert [s.length for s in small.stages] == [s.length * 64 for s in tiny.stages[len(first) :]]
         assert (a.window, a.hsa_window, a.topk * a.chunk_size) == (
             b.window * 64, b.hsa_window * 64, b.topk * b.chunk_size * 64,
