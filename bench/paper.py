@@ -166,18 +166,20 @@ def ask(model: Model, table: Table, size: str, text: Path, samples: int) -> Iter
 
 def show(console: Console, table: str, size: str, rows: list[dict], out: Path) -> list[Path]:
     """Prints bits and needles by length, and draws both; the plots' files."""
-    title = f"{table} at {size}" + (f", windows and contexts of the paper's over {SCALE}" if size == "tiny" else "")
     mine = [r | {"model": RUNS[r["model"]].label, "train_length": r["trained_length"]} for r in rows]
     bits, asked = ([r for r in mine if name in r] for name in ("bits_per_token", "accuracy"))
-    for kind, found in (("bits per token", bits), ("needles, right in % with the 95 % interval", asked)):
-        lengths, lines = sorted({r["length"] for r in found}), []
-        for (model, seed, task), own in grouped(found, lambda r: (r["model"], r["seed"], r.get("task", ""))).items():
-            at = {r["length"]: rate(r["accuracy"], r["answers"]) if task else f"{r['bits_per_token']:.3f}" for r in own}
-            size_M = f"{own[0]['parameters'] / 1e6:.2f}M"
-            lines.append((model, size_M, seed, task, *(at.get(T, "") for T in lengths)))
-        if lines:
-            names = ("model", "parameters", "seed", "task", *map(length_label, lengths))
-            show_table(console, f"{title}: {kind}", names, lines, right=(1, *range(4, len(names))))
+    lengths, lines = sorted({r["length"] for r in mine}), []
+    for (model, seed, what), own in grouped(mine, lambda r: (r["model"], r["seed"], r.get("task", "bits"))).items():
+        at = {
+            r["length"]: f"{r['bits_per_token']:.3f}" if what == "bits" else rate(r["accuracy"], r["answers"])
+            for r in own
+        }
+        size_M = f"{own[0]['parameters'] / 1e6:.2f}M"
+        lines.append((model, size_M, seed, what, *(at.get(T, "") for T in lengths)))
+    title = f"{table} at {size}, bits per token and needles right in % with the 95 % interval, by length"
+    title += f"; windows and lengths are the paper's over {SCALE}" if size == "tiny" else ""
+    names = ("model", "parameters", "seed", "asked", *map(length_label, lengths))
+    show_table(console, title, names, lines, right=(1, *range(4, len(names))))
     written = plot_or_say(console, plot_perplexity, bits, out / f"{table}-{size}-text.png") if bits else []
     labels = {r["model"]: r["model"] for r in asked}
     chance = ruler.chance("needles" if size == "tiny" or not bits else "words")
