@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hsa_tl.bench import compare, page, plot, plot_eval, record, ruler, selections
+from hsa_tl.bench import compare, page, paper, plot, plot_eval, record, ruler, selections
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.contenders import MODELS
@@ -137,7 +137,12 @@ def plot_command(
 
 def lengths(
     models: Annotated[str, typer.Option(help=f"any of {', '.join(MODELS)}")] = ",".join(MODELS),
-    seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each model")] = 5,
+    every: Annotated[
+        bool, typer.Option("--all", help="the fair table: 3 learning rates, of which the best counts; 5 or 3 seeds")
+    ] = False,
+    seeds: Annotated[
+        Optional[int], number(low=1, high=1000, help="seeds 0, 1, ... of each model, by default 5")
+    ] = None,
     lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
     tasks: Annotated[str, typer.Option(help=f"any of {', '.join(TASKS)}")] = ",".join(TASKS),
     samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
@@ -152,12 +157,36 @@ def lengths(
     runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
-    """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there."""
+    """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there.
+
+    --all: with the learning rate of half, one or two times the recipe's whose seed 0 has the least validation loss; HSA
+    with a part taken out has 3 seeds, the others 5.
+    """
+    if every and seeds is not None:
+        raise ValueError(f"--seeds must stand without --all, which has its own, got {seeds}")
     torch.set_num_threads(threads)
     run_lengths(
-        console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
-        samples=samples, haystacks=haystacks, budget_s=budget, recipe=recipe,
+        console, out, runs, models.split(","), list(range(seeds or 5)), parse_lengths(lengths), tasks.split(","),
+        samples=samples, haystacks=haystacks, budget_s=budget, recipe=recipe, fair=every,
     )  # fmt: skip
+
+
+def paper_command(
+    table: Annotated[str, typer.Argument(help=f"one of {', '.join(paper.TABLES)}")],
+    size: Annotated[str, typer.Option(help="tiny, about an hour of a CPU core, or small, for one GPU")] = "tiny",
+    seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each run")] = 1,
+    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    data_folder: Annotated[Path, typer.Option("--data", help="what hsa-tl prepare wrote")] = Path("out/data"),
+    tokenizer: Annotated[Optional[Path], typer.Option(help="that the text was prepared with, by default none")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the JSON and the plots")] = Path("out/paper"),
+    runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/paper"),
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
+    threads: Annotated[int, threads_option()] = 2,
+) -> None:
+    """Trains what a table of the paper compares, and asks it: bits per token and needles by length. Resumes."""
+    torch.set_num_threads(threads)
+    options = {"out": out, "runs": runs, "text": data_folder, "tokenizer": tokenizer, "samples": samples}
+    paper.run_table(console, table, size, seeds, **options, device=pick_device(device))
 
 
 def evaluate(
@@ -300,5 +329,6 @@ def register(app: typer.Typer) -> None:
     app.command()(bench)
     app.command("plot")(plot_command)
     app.command()(lengths)
+    app.command("paper")(paper_command)
     app.command("eval")(evaluate)
     app.command()(weights)

@@ -16,13 +16,14 @@ TRAINED = 256  # tokens of the longest stage of needle-tiny
 class Contender:
     """changes: of the recipe's model. topk: trained with the top-k that it is asked with, where the recipe's stages
     have every chunk. weights_of: whose weights it asks, by default its own. scaling: of hsa_tl.model.rope, at lengths
-    beyond training."""
+    beyond training. seeds: of the fair table."""
 
     label: str
     changes: dict[str, Any] = field(default_factory=dict)
     topk: bool = False
     weights_of: str | None = None
     scaling: str | None = None
+    seeds: int = 5
 
 
 MODELS = {
@@ -40,9 +41,9 @@ MODELS = {
     "nsa-rope": Contender("NSA, RoPE", NSA | {"rope": ["swa", "nsa"]}, topk=True),
     "moba": Contender("MoBA, NoPE", {"attention": "moba", **THREE_LAYERS}, topk=True),
     "moba-rope": Contender("MoBA, RoPE", {"attention": "moba", "rope": ["swa", "moba"], **THREE_LAYERS}, topk=True),
-    "hsa-topk": Contender("HSA, top-k in training", topk=True),
-    "hsa-rope": Contender("HSA, RoPE", {"rope": ["swa", "hsa"]}),
-    "hsa-one-softmax": Contender("HSA, one softmax over all chosen keys", {"fusion": "one_softmax"}),
-    "hsa-uniform": Contender("HSA, uniform weights", {"fusion": "uniform"}),
-    "hsa-detached": Contender("HSA, weights that teach retrieval nothing", {"fusion": "detached"}),
+    "hsa-topk": Contender("HSA, top-k in training", topk=True, seeds=3),
+    "hsa-rope": Contender("HSA, RoPE", {"rope": ["swa", "hsa"]}, seeds=3),
+    "hsa-one-softmax": Contender("HSA, one softmax over all chosen keys", {"fusion": "one_softmax"}, seeds=3),
+    "hsa-uniform": Contender("HSA, uniform weights", {"fusion": "uniform"}, seeds=3),
+    "hsa-detached": Contender("HSA, weights that teach retrieval nothing", {"fusion": "detached"}, seeds=3),
 }

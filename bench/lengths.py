@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -30,11 +30,12 @@ from hsa_tl.model import recipe as recipes
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 from hsa_tl.model.recipe import Recipe, load_recipe
 from hsa_tl.model.rope import extended
-from hsa_tl.model.train import Step, reconfigure, train
+from hsa_tl.model.train import LOG, Step, reconfigure, train
 from hsa_tl.terminal import plot_or_say, progress_bar, show_table
 
 TASKS = tuple(NEEDLES)
 RECIPE = "needle-tiny"
+RATES = (0.5, 1.0, 2.0)  # of the recipe's learning rate, of which the fair table reports the best
 # Of the demo, and of weights that ship.
 DEMO_LENGTHS = (256, 1 << 12, 1 << 15, 1 << 18, 1 << 20)
 DEMO_TASKS = ("s-niah", "mq-niah")
@@ -66,25 +67,32 @@ class Row:
     haystacks: int = 1  # that the samples share
     near: int = 0
     near_right: int = 0
+    lr: float | None = None
+    rates: int = 1  # learning rates that were tried
 
     @property
     def rate(self) -> str:
-        """In percent with Wilson's 95 % interval; of fewer answers than say a rate, their count."""
-        right = round(self.accuracy * self.answers)
-        if self.answers < FEWEST:
-            return f"{right} of {self.answers}"
-        low, high = interval(right, self.answers)
-        return f"{100 * self.accuracy:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+        return rate(self.accuracy, self.answers)
 
 
-def recipe_of(model: str, seed: int, name: str = RECIPE) -> Recipe:
-    """What trains the model's weights. ValueError: another name than those of MODELS."""
+def rate(accuracy: float, answers: int) -> str:
+    """In percent with Wilson's 95 % interval; of fewer answers than say a rate, their count."""
+    right = round(accuracy * answers)
+    if answers < FEWEST:
+        return f"{right} of {answers}"
+    low, high = interval(right, answers)
+    return f"{100 * accuracy:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def recipe_of(model: str, seed: int, name: str = RECIPE, faster: float = 1.0) -> Recipe:
+    """What trains the model's weights. faster: of RATES. ValueError: another name than those of MODELS."""
     who = MODELS[one_of("model", model, MODELS)].weights_of or model
     plan, recipe = MODELS[who], load_recipe(name)
     every = ("topk", "impl") if plan.topk else ()  # which read every chunk, a stage's "dense" too
     stages = (replace(s, model={k: v for k, v in s.model.items() if k not in every}) for s in recipe.stages)
     changes = recipe.model | plan.changes
-    return replace(recipe, name=f"{recipe.name}-{who}", model=changes, seed=seed, stages=tuple(stages))
+    title = f"{recipe.name}-{who}" + (f"-lr{faster:g}" if faster != 1 else "")
+    return replace(recipe, name=title, lr=faster * recipe.lr, model=changes, seed=seed, stages=tuple(stages))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -118,6 +126,17 @@ def _trained(recipe: Recipe, run: Path, on_step: Callable[[Step], None]) -> tupl
     return model, json.loads(clock.read_text())
 
 
+def _best_rate(model: str, recipe: str, runs: Path, on_step: Callable[[Step], None]) -> float:
+    """Of RATES, that with which seed 0 ends with the least loss on samples that training never sees."""
+
+    def loss(faster: float) -> float:
+        plan = recipe_of(model, 0, recipe, faster)
+        _trained(plan, run_folder(runs, plan), on_step)
+        return json.loads((run_folder(runs, plan) / LOG).read_text().splitlines()[-1])["validation_loss"]
+
+    return min(RATES, key=loss)
+
+
 def _ask(
     reader: LongReader, plan: Recipe, task: str, T: int, samples: int, budget_s: float, haystacks: int = 1, **about
 ) -> Row:  # fmt: skip
@@ -133,6 +152,7 @@ def _ask(
         seconds=round(found.seconds, 3), answers=found.answers, samples=found.samples,
         read_tokens=config.topk * config.chunk_size if config.attention in ("hsa", "nsa", "moba") else 0,
         parameters=reader.model.num_parameters(), haystacks=haystacks, near=found.near, near_right=found.near_right,
+        lr=plan.lr,
         **record.origin("cpu"), **about,
     )  # fmt: skip
 
@@ -160,22 +180,24 @@ def _show(console: Console, out: Path, mine: list[Row], rows: list[Row]) -> None
 def run_lengths(
     console: Console, out: Path, runs: Path, models: list[str], seeds: list[int], lengths: list[int],
     tasks: list[str], *, samples: int = 100, haystacks: int | None = None, budget_s: float = 600.0,
-    recipe: str = RECIPE,
+    recipe: str = RECIPE, fair: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Trains each model for each seed in a folder of runs and asks it; prints a table, writes lengths.json and a plot.
 
     samples: contexts of each length and task; behind budget_s seconds only those that cost little, see
-    evaluate.accuracy. haystacks: that they share, by default each has its own. A context that full attention cannot
-    read, or that cannot hold a task's needles, has no row. out/lengths.json grows row by row.
+    evaluate.accuracy. haystacks: that they share, by default each has its own. fair: with the best of RATES for each
+    model, and no more seeds of it than MODELS says. A context that full attention cannot read, or that cannot hold a
+    task's needles, has no row. out/lengths.json grows row by row.
     """
     haystacks = samples if haystacks is None else min(haystacks, samples)
     for task in tasks:
         one_of("task", task, TASKS)
-    plans = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models}
+    plans = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models if not fair or s < MODELS[m].seeds}
+    rates = len(RATES) if fair else 1
     path, trained_on = out / "lengths.json", load_recipe(recipe).name
     rows = read_rows(path)
     key = lambda r: (r.model, r.seed, r.task, r.length)  # noqa: E731
-    done = {key(r) for r in rows if (r.recipe, r.haystacks) == (trained_on, haystacks)}
+    done = {key(r) for r in rows if (r.recipe, r.haystacks, r.rates) == (trained_on, haystacks, rates)}
     with progress_bar(console) as bar:
         step = bar.add_task("train", total=None)
 
@@ -183,20 +205,23 @@ def run_lengths(
             what = f"train: stage {done.stage + 1}, loss {done.loss:.3f}"
             bar.update(step, completed=done.step + 1, description=what)
 
+        best_rate = cache(partial(_best_rate, recipe=recipe, runs=runs, on_step=on_step))
         for (name, seed), plan in plans.items():
             known = [T for T in lengths if plan.config().attention != "full" or T <= ONE_SHOT]
             todo = [(t, T) for t in tasks for T in known if needles.fits(t, T) and (name, seed, t, T) not in done]
             if not todo:
                 continue
+            if fair:
+                plan = recipe_of(name, seed, recipe, best_rate(MODELS[name].weights_of or name))
             model, seconds = _trained(plan, run_folder(runs, plan), on_step)
-            about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on}
+            about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on, "rates": rates}
             for task, T in todo:
                 row = _ask(LongReader(model), plan, task, T, samples, budget_s, haystacks, **about)
                 rows = [r for r in rows if (r.recipe, *key(r)) != (trained_on, *key(row))] + [row]
                 write_rows(path, rows)
                 bar.update(step, description=f"{name} {seed}: {task} {length_label(T)}")
-    rows = [r for r in rows if r.recipe == trained_on]
-    mine = [r for r in rows if r.model in models and r.seed in seeds and r.task in tasks]
+    rows = [r for r in rows if (r.recipe, r.rates) == (trained_on, rates)]
+    mine = [r for r in rows if (r.model, r.seed) in plans and r.task in tasks]
     if not mine:
         raise ValueError(f"lengths must hold one that {', '.join(models)} can read, got {', '.join(map(str, lengths))}")
     _show(console, out, mine, rows)

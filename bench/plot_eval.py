@@ -123,18 +123,21 @@ def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path:
     return save(figure, path)
 
 
-def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
+def plot_lengths(rows: list, chance: float, path: Path, labels: dict[str, str] | None = None) -> list[Path]:
     """Accuracy of lengths.Row against length, a panel for each task: the median of the seeds, with a band from the low
     end of the worst one's Wilson interval to the high end of the best one's. Points of too few answers are left out.
+
+    labels: of models, by default those of `hsa-tl lengths`.
     """
+    labels = {model: about.label for model, about in MODELS.items()} if labels is None else labels
     if not rows:
         raise ValueError("rows must hold at least one row, got none")
     colors = pyplot().colormaps["tab20"].colors
-    tasks = [t for t in NEEDLES if any(r.task == t for r in rows)]
+    tasks, trains = [t for t in NEEDLES if any(r.task == t for r in rows)], sorted({r.train_length for r in rows})
     figure, axes = grid(len(tasks), 0, 4.4, 3.6, 0, sharey=True)
     for ax, task in zip(axes, tasks, strict=True):
         mine = sorted((r for r in rows if r.task == task), key=lambda r: (r.length, r.accuracy))
-        for i, (model, about) in enumerate(MODELS.items()):
+        for i, (model, label) in enumerate(labels.items()):
             seeds = len({r.seed for r in rows if r.model == model})
             found = (r for r in mine if r.model == model and r.answers >= FEWEST)
             points = grouped(found, attrgetter("length"))
@@ -144,15 +147,16 @@ def plot_lengths(rows: list, chance: float, path: Path) -> list[Path]:
             low, high = [min(a for a, _ in x) for x in ends], [max(b for _, b in x) for x in ends]
             middle = [own[len(own) // 2].accuracy for own in points.values()]
             look = colors[i], MARKERS[i % len(MARKERS)]
-            band(ax, list(points), low, middle, high, f"{about.label}, {seeds} seed{'s' if seeds > 1 else ''}", *look)
-        length_axis(ax, sorted({r.length for r in mine}), [mine[0].train_length])
+            band(ax, list(points), low, middle, high, f"{label}, {seeds} seed{'s' if seeds > 1 else ''}", *look)
+        length_axis(ax, sorted({r.length for r in mine}), trains)
         share_axis(ax, chance)
         ax.set_title(NEEDLES[task])
     axes[0].set_ylabel("share of answers right")
     legend_below(figure, 3)
+    guess = f"chance is 1 in {1 / chance:.0f} (dashed); " if chance else ""
     figure.suptitle(
-        f"Trained at {rows[0].train_length} tokens (dotted); median seed, and the 95 % intervals of all\n"
-        f"chance is 1 in {1 / chance:.0f} (dashed); {samples_of(rows)} contexts a point, of {FEWEST} answers or more",
+        f"Trained at {' and '.join(map(str, trains))} tokens (dotted); median seed, and the 95 % intervals of all\n"
+        f"{guess}{samples_of(rows)} contexts a point, of {FEWEST} answers or more",
         fontsize=10,
     )
     return save(figure, path)

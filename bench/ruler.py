@@ -135,13 +135,18 @@ def paired(bits: list[float], others: list[float]) -> tuple[float, float]:
     return float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)
 
 
-def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
-    """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
+def read_rows(path: Path) -> list[dict]:
+    """Rows that write_rows wrote, none if there is no file. ValueError: not such a file."""
     try:
         found = json.loads(path.read_text()) if path.exists() else []
-        kept = [r for r in found if (r["model"], r["seed"]) != (run.model, run.seed)]
+        return [r for r in found if (r["model"], r["seed"])]
     except (TypeError, KeyError, json.JSONDecodeError):
         raise ValueError(f"{path} must hold the rows of hsa-tl eval") from None
+
+
+def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
+    """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
+    kept = [r for r in read_rows(path) if (r["model"], r["seed"]) != (run.model, run.seed)]
     kept += [asdict(run) | asdict(row) | record.origin(device) for row in rows]
     write_atomic(path, record.json_list(kept))
     return kept

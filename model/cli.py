@@ -52,6 +52,7 @@ def prepare(
     ] = None,
     held_out: Annotated[float, number(low=1e-6, high=0.999999, help="share that training never sees")] = 0.1,
     field: Annotated[str, typer.Option(help="what holds the text in JSON lines and Parquet")] = "text",
+    least: Annotated[str, typer.Option(help="tokens of a document, 32k say; shorter ones are left out")] = "1",
 ) -> None:
     """Text to memory-mapped token files, split into train and held-out.
 
@@ -62,7 +63,7 @@ def prepare(
         step = bar.add_task("tokenize", total=None)
         files = data.prepare(
             sources or None, out, data.make_tokenizer(tokenizer), held_out=held_out, field=field,
-            progress=lambda done, total: bar.update(step, completed=done, total=total),
+            least=parse_length(least), progress=lambda done, total: bar.update(step, completed=done, total=total),
         )  # fmt: skip
     rows = [(f.path.stem, f.sidecar.documents, len(f), f.sidecar.dtype) for f in files.values()]
     title = f"Token files in {out}, {files['train'].sidecar.tokenizer}"

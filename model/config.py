@@ -235,15 +235,19 @@ PRESETS = {
         chunk_size=64, topk=64, encoder_heads=16, encoder_mlp_dim=5120, experts=64, **LARGE,
     ),
 }  # fmt: skip
+PRESETS["trm-moe"] = replace(
+    PRESETS["moe-8b-a1b"], attention="full", experts=32, experts_per_token=2, expert_dim=1024
+)  # fmt: skip
 
 
 def preset(name: str) -> ModelConfig:
     """The named configuration.
 
-    "dense-0.5b" and "moe-8b-a1b" have the paper's parameter counts; the paper does not give their dims.
+    "dense-0.5b" and "moe-8b-a1b" have the paper's parameter counts; the paper does not give their dims. "trm-moe" is
+    the latter's baseline, full attention with fewer and wider experts.
 
     Args:
-        name (str): "tiny", "small", "dense-0.5b" or "moe-8b-a1b".
+        name (str): "tiny", "small", "dense-0.5b", "moe-8b-a1b" or "trm-moe".
 
     Returns:
         ModelConfig: to use, or to change by `dataclasses.replace`.

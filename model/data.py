@@ -185,13 +185,15 @@ def read_sidecar(path: Path) -> Sidecar:
 class _Writer:
     """Tokens of documents into a file, and what its sidecar says of them."""
 
-    def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
-        self.file, self.tokenizer, self.dtype = file, tokenizer, token_dtype(tokenizer.vocab_size)
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, least: int = 0):
+        self.least, self.file, self.tokenizer, self.dtype = least, file, tokenizer, token_dtype(tokenizer.vocab_size)
         self.end = np.array([tokenizer.end], self.dtype)
         self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
 
     def add(self, document: str | bytes) -> None:
         data = np.concatenate([self.tokenizer.encode_all([document])[0].astype(self.dtype), self.end])
+        if len(data) <= self.least:
+            return
         raw = data.astype(self.dtype.newbyteorder("<")).tobytes()
         self.file.write(raw)
         self.digest.update(raw)
@@ -245,14 +247,14 @@ def _one_file(file: TextFile, held_out: float) -> Iterator[tuple[str, bytes]]:
 
 def prepare(
     sources: list[Path] | None, out: Path, tokenizer: Tokenizer | None = None, *, held_out: float = 0.1,
-    field: str = "text", progress: Callable[[int, int], None] = lambda done, total: None,
+    field: str = "text", least: int = 1, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TokenFile]:  # fmt: skip
     """Writes out/train.bin and out/held_out.bin with their sidecars: no document is in both.
 
     What is split how says `hsa-tl prepare`; binary files are left out. The four files change together, or none does.
     sources: folders and files, by default Python's standard library. held_out: share of the files in (0, 1). field: of
-    the rows. progress: called with files read and their total. ValueError: no text, or none for one of the splits; a
-    row without the field. ImportError: Parquet without pyarrow.
+    the rows. least: tokens of a document; shorter ones are left out. progress: called with files read and their total.
+    ValueError: no text, or none for one of the splits; a row without the field. ImportError: Parquet without pyarrow.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie in (0, 1), got {held_out}")
@@ -263,7 +265,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     # Two calls at once would each replace what the other has just moved.
     with locked(out), atomic_files(*paths, *map(sidecar_path, paths)) as opened:
-        writers = {split: _Writer(file, tokenizer) for split, file in zip(SPLITS, opened[:2], strict=True)}
+        writers = {split: _Writer(file, tokenizer, least) for split, file in zip(SPLITS, opened[:2], strict=True)}
         for done, file in enumerate(files, 1):
             if alone and file.path.suffix.lower() not in documents.ROWS:
                 found = _one_file(file, held_out)
@@ -273,7 +275,8 @@ def prepare(
                 writers[split].add(text)
                 progress(done, len(files))
         where = ", ".join(map(str, sources)) if sources else "the standard library"
-        of = f" of the {sum(w.documents for w in writers.values())} in {where}: take another held_out"
+        count = f"{sum(w.documents for w in writers.values())}" + (f" of {least} tokens or more" if least > 1 else "")
+        of = f" of the {count} in {where}: take another held_out"
         for (split, writer), sidecar in zip(writers.items(), opened[2:], strict=True):
             sidecar.write(writer.sidecar(split, of))
     return {split: TokenFile(path) for split, path in zip(SPLITS, paths, strict=True)}

@@ -62,7 +62,7 @@ def documents(file: TextFile, field: str) -> Iterator[tuple[str, bytes]]:
     """
     suffix = file.path.suffix.lower()
     if suffix in ROWS:
-        rows = _parquet(file.path, field) if suffix == ".parquet" else _json_lines(file.path, field)
+        rows = _parquet(file.path, field) if suffix == ".parquet" else json_lines(file.path, field)
         for i, text in enumerate(rows):
             if text:
                 yield f"{file.name}#{i}", text.encode(errors="replace")
@@ -97,7 +97,8 @@ def _end(text: bytes) -> int:
     return at - 1 if at > 1 and text[at - 1] >= 0xC0 else len(text)
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
+def json_lines(path: Path, field: str) -> Iterator[str]:
+    """The text in that field of each line. ValueError: a line without it, or not JSON."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

@@ -16,6 +16,7 @@ import torch
 
 from hsa_tl.model import needles, ruler
 from hsa_tl.model.data import ByteTokenizer, TokenFile, Tokenizer, make_tokenizer
+from hsa_tl.model.documents import json_lines
 
 IGNORE = -100
 HELD_OUT = 999  # where a recipe's seed makes one for each stage, those of validation
@@ -96,6 +97,44 @@ class TextSource(Source):
         return sample.tokens, None
 
 
+class PairSource(Source):
+    """Prompts with answers, as many as fit one after the other, drawn by lot; the loss counts the answers only.
+
+    pairs: tokens of each prompt and each answer. end: of a document, behind each answer, where there is one; what is
+    left of a sample is filled with it.
+    """
+
+    def __init__(self, pairs: list[tuple[np.ndarray, np.ndarray]], length: int, seed: int, vocab_size: int, end):
+        ends = np.array([] if end is None else [end], np.int64)
+        joined = [(np.concatenate([prompt, answer, ends]), len(prompt)) for prompt, answer in pairs]
+        self.pairs = [(tokens, first) for tokens, first in joined if len(tokens) <= length]
+        if not self.pairs:
+            raise ValueError(f"a prompt with its answer must have at most {length} tokens, got none of {len(pairs)}")
+        self.length, self.seed, self.vocab_size, self.fill = length, seed, vocab_size, 0 if end is None else end
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        rng, tokens, counted, at = np.random.default_rng([self.seed, 2, index]), np.full(self.length, self.fill), [], 0
+        while True:
+            pair, first = self.pairs[rng.integers(len(self.pairs))]
+            if at + len(pair) > self.length:
+                return tokens, np.concatenate(counted)
+            tokens[at : at + len(pair)] = pair
+            counted.append(np.arange(at + first, at + len(pair)))
+            at += len(pair)
+
+
+class MixSource(Source):
+    """Samples of several sources by lot, by their weights."""
+
+    def __init__(self, sources: list[Source], weights: list[float], seed: int):
+        self.sources, self.seed, self.share = sources, seed, np.array(weights) / sum(weights)
+        self.length, self.vocab_size = sources[0].length, max(x.vocab_size for x in sources)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        chosen = np.random.default_rng([self.seed, 3, index]).choice(len(self.sources), p=self.share)
+        return self.sources[chosen].row(index)
+
+
 class TaskSource(Source):
     """Samples of tasks in turn by lot; the loss counts the answers only."""
 
@@ -110,7 +149,10 @@ class TaskSource(Source):
 
 
 def tokenizer_of(spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a recipe's `data`: its file's, by default one token a byte; of needles, their words."""
+    """The tokenizer of a recipe's `data`: its file's, by default one token a byte; of needles, their words; of a mix,
+    its first source's."""
+    if spec["kind"] == "mix":
+        return tokenizer_of(spec["sources"][0])
     return needles.NeedleTokenizer() if spec["kind"] == "needles" else make_tokenizer(spec.get("tokenizer"))
 
 
@@ -144,11 +186,29 @@ def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> Ta
     return TaskSource(samples, [1.0] * len(samples), length, tokenizer.vocab_size, seed)
 
 
-KINDS = {"text": _text, "self-copy": _self_copy, "needles": _needles, "ruler": _ruler}
+def _pairs(length: int, seed: int, *, path, prompt="prompt", answer="answer", tokenizer=None) -> PairSource:
+    """path: JSON lines; prompt, answer: their fields."""
+    tokenizer = make_tokenizer(tokenizer)
+    columns = [tokenizer.encode_all(list(json_lines(Path(path), field))) for field in (prompt, answer)]
+    return PairSource(list(zip(*columns, strict=True)), length, seed, tokenizer.vocab_size, tokenizer.end)
+
+
+def _mix(length: int, seed: int, *, sources) -> MixSource:
+    """sources: the `data` of each, no mix itself, and a weight, 1 by default."""
+    if not sources or any(x.get("kind") == "mix" for x in sources):
+        raise ValueError(f"sources must be at least one that is no mix itself, got {sources}")
+    made = [make_source({k: v for k, v in x.items() if k != "weight"}, length, seed) for x in sources]
+    return MixSource(made, [x.get("weight", 1.0) for x in sources], seed)
+
+
+KINDS = {
+    "text": _text, "self-copy": _self_copy, "needles": _needles, "ruler": _ruler, "pairs": _pairs, "mix": _mix,
+}  # fmt: skip
 
 
 def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
-    """The source that a recipe's `data` names by its kind: text, self-copy, needles or ruler."""
+    """The source that a recipe's `data` names by its kind: text, self-copy, needles, ruler, pairs of prompt and answer,
+    or a mix of these."""
     options = dict(spec)
     kind = options.pop("kind", None)
     if kind not in KINDS:
@@ -160,19 +220,25 @@ def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
         raise ValueError(f"data of kind {kind} must have the option {missing[0]!r}, got none")
     try:
         return KINDS[kind](length, seed, **options)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"data of kind {kind} must have options of the right types, got {error}") from None
 
 
 def validation_source(spec: dict[str, Any], length: int, seed: int) -> Source | None:
     """Samples that training never sees: of the held_out.bin beside a text's file, of another seed of a task.
 
-    None: there is no such file. ValueError: it cannot give samples.
+    None: a file has none beside it. ValueError: it cannot give samples.
     """
-    if "path" in spec:
-        path = Path(spec["path"])
-        held_out = path.with_name("held_out.bin")
-        if path.name == held_out.name or not held_out.exists():
-            return None
-        spec = spec | {"path": str(held_out)}
-    return make_source(spec, length, seed * 1000 + HELD_OUT)
+    unseen = _unseen(spec)
+    return None if unseen is None else make_source(unseen, length, seed * 1000 + HELD_OUT)
+
+
+def _unseen(spec: dict[str, Any]) -> dict[str, Any] | None:
+    if spec["kind"] == "mix":
+        sources = list(map(_unseen, spec["sources"]))
+        return None if None in sources else spec | {"sources": sources}
+    if "path" not in spec:
+        return spec
+    path = Path(spec["path"])
+    held_out = path.with_name(f"held_out{path.suffix}")
+    return spec | {"path": str(held_out)} if path.name != held_out.name and held_out.exists() else None

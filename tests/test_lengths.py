@@ -1,6 +1,7 @@
 """`hsa-tl lengths` and the demo's last act at toy size: rows, resumption, plot."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -52,12 +53,36 @@ def test_lengths_command(recipe, tmp_path, models):
     assert [p.stat().st_mtime_ns for p in trained] == stamps
 
 
+def test_the_fair_table_has_the_best_learning_rate(recipe, tmp_path, monkeypatch):
+    """Of seed 0's, which a scaling has too, as it has the weights; and each model its own number of seeds."""
+    monkeypatch.setitem(MODELS, "full-pi", replace(MODELS["full-pi"], seeds=1))
+    console = Console(file=open("/dev/null", "w"))  # noqa: SIM115
+
+    def ask(**options):
+        models = ["full-rope", "full-pi"]
+        args = console, tmp_path, tmp_path / "runs", models, [0, 1], [128], ["s-niah"]
+        rows = lengths.run_lengths(*args, samples=2, recipe=recipe, **options)
+        return {(r.model, r.seed): (r.lr, r.rates) for r in rows}
+
+    assert set(ask().values()) == {(1e-3, 1)}
+    found = ask(fair=True)
+    assert set(found) == {("full-rope", 0), ("full-rope", 1), ("full-pi", 0)}
+    ends = {}
+    for rate, name in ((5e-4, "-lr0.5"), (1e-3, ""), (2e-3, "-lr2")):
+        log = (tmp_path / f"runs/toy-full-rope{name}-0/log.jsonl").read_text().splitlines()
+        ends[rate] = json.loads(log[-1])["validation_loss"]
+    assert len(set(ends.values())) == 3 and set(found.values()) == {(min(ends, key=ends.get), 3)}
+    monkeypatch.setattr(lengths, "train", None)
+    assert ask(fair=True) == found  # nothing is run again
+
+
 @pytest.mark.parametrize(
     "args, words",
     (
         (("--models", "gpt"), "model must be one of hsa, full-rope"),
         (("--tasks", "x"), "task must be one of s-niah"),
         (("--lengths", "x"), "lengths must be numbers"),
+        (("--all", "--seeds", "2"), "--seeds must stand without --all"),
     ),
 )
 def test_bad_lengths_input(args, words, tmp_path, monkeypatch):

@@ -105,3 +105,12 @@ def test_active_parameters_are_those_of_one_token():
     model(torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]]), logits_to_keep=0).loss.backward()
     idle = sum(2 * 3 * 32 * HIDDEN for layer in model.layers[1:]) * (E - K) // 2
     assert model.num_parameters() - model.num_parameters(active=True) == idle
+
+
+def test_the_mixtures_baseline_has_its_size():
+    """Fewer and wider experts, and full attention instead of windows, chunks and their encoder."""
+    with torch.device("meta"):
+        ours, theirs = Model(preset("moe-8b-a1b")), Model(preset("trm-moe"))
+    c = theirs.config
+    assert (c.attention, c.experts, c.experts_per_token, c.expert_dim) == ("full", 32, 2, 1024)
+    assert abs(theirs.num_parameters() / ours.num_parameters() - 1) < 0.03

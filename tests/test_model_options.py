@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hsa_tl import fusion_weights, transforms
 from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset
 from hsa_tl.model import cache as caches
-from hsa_tl.model.config import UNLEARNED
+from hsa_tl.model.config import PRESETS, UNLEARNED
 from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
 from hsa_tl.model.longcontext import LongReader
 
@@ -264,7 +264,7 @@ def test_moe_sizes_are_the_papers():
     assert abs((model.num_parameters(active=True) - tables) / 1e9 - 1) < 0.05
 
 
-@pytest.mark.parametrize("name", ("tiny", "small", "dense-0.5b", "moe-8b-a1b"))
+@pytest.mark.parametrize("name", PRESETS)
 def test_head_ratio_of_presets(name):
     c = preset(name)
     assert c.heads == (4 if name == "tiny" else 16) * c.kv_heads

@@ -23,7 +23,7 @@ from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe
 from hsa_tl.model.sources import make_source
 
 STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
-TOYS = ("needle-tiny", "needle-hard", "needle-small", "text-tiny", "text-tiny-baselm")
+TOYS = ("needle-tiny", "needle-hard", "needle-small", "text-tiny", "text-tiny-baselm", "mixture")
 
 
 def toy(steps: int = 6, **changes) -> Recipe:
