@@ -7,8 +7,8 @@
 The chunk memory comes from the lower decoder, which sees windows only. So rank r of W encodes chunks [r N / W,
 (r + 1) N / W) and reads as many tokens before them as the lower windows reach back together; nothing moves. All ranks
 run the end of the context, where the upper decoder begins, and every token after it. For each of these tokens and each
-HSA layer a rank sends its best K chunks, 8 bytes each for every retrieval head, and the sum of its chosen chunks'
-outputs, A * D numbers: selections are global and exact, and HSA's output is a sum over chunks.
+HSA layer a rank sends its best K chunks, 8 bytes each for every retrieval head, so that selections are global and
+exact, and the sum of its chosen chunks' outputs, A * D numbers, since HSA's output is a sum over chunks.
 
 Every rank makes the same calls with the same tokens.
 
@@ -20,8 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from hsa_tl.model.cache import Cache
+from hsa_tl.model.generate import SEGMENT
 from hsa_tl.model.hsa import Memory
 from hsa_tl.model.pages import merge
+from hsa_tl.validation import require_integers
 
 NO_CHUNK = 2**31 - 1  # above every chunk's number
 
@@ -85,14 +87,15 @@ class SharedCache(Cache):
     follow are the last rank's.
 
     tokens: [T], on every rank. segment: tokens at once. options: of Cache, but undo: it takes no tokens back.
-    ValueError: tokens that follow differ between ranks, such as those that each drew without a seed.
+    ValueError: no tokens of the model; or what follows differs between ranks, as where each drew without a seed.
     NotImplementedError: see require_shareable; it cannot be saved.
     """
 
     @torch.no_grad()
-    def __init__(self, model, tokens: torch.Tensor, group: dist.ProcessGroup, *, segment: int = 1 << 14, **options):
+    def __init__(self, model, tokens: torch.Tensor, group: dist.ProcessGroup, *, segment: int = SEGMENT, **options):
         require_shareable(model.config)
         c, weight, T, S = model.config, model.embedding.weight, len(tokens), model.config.chunk_size
+        tokens = require_integers("tokens", tokens, 0, c.vocab_size).to(weight.device)
         self.share = Share(T // S, group)
         first, stop = self.share.first * S, min(self.share.stop, T // S) * S
         options = {"device": weight.device, "dtype": weight.dtype, "capacity": max(S, stop - first), **options}
@@ -102,7 +105,7 @@ class SharedCache(Cache):
         for begin, end in ((first - lower, stop), (T - lower - max(upper, S), T)):
             begin = max(0, begin) // S * S
             self._move(model, tokens, begin)
-            for part in tokens[begin:end].to(weight.device).split(segment):
+            for part in tokens[begin:end].split(segment):
                 super().advance(model, part[None], keep=0)
 
     def _move(self, model, tokens, at: int) -> None:
@@ -110,7 +113,7 @@ class SharedCache(Cache):
         for _, tail in self._tails():
             tail.clear()
         width = self.past.shape[1]
-        past_TC = model.embedding(tokens[max(0, at - width) : at].to(self.past.device))
+        past_TC = model.embedding(tokens[max(0, at - width) : at])
         self.past = F.pad(past_TC, (0, 0, width - len(past_TC), 0))[None]
         self.lengths = [at]
 
