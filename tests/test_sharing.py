@@ -16,7 +16,7 @@ from hsa_tl.model import Model, PagedMemory, preset
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.sharing import SharedCache
 
-QUICK = (2, ("groups@100", "groups@391"))
+QUICK = (2, ("groups@70", "groups@391"))
 
 
 def filled(model, tokens):
@@ -38,7 +38,7 @@ def exact_logits(case: str, new: torch.Tensor) -> torch.Tensor:
     tiered((QUICK, (4, ("groups@20", *(f"{x}@391" for x in ranks.SHARED), "hsa@20000"))), quick=(QUICK,), rows=True),
 )
 def test_ranks_read_what_one_process_reads(count, cases, tmp_path):
-    """At 20 tokens some ranks have no chunk, at 100 the upper decoder begins before the last one's."""
+    """At 20 tokens some ranks have no chunk, at 70 the upper decoder begins before the last one's."""
     run = launch(count, "reading", tmp_path / "found", *cases)
     assert run.returncode == 0, run.stderr[-3000:]
     found = [torch.load(tmp_path / f"found.{rank}", weights_only=False) for rank in range(count)]
