@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
@@ -22,8 +24,10 @@ from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
 from hsa_tl.bench.suite import one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, Sweep
-from hsa_tl.model import checkpoint, data, load
+from hsa_tl.model import data, load
 from hsa_tl.model import train as training
+from hsa_tl.model.cli import RUN, lost_ranks
+from hsa_tl.model.distributed import Ranks, end_process
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.terminal import (
     make_console,
@@ -191,7 +195,7 @@ def paper_command(
 
 def evaluate(
     what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what HSA layers read")],
-    run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
+    run: Annotated[str, typer.Option(help=RUN)] = "out/train/needle-tiny",
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
     depth_steps: Annotated[int, number(low=1, high=1001, help="depths from first to last")] = 5,
@@ -224,12 +228,14 @@ def evaluate(
 ) -> None:
     """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
 
-    The JSON keeps the rows of other runs; the plot of perplexity shows them too.
+    The JSON keeps the rows of other runs; the plot of perplexity shows them too. On many ranks, which share each
+    context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
     """
     one_of("what to evaluate", what, ("ruler", "perplexity", "selections"))
     device = pick_device(device)
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)
+    ranks = Ranks(device, int(os.environ.get("WORLD_SIZE", "1")))
     model = load(run, device)
     about = ruler.Run.of(run, model)
     if topk:
@@ -238,27 +244,35 @@ def evaluate(
         if model.encoder is None or what == "selections":
             raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
         about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
+    if ranks.world > 1:
+        about = dataclasses.replace(about, model=f"{about.model}, {ranks.world} ranks")
     if what == "selections":
+        if ranks.world > 1:
+            raise ValueError(f"selections must be measured by one process, got {ranks.world}")
         source = dataclasses.asdict(about) | record.origin(device)
         save_selections(model, data.TokenFile(data_file), points[-1], out, source)
         return
-    reader = LongReader(model, folder=memory, retrieve=topk != 0)
+    group = dist.group.WORLD if ranks.world > 1 else None
+    reader = LongReader(model, folder=memory, retrieve=topk != 0, group=group)
     if what == "perplexity":
         most = parse_lengths(before)[-1] if before else 0
         found = ruler.run_perplexity(reader, data.TokenFile(data_file), points, windows=windows, before=most)
     else:
-        kinds = {s["data"]["kind"] for s in checkpoint.latest(run).recipe["stages"]}
+        kinds = {s.data["kind"] for s in ruler.trained(run)[0].stages}
         chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
         one_of("vocabulary", chosen, ruler.VOCABULARIES)
         places = parse_depths(depths, depth_steps)
         options = {"samples": samples, "generate": generate, "haystack": haystack}
         found = ruler.run_ruler(reader, chosen, tasks.split(","), points, places, **options)
     rows = []
-    with progress_bar(console) as bar:
+    with lost_ranks(), progress_bar(console if ranks.rank == 0 else Console(quiet=True)) as bar:
         step = bar.add_task("read", total=None)
         for row in found:
             rows.append(row)
             bar.update(step, advance=1, description=f"{length_label(row.length)} done")
+    ranks.close()
+    if ranks.rank > 0:
+        end_process()
     kept = ruler.write_rows(rows, about, device, out / f"{what}.json")
     if what == "ruler":
         arguments = rows, about.model, about.trained_length, ruler.chance(chosen)
@@ -270,6 +284,8 @@ def evaluate(
     cells = [[f"{x:.4g}" if isinstance(x, float) else "" if x is None else x for x in row] for row in cells]
     show_table(console, f"{what} of {run}", names, cells, right=tuple(range(1 if what == "ruler" else 0, len(names))))
     say_written([out / f"{what}.json", *written])
+    if ranks.world > 1:
+        end_process()
 
 
 def weights(

@@ -19,7 +19,8 @@ from hsa_tl.model import checkpoint, evaluate, needles, ruler
 from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
-from hsa_tl.model.recipe import recipe_of
+from hsa_tl.model.pretrained import shipped, shipped_names
+from hsa_tl.model.recipe import Recipe, recipe_of
 
 VOCABULARIES = ("words", "needles")
 WINDOWS = ", windows only"  # behind the name of a model whose HSA layers read nothing
@@ -37,14 +38,13 @@ class Run:
     finished: bool  # the recipe's last step was done
 
     @classmethod
-    def of(cls, folder: Path, model: Model) -> "Run":
-        found = checkpoint.latest(folder)
-        recipe = recipe_of(found.recipe)
-        stages = [recipe.stages[recipe.stage_at(step)[0]] for step in range(found.step)]
+    def of(cls, run: str | Path, model: Model) -> "Run":
+        recipe, done = trained(run)
+        stages = [recipe.stages[recipe.stage_at(step)[0]] for step in range(done)]
         tokens = sum(s.tokens for s in stages)
         return cls(
             recipe.name, recipe.seed, model.num_parameters(), tokens, max((s.length for s in stages), default=0),
-            found.step == recipe.steps,
+            done == recipe.steps,
         )  # fmt: skip
 
 
@@ -71,6 +71,14 @@ class PerplexityRow:
     windows: int
     standard_error: float | None = None  # of bits_per_token, over the windows
     bits: list[float] | None = None  # per token of each window: runs asked at the same ones are compared in pairs
+
+
+def trained(run: str | Path) -> tuple[Recipe, int]:
+    """The recipe of what `hsa_tl.model.load` knows by this folder or name, and how many of its steps were done."""
+    if run in shipped_names():
+        return recipe_of((found := shipped(run)).recipe), found.steps
+    found = checkpoint.latest(Path(run))
+    return recipe_of(found.recipe), found.step
 
 
 def chance(vocabulary: str) -> float:

@@ -347,7 +347,14 @@ class Cache:
         entries = k.unflatten(0, (-1,)), v, landmarks[:, 0]
         for b, part in enumerate(zip(*(x.to(self.memory.spec.dtype).split(new) for x in entries), strict=True)):
             if new[b]:
-                self.memory.append(b, *part)
+                self._append(b, self.lengths[b] // S, *part)
+
+    def _append(self, sequence: int, number: int, *chunks: torch.Tensor) -> None:
+        """Stores chunks: keys, values, landmarks. number: the first one's in its sequence."""
+        self.memory.append(sequence, *chunks)
+
+    def _chunks(self) -> SegmentMemory | None:
+        return None if self.memory is None else SegmentMemory(self.memory, self.counts)
 
     def _upper(self, model, h_BTC, first_v_BTHD, keep: int | None, states: list | None) -> torch.Tensor:
         """Hidden states of the upper decoder: of the segment, or of the last `keep` tokens of each row."""
@@ -364,8 +371,7 @@ class Cache:
             h_BTC, first_v_BTHD = (take_rows(x, first, max(1, *self.counts)) for x in (h, v))
             starts = [a + b - m for a, b, m in zip(starts, counts, self.counts, strict=True)]
             self.waiting.clear()
-        memory = None if self.memory is None else SegmentMemory(self.memory, self.counts)
-        caches = self.layers[self.config.lower_layers :]
+        memory, caches = self._chunks(), self.layers[self.config.lower_layers :]
         start = self._start(starts)
         if keep is not None and min(self.counts) == h_BTC.shape[1]:
             out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, max(1, n + self.undo))

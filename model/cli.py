@@ -71,7 +71,7 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _lost_ranks():
+def lost_ranks():
     """Of several ranks: a collective that failed since another rank is gone, in one line, and exit code 1."""
     try:
         yield
@@ -165,7 +165,7 @@ def train(
     begin = time.perf_counter()
     writes = os.environ.get("RANK", "0") == "0"
     console = make_console() if writes else Console(quiet=True)
-    with _lost_ranks():
+    with lost_ranks():
         device = pick_device(device)
         chosen, run = recipe_from(recipe, text, out, steps, length, batch, tokenizer)
         changes = {"seed": seed, "start": None if start is None else str(start)}

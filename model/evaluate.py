@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from hsa_tl.model import needles, ruler
 from hsa_tl.model.data import Sample, Tokenizer
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
+from hsa_tl.model.sharing import SharedCache
 
 GOLDEN = (5**0.5 - 1) / 2
 LEAST = 4  # samples, however long they take
@@ -50,14 +52,21 @@ def answers_right(reader: LongReader, sample: Sample) -> np.ndarray:
     return np.logical_and.reduceat(hit, np.cumsum(sizes) - sizes)
 
 
-def answers_generated(model: Model, sample: Sample, folder: Path | None = None) -> np.ndarray:
+def answers_generated(
+    model: Model, sample: Sample, folder: Path | None = None, group: dist.ProcessGroup | None = None
+) -> np.ndarray:
     """[A] bool: each answer generated whole, greedily, after the sample's questions and the model's own answers.
 
-    folder: keeps the chunk memory in files there. The context is read anew, a segment at a time.
+    folder: keeps the chunk memory in files there. The context is read anew, a segment at a time. group: of ranks that
+    share it, see hsa_tl.model.sharing.
     """
     tokens, hits = torch.from_numpy(sample.tokens.astype(np.int64)), []
-    cache = model.new_cache(1, capacity=len(tokens), **({} if folder is None else {"directory": folder}))
-    before = 0
+    options, before = {} if folder is None else {"directory": folder}, 0
+    if group is None:
+        cache = model.new_cache(1, capacity=len(tokens), **options)
+    else:
+        before = int(sample.answers[0, 0]) - 1
+        cache = SharedCache(model, tokens[:before], group, **options)
     for a, b in sample.answers.tolist():
         new = model.generate([tokens[before:a]], b - a, cache=cache)[0][a - before :].cpu()
         hits.append(torch.equal(new, tokens[a:b]))

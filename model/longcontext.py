@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.model import Model
+from hsa_tl.model.sharing import Share, SharedMemory, require_shareable
 
 SEGMENT = 1 << 14  # tokens at once
 ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is quadratic
@@ -28,22 +30,29 @@ class LongReader:
     layers keep keys of their own, read each anew; "full" reads each whole, at most ONE_SHOT tokens.
 
     segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
-    heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty.
+    heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty. group: of ranks that
+    share each context, see hsa_tl.model.sharing.
     """
 
-    def __init__(self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None, retrieve: bool = True):
+    def __init__(
+        self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None, retrieve: bool = True,
+        group: dist.ProcessGroup | None = None,
+    ):  # fmt: skip
+        if group is not None:
+            require_shareable(model.config)
         if segment % model.config.chunk_size:
             raise ValueError(f"segment must be a multiple of chunk_size = {model.config.chunk_size}, got {segment}")
         if folder is not None and next(model.parameters()).device.type != "cpu":
             raise ValueError(f"folder must be left out on a GPU, got {folder}")
-        self.model, self.segment, self.folder, self.retrieve = model, segment, folder, retrieve
+        self.model, self.segment, self.folder, self.retrieve, self.group = model, segment, folder, retrieve, group
         c = model.config
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]
         self.whole = any(x.attention.window is None for x in lower)
         self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
         self.upper_reach = sum(x.reach for x in upper)
         self.tokens = np.empty(0, np.uint16)
-        self.memory: PagedMemory | None = None
+        self.memory: PagedMemory | None = None  # with a group, of this rank's share
+        self.share: Share | None = None
 
     @torch.no_grad()
     def read(self, tokens: np.ndarray, keep: int) -> torch.Tensor:
@@ -65,7 +74,10 @@ class LongReader:
         start = max(0, T - keep - self.upper_reach)
         parts = [self._lower(tokens, a, min(T, a + self.segment)) for a in range(start, T, self.segment)]
         h_BTC, v_BTHD = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-        return self.model.head(self.model.upper(h_BTC, self.memory, v_BTHD, start, keep=keep))[0]
+        memory = (
+            self.memory if self.share is None else SharedMemory(self.memory, self.model.config.chunk_size, self.share)
+        )
+        return self.model.head(self.model.upper(h_BTC, memory, v_BTHD, start, keep=keep))[0]
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64))[None].to(next(self.model.parameters()).device)
@@ -80,10 +92,12 @@ class LongReader:
         """Brings the memory to these tokens: all chunks the first time, then those that a changed token reaches."""
         S = self.model.config.chunk_size
         N = len(tokens) // S if self.retrieve else 0
+        self.share = None if self.group is None else Share(N, self.group)
+        first, stop = (0, N) if self.share is None else (self.share.first, min(N, self.share.stop))
         if len(tokens) != len(self.tokens):
             c, p = self.model.config, next(self.model.parameters())
             spec = MemorySpec.of(c, 1, p.dtype)
-            self.memory = PagedMemory(spec, device=p.device, capacity=max(1, N), directory=self.folder)
+            self.memory = PagedMemory(spec, device=p.device, capacity=max(1, stop - first), directory=self.folder)
             stale = np.ones(N, bool)
         else:
             changed = np.flatnonzero(tokens != self.tokens)
@@ -92,15 +106,17 @@ class LongReader:
             np.add.at(edges, np.minimum(changed // S, N), 1)
             np.add.at(edges, np.minimum((changed + self.lower_reach) // S + 1, N + 1), -1)
             stale = np.cumsum(edges)[:N] > 0
+        stale[:first] = stale[stop:] = False
         self.tokens = np.empty(0, np.uint16)  # nothing, should encoding fail
         bounds = np.flatnonzero(np.diff(np.concatenate([[0], stale, [0]])))
         step = self.segment // S
-        for first, last in bounds.reshape(-1, 2).tolist():
-            for a in range(first, last, step):
+        for begin, last in bounds.reshape(-1, 2).tolist():
+            for a in range(begin, last, step):
                 b = min(last, a + step)
                 h_BTC, _ = self._lower(tokens, a * S, b * S)
                 part = self.model.encode(h_BTC, a * S)
-                store = self.memory.append if a == self.memory.longest else partial(self.memory.replace, start=a)
+                at = a - first
+                store = self.memory.append if at == self.memory.longest else partial(self.memory.replace, start=at)
                 n = b - a  # what is more of the encoder's is not whole
                 store(0, k=part.k[0, : n * S], v=part.v[0, : n * S], landmarks=part.landmarks[0, :n])
         self.tokens = np.array(tokens)

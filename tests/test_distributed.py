@@ -21,7 +21,7 @@ from hsa_tl.model.train import train
 def launch(count: int, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     script = Path(ranks.__file__)
-    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, "--", script, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def alone(name: str) -> dict[str, torch.Tensor]:

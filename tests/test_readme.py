@@ -191,6 +191,17 @@ def test_figures_of_text():
         assert mine[0]["commit"] in text
 
 
+def test_figures_of_shared_contexts():
+    rows = json.loads((RESULTS / "ranks.json").read_text())
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "long-context-and-serving.md").read_text())
+    assert {r["length"] for r in rows} == {M} and all(r["commit"] in text for r in rows)
+    for ranks in ("", ", 2 ranks", ", 4 ranks"):
+        mine = [r for r in rows if r["model"] == f"needle-tiny-hsa{ranks}"]
+        right, asked = sum(r["answers"] * r["accuracy"] for r in mine), sum(r["answers"] for r in mine)
+        generated = sum(r["answers"] for r in mine if r["method"] == "generated")
+        assert f"each gave {right:.0f} of {asked} right answers, {generated} of them generated" in text
+
+
 def test_figures_of_long_contexts_of_text():
     """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
     found = json.loads((RESULTS / "text_length.json").read_text())
