@@ -44,9 +44,17 @@ def make(name: str) -> tuple[Model, torch.Tensor, torch.Tensor]:
     return model, input_ids, labels
 
 
-def results(model: Model, logits: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+def results(model: Model, logits: torch.Tensor, loss: torch.Tensor, asked: torch.Tensor) -> dict[str, torch.Tensor]:
+    """asked: the logits in eval mode."""
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
-    return {"logits": logits.detach(), "loss": loss.detach()[None], "gradients": gradients}
+    return {"logits": logits.detach(), "loss": loss.detach()[None], "gradients": gradients, "asked": asked.detach()}
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """The parts of all ranks, along the tokens."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach())
+    return torch.cat(parts, 1)
 
 
 def recipe() -> Recipe:
@@ -69,13 +77,11 @@ def context(out: str) -> None:
         model, input_ids, labels = make(name)
         got = ContextParallel(model)(input_ids, labels=labels)
         got.loss.backward()
-        ranks = dist.get_world_size()
-        parts = [torch.empty_like(got.logits) for _ in range(ranks)]
-        dist.all_gather(parts, got.logits.detach())
-        mine = results(model, torch.cat(parts, 1), got.loss)
+        asked = ContextParallel(model.eval())(input_ids).logits
+        mine = results(model, gather(got.logits), got.loss, gather(asked))
         for key in ("loss", "gradients"):
             dist.all_reduce(mine[key])
-            mine[key] /= ranks
+            mine[key] /= dist.get_world_size()
         found[name] = mine
     if dist.get_rank() == 0:
         torch.save(found, out)

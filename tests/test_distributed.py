@@ -29,7 +29,7 @@ def alone(name: str) -> dict[str, torch.Tensor]:
     model, input_ids, labels = ranks.make(name)
     out = model.double()(input_ids, labels=labels)
     out.loss.backward()
-    return ranks.results(model, out.logits, out.loss)
+    return ranks.results(model, out.logits, out.loss, model.eval()(input_ids).logits)
 
 
 @pytest.mark.parametrize("count", tiered((2, 4), quick=(2,)))
