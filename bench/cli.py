@@ -1,6 +1,7 @@
 """The commands of hsa-tl that measure speed, and what a trained model can do."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Optional
@@ -10,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hsa_tl.bench import compare, page, plot, plot_eval, record, ruler, selections
+from hsa_tl.bench import compare, page, plot, plot_eval, record, ruler, selections, tradeoff
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.contenders import MODELS
@@ -22,8 +23,10 @@ from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
 from hsa_tl.bench.suite import one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, Sweep
+from hsa_tl.files import write_atomic
 from hsa_tl.model import checkpoint, data, load
 from hsa_tl.model import train as training
+from hsa_tl.model.evaluate import needle_samples
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.terminal import (
     make_console,
@@ -161,7 +164,12 @@ def lengths(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what HSA layers read")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="ruler, perplexity, selections: what HSA layers read, budget or topp: what fewer chunks cost and save"
+        ),
+    ],
     run: Annotated[Path, typer.Option(help="folder of a training run")] = Path("out/train/needle-tiny"),
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
@@ -195,13 +203,17 @@ def evaluate(
 ) -> None:
     """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
 
-    The JSON keeps the rows of other runs; the plot of perplexity shows them too.
+    The JSON keeps the rows of other runs; the plot of perplexity shows them too. budget and topp ask needles, or in the
+    text that --data names, at several shares of the chunks kept and of the weight read.
     """
-    one_of("what to evaluate", what, ("ruler", "perplexity", "selections"))
+    one_of("what to evaluate", what, ("ruler", "perplexity", "selections", *tradeoff.SETTINGS))
     device = pick_device(device)
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)
-    model = load(run, device)
+    model = load(run if run.exists() else str(run), device)
+    if what in tradeoff.SETTINGS:
+        show_tradeoff(model, what, run, data_file, tasks.split(","), points, samples, out / f"{what}.json", device)
+        return
     about = ruler.Run.of(run, model)
     if topk:
         training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
@@ -256,6 +268,26 @@ def weights(
     """
     torch.set_num_threads(threads)
     say_written(make_weights(console, out, recipe, seed, samples=samples))
+
+
+def show_tradeoff(model, what: str, run: Path, file: Path, tasks, lengths, samples: int, out: Path, device) -> None:
+    """Needles of a model of needles, else places of the file, at every value of the setting; rows as JSON, which keeps
+    those of other models."""
+    rows = []
+    for length in lengths:
+        if model.tokenizer.name == "needles":
+            contexts = {task: list(needle_samples(task, length, samples)) for task in tasks}
+        else:
+            contexts = {file.stem: tradeoff.places(data.TokenFile(file), length, samples)}
+        for task, each in contexts.items():
+            rows += tradeoff.run_tradeoff(model, what, task, each)
+    origin = {"model": run.name} | record.origin(device)
+    kept = [row for row in json.loads(out.read_text()) if row["model"] != run.name] if out.exists() else []
+    write_atomic(out, record.json_list([*kept, *(origin | dataclasses.asdict(row) for row in rows)]))
+    names = list(vars(rows[0]))[1:]
+    cells = [["" if (x := getattr(r, name)) is None else x for name in names] for r in rows]
+    show_table(console, f"{what} of {run}", names, cells, right=(0, *range(2, len(names))))
+    say_written([out])
 
 
 def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:
