@@ -211,15 +211,15 @@ def evaluate(
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)
     model = load(run if run.exists() else str(run), device)
+    if topk == 0 and (model.encoder is None or what not in ("ruler", "perplexity")):
+        raise ValueError(f"topk must be positive for {what} of this model, got 0")
+    if topk:
+        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
     if what in tradeoff.SETTINGS:
         show_tradeoff(model, what, run, data_file, tasks.split(","), points, samples, out / f"{what}.json", device)
         return
     about = ruler.Run.of(run, model)
-    if topk:
-        training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
     if topk == 0:
-        if model.encoder is None or what == "selections":
-            raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
         about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
     if what == "selections":
         source = dataclasses.asdict(about) | record.origin(device)
