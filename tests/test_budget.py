@@ -203,12 +203,13 @@ def test_rows_of_different_lengths_keep_what_each_keeps_alone():
         model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), cache=together, lengths=list(counts))
         for b, row in enumerate(rows):
             if len(row):
-                model(row[None], cache=alone[b])
+                model(row[None], cache=alone[b], logits_to_keep=0)  # what nobody asks for counts too
         at = [a + n for a, n in zip(at, counts, strict=True)]
     for b, cache in enumerate(alone):
         assert together.memory.evicted[b] == cache.memory.evicted[0] != []
         mass, other = (x.memory.budget.mass.float() for x in (together, cache))  # of float32 weights
         torch.testing.assert_close(mass[b, :20], other[0, :20])
+        assert other.sum() == pytest.approx(at[b] - 16, rel=1e-5)  # each token that sees a chunk gives 1
 
 
 def test_a_trained_model_keeps_its_needles():
