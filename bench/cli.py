@@ -1,6 +1,7 @@
 """The commands of hsa-tl that measure speed, and what a trained model can do."""
 
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from hsa_tl.bench import compare, page, paper, plot, plot_eval, record, ruler, selections
+from hsa_tl.bench import compare, page, paper, plot, plot_eval, record, ruler, selections, tradeoff
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.contenders import MODELS
@@ -24,10 +25,12 @@ from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
 from hsa_tl.bench.suite import one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, Sweep
+from hsa_tl.files import write_atomic
 from hsa_tl.model import data, load
 from hsa_tl.model import train as training
 from hsa_tl.model.cli import RUN, lost_ranks
 from hsa_tl.model.distributed import Ranks, end_process
+from hsa_tl.model.evaluate import needle_samples
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.terminal import (
     make_console,
@@ -194,7 +197,12 @@ def paper_command(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(help="ruler, perplexity, or selections: what HSA layers read")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="ruler, perplexity, selections: what HSA layers read, budget or topp: what fewer chunks cost and save"
+        ),
+    ],
     run: Annotated[str, typer.Option(help=RUN)] = "out/train/needle-tiny",
     lengths: Annotated[str, typer.Option(help="tokens, 4k,64k or 4k..1m, which doubles")] = "4k..64k",
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
@@ -228,27 +236,31 @@ def evaluate(
 ) -> None:
     """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
 
-    The JSON keeps the rows of other runs; the plot of perplexity shows them too. On many ranks, which share each
-    context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
+    The JSON keeps the rows of other runs; the plot of perplexity shows them too. budget and topp ask needles, or in the
+    text that --data names, at several shares of the chunks kept and of the weight read. ruler and perplexity on many
+    ranks, which share each context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
     """
-    one_of("what to evaluate", what, ("ruler", "perplexity", "selections"))
+    one_of("what to evaluate", what, ("ruler", "perplexity", "selections", *tradeoff.SETTINGS))
     device = pick_device(device)
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)
     ranks = Ranks(device, int(os.environ.get("WORLD_SIZE", "1")))
+    if ranks.world > 1 and what not in ("ruler", "perplexity"):
+        raise ValueError(f"{what} must be measured by one process, got {ranks.world}")
     model = load(run, device)
-    about = ruler.Run.of(run, model)
+    if topk == 0 and (model.encoder is None or what not in ("ruler", "perplexity")):
+        raise ValueError(f"topk must be positive for {what} of this model, got 0")
     if topk:
         training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+    if what in tradeoff.SETTINGS:
+        show_tradeoff(model, what, run, data_file, tasks.split(","), points, samples, out / f"{what}.json", device)
+        return
+    about = ruler.Run.of(run, model)
     if topk == 0:
-        if model.encoder is None or what == "selections":
-            raise ValueError("topk must be positive for selections, and for a model without HSA, got 0")
         about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
     if ranks.world > 1:
         about = dataclasses.replace(about, model=f"{about.model}, {ranks.world} ranks")
     if what == "selections":
-        if ranks.world > 1:
-            raise ValueError(f"selections must be measured by one process, got {ranks.world}")
         source = dataclasses.asdict(about) | record.origin(device)
         save_selections(model, data.TokenFile(data_file), points[-1], out, source)
         return
@@ -301,6 +313,26 @@ def weights(
     """
     torch.set_num_threads(threads)
     say_written(make_weights(console, out, recipe, seed, samples=samples))
+
+
+def show_tradeoff(model, what: str, run: str, file: Path, tasks, lengths, samples: int, out: Path, device) -> None:
+    """Needles of a model of needles, else places of the file, at every value of the setting; rows as JSON, which keeps
+    those of other models."""
+    rows = []
+    for length in lengths:
+        if model.tokenizer.name == "needles":
+            contexts = {task: list(needle_samples(task, length, samples)) for task in tasks}
+        else:
+            contexts = {file.stem: tradeoff.places(data.TokenFile(file), length, samples)}
+        for task, each in contexts.items():
+            rows += tradeoff.run_tradeoff(model, what, task, each)
+    origin = {"model": Path(run).name} | record.origin(device)
+    kept = [row for row in json.loads(out.read_text()) if row["model"] != origin["model"]] if out.exists() else []
+    write_atomic(out, record.json_list([*kept, *(origin | dataclasses.asdict(row) for row in rows)]))
+    names = list(vars(rows[0]))[1:]
+    cells = [["" if (x := getattr(r, name)) is None else x for name in names] for r in rows]
+    show_table(console, f"{what} of {run}", names, cells, right=(0, *range(2, len(names))))
+    say_written([out])
 
 
 def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:

@@ -9,7 +9,7 @@ The last is an exact shortcut. Above the chunk memory there are only sliding win
 on the memory and on the hidden states of at most as many tokens before it as the windows of the upper layers reach back
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
 retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa", "moba", "selected")
-have none.
+have none, and neither has a memory with a budget, which goes by what every token reads.
 
 Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
 row b holds counts[b] tokens of its sequence.
@@ -28,6 +28,7 @@ import torch
 
 from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.model import memory_file
+from hsa_tl.model.budget import count
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.selected import FEW, OwnKeys
 from hsa_tl.validation import require_int
@@ -120,8 +121,12 @@ class SegmentMemory(NamedTuple):
 
     def retrieve(self, q_BTRE, start, topk: int, **options):
         B, T, R, _ = q_BTRE.shape
-        if T <= FEW:
-            return self.paged.retrieve(q_BTRE, start, topk, **options)
+        if T <= FEW or any(self.paged.evicted):
+            scores, indices = self.paged.retrieve(q_BTRE, start, topk, **options)
+            if self.paged.budget is not None and min(self.counts) < T:  # what is no token must not count
+                behind = self._behind(q_BTRE)
+                scores, indices = scores.masked_fill(behind, -torch.inf), indices.masked_fill(behind, -1)
+            return scores, indices
         dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
         scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
         indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
@@ -134,15 +139,19 @@ class SegmentMemory(NamedTuple):
         return scores, indices
 
     def scores(self, q_BTRE, start, **options) -> torch.Tensor:
-        scores, T = self.paged.scores(q_BTRE, start, **options), q_BTRE.shape[1]
-        behind = torch.arange(T) >= torch.tensor(self.counts)[:, None]
-        return scores.masked_fill_(behind.to(scores.device)[..., None, None], -torch.inf)
+        return self.paged.scores(q_BTRE, start, **options).masked_fill_(self._behind(q_BTRE), -torch.inf)
+
+    def _behind(self, q_BTRE) -> torch.Tensor:
+        """[B, T, 1, 1]: which are no tokens."""
+        behind = torch.arange(q_BTRE.shape[1]) >= torch.tensor(self.counts)[:, None]
+        return behind.to(q_BTRE.device)[..., None, None]
 
     def attend(
         self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9
     ) -> torch.Tensor:  # fmt: skip
         if q_BTAD.shape[1] <= FEW:
             return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
+        count(self.paged, weights, indices_BTHK)
         page = self.paged.pages_of(indices_BTHK)
         # The pool is common to all sequences: to the operator, the batch is one long row of tokens.
         rows = (None if x is None else x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
@@ -176,29 +185,32 @@ class Cache:
     """What `Model.new_cache` returns.
 
     capacity: tokens of each sequence that the chunk memory reserves at first. undo: tokens of each that `crop` can take
-    back. memory_options: of PagedMemory (offload, cache_pages, two_level, directory). lengths: tokens that each holds.
-    memory: its chunks, None without HSA. unread: the last token of each sequence that a `stream` gave and nobody read
-    yet, 1-D tensors, which the next stream or generate reads first; None: there is none.
+    back. budget, memory_options: of PagedMemory (offload, cache_pages, two_level, directory). lengths: tokens that each
+    holds. memory: its chunks, None without HSA. unread: the last token of each sequence that a `stream` gave and nobody
+    read yet, 1-D tensors, which the next stream or generate reads first; None: there is none.
     """
 
     def __init__(
         self, model, batch_size: int, *, device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, undo: int = 128, **memory_options,
+        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, undo: int = 128, budget: int | None = None,
+        **memory_options,
     ):  # fmt: skip
         for name, value, low in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("undo", undo, 0)):
             require_int(name, value, low)
         c = self.config = model.config
-        self.lengths, self.undo = [0] * batch_size, undo
+        self.lengths, self.undo, self.budget = [0] * batch_size, undo, budget
         self.undoable = [0] * batch_size  # tokens that crop can take back now
         self.unread: list[torch.Tensor] | None = None
         self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
         self.memory = self.chunk = None
         if c.attention == "hsa":
             spec = MemorySpec.of(c, batch_size, dtype)
-            self.memory = PagedMemory(spec, device=device, capacity=-(-capacity // c.chunk_size), **memory_options)
+            self.memory = PagedMemory(
+                spec, device=device, capacity=-(-capacity // c.chunk_size), budget=budget, **memory_options
+            )
             self.chunk = Tail(self.counts, c.chunk_size - 1, undo)
-        elif memory_options:
-            name = next(iter(memory_options))
+        elif memory_options or budget is not None:
+            name = next(iter(memory_options), "budget")
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.layers = []  # of each what its forward takes
         for layer, kind in zip(model.layers, c.kinds, strict=True):
@@ -211,7 +223,8 @@ class Cache:
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
-        self.waiting = Tail(self.counts, upper_reach + undo) if c.attention in ("hsa", "swa") else None
+        waits = c.attention in ("hsa", "swa") and self.budget is None
+        self.waiting = Tail(self.counts, upper_reach + undo) if waits else None
 
     def advance(
         self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None,
@@ -299,6 +312,7 @@ class Cache:
             tensors |= {f"{name}.{j}": [x] for j, x in enumerate(tail.state())}
         state = {
             "config": _dims(self.config), "lengths": self.lengths, "undo": self.undo, "undoable": self.undoable,
+            "budget": self.budget,
             "unread": None if self.unread is None else [x.tolist() for x in self.unread],
         }  # fmt: skip
         spec = {} if self.memory is None else {"spec": self.memory.spec.to_json()}
@@ -313,7 +327,8 @@ class Cache:
                 wrong = [f"{k} = {v}" for k, v in state["config"].items() if dims.get(k) != v]
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
             capacity = max(options.get("capacity", 1 << 14), *state["lengths"])
-            self = cls(model, len(state["lengths"]), **options | {"undo": state["undo"], "capacity": capacity})
+            options = options | {"undo": state["undo"], "budget": state.get("budget"), "capacity": capacity}
+            self = cls(model, len(state["lengths"]), **options)
             device = self.past.device
             if self.memory is not None:
                 file.fill(self.memory, file.pages(file.spec(self.memory.spec)))
@@ -373,7 +388,7 @@ class Cache:
             self.waiting.clear()
         memory, caches = self._chunks(), self.layers[self.config.lower_layers :]
         start = self._start(starts)
-        if keep is not None and min(self.counts) == h_BTC.shape[1]:
+        if keep is not None and min(self.counts) == h_BTC.shape[1] and self.budget is None:
             out = model.upper(h_BTC, memory, first_v_BTHD, start, caches, max(1, n + self.undo))
             return out[:, out.shape[1] - n :]
         upper = None if states is None else []

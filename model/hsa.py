@@ -44,12 +44,14 @@ def visible(position: torch.Tensor, chunks: int, chunk_size: int, exclude_window
 
 
 def chunk_scores(
-    q_slc, landmarks, start, chunk_size: int, *, exclude_window: int = 0, recency=None, recency_span: int = 16
-) -> torch.Tensor:
+    q_slc, landmarks, start, chunk_size: int, *, exclude_window: int = 0, recency=None, recency_span: int = 16,
+    scale: float | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`Memory.scores` of these landmarks [B, N, R, E]; no autocast."""
+    scale = q_slc.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q_slc.dtype, torch.float32)
     with torch.autocast(q_slc.device.type, enabled=False):
-        scores = torch.einsum("btre,bnre->btrn", q_slc.to(dtype), landmarks.to(dtype)).mul_(q_slc.shape[-1] ** -0.5)
+        scores = torch.einsum("btre,bnre->btrn", q_slc.to(dtype), landmarks.to(dtype)).mul_(scale)
     position = positions(start, q_slc)
     if recency is not None:
         between = position[..., None] // chunk_size - 1 - torch.arange(landmarks.shape[1], device=q_slc.device)

@@ -10,6 +10,7 @@ reaches are encoded again. Both give what the whole model gives.
 Shape suffixes: as in hsa_tl.model.hsa.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -30,21 +31,27 @@ class LongReader:
     layers keep keys of their own, read each anew; "full" reads each whole, at most ONE_SHOT tokens.
 
     segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
-    heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty. group: of ranks that
-    share each context, see hsa_tl.model.sharing.
+    heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty. budget: share of a
+    context's chunks that an "hsa" model keeps, see hsa_tl.model.budget; the upper decoder then reads every token.
+    group: of ranks that share each context, see hsa_tl.model.sharing; not with a budget.
     """
 
     def __init__(
         self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None, retrieve: bool = True,
-        group: dist.ProcessGroup | None = None,
+        budget: float | None = None, group: dist.ProcessGroup | None = None,
     ):  # fmt: skip
         if group is not None:
             require_shareable(model.config)
+            if budget is not None:
+                raise ValueError(f"budget must be None where ranks share a context, got {budget}")
         if segment % model.config.chunk_size:
             raise ValueError(f"segment must be a multiple of chunk_size = {model.config.chunk_size}, got {segment}")
         if folder is not None and next(model.parameters()).device.type != "cpu":
             raise ValueError(f"folder must be left out on a GPU, got {folder}")
-        self.model, self.segment, self.folder, self.retrieve, self.group = model, segment, folder, retrieve, group
+        if budget is not None and not (0 < budget <= 1 and retrieve and model.config.attention == "hsa"):
+            raise ValueError(f"budget must lie in (0, 1], for a model that retrieves from a chunk memory, got {budget}")
+        self.model, self.segment, self.folder, self.retrieve = model, segment, folder, retrieve
+        self.budget, self.group = budget, group
         c = model.config
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]
         self.whole = any(x.attention.window is None for x in lower)
@@ -64,11 +71,8 @@ class LongReader:
             if T > ONE_SHOT:
                 raise NotImplementedError(f"full attention reads at most {ONE_SHOT} tokens here, got {T}")
             return self.model(self._ids(tokens), logits_to_keep=keep).logits[0]
-        if self.model.config.attention == "selected":
-            cache, behind = self.model.new_cache(1, undo=0), T - keep
-            for a in range(0, behind, self.segment):
-                self.model(self._ids(tokens[a : min(behind, a + self.segment)]), cache=cache, logits_to_keep=0)
-            return self.model(self._ids(tokens[behind:]), cache=cache).logits[0]
+        if self.model.config.attention == "selected" or self.budget is not None:
+            return self._read_with_cache(tokens, keep)
         if self.model.encoder is not None:
             self._remember(tokens)
         start = max(0, T - keep - self.upper_reach)
@@ -78,6 +82,19 @@ class LongReader:
             self.memory if self.share is None else SharedMemory(self.memory, self.model.config.chunk_size, self.share)
         )
         return self.model.head(self.model.upper(h_BTC, memory, v_BTHD, start, keep=keep))[0]
+
+    def _read_with_cache(self, tokens: np.ndarray, keep: int) -> torch.Tensor:
+        T, options, logits = len(tokens), {}, []
+        if self.budget is not None:
+            chunks = math.ceil(self.budget * (T // self.model.config.chunk_size))
+            options = {"budget": max(1, chunks)} | ({} if self.folder is None else {"directory": self.folder})
+        cache = self.model.new_cache(1, undo=0, capacity=T, **options)
+        for a in range(0, T, self.segment):
+            ids = self._ids(tokens[a : a + self.segment])
+            asked = min(ids.shape[1], max(0, a + ids.shape[1] - T + keep))
+            out = self.model(ids, cache=cache, logits_to_keep=asked)
+            logits += [out.logits[0]] if asked else []
+        return torch.cat(logits)
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64))[None].to(next(self.model.parameters()).device)

@@ -8,6 +8,7 @@ hsa_decode for each slab and adds up, since HSA's output is a sum over chunks, a
 slab of landmarks. A memory of the right capacity has one slab, and then neither costs anything.
 """
 
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 
 from hsa_tl import hsa_decode, landmark_bounds, merge_attention, retrieve_decode, selected_decode
 from hsa_tl.model import memory_file
+from hsa_tl.model.budget import Budget, count, evict, pin, retrieve_kept
 from hsa_tl.model.hsa import chunk_scores
 from hsa_tl.model.memory_file import MemorySpec
-from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, pieces, placed, write
+from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, pieces, placed, read, write
 
 BLOCK = 64  # landmarks that share a bound
 
@@ -29,7 +31,10 @@ class PagedMemory:
     pages); a page is used again when no sequence holds it any more.
 
     Without offload and two_level, `retrieve` and `attend` do not wait for the device, and a captured graph of them
-    holds until `append` adds a slab.
+    holds until `append` adds a slab or evicts.
+
+    With a budget, `append` first brings the sequence down to it, see hsa_tl.model.budget. `retrieve` never chooses a
+    chunk that is in `evicted`; to `attend` it is an error on a CPU, an empty slot elsewhere.
 
     Args:
         spec (MemorySpec): dims and dtype.
@@ -43,6 +48,7 @@ class PagedMemory:
             Default: False.
         directory (str or Path): keep keys and values, and landmarks on a CPU, in memory-mapped files there, which go
             with the memory; on a GPU with offload only. Default: None.
+        budget (int): chunks of a sequence that stay when more are appended. Default: None, all.
 
     Raises:
         ValueError: a size that is not a positive int, or a directory on a GPU without offload.
@@ -51,10 +57,11 @@ class PagedMemory:
     def __init__(
         self, spec: MemorySpec, *, device: torch.device | str = "cpu", capacity: int = 256,
         pages: int | None = None, offload: bool = False, cache_pages: int = 1024, two_level: bool = False,
-        directory: Path | str | None = None,
+        directory: Path | str | None = None, budget: int | None = None,
     ):  # fmt: skip
         pages = spec.batch * capacity if pages is None else pages
-        for name, value in (("capacity", capacity), ("pages", pages), ("cache_pages", cache_pages)):
+        sizes = {"capacity": capacity, "pages": pages, "cache_pages": cache_pages}
+        for name, value in (sizes if budget is None else sizes | {"budget": budget}).items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if directory is not None and torch.device(device).type != "cpu" and not offload:
@@ -67,7 +74,9 @@ class PagedMemory:
         self.v_slabs: Slabs = []
         self.landmark_slabs: Slabs = []  # [B, chunks, R, E], one after the other along the sequences
         self.bound_slabs: Slabs = []  # [B, chunks / BLOCK, 2, R, E]
-        self.held = [0] * spec.batch  # chunks
+        self.held = [0] * spec.batch  # chunks, with those that were evicted
+        self.evicted: list[list[int]] = [[] for _ in range(spec.batch)]
+        self.budget = None if budget is None else Budget(budget, spec.batch, self.device)
         self.counts = PageCounts()
         self.host_table = torch.empty(spec.batch, 0, dtype=torch.int32)  # on the device: page_table
         self.chunks = torch.zeros(spec.batch, dtype=torch.int32, device=self.device)
@@ -109,6 +118,8 @@ class PagedMemory:
                 self._clear_bounds(self.bound_slabs[-1:])
             self.host_table = F.pad(self.host_table, (0, blocks * BLOCK), value=-1)
             self.page_table = self.host_table.to(self.device, copy=True)
+            if self.budget is not None:
+                self.budget.reserve(self.host_table.shape[1])
 
     def _clear_bounds(self, views: Slabs) -> None:
         for x in views:
@@ -126,7 +137,10 @@ class PagedMemory:
         Raises:
             ValueError: a sequence that is not there; shapes or dtypes that disagree.
         """
-        self._check_chunks(sequence, k, v, landmarks)
+        self._check_sequence("sequence", sequence)
+        self.spec.check(k, v, landmarks)
+        if self.budget is not None:
+            evict(self, sequence)
         pages, start = self.counts.take(len(landmarks)), self.held[sequence]
         self.reserve(len(self.counts.references), start + len(pages))
         self.hold(sequence, start, torch.tensor(pages, dtype=torch.int32))
@@ -140,27 +154,18 @@ class PagedMemory:
             start (int): the first of them.
 
         Raises:
-            ValueError: as in `append`; a chunk that the sequence does not hold, or that another one shares.
+            ValueError: as in `append`; a chunk that the sequence does not hold or has evicted, or that another one
+                shares.
         """
-        self._check_chunks(sequence, k, v, landmarks)
+        self._check_sequence("sequence", sequence)
+        self.spec.check(k, v, landmarks)
         pages = self.host_table[sequence, start : start + len(landmarks)].tolist()
-        shared = any(self.counts.references[page] > 1 for page in pages)
+        shared = any(page < 0 or self.counts.references[page] > 1 for page in pages)
         if shared or not 0 <= start <= self.held[sequence] - len(landmarks):
             raise ValueError(f"start must be of chunks that the sequence holds, and alone, got {start}")
         if self.cache is not None:
             self.cache.forget(pages)
         self._store(sequence, start, k, v, landmarks)
-
-    def _check_chunks(self, sequence, k, v, landmarks) -> None:
-        self._check_sequence("sequence", sequence)
-        (S, H, D), C = self.spec.page, len(landmarks)
-        of_keys = [(C, S, H, D), (C * S, H, D)]
-        marks = [(C, *self.spec.landmark)]
-        for name, x, shapes in (("landmarks", landmarks, marks), ("k", k, of_keys), ("v", v, of_keys)):
-            if tuple(x.shape) not in shapes:
-                raise ValueError(f"{name} must have shape {list(shapes[0])}, got shape {list(x.shape)}")
-            if x.dtype != self.spec.dtype:
-                raise ValueError(f"{name} must have dtype {self.spec.dtype}, got {x.dtype}")
 
     def _store(self, sequence: int, start: int, k, v, landmarks) -> None:
         pages = self.host_table[sequence, start : start + len(landmarks)].tolist()
@@ -184,12 +189,33 @@ class PagedMemory:
             raise ValueError(f"{name} must be an int in [0, {self.spec.batch}), got {sequence!r}")
 
     def hold(self, sequence: int, start: int, pages: torch.Tensor) -> None:
-        """From chunk `start` on, the sequence holds these pages and no more."""
+        """From chunk `start` on, the sequence holds these pages and no more; -1 is an evicted chunk."""
         self.held[sequence] = end = start + len(pages)
+        before = [chunk for chunk in self.evicted[sequence] if chunk < start]
+        self.evicted[sequence] = before + (start + (pages < 0).nonzero()[:, 0]).tolist()
         self.host_table[sequence, start:] = -1
         self.host_table[sequence, start:end] = pages
         self.page_table[sequence, start:] = self.host_table[sequence, start:].to(self.device)
         self.chunks[sequence] = end
+
+    def release(self, pages: torch.Tensor) -> None:
+        """One sequence less holds these pages."""
+        freed = self.counts.release(pages[pages >= 0].tolist())
+        if self.cache is not None:
+            self.cache.forget(freed)
+
+    def pin(self, sequence: int, chunks: list[int]) -> None:
+        """Keeps these chunks whatever the budget; they count towards it.
+
+        Args:
+            sequence (int): which one, in [0, batch).
+            chunks (list of int): that it holds.
+
+        Raises:
+            ValueError: a memory without a budget, a sequence that is not there, or a chunk that it does not hold.
+        """
+        self._check_sequence("sequence", sequence)
+        pin(self, sequence, chunks)
 
     def crop(self, sequence: int, chunks: int) -> None:
         """Takes a sequence's chunks from `chunks` on away.
@@ -205,10 +231,10 @@ class PagedMemory:
         held = self.held[sequence]
         if type(chunks) is not int or not 0 <= chunks <= held:
             raise ValueError(f"chunks must be an int from 0 to {held}, what the sequence holds, got {chunks!r}")
-        freed = self.counts.release(self.host_table[sequence, chunks:held].tolist())
-        if self.cache is not None:
-            self.cache.forget(freed)
+        self.release(self.host_table[sequence, chunks:held])
         self.hold(sequence, chunks, torch.empty(0, dtype=torch.int32))
+        if self.budget is not None:
+            self.budget.mass[sequence, chunks:] = 0
         # From the first block without a landmark on; the bounds of one that keeps some stay wide.
         self._clear_bounds(pieces([x[sequence] for x in self.bound_slabs], -(-chunks // BLOCK), 1 << 60))
 
@@ -235,8 +261,8 @@ class PagedMemory:
         if self.held[target]:
             raise ValueError(f"target must be empty, `free` it first, got {self.held[target]} chunks")
         pages = self.host_table[source, : self.held[source]]
-        self.counts.share(pages.tolist())
-        for x in (*self.landmark_slabs, *self.bound_slabs):
+        self.counts.share(pages[pages >= 0].tolist())
+        for x in (*self.landmark_slabs, *self.bound_slabs, *([] if self.budget is None else [self.budget.mass])):
             x[target] = x[source]
         self.hold(target, 0, pages)
 
@@ -265,6 +291,8 @@ class PagedMemory:
             scores [B, T, R, K] and indices [B, T, R, K] int32.
         """
         lengths, parts = self._lengths(lengths), []
+        if any(self.evicted):
+            return retrieve_kept(self, q_slc, lengths, topk, **options)
         for i, (first, landmarks) in enumerate(placed(self.landmark_slabs, 1)):
             # Positions count from the slab's first token; visibility only knows differences.
             found = retrieve_decode(
@@ -283,7 +311,7 @@ class PagedMemory:
             chunk_scores(q_slc, landmarks[:, : most - first], lengths - first * S, S, **options)
             for first, landmarks in placed(self.landmark_slabs, 1) if first < most
         ], -1)  # fmt: skip
-        missing = torch.arange(most, device=scores.device) >= self.chunks[:, None]
+        missing = self.page_table[:, :most] < 0  # not there yet, or evicted
         return scores.masked_fill_(missing[:, None, None], -torch.inf)
 
     def _lengths(self, lengths: torch.Tensor | int) -> torch.Tensor:
@@ -305,13 +333,11 @@ class PagedMemory:
         Returns:
             Tensor [B, T, HQ, D].
         """
+        count(self, weights, indices)
         if weights is None:
             return merge_attention(*(selected_decode(q, *x, scale=scale, impl=impl) for x in self._parts(indices)))[0]
-        out = None
-        for k, v, part, table in self._parts(indices):
-            y = hsa_decode(q, k, v, weights, part, table, scale=scale, impl=impl)
-            out = y if out is None else out + y
-        return out
+        parts = ((k, v, weights, part, table) for k, v, part, table in self._parts(indices))
+        return reduce(torch.add, (hsa_decode(q, *x, scale=scale, impl=impl) for x in parts))
 
     def _parts(self, indices):
         """Disjoint parts of a selection: k and v to read, the chunks of the part, and their places in k and v."""
@@ -325,17 +351,7 @@ class PagedMemory:
         else:
             if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
                 raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
-            named, inverse = page.unique(return_inverse=True)
-            named = named.tolist()
-            empty = int(bool(named) and named[0] < 0)
-            for start in range(empty, max(len(named), empty + 1), self.cache.size):
-                group = named[start : start + self.cache.size]
-                slots = self.cache.fetch(group, self.k_slabs, self.v_slabs) or [0]
-                self.cache.wait()
-                table = torch.tensor(slots, dtype=torch.int32).to(self.device, non_blocking=True)
-                mine = (inverse >= start) & (inverse < start + len(group))
-                part = torch.where(mine, inverse - start, -1).int()
-                yield self.cache.k, self.cache.v, part, table.expand(len(indices), -1)
+            yield from self.cache.parts(page, self.k_slabs, self.v_slabs)
 
     def pages_of(self, indices: torch.Tensor) -> torch.Tensor:
         """[B, T, H, K]: the page of each slot, -1 for an empty one."""
@@ -345,14 +361,7 @@ class PagedMemory:
 
     def gather(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k, v [M, S, H, D] of pages [M], on the device."""
-        out = []
-        for slabs in (self.k_slabs, self.v_slabs):
-            at, x = pages.to(slabs[0].device), slabs[0].new_empty(len(pages), *self.spec.page)
-            for first, slab in placed(slabs):
-                here = ((at >= first) & (at < first + len(slab))).nonzero()[:, 0]
-                x[here] = slab[at[here] - first]
-            out.append(x.to(self.device))
-        return tuple(out)
+        return tuple(read(slabs, pages).to(self.device) for slabs in (self.k_slabs, self.v_slabs))
 
     def prefetch(self, indices: torch.Tensor) -> None:
         """Starts to fetch the chosen pages of an offloaded memory, as many as the cache holds.
@@ -378,7 +387,7 @@ class PagedMemory:
         Args:
             path (str or Path): the file.
             spec (MemorySpec): what it must hold. Default: None, whatever it holds.
-            options: of the constructor; capacity and pages are at least what the file holds.
+            options: of the constructor; capacity and pages are at least what the file holds. What was evicted stays so.
 
         Returns:
             PagedMemory
@@ -387,9 +396,4 @@ class PagedMemory:
             ValueError: a file that is no memory, truncated, inconsistent or of another spec.
             OSError: it cannot be read.
         """
-        with memory_file.read(Path(path)) as file:
-            found = file.spec(spec)
-            rows = file.pages(found)
-            room = {"capacity": max(options.get("capacity", 256), *map(len, rows)),
-                    "pages": max(options.get("pages") or 1, file.shape("k")[0])}  # fmt: skip
-            return file.fill(cls(found, **options | room), rows)
+        return memory_file.load(cls, Path(path), spec, options)

@@ -60,6 +60,17 @@ class MemorySpec:
         c = config
         return cls(batch, c.kv_heads, c.head_dim, c.retrieval_heads, c.retrieval_dim, c.chunk_size, dtype)
 
+    def check(self, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
+        """ValueError: what `PagedMemory.append` is given has another shape or dtype."""
+        (S, H, D), C = self.page, len(landmarks)
+        of_keys = [(C, S, H, D), (C * S, H, D)]
+        marks = [(C, *self.landmark)]
+        for name, x, shapes in (("landmarks", landmarks, marks), ("k", k, of_keys), ("v", v, of_keys)):
+            if tuple(x.shape) not in shapes:
+                raise ValueError(f"{name} must have shape {list(shapes[0])}, got shape {list(x.shape)}")
+            if x.dtype != self.dtype:
+                raise ValueError(f"{name} must have dtype {self.dtype}, got {x.dtype}")
+
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
 
@@ -130,16 +141,20 @@ class Reader:
         held, pages = self.tensor("chunks").tolist(), self.shape("k")[0]
         self._expect(torch.int32, page_table=(spec.batch, max(held)))
         rows = [row[:n].clone() for row, n in zip(self.tensor("page_table"), held, strict=True)]
-        whole = all(len(row.unique()) == len(row) and bool(((row >= 0) & (row < pages)).all()) for row in rows)
+        filled = [row[row != -1] for row in rows]  # the others were evicted
+        whole = all(len(row.unique()) == len(row) and bool(((row >= 0) & (row < pages)).all()) for row in filled)
         if min(held) < 0 or not whole:
             raise ValueError(f"{self.path} must give each page to one chunk of a sequence, its page_table does not")
         page, landmarks = (pages, *spec.page), (max(held), spec.batch, *spec.landmark)
         self._expect(spec.dtype, k=page, v=page, landmarks=landmarks)
+        if "mass" in self.names:
+            self._expect(torch.float64, mass=(spec.batch, max(held)))
         return rows
 
     def fill(self, memory, rows: list[torch.Tensor]):
         """An empty PagedMemory with what the file holds; rows: what `pages` returned."""
-        memory.counts = PageCounts(torch.bincount(torch.cat(rows), minlength=self.shape("k")[0]).tolist())
+        pages = torch.cat(rows)
+        memory.counts = PageCounts(torch.bincount(pages[pages >= 0], minlength=self.shape("k")[0]).tolist())
         memory.reserve(len(memory.counts.references), max(map(len, rows)))
         landmarks = [x.transpose(0, 1) for x in memory.landmark_slabs]
         for name, slabs in (("k", memory.k_slabs), ("v", memory.v_slabs), ("landmarks", landmarks)):
@@ -147,6 +162,9 @@ class Reader:
             for block in (b for piece in pieces(slabs, 0, self.shape(name)[0]) for b in _blocks(piece)):
                 block.copy_(source[start : start + len(block)])
                 start += len(block)
+        if memory.budget is not None and "mass" in self.names:
+            mass = self.tensor("mass")
+            memory.budget.mass[:, : mass.shape[1]] = mass
         for sequence, row in enumerate(rows):
             memory.hold(sequence, 0, row)
             if memory.two_level and len(row):
@@ -168,10 +186,23 @@ def read(path: Path, format: str = FORMAT, names: tuple[str, ...] = NAMES) -> It
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
 
 
+def load(kind: type, path: Path, spec: MemorySpec | None, options: dict):
+    """See `PagedMemory.load`; kind is that class."""
+    with read(path) as file:
+        spec = file.spec(spec)
+        rows = file.pages(spec)
+        room = {
+            "capacity": max(options.get("capacity", 256), *map(len, rows)),
+            "pages": max(options.get("pages") or 1, file.shape("k")[0]),
+        }
+        return file.fill(kind(spec, **options | room), rows)
+
+
 def contents(memory) -> dict[str, list[torch.Tensor]]:
     """The tensors of a PagedMemory."""
     pages, longest = len(memory.counts.references), memory.longest
-    return {
+    mass = {} if memory.budget is None else {"mass": [memory.budget.mass[:, :longest]]}
+    return mass | {
         "chunks": [torch.tensor(memory.held, dtype=torch.int32)],
         "page_table": [memory.host_table[:, :longest]],
         "k": pieces(memory.k_slabs, 0, pages),

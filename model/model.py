@@ -252,7 +252,7 @@ class Model(Generation, nn.Module):
         Args:
             batch_size (int): B, sequences of any lengths.
             options: of `hsa_tl.model.cache.Cache`: capacity, undo (tokens that `Cache.crop` can take back, by default
-                128), device, dtype, and PagedMemory's offload, cache_pages, two_level and directory.
+                128), device, dtype, and PagedMemory's offload, cache_pages, two_level, directory and budget.
 
         Returns:
             Cache: for `forward` and `generate`; `crop` takes tokens back, `save` writes it.
@@ -264,7 +264,7 @@ class Model(Generation, nn.Module):
 
         Args:
             path (str or Path): the file.
-            options: as for `new_cache`, but undo, which is as saved.
+            options: as for `new_cache`, but undo and budget, which are as saved.
 
         Returns:
             Cache: it goes on where the saved one stood.

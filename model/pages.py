@@ -35,9 +35,18 @@ def write(slabs: Slabs, rows: Sequence[int], x: torch.Tensor) -> None:
             begin = end
 
 
+def read(slabs: Slabs, rows: torch.Tensor) -> torch.Tensor:
+    """These rows of the slabs taken together."""
+    at, x = rows.to(slabs[0].device), slabs[0].new_empty(len(rows), *slabs[0].shape[1:])
+    for first, slab in placed(slabs):
+        here = ((at >= first) & (at < first + len(slab))).nonzero()[:, 0]
+        x[here] = slab[at[here] - first]
+    return x
+
+
 def merge(parts: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The topk of what each slab gave: its first chunk, and scores and indices [.., topk]; slots ascend by chunk."""
-    if len(parts) == 1:
+    if len(parts) == 1 and parts[0][1][0].shape[-1] == topk:
         return parts[0][1]
     scores = torch.cat([x for _, (x, _) in parts], -1)
     indices = torch.cat([torch.where(i >= 0, i + first, -1) for first, (_, i) in parts], -1)
@@ -121,6 +130,20 @@ class PageCache:
                     for x in pieces(slabs, page, page + 1):
                         to[slot : slot + len(x)].copy_(x, non_blocking=True)
         return [self.slot_of[page] for page in pages]
+
+    def parts(self, page: torch.Tensor, k_slabs: Slabs, v_slabs: Slabs):
+        """Of pages [B, T, H, K], -1 for none, as many at a time as fit: k, v, where each is in the table, the table."""
+        named, inverse = page.unique(return_inverse=True)
+        named = named.tolist()
+        empty = int(bool(named) and named[0] < 0)
+        for start in range(empty, max(len(named), empty + 1), self.size):
+            group = named[start : start + self.size]
+            slots = self.fetch(group, k_slabs, v_slabs) or [0]
+            self.wait()
+            table = torch.tensor(slots, dtype=torch.int32).to(self.k.device, non_blocking=True)
+            mine = (inverse >= start) & (inverse < start + len(group))
+            part = torch.where(mine, inverse - start, -1).int()
+            yield self.k, self.v, part, table.expand(len(page), -1)
 
     def forget(self, pages: list[int]) -> None:
         """Pages whose content goes: their slots are the next to be used."""

@@ -9,15 +9,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hsa_tl.bench import cli, selections
+from hsa_tl.bench import cli, selections, tradeoff
 from hsa_tl.bench import ruler as bench_ruler
 from hsa_tl.bench.attention import selection_inputs
 from hsa_tl.bench.suite import selection_label
 from hsa_tl.cli import app
-from hsa_tl.model import Model, load, preset
+from hsa_tl.model import Model, evaluate, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer, TokenFile, write_tokens
 from hsa_tl.model.hsa import ChunkMemory
+from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.problem import Problem
 
@@ -131,6 +132,32 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="must be a file that hsa-tl eval selections wrote"):
         selection_inputs(problem, f"trained={file}")
+
+
+def test_fewer_chunks_kept_or_read(tmp_path):
+    """Setting 1 is the model as it is, fewer chunks are read with p, and the file keeps the rows of other models."""
+    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400], ByteTokenizer())
+    run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
+    common = ("--data", tmp_path / "text.bin", "--threads", 1, "--lengths", "512", "--samples", 1, "--tasks", "s-niah")
+    found = {}
+    for what, values in tradeoff.SETTINGS.items():
+        for name in (run, "needle-tiny"):
+            output = invoke(what, *common, "--run", name, "--out", tmp_path)
+        rows = json.loads((tmp_path / f"{what}.json").read_text())
+        assert [r["value"] for r in rows] == [*values, *values] and "needle-tiny" in output
+        assert {(r["model"], r["task"]) for r in rows} == {("run", "text"), ("needle-tiny", "s-niah")}
+        assert all(r["cpu_ratio"] > 0 and r["answers"] == 1 for r in rows) and rows[0]["cpu_ratio"] == 1
+        found[what] = rows[: len(values)]
+    text = TokenFile(tmp_path / "text.bin")
+    (whole,) = (evaluate.bits_per_token(LongReader(load(run)), x, 128) for x in tradeoff.places(text, 512, 1))
+    assert [found[what][0]["score"] for what in found] == pytest.approx([whole, whole], abs=1e-4)
+    assert [r["chunks"] for r in found["budget"]] == [None] * 6
+    read = [r["chunks"] for r in found["topp"]]
+    assert read[0] == round(np.minimum(np.arange(512) // 16, 8).mean(), 4) and read == sorted(read, reverse=True)
+    assert read[-1] < read[0] / 1.5
+    assert "lengths must be at most the 6401 tokens" in invoke(
+        "topp", *common[:2], "--run", run, "--lengths", "8k", code=2
+    )
 
 
 def test_weight_by_distance_and_layer():

@@ -202,6 +202,26 @@ def test_figures_of_shared_contexts():
         assert f"each gave {right:.0f} of {asked} right answers, {generated} of them generated" in text
 
 
+def test_figures_of_fewer_chunks():
+    page = "docs/long-context-and-serving.md"
+    for setting in ("budget", "topp"):
+        rows = json.loads((RESULTS / f"{setting}.json").read_text())
+
+        def line(name, task, field, show, rows=rows):
+            mine = [r for r in rows if r["task"] == task]
+            in_page(page, cells(f"{name} at {mine[0]['length'] // K}K", *(show(r[field]) for r in mine)))
+
+        for task, name in (("s-niah", "S-NIAH"), ("mq-niah", "MQ-NIAH")):
+            line(name, task, "score", lambda x: f"{100 * x:.0f} %")
+            if setting == "topp":
+                line(f"chunks read, {name}", task, "chunks", "{:.1f}".format)
+        line("bits per byte of text", "held_out", "score", "{:.3f}".format)
+        if setting == "topp":
+            line("chunks read, text", "held_out", "chunks", "{:.1f}".format)
+        line("CPU time, text", "held_out", "cpu_ratio", "{:.2f}".format)
+        assert all(r["commit"] in (ROOT / page).read_text() for r in rows)
+
+
 def test_figures_of_long_contexts_of_text():
     """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
     found = json.loads((RESULTS / "text_length.json").read_text())
