@@ -176,7 +176,9 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch):
     assert out.getvalue().splitlines() == ["loss 7: 3 of 9", "loss 4: 6 of 9", "loss 1: 9 of 9", "train: 3 of 5"]
 
 
-@pytest.mark.parametrize("command, function", ((cli.landmarks, add_landmarks), (cli.convert, DEFAULTS)), ids=str)
+@pytest.mark.parametrize(
+    "command, function", ((cli.landmarks, add_landmarks), (cli.convert, DEFAULTS)), ids=("landmarks", "convert")
+)
 def test_an_option_s_default_is_the_function_s(command, function):
     told = {name: p.default for name, p in inspect.signature(command).parameters.items() if p.default is not p.empty}
     if callable(function):
