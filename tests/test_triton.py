@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from strategies import Dims, make_call, without_weights
 from tiers import tiered
 
-from hsa_tl import ops
+from hsa_tl import hsa_attention, ops, selected_attention
+from hsa_tl.testing import assert_attention, run_with_gradients
 
 triton = pytest.importorskip("triton")
 
@@ -59,3 +61,14 @@ def test_one_softmax_needs_both_launchers(lacking, monkeypatch):
             ops.implementation(name), "unavailable", lambda p, no=name == lacking: lacking if no else None
         )
     assert ops.implementation("triton_selected").unavailable(None) == lacking
+
+
+@pytest.mark.parametrize("attention", (hsa_attention, selected_attention))
+def test_a_chunk_s_pairs_may_be_shared_out(attention):
+    """Programs that sum parts of dk and dv, as a GPU has where there are few chunks."""
+    call = make_call(Dims(B=2, T=70, T_kv=40, HQ=4, H=2, K=2))
+    call = without_weights(call) if attention is selected_attention else call
+    config = {"dkdv_kernel": {"num_splits": 3}}
+    assert_attention(
+        run_with_gradients(attention, call, impl="triton", config=config, chunk_size=16), call, chunk_size=16
+    )
