@@ -1,6 +1,6 @@
 """make mutate: makes single changes of the source and lists those that no quick test notices.
 
-    python tests/mutate.py --number 200 --seed 0 --jobs 2
+    python tests/mutate.py --number 200 --seed 0 --jobs 2 --seconds 30
     python tests/mutate.py --again tests/mutants.md --tests test_static.py
 
 Works on copies of the tree under out/mutate. One run of the quick tests with coverage says which of them run each line;
@@ -13,7 +13,9 @@ same tree goes on where an earlier one ended. --again meets those that a list na
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -205,14 +207,16 @@ def is_test(name: str) -> bool:
     return path.parts[0] == "tests" and path.name.startswith("test_") and path.name not in LEFT_OUT
 
 
-def reached(mutant: Mutant, tests: list[dict]) -> list[dict]:
-    """The tests that run the change, the shortest first."""
+def reached(mutant: Mutant, tests: list[dict], seconds: float) -> list[dict]:
+    """The tests that run the change, the shortest first: one, and others within so many seconds of them all."""
     first, last = mutant.span
     found = [t for t in tests if any(not mutant.inside or first <= x <= last for x in t["lines"].get(mutant.path, ()))]
     if not mutant.inside:  # it ran when one of these files was imported
         files = {t["test"].split("::")[0] for t in found}
         found = [t for t in tests if t["test"].split("::")[0] in files]
-    return sorted(found, key=lambda t: (t["seconds"], t["test"]))
+    found = sorted(found, key=lambda t: (t["seconds"], t["test"]))
+    ends = itertools.accumulate(t["seconds"] for t in found)
+    return [t for i, (t, end) in enumerate(zip(found, ends, strict=True)) if i == 0 or end <= seconds]
 
 
 def main() -> None:
@@ -220,6 +224,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of CPU, of the tests that meet a change")
     parser.add_argument("--again", type=Path, metavar="FILE", help="the changes that are listed there, and no draw")
     parser.add_argument("--tests", nargs="+", default=["test_*.py"], help="patterns of test files, by default all")
     parser.add_argument("--only", nargs="+", default=MUTATED, help="patterns of the files to change")
@@ -248,14 +253,14 @@ def main() -> None:
 
 def judge(mutants: list[Mutant], sources: dict, tests: list[dict], state: Path, options) -> dict[str, dict]:
     """By key_of(mutant): which test noticed it, or None, and how many ran it."""
-    journal = state / f"results-{len(tests)}.jsonl"  # of one map
+    journal = state / f"results-{len(tests)}-{options.seconds:g}.jsonl"  # of one map
     results = {x["key"]: x for x in map(json.loads, journal.read_text().splitlines())} if journal.exists() else {}
     fork = multiprocessing.get_context("fork")
 
     def start(place, mutant):
         tree = state / f"tree-{place}"
         (tree / mutant.path).write_text(mutant.apply(sources[mutant.path]))
-        chosen = reached(mutant, tests)
+        chosen = reached(mutant, tests, options.seconds)
         seconds = 10 * sum(t["seconds"] for t in chosen) + 60
         ids = [t["test"] for t in chosen]
         arguments = ["-x", "-m", "not prove and not gpu", *sorted({x.split("::")[0] for x in ids})]
@@ -267,7 +272,7 @@ def judge(mutants: list[Mutant], sources: dict, tests: list[dict], state: Path, 
         log = (state / f"mutant-{place}.log").read_text()
         failed = [x.split(" - ")[0] for x in log.splitlines() if x.startswith(("FAILED", "ERROR"))]
         by = None if code == 0 else failed[0] if failed else f"exit code {code}"
-        found = {"key": key_of(mutant), "killed_by": by, "tests": len(reached(mutant, tests))}
+        found = {"key": key_of(mutant), "killed_by": by, "tests": len(reached(mutant, tests, options.seconds))}
         results[found["key"]] = found
         with journal.open("a") as file:
             file.write(json.dumps(found) + "\n")
@@ -277,7 +282,7 @@ def judge(mutants: list[Mutant], sources: dict, tests: list[dict], state: Path, 
         for mutant in mutants:
             if key_of(mutant) in results:
                 continue
-            if reached(mutant, tests):
+            if reached(mutant, tests, options.seconds):
                 yield mutant
             else:
                 results[key_of(mutant)] = {"killed_by": None, "tests": 0}
