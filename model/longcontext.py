@@ -41,9 +41,7 @@ class LongReader:
         budget: float | None = None, group: dist.ProcessGroup | None = None,
     ):  # fmt: skip
         if group is not None:
-            require_shareable(model.config)
-            if budget is not None:
-                raise ValueError(f"budget must be None where ranks share a context, got {budget}")
+            require_shareable(model.config, budget)
         if segment % model.config.chunk_size:
             raise ValueError(f"segment must be a multiple of chunk_size = {model.config.chunk_size}, got {segment}")
         if folder is not None and next(model.parameters()).device.type != "cpu":

@@ -28,11 +28,12 @@ from hsa_tl.validation import require_integers
 NO_CHUNK = 2**31 - 1  # above every chunk's number
 
 
-def require_shareable(config) -> None:
-    """NotImplementedError: a model whose context ranks cannot share."""
-    if config.attention != "hsa" or config.fusion == "one_softmax":
-        got = f"got {config.attention!r}, {config.fusion!r}"
-        raise NotImplementedError(f'ranks share a context of attention "hsa" without fusion "one_softmax", {got}')
+def require_shareable(config, budget: float | None = None) -> None:
+    """NotImplementedError: a model whose context ranks cannot share, or a memory with a budget."""
+    if config.attention != "hsa" or config.fusion == "one_softmax" or budget is not None:
+        rule = 'of attention "hsa" without fusion "one_softmax" and without a budget'
+        got = f"{config.attention!r}, {config.fusion!r}, budget {budget}"
+        raise NotImplementedError(f"ranks share a context {rule}, got {got}")
 
 
 class Share:
@@ -93,7 +94,7 @@ class SharedCache(Cache):
 
     @torch.no_grad()
     def __init__(self, model, tokens: torch.Tensor, group: dist.ProcessGroup, *, segment: int = SEGMENT, **options):
-        require_shareable(model.config)
+        require_shareable(model.config, options.get("budget"))
         c, weight, T, S = model.config, model.embedding.weight, len(tokens), model.config.chunk_size
         tokens = require_integers("tokens", tokens, 0, c.vocab_size).to(weight.device)
         self.share = Share(T // S, group)

@@ -65,6 +65,18 @@ def test_what_ranks_cannot_share_is_named(changes):
             make(model, group=object())
 
 
+def test_a_budget_is_not_shared():
+    model, tokens = Model(preset("tiny")), torch.zeros(9).long()
+    for make in (
+        lambda: LongReader(model, group=object(), budget=0.5),
+        lambda: SharedCache(model, tokens, object(), budget=3),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"ranks share a context .* without a budget, got .* budget [0.53]"
+        ):
+            make()
+
+
 def test_tokens_of_another_vocabulary_are_refused():
     with pytest.raises(ValueError, match=r"tokens must lie in \[0, 320\)"):
         SharedCache(Model(preset("tiny")), torch.tensor([3, 320]), object())
