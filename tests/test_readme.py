@@ -176,13 +176,39 @@ def test_figures_of_needles():
 
 def test_figures_of_text():
     rows = json.loads((RESULTS / "perplexity.json").read_text())
-    text = (ROOT / "docs" / "results.md").read_text()
-    names = {"text-tiny": "HSA", "text-tiny-baselm": "full attention, RoPE", "text-tiny-swa": "window of 64 only"}
-    for model, name in names.items():
-        mine = {r["length"]: r for r in rows if r["model"] == model}
-        bits = [f"{mine[n * K]['bits_per_token']:.3f}" if n * K in mine else "" for n in (1, 2, 4, 8, 16, 32, 64)]
-        in_page("docs/results.md", cells(name, f"{mine[K]['parameters'] / 1e6:.2f}M", *bits))
-        assert mine[K]["commit"] in text
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "results.md").read_text())
+    by = {(r["model"], r["seed"], r["length"]): r for r in rows}
+    assert all(r["commit"] in text + (ROOT / "docs" / "long-context.md").read_text() for r in rows)
+
+    def bits(model, seed):
+        at = ((model, seed, n * K) for n in (1, 2, 4, 8, 16, 32, 64))
+        return [f"{by[key]['bits_per_token']:.3f}" if key in by else "" for key in at]
+
+    def size(model, seed):
+        return f"{by[model, seed, K]['parameters'] / 1e6:.2f}M"
+
+    for model, name in (
+        ("text-tiny-before", "HSA, without recency and distractors"), ("text-tiny-baselm", "full attention, RoPE"),
+        ("text-tiny-swa", "window of 64 only"),
+    ):  # fmt: skip
+        in_page("docs/results.md", cells(name, size(model, 0), *bits(model, 0), ""))
+    changes, far, alone = [], [], []
+    other = {(r["seed"], r["length"]): r["bits"] for r in json.loads((RESULTS / "perplexity-256k.json").read_text())}
+    for seed in range(3):
+        change, error = paired(*(by["text-tiny", seed, T]["bits"] for T in (64 * K, K)))
+        of, at = size("text-tiny", seed), bits("text-tiny", seed)
+        in_page("docs/results.md", cells(f"HSA, seed {seed}", of, *at, f"{change:+.4f} ({error:.4f})"))
+        changes.append(change)
+        far.append(paired(other[seed, 256 * K], other[seed, K])[0])
+        alone.append(by["text-tiny" + WINDOWS, seed, K]["bits_per_token"])
+    gain = np.mean(alone) - np.mean([by["text-tiny", s, K]["bits_per_token"] for s in range(3)])
+    assert f"the seeds {np.mean(changes):+.4f} at 64K" in text and f"at 256K {np.mean(far):+.4f} from 1K" in text
+    assert f"the same model has {np.mean(alone):.3f} at 1K" in text and f"is worth {gain:.2f} bits" in text
+    whole, page = "text-tiny-3-distractors", re.sub(r"\s+", " ", (ROOT / "docs/long-context.md").read_text())
+    told = [by[whole, 0, n * K]["bits"] for n in (1, 64)] + [by["text-tiny", 0, n * K]["bits"] for n in (1, 64)]
+    three, seven = paired(*told[1::-1]), paired(*told[:1:-1])
+    assert f"{np.mean(told[0]):.3f} at 1K and {np.mean(told[1]):.3f} at 64K, a change of {three[0]:+.4f}" in page
+    assert f"300 steps gave {seven[0]:+.4f}" in page
     at = [r for r in json.loads((RESULTS / "ruler.json").read_text()) if r["length"] == 16 * M]
     for task, name in (("s-niah", "S-NIAH"), ("mq-niah", "MQ-NIAH")):
         mine = [r for r in at if r["task"] == task]
