@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from strategies import SWEEP
+from tiers import prove
 from typer.testing import CliRunner
 
 from hsa_tl import cases
@@ -20,6 +21,7 @@ def bench(folder=None, names=None, lengths=(64, 128)):
     return Sweep(decode.Decode(), CASE, lengths, None, names, out_dir=folder, **SWEEP).run()
 
 
+@prove
 def test_rows(tmp_path):
     rows = bench(tmp_path)
     assert sorted(rows, key=lambda r: r.key) == record.read_rows(tmp_path / "bench.csv")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from strategies import SWEEP
+from tiers import prove
 from typer.testing import CliRunner
 
 from hsa_tl import cases
@@ -18,6 +19,7 @@ def bench(folder=None, names=None, lengths=(64,), modes=None):
     return Sweep(model.ModelBench(), CASE, lengths, modes, names, out_dir=folder, **SWEEP).run()
 
 
+@prove
 def test_rows(tmp_path):
     rows = bench(tmp_path)
     assert sorted(rows, key=lambda r: r.key) == record.read_rows(tmp_path / "bench.csv")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiers import prove
 from typer.testing import CliRunner
 
 from hsa_tl import cases
@@ -23,6 +24,7 @@ def bench(folder=None, names=None, lengths=(64, 128), modes=None, **options):
     ).run()
 
 
+@prove
 def test_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(retrieve, "SEGMENT", 32)
     rows = bench(tmp_path)

@@ -200,7 +200,7 @@ def test_an_interrupted_caller_stops_its_workers(use):
             while sys._current_frames()[main].f_code.co_name != "wait":  # a signal just before would wake it late
                 time.sleep(0.01)
             time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGINT)  # the main thread takes it
+            signal.pthread_kill(main, signal.SIGINT)
         if not go_on.wait(30):
             raise TimeoutError
 
