@@ -23,7 +23,7 @@ from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe
 from hsa_tl.model.sources import make_source
 
 STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
-TOYS = ("needle-tiny", "needle-hard", "needle-small", "text-tiny", "text-tiny-baselm", "mixture")
+TOYS = ("needle-tiny", "needle-hard", "needle-small", "text-tiny", "text-tiny-baselm", "mixture", "two-tier")
 
 
 def toy(steps: int = 6, **changes) -> Recipe:
@@ -245,8 +245,9 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
     stages = []
     for stage in values["stages"]:
         data = copy.deepcopy(stage["data"])
-        if "path" in data:
-            data["path"] = str(tmp_path / "train.bin")
+        for source in data.get("sources", [data]):
+            if "path" in source:
+                source["path"] = str(tmp_path / ("pairs.jsonl" if source["kind"] == "pairs" else "train.bin"))
         for task in data.get("tasks", ()) if data["kind"] == "needles" else ():
             task |= {name: min(task[name], 24) for name in ("needles", "queries")}
         model = narrow(stage["model"])
@@ -270,6 +271,7 @@ def test_a_run_out_of_time_goes_on(tmp_path):
 def test_every_recipe_at_toy_size(tmp_path):
     """Each in turn, from the checkpoint of the one before; bfloat16 too."""
     write_tokens(tmp_path / "train.bin", [b"words and more words, " * 999], ByteTokenizer())
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "more", "answer": "words"}\n')
     assert set(recipe_names()) == {*STAGES, *TOYS}
     for name in (*STAGES, *TOYS):
         recipe = shrunk(load_recipe(name), tmp_path)
