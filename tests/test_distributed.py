@@ -61,7 +61,8 @@ def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("ranks_after", tiered((2, 4), quick=(2,)))
+@prove
+@pytest.mark.parametrize("ranks_after", (2, 4))
 def test_training_equals_one_process_and_survives_a_dead_rank(ranks_after, tmp_path, monkeypatch):
     """Two data-parallel ranks until one is killed; pairs along the context go on; one reads the result."""
     run = tmp_path / "parallel"
