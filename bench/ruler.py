@@ -147,9 +147,12 @@ def read_rows(path: Path) -> list[dict]:
     """Rows that write_rows wrote, none if there is no file. ValueError: not such a file."""
     try:
         found = json.loads(path.read_text()) if path.exists() else []
-        return [r for r in found if (r["model"], r["seed"])]
-    except (TypeError, KeyError, json.JSONDecodeError):
-        raise ValueError(f"{path} must hold the rows of hsa-tl eval") from None
+        known = all({"model", "seed"} <= r.keys() for r in found)
+    except (TypeError, AttributeError, json.JSONDecodeError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} must hold the rows of hsa-tl eval")
+    return found
 
 
 def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:

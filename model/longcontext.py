@@ -76,9 +76,9 @@ class LongReader:
         start = max(0, T - keep - self.upper_reach)
         parts = [self._lower(tokens, a, min(T, a + self.segment)) for a in range(start, T, self.segment)]
         h_BTC, v_BTHD = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-        memory = (
-            self.memory if self.share is None else SharedMemory(self.memory, self.model.config.chunk_size, self.share)
-        )
+        memory = self.memory
+        if self.share is not None:
+            memory = SharedMemory(memory, self.model.config.chunk_size, self.share)
         return self.model.head(self.model.upper(h_BTC, memory, v_BTHD, start, keep=keep))[0]
 
     def _read_with_cache(self, tokens: np.ndarray, keep: int) -> torch.Tensor:

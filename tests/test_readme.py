@@ -204,6 +204,9 @@ def test_figures_of_text():
     gain = np.mean(alone) - np.mean([by["text-tiny", s, K]["bits_per_token"] for s in range(3)])
     assert f"the seeds {np.mean(changes):+.4f} at 64K" in text and f"at 256K {np.mean(far):+.4f} from 1K" in text
     assert f"the same model has {np.mean(alone):.3f} at 1K" in text and f"is worth {gain:.2f} bits" in text
+    full = [by["text-tiny-baselm", 0, n * K]["bits_per_token"] for n in (1, 16)]
+    told = f"bits per byte stay within {max(changes):.3f} up to 64K, where those of full attention rise from "
+    assert told + f"{full[0]:.2f} to {full[1]:.2f} by 16K" in re.sub(r"\s+", " ", README.read_text())
     whole, page = "text-tiny-3-distractors", re.sub(r"\s+", " ", (ROOT / "docs/long-context.md").read_text())
     told = [by[whole, 0, n * K]["bits"] for n in (1, 64)] + [by["text-tiny", 0, n * K]["bits"] for n in (1, 64)]
     three, seven = paired(*told[1::-1]), paired(*told[:1:-1])
