@@ -1,7 +1,9 @@
 """The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
 
 import functools
+import signal
 from collections.abc import Callable
+from contextlib import contextmanager
 
 from hsa_tl.kernels_tilelang.config import builder, make_importable
 from hsa_tl.kernels_tilelang.config_base import blocks_per_sm
@@ -24,6 +26,17 @@ emulator: Callable | None = None
 _KERNELS: dict = {}
 
 tilelang.set_log_level("WARNING")
+
+
+@contextmanager
+def _interruptible():
+    """Leaves SIGINT as Python had it: TileLang's prover makes it restart what it interrupts, so that a caller who waits
+    for its workers would never wake for it.
+    """
+    try:
+        yield
+    finally:
+        signal.siginterrupt(signal.SIGINT, True)
 
 
 def build(program: str, problem, config) -> tvm.tirx.PrimFunc:
@@ -53,17 +66,18 @@ def lower(program: str, problem, config):
 def lower_ir(ir: tvm.tirx.PrimFunc, pass_configs: dict = PASS_CONFIGS):
     """As `lower`, of IR built already."""
     target = tvm.target.Target(SM_90A)
-    with tvm.transform.PassContext(opt_level=3, config=pass_configs), target:
+    with _interruptible(), tvm.transform.PassContext(opt_level=3, config=pass_configs), target:
         return tilelang.lower(ir, target=target)
 
 
 def compile_ir(ir: tvm.tirx.PrimFunc, device_type: str, pass_configs: dict = PASS_CONFIGS):
     """A callable kernel for a device type; for "cuda", the emulator's where there is one."""
-    if device_type == "cpu":
-        return tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
-    if emulator:
+    if emulator and device_type == "cuda":
         return emulator(ir, lower_ir(ir, pass_configs))
-    return tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=pass_configs)
+    with _interruptible():
+        if device_type == "cpu":
+            return tilelang.compile(cpu_program(ir), target="c", execution_backend="cython")
+        return tilelang.compile(ir, target=SM_90A, execution_backend="tvm_ffi", pass_configs=pass_configs)
 
 
 def kernel(program: str, problem, config):
