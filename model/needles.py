@@ -57,7 +57,8 @@ class NeedleTask:
 
     needles: in the body; 0 fills it with as many as fit. queries: of distinct needles, at the end. key_tokens: tokens
     of a key, all keys of a sample are distinct. key_symbols: ids that a sample's keys are spelt with, drawn for each
-    sample; few of them make keys that differ in one token only. noise_ids: what noise is drawn from, "noise" ids of its
+    sample; few of them make keys that differ in one token only. apart: that many
+    samples in a row have no key in common, so that they may be each other's distractors. noise_ids: what noise is drawn from, "noise" ids of its
     own, the "keys"' ids, or "all" but MARK and ASK, which a needle needs. ValueError: they do not fit.
     """
 
@@ -66,12 +67,15 @@ class NeedleTask:
     queries: int = 1
     key_tokens: int = 1
     key_symbols: int = KEY_COUNT
+    apart: int = 1
     noise_ids: str = "noise"
 
     def __post_init__(self):
-        require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1)
+        require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1, apart=1)
         if self.key_symbols > KEY_COUNT:
             raise ValueError(f"key_symbols must be at most {KEY_COUNT}, got {self.key_symbols}")
+        if self.apart > 1 and self.key_symbols < KEY_COUNT:
+            raise ValueError(f"apart must be 1 where a sample's keys are spelt with few symbols, got {self.apart}")
         if self.noise_ids not in NOISE_IDS:
             raise ValueError(f"noise_ids must be one of {', '.join(NOISE_IDS)}, got {self.noise_ids!r}")
         if not self.queries <= self.count <= self.most:
@@ -89,7 +93,7 @@ class NeedleTask:
     @property
     def most(self) -> int:
         """Needles with distinct keys that fit."""
-        return min(self.body // self.width, self.key_symbols**self.key_tokens)
+        return min(self.body // self.width, self.key_symbols**self.key_tokens // self.apart)
 
     @property
     def count(self) -> int:
@@ -118,7 +122,7 @@ class NeedleTask:
             if n == 1:
                 starts[0] = round(depth * (self.body - w))
         base = self.key_symbols
-        keys = distinct(body, base**self.key_tokens, n)
+        keys = distinct(body, base**self.key_tokens // self.apart, n) * self.apart + index % self.apart
         digits = keys[:, None] // base ** np.arange(self.key_tokens - 1, -1, -1) % base
         if base < KEY_COUNT:
             digits = body.permutation(KEY_COUNT)[digits]
