@@ -57,9 +57,9 @@ class NeedleTask:
 
     needles: in the body; 0 fills it with as many as fit. queries: of distinct needles, at the end. key_tokens: tokens
     of a key, all keys of a sample are distinct. key_symbols: ids that a sample's keys are spelt with, drawn for each
-    sample; few of them make keys that differ in one token only. apart: that many
-    samples in a row have no key in common, so that they may be each other's distractors. noise_ids: what noise is drawn from, "noise" ids of its
-    own, the "keys"' ids, or "all" but MARK and ASK, which a needle needs. ValueError: they do not fit.
+    sample; few of them make keys that differ in one token only. apart: so many samples in a row have no key in common,
+    and may be each other's distractors. noise_ids: what noise is drawn from, "noise" ids of its own, the "keys"' ids,
+    or "all" but MARK and ASK, which a needle needs. ValueError: they do not fit.
     """
 
     length: int
