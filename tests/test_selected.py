@@ -1,5 +1,6 @@
 """`selected_attention`: its algebra as hypothesis properties on every implementation, merging, mean keys, retrieval."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -9,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import (
-    QUICK_IMPLS,
     TYPES,
     Dims,
     assert_all_accurate,
@@ -21,6 +21,7 @@ from strategies import (
     each_end,
     hard_calls,
     make_call,
+    property_of_each_impl,
     run,
     seeds,
     without_weights,
@@ -37,26 +38,8 @@ from hsa_tl.testing import SelectedInputs, assert_attention, check_attention, ru
 
 S = 16
 EXAMPLES = {"reference": 40, "tilelang": 4, "tilelang-selected-union": 4, "triton": 3}
+property_of_each = functools.partial(property_of_each_impl, EXAMPLES, {"reference": 25, "tilelang": 2, "triton": 1})
 scales = st.sampled_from((None, 0.0, 1.5, 40.0))
-
-
-def property_of_each(**strategies):
-    """A property `check(impl, **drawn)` of every implementation, as many examples as its speed allows."""
-
-    def decorate(check):
-        @pytest.mark.parametrize("impl", tiered(tuple(EXAMPLES), quick=QUICK_IMPLS))
-        def test(impl):
-            @hypothesis.settings(max_examples=EXAMPLES[impl])
-            @hypothesis.given(**strategies)
-            def holds(**drawn):
-                check(impl, **drawn)
-
-            holds()
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return test
-
-    return decorate
 
 
 def doubled(call: SelectedInputs) -> SelectedInputs:
