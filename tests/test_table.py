@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -173,6 +174,8 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
     writers = [context.Process(target=_merge_many, args=(path, 100 * n)) for n in (1, 2)]
     for w in writers:
         w.start()
+    while not path.exists() and any(w.is_alive() for w in writers):
+        time.sleep(0.01)  # they start
     while any(w.is_alive() for w in writers):
         table.read(path)  # a reader never meets half a file
     assert [w.exitcode for w in writers] == [0, 0]
