@@ -22,8 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from hsa_tl import hsa_attention, retrieve_chunks
-from hsa_tl.model.hsa import ChunkMemory, chunk_scores, with_rolled
+from hsa_tl.model.hsa import BatchMemory, ChunkMemory, with_rolled
 from hsa_tl.model.model import Model, ModelOutput
 
 IGNORE = -100
@@ -56,32 +55,21 @@ class Neighbours:
         return k, v, None
 
 
-class ShardedMemory:
+class ShardedMemory(BatchMemory):
     """A Memory over the chunks of all ranks; see hsa_tl.model.hsa. own: this rank's chunks. distractors: other
     sequences of the batch whose chunks, too, every rank holds its part of; all of one come before all of the next."""
 
     def __init__(self, own: ChunkMemory, mesh: DeviceMesh, distractors: int = 0):
+        super().__init__(own, distractors)
         self.mesh, self.part = mesh, own.landmarks.shape[1]  # chunks of a sequence at each rank
-        self.own, self.landmarks = own, gather(own.landmarks, mesh)  # [B, N, R, E]
-        if distractors:
-            self.own = own.with_distractors(distractors)
-            self.landmarks = with_rolled(self.landmarks, distractors)
+        self.landmarks = with_rolled(gather(own.landmarks, mesh), distractors)
 
-    def retrieve(self, q_slc, start: int, topk: int, **options):
-        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, **options)
-
-    def scores(self, q_slc, start: int, **options):
-        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, **options)
-
-    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
+    def attend(self, q, weights, indices, **options) -> torch.Tensor:
         everyone, chunks = gather(indices, self.mesh), self.part * self.mesh.size()
         held = everyone % chunks // self.part == self.mesh.get_local_rank()
         here = everyone // chunks * self.part + everyone % self.part
-        mine = torch.where((everyone >= 0) & held, here, -1).int()
-        out = hsa_attention(
-            gather(q, self.mesh), self.own.k, self.own.v, gather(weights, self.mesh), mine,
-            chunk_size=self.own.chunk_size, impl=impl, config={"overlap": overlap},
-        )  # fmt: skip
+        mine = torch.where((everyone >= 0) & held, here, -1)
+        out = super().attend(gather(q, self.mesh), gather(weights, self.mesh), mine, **options)
         return scatter_sum(out.float(), self.mesh).to(q.dtype)  # W 16-bit sums would lose what one process keeps
 
 

@@ -85,19 +85,6 @@ class ChunkMemory(NamedTuple):
     def chunk_size(self) -> int:
         return self.k.shape[1] // self.landmarks.shape[1]
 
-    def with_distractors(self, sequences: int) -> "ChunkMemory":
-        """The chunks of so many other sequences of the batch, before each one's own; their gradients add up.
-
-        Args:
-            sequences (int): below B.
-
-        Returns:
-            ChunkMemory: of (sequences + 1) * N chunks.
-        """
-        B = len(self.k)
-        require(sequences < B, "distractors", f"be below the batch's {B} sequences", sequences)
-        return ChunkMemory(*(with_rolled(x, sequences) for x in self))
-
     def retrieve(self, q_slc, start: int, topk: int, **options):
         """`hsa_tl.retrieve_chunks` over the landmarks.
 
@@ -145,6 +132,35 @@ class ChunkMemory(NamedTuple):
         if weights is None:
             return selected_attention(q, self.k, self.v, indices, chunk_size=S, impl=impl, config=config)[0]
         return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=S, impl=impl, config=config)
+
+
+class BatchMemory:
+    """A Memory whose sequences see the chunks of so many others of the batch too, before their own. Nothing but
+    landmarks is copied, and gradients add up.
+    """
+
+    def __init__(self, own: ChunkMemory, others: int):
+        B = len(own.k)
+        require(others < B, "distractors", f"be below the batch's {B} sequences", others)
+        self.own, self.others, self.landmarks = own, others, with_rolled(own.landmarks, others)
+
+    def retrieve(self, q_slc, start: int, topk: int, **options):
+        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, **options)
+
+    def scores(self, q_slc, start: int, **options):
+        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, **options)
+
+    def attend_all(self, q, weights):
+        return ChunkMemory(*(with_rolled(x, self.others) for x in self.own)).attend_all(q, weights)
+
+    def attend(self, q, weights, indices, **options) -> torch.Tensor:
+        """As one sequence, the whole batch."""
+        B, N = self.own.landmarks.shape[:2]
+        sequence = torch.arange(B, device=q.device)[:, None, None, None] - self.others + indices // N
+        indices = torch.where(indices < 0, -1, sequence % B * N + indices % N).int()
+        batch = ChunkMemory(*(x.flatten(0, 1)[None] for x in self.own))
+        q, weights, indices = (None if x is None else x.flatten(0, 1)[None] for x in (q, weights, indices))
+        return batch.attend(q, weights, indices, **options).unflatten(1, (B, -1))[0]
 
 
 def _require_sizes(**sizes: int | None) -> None:

@@ -18,7 +18,7 @@ from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.cache import Cache
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import Generation
-from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
+from hsa_tl.model.hsa import BatchMemory, ChunkEncoder, HSALayer, Memory
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.moba import MixtureOfBlockAttention
 from hsa_tl.model.nsa import NativeSparseAttention
@@ -239,7 +239,7 @@ class Model(Generation, nn.Module):
         memory, start = self.encode(h_BTC), 0
         if memory is not None and self.training and (d := self.config.distractors):
             start = d * memory.k.shape[1]
-            memory = memory.with_distractors(d)
+            memory = BatchMemory(memory, d)
         return self.upper(h_BTC, memory, first_v_BTHD, start, keep=keep, states=states)
 
     def head(self, h_BTC: torch.Tensor) -> torch.Tensor:
