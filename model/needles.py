@@ -57,9 +57,9 @@ class NeedleTask:
 
     needles: in the body; 0 fills it with as many as fit. queries: of distinct needles, at the end. key_tokens: tokens
     of a key, all keys of a sample are distinct. key_symbols: ids that a sample's keys are spelt with, drawn for each
-    sample; few of them make keys that differ in one token only. apart: so many samples in a row have no key in common,
-    and may be each other's distractors. noise_ids: what noise is drawn from, "noise" ids of its own, the "keys"' ids,
-    or "all" but MARK and ASK, which a needle needs. ValueError: they do not fit.
+    sample; few of them make keys that differ in one token only. noise_ids: what noise is drawn from, "noise" ids of its
+    own, the "keys"' ids, or "all" but MARK and ASK, which a needle needs. apart: so many samples in a row have no key
+    in common, and may be each other's distractors. ValueError: they do not fit.
     """
 
     length: int
@@ -67,8 +67,8 @@ class NeedleTask:
     queries: int = 1
     key_tokens: int = 1
     key_symbols: int = KEY_COUNT
-    apart: int = 1
     noise_ids: str = "noise"
+    apart: int = 1
 
     def __post_init__(self):
         require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1, apart=1)

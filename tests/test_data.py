@@ -364,7 +364,7 @@ def test_the_loss_counts_the_text_around_inserted_needles(file):
         ({"kind": "nonsense"}, "kind must be one of text, self-copy, needles, ruler"),
         (
             {"kind": "needles", "tasks": [{"needle": 3}]},
-            "have the options needles, .*, key_symbols, noise_ids, weight, got 'needle'",
+            "have the options needles, .*, key_symbols, noise_ids, apart, weight, got 'needle'",
         ),
         ({"kind": "needles"}, "data of kind needles must have the option 'tasks', got none"),
         ({"kind": "needles", "task": []}, "data of kind needles must have the options tasks, got 'task'"),

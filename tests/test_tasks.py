@@ -181,6 +181,21 @@ def test_tasks_by_name():
     assert needles.task("mq-niah-96", 300).count == 96 and not needles.fits("mq-niah-96", 299)
     with pytest.raises(ValueError, match="key_symbols must be at most 96, got 97"):
         NeedleTask(48, key_symbols=97)
+    with pytest.raises(ValueError, match="apart must be 1 where a sample's keys are spelt with few symbols, got 2"):
+        NeedleTask(48, key_symbols=95, apart=2)
+    with pytest.raises(ValueError, match="needles must lie between queries and 6, got 7"):
+        NeedleTask(256, needles=7, apart=16)
+
+
+@pytest.mark.parametrize("key_tokens, apart", [(1, 16), (1, 7), (2, 48)])
+def test_samples_apart_have_no_key_in_common(key_tokens, apart):
+    task = NeedleTask(100, needles=6, queries=2, key_tokens=key_tokens, apart=apart)
+    samples = [task.sample(0, i).tokens for i in range(3, 3 + 2 * apart)]
+    keys = [{tuple(x[i + 1 : i + 1 + key_tokens]) for i in np.flatnonzero(x == needles.MARK)} for x in samples]
+    assert all(len(x) == 6 for x in keys)
+    for first in range(apart + 1):
+        assert len(set().union(*keys[first : first + apart])) == 6 * apart
+    assert key_tokens > 1 or keys[0] & keys[apart], "the next one may have the same"
 
 
 def test_words_of_needles():
