@@ -94,8 +94,9 @@ class Prediction:
 class NoiseRow:
     """Of one context: the chunks that its prediction read, and of each its score and what leaving it out does.
 
-    loss: bits per target with all of them. needle: the chunk where the answer stands, None in a text. ranks: Spearman's
-    correlation of scores and without; gradient_ranks: of the gradient at the model as it is; None where all are alike.
+    loss: bits per target with all of them. needle: the chunk where the answer stands, None in a text. best: the chunk of
+    the greatest score. ranks: Spearman's correlation of scores and without, None where all are alike. gradient_best and
+    gradient_ranks: of the gradient at the model as it is.
     """
 
     task: str
@@ -105,16 +106,13 @@ class NoiseRow:
     targets: int
     loss: float
     needle: int | None
+    best: int
+    gradient_best: int
     ranks: float | None
     gradient_ranks: float | None
     chunks: list[int]
     scores: list[float]
     without: list[float]
-
-    @property
-    def best(self) -> int:
-        """The chunk that helped most."""
-        return self.chunks[int(np.argmax(self.scores))]
 
 
 def _ranks(scores, without: list[float]) -> float | None:
@@ -142,9 +140,10 @@ def run_noise(model: Model, task: str, contexts: list) -> Iterator[NoiseRow]:
         chunks = np.flatnonzero(scores)
         without = [asked.without(chunk) for chunk in chunks]
         loss = float(asked.loss(asked.zeros_N).detach())
+        best = (int(chunks[np.argmax(x[chunks])]) for x in (scores, gradient))
         ranks = (_ranks(x[chunks], without) for x in (scores, gradient))
         rounded = ([round(float(x), 7) for x in found] for found in (scores[chunks], without))
-        yield NoiseRow(task, len(tokens), i, S, len(targets), loss, needle, *ranks, chunks.tolist(), *rounded)
+        yield NoiseRow(task, len(tokens), i, S, len(targets), loss, needle, *best, *ranks, chunks.tolist(), *rounded)
 
 
 def show_noise(console: Console, model: Model, about: dict, contexts: list[tuple[str, list]], out: Path) -> None:
