@@ -94,8 +94,8 @@ class Prediction:
 class NoiseRow:
     """Of one context: the chunks that its prediction read, and of each its score and what leaving it out does.
 
-    loss: bits per target with all of them. needle: the chunk where the answer stands, None in a text. best: the chunk of
-    the greatest score. ranks: Spearman's correlation of scores and without, None where all are alike. gradient_best and
+    loss: bits per target with all of them. needle: the chunk where the answer stands, None in a text. best: that of the
+    greatest score. ranks: Spearman's correlation of scores and without, None where all are alike. gradient_best and
     gradient_ranks: of the gradient at the model as it is.
     """
 
