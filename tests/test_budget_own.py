@@ -60,6 +60,15 @@ def test_the_least_read_for_its_age_goes_and_a_pinned_chunk_stays(times, gone):
             cache.pin(0, [chunk])
 
 
+def test_what_is_taken_back_keeps_no_mass():
+    cache = keys_of(3, undo=2 * W)
+    store(cache, SINKS + 5 * S + W)
+    for chunk in (3, 4):
+        reads(cache, chunk)
+    cache.crop([W + 1])  # the last token of chunk 4 goes
+    assert cache.mass[0, :6].tolist() == [0, 0, 0, 1, 0, 0]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_sequence_goes_on_as_one_that_never_had_what_went(form):
     """Its keys, landmarks and attention are those of sinks, kept chunks and window, by the numbers that went."""
