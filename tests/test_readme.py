@@ -274,6 +274,27 @@ def test_figures_of_noise():
     assert all(r["commit"] in told for r in rows)
 
 
+def test_figures_of_options():
+    """Value residual and RoPE's extensions: each line of both tables, differences in pairs of places."""
+    rows, page = json.loads((RESULTS / "options.json").read_text()), "docs/results.md"
+    bits = {(r["option"], r["length"]): r["bits"] for r in rows}
+    cost = {r["option"]: r["cost_per_step"] for r in rows if "cost_per_step" in r}
+
+    def change(option, length, base):
+        return "{:+.3f} ({:.3f})".format(*paired(bits[option, length], base[: len(bits[option, length])]))
+
+    for name in ("none", "resformer"):
+        option = f"value_residual {name}"
+        shown = "" if name == "none" else change(option, K, bits["value_residual none", K])
+        at = (f"{np.mean(bits[option, T]):.3f}" for T in (512, K))
+        in_page(page, cells(name, *at, shown, f"{cost[option]:.2f}"))
+    names = {"rope": "as trained", "pi": "position interpolation", "ntk": "NTK-aware", "yarn": "YaRN"}
+    for kind, name in names.items():
+        in_page(page, cells(name, *(change(f"rope {kind}", n * K, bits["rope rope", 512]) for n in (1, 2, 4, 8))))
+    text = (ROOT / page).read_text()
+    assert all(r["commit"] in text and r["trained_commit"] in text for r in rows)
+
+
 def test_figures_of_long_contexts_of_text():
     """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
     found = json.loads((RESULTS / "text_length.json").read_text())
