@@ -1,7 +1,6 @@
 """The commands of hsa-tl that measure speed, and what a trained model can do."""
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from hsa_tl.bench import compare, page, paper, plot, plot_eval, record, ruler, selections, tradeoff
+from hsa_tl.bench import compare, noise, page, paper, plot, plot_eval, record, ruler, selections, tradeoff
 from hsa_tl.bench.attention import DIRECTIONS, Attention
 from hsa_tl.bench.compare import length_label
 from hsa_tl.bench.contenders import MODELS
@@ -25,12 +24,10 @@ from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
 from hsa_tl.bench.suite import one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, Sweep
-from hsa_tl.files import write_atomic
 from hsa_tl.model import data, load
 from hsa_tl.model import train as training
 from hsa_tl.model.cli import RUN, lost_ranks
 from hsa_tl.model.distributed import Ranks, end_process
-from hsa_tl.model.evaluate import needle_samples
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.terminal import (
     make_console,
@@ -200,7 +197,8 @@ def evaluate(
     what: Annotated[
         str,
         typer.Argument(
-            help="ruler, perplexity, selections: what HSA layers read, budget or topp: what fewer chunks cost and save"
+            help="ruler, perplexity, selections: what HSA layers read, noise: which chunks helped and which hurt, "
+            "budget or topp: what fewer chunks cost and save"
         ),
     ],
     run: Annotated[str, typer.Option(help=RUN)] = "out/train/needle-tiny",
@@ -236,11 +234,12 @@ def evaluate(
 ) -> None:
     """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
 
-    The JSON keeps the rows of other runs; the plot of perplexity shows them too. budget and topp ask needles, or in the
-    text that --data names, at several shares of the chunks kept and of the weight read. ruler and perplexity on many
+    The JSON keeps the rows of other runs; the plot of perplexity shows them too. budget, topp and noise ask needles, or
+    in the text that --data names: at several shares of the chunks kept and of the weight read, or for an answer or the
+    last chunk's tokens what each chunk that was read adds. ruler and perplexity on many
     ranks, which share each context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
     """
-    one_of("what to evaluate", what, ("ruler", "perplexity", "selections", *tradeoff.SETTINGS))
+    one_of("what to evaluate", what, ("ruler", "perplexity", "selections", "noise", *tradeoff.SETTINGS))
     device = pick_device(device)
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)
@@ -252,6 +251,10 @@ def evaluate(
         raise ValueError(f"topk must be positive for {what} of this model, got 0")
     if topk:
         training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+    if what == "noise":
+        each = tradeoff.contexts(model, data_file, tasks.split(","), points, samples)
+        noise.show_noise(console, model, {"model": Path(run).name} | record.origin(device), list(each), out)
+        return
     if what in tradeoff.SETTINGS:
         show_tradeoff(model, what, run, data_file, tasks.split(","), points, samples, out / f"{what}.json", device)
         return
@@ -319,16 +322,9 @@ def show_tradeoff(model, what: str, run: str, file: Path, tasks, lengths, sample
     """Needles of a model of needles, else places of the file, at every value of the setting; rows as JSON, which keeps
     those of other models."""
     rows = []
-    for length in lengths:
-        if model.tokenizer.name == "needles":
-            contexts = {task: list(needle_samples(task, length, samples)) for task in tasks}
-        else:
-            contexts = {file.stem: tradeoff.places(data.TokenFile(file), length, samples)}
-        for task, each in contexts.items():
-            rows += tradeoff.run_tradeoff(model, what, task, each)
-    origin = {"model": Path(run).name} | record.origin(device)
-    kept = [row for row in json.loads(out.read_text()) if row["model"] != origin["model"]] if out.exists() else []
-    write_atomic(out, record.json_list([*kept, *(origin | dataclasses.asdict(row) for row in rows)]))
+    for task, each in tradeoff.contexts(model, file, tasks, lengths, samples):
+        rows += tradeoff.run_tradeoff(model, what, task, each)
+    record.merge_rows(out, {"model": Path(run).name} | record.origin(device), map(dataclasses.asdict, rows))
     names = list(vars(rows[0]))[1:]
     cells = [["" if (x := getattr(r, name)) is None else x for name in names] for r in rows]
     show_table(console, f"{what} of {run}", names, cells, right=(0, *range(2, len(names))))

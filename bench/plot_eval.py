@@ -257,6 +257,26 @@ def plot_distances(found: dict, path: Path) -> list[Path]:
     return save(figure, path)
 
 
+def plot_noise(row, model: str, path: Path) -> list[Path]:
+    """Score of each chunk along the context, and what leaving it out does, of a noise.NoiseRow."""
+    figure, (ax,) = grid(1, 7, 0, 3.6, 0)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.vlines(row.chunks, 0, row.scores, color=COLORS[0], linewidth=2.5, label="score, by the gradient")
+    ax.plot(row.chunks, row.without, "o", color=COLORS[1], markersize=4, label="measured by leaving it out")
+    if row.needle is not None:
+        ax.axvline(row.needle, color=GREY, linewidth=1, linestyle=":", label="the needle's chunk")
+    ax.set_xlim(-1, row.length // row.chunk_size)
+    ax.set_xlabel(f"chunk of {row.chunk_size} tokens")
+    ax.set_ylabel("bits per token, helped above 0")
+    ax.legend(fontsize=8)
+    last = "an answer" if row.needle is not None else f"the last {row.targets} tokens"
+    ax.set_title(
+        f"Which chunks helped {model_name(model)} predict {last}?\n{row.task}, {length_label(row.length)} tokens, "
+        f"{row.loss:.4f} bits per token; chunks that were not read have no mark"
+    )
+    return save(figure, path)
+
+
 def plot_unions(rows: list[dict], pays_below: float, text_name: str, path: Path) -> list[Path]:
     """Union sizes of neighbouring tokens' selections as a share of tokens * K: text beside chance."""
     figure, (left, right) = grid(2, 9.5, 0, 4, 0, width_ratios=(2, 1))

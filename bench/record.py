@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hsa_tl.files import write_together
+from hsa_tl.files import write_atomic, write_together
 
 CGROUP = Path("/sys/fs/cgroup")
 GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
@@ -54,6 +54,12 @@ COLUMNS = [f.name for f in fields(Row)]
 def json_list(rows: Iterable[dict]) -> str:
     """A JSON list with a row a line."""
     return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+
+
+def merge_rows(path: Path, about: dict, rows: Iterable[dict]) -> None:
+    """Rows of about["model"], with `about` in each, into a JSON list that keeps those of other models."""
+    kept = [row for row in json.loads(path.read_text()) if row["model"] != about["model"]] if path.exists() else []
+    write_atomic(path, json_list([*kept, *(about | row for row in rows)]))
 
 
 def csv_text(rows: Iterable[dict], columns: Iterable[str]) -> str:

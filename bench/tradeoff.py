@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from hsa_tl.bench.selections import trained_selections
 from hsa_tl.model.data import Sample, TokenFile
-from hsa_tl.model.evaluate import answers_right, bits_per_token
+from hsa_tl.model.evaluate import answers_right, bits_per_token, needle_samples
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
 from hsa_tl.model.train import reconfigure
@@ -41,6 +42,15 @@ def places(file: TokenFile, length: int, count: int) -> list[np.ndarray]:
         raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
     ends = np.random.default_rng(0).integers(length, len(file) + 1, count)
     return [np.asarray(file.tokens[end - length : end]) for end in ends]
+
+
+def contexts(model: Model, file: Path, tasks: list[str], lengths: list[int], count: int) -> Iterator[tuple[str, list]]:
+    """Of each length and task so many needle samples for a model of needles, else so many places of a text."""
+    for length in lengths:
+        if model.tokenizer.name == "needles":
+            yield from ((task, list(needle_samples(task, length, count))) for task in tasks)
+        else:
+            yield file.stem, places(TokenFile(file), length, count)
 
 
 def _ask(model: Model, setting: str, value: float, context: Sample | np.ndarray) -> tuple[list, list, float]:

@@ -24,6 +24,14 @@ class Budget:
         self.mass = F.pad(self.mass, (0, chunks - self.mass.shape[1]))
 
 
+def per_layer(budget: int | tuple[int, ...] | None, layers: int) -> list[int | None]:
+    """Budgets of layers that keep chunks of their own: one for all, or one of each. ValueError: another number."""
+    each = list(budget) if isinstance(budget, tuple | list) else [budget] * layers
+    if len(each) != layers or (budget is not None and any(type(n) is not int or n < 1 for n in each)):
+        raise ValueError(f"budget must be a positive int, or one of each of {layers} layers, got {budget!r}")
+    return each
+
+
 def pin(memory, sequence: int, chunks: list[int]) -> None:
     """See `PagedMemory.pin`."""
     if memory.budget is None:

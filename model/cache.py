@@ -28,7 +28,7 @@ import torch
 
 from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.model import memory_file
-from hsa_tl.model.budget import count
+from hsa_tl.model.budget import count, per_layer
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.selected import FEW, OwnKeys
 from hsa_tl.validation import require_int
@@ -185,15 +185,15 @@ class Cache:
     """What `Model.new_cache` returns.
 
     capacity: tokens of each sequence that the chunk memory reserves at first. undo: tokens of each that `crop` can take
-    back. budget, memory_options: of PagedMemory (offload, cache_pages, two_level, directory). lengths: tokens that each
-    holds. memory: its chunks, None without HSA. unread: the last token of each sequence that a `stream` gave and nobody
-    read yet, 1-D tensors, which the next stream or generate reads first; None: there is none.
+    back. budget, memory_options: of PagedMemory (offload, cache_pages, two_level, directory); budget also of OwnKeys.
+    lengths: tokens that each holds. memory: its chunks, None without HSA. unread: of each sequence the last token that
+    a `stream` gave and nobody read yet, 1-D tensors, which the next stream or generate reads first; None: none.
     """
 
     def __init__(
         self, model, batch_size: int, *, device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, undo: int = 128, budget: int | None = None,
-        **memory_options,
+        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, undo: int = 128,
+        budget: int | tuple[int, ...] | None = None, **memory_options,
     ):  # fmt: skip
         for name, value, low in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("undo", undo, 0)):
             require_int(name, value, low)
@@ -209,14 +209,14 @@ class Cache:
                 spec, device=device, capacity=-(-capacity // c.chunk_size), budget=budget, **memory_options
             )
             self.chunk = Tail(self.counts, c.chunk_size - 1, undo)
-        elif memory_options or budget is not None:
+        elif memory_options or (budget is not None and c.attention != "selected"):
             name = next(iter(memory_options), "budget")
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.layers = []  # of each what its forward takes
-        for layer, kind in zip(model.layers, c.kinds, strict=True):
+        for layer, kind, own in zip(model.layers, c.kinds, per_layer(budget, c.layers), strict=True):
             window = layer.attention.window
             if c.attention == "selected":
-                near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser)
+                near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser, own, window + undo)
             else:
                 near = Tail(self.counts, None if window is None else window - 1, undo)
             self.layers.append((near, Tail(self.counts)) if kind == "nsa" else near)
@@ -312,8 +312,7 @@ class Cache:
             tensors |= {f"{name}.{j}": [x] for j, x in enumerate(tail.state())}
         state = {
             "config": _dims(self.config), "lengths": self.lengths, "undo": self.undo, "undoable": self.undoable,
-            "budget": self.budget,
-            "unread": None if self.unread is None else [x.tolist() for x in self.unread],
+            "budget": self.budget, "unread": None if self.unread is None else [x.tolist() for x in self.unread],
         }  # fmt: skip
         spec = {} if self.memory is None else {"spec": self.memory.spec.to_json()}
         memory_file.write(Path(path), tensors, FORMAT, state=json.dumps(state), **spec)
@@ -334,7 +333,7 @@ class Cache:
                 file.fill(self.memory, file.pages(file.spec(self.memory.spec)))
             self.past = file.tensor("past").to(self.past)
             for name, tail in self._tails():
-                held, *buffers = (file.tensor(x) for j in range(3) if (x := f"{name}.{j}") in file.names)
+                held, *buffers = (file.tensor(x) for j in range(5) if (x := f"{name}.{j}") in file.names)
                 tail.restore(held, *(x.to(device) for x in buffers))
         self.lengths, self.undoable = state["lengths"], state["undoable"]
         if state["unread"] is not None:

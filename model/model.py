@@ -252,7 +252,8 @@ class Model(Generation, nn.Module):
         Args:
             batch_size (int): B, sequences of any lengths.
             options: of `hsa_tl.model.cache.Cache`: capacity, undo (tokens that `Cache.crop` can take back, by default
-                128), device, dtype, and PagedMemory's offload, cache_pages, two_level, directory and budget.
+                128), device, dtype, and PagedMemory's offload, cache_pages, two_level, directory and budget; with
+                attention "selected" only budget, an int or one for each layer.
 
         Returns:
             Cache: for `forward` and `generate`; `crop` takes tokens back, `save` writes it.

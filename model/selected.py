@@ -14,14 +14,16 @@ heads, G = A / H, D head dim, K selected chunks, M anchors, E = D + M.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hsa_tl import chunk_means, merge_attention, retrieve_chunks, selected_attention, selected_decode
+from hsa_tl import chunk_means, fusion_weights, merge_attention, retrieve_chunks, selected_attention, selected_decode
 from hsa_tl.model.attention import SelfAttention, positions, rotate
 from hsa_tl.model.config import ModelConfig
 
@@ -79,17 +81,27 @@ class OwnKeys:
     """Keys without positions and values of all tokens of each sequence, in pages of a chunk; see hsa_tl.model.cache.
 
     Of a sequence the first pages end with the sinks, so that every other page is a chunk.
+
+    With a budget, `extend` first brings the chunks behind the window down to it. A chunk's worth is as in
+    hsa_tl.model.budget. Since keys behind the window have no positions, what stays moves up, and the sequence is one
+    that never had what went; `evicted` has the numbers of these chunks.
     """
 
-    def __init__(self, counts: list[int], sinks: int, chunk_size: int, chooser: Landmarks | None):
+    def __init__(
+        self, counts: list[int], sinks: int, chunk_size: int, chooser: Landmarks | None, budget: int | None = None,
+        reach: int = 0,
+    ):  # fmt: skip
         """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`. chooser:
-        whose landmarks of the chunks are kept."""
+        whose landmarks of the chunks are kept. reach: tokens of the window, and those that `crop` may take back."""
         self.counts, self.sinks, self.chunk_size = counts, sinks, chunk_size
         self.first = -(-sinks // chunk_size)  # chunk, of pages
         self.before = self.first * chunk_size - sinks  # columns of no token
         self.held = [0] * len(counts)
         self.buffers: list[torch.Tensor] = []  # k and v [B, pages * S, H, D]
         self.chooser, self.landmarks = chooser, None  # [B, pages, H, E]
+        self.budget, self.reach = budget, reach
+        self.evicted: list[list[int]] = [[] for _ in counts]
+        self.mass = torch.zeros(len(counts), 0, dtype=torch.float64)  # of the chunks that are held, as they lie
 
     def _reserve(self, columns: int, like: tuple[torch.Tensor, ...]) -> None:
         room = self.buffers[0].shape[1] if self.buffers else 0
@@ -101,8 +113,12 @@ class OwnKeys:
             new[:, :room] = old
         self.buffers = grown
 
-    def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> None:
-        """Stores the next tokens; a row's columns behind its count are written and overwritten later."""
+    def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> list[int]:
+        """Stores the next tokens, and says how many of each row lie before them; a row's columns behind its count are
+        written and overwritten later."""
+        if self.budget is not None:
+            for b in range(len(self.held)):
+                self._evict(b)
         T, old = k_BTHD.shape[1], self.held
         self._reserve(self.before + max(old) + T, (k_BTHD, v_BTHD))
         for buffer, x in zip(self.buffers, (k_BTHD, v_BTHD), strict=True):
@@ -110,6 +126,51 @@ class OwnKeys:
                 buffer[b, self.before + n : self.before + n + T] = x[b]
         self._summarise(self.before + min(old), self.before + max(old) + T)
         self.held = [n + more for n, more in zip(old, self.counts, strict=True)]
+        self.mass = F.pad(
+            self.mass.to(k_BTHD.device), (0, self.buffers[0].shape[1] // self.chunk_size - self.mass.shape[1])
+        )
+        return old
+
+    def _numbers(self, sequence: int) -> list[int]:
+        """Of the chunks behind the window, in their order."""
+        n, gone = (self.held[sequence] - self.sinks - self.reach) // self.chunk_size, self.evicted[sequence]
+        return sorted(set(range(max(0, n) + len(gone))) - set(gone))
+
+    def _evict(self, sequence: int) -> None:
+        numbers, S = torch.tensor(self._numbers(sequence)), self.chunk_size
+        if (excess := len(numbers) - self.budget) <= 0:
+            return
+        worth = self.mass[sequence, : len(numbers)].cpu() / (numbers[-1] - numbers)
+        worth[-1] = torch.inf  # no token may have read it yet
+        worst = worth.argsort(stable=True)[:excess]
+        worst = worst[worth[worst] < torch.inf]  # a pinned chunk stays, whatever the budget
+        self.evicted[sequence] = sorted(self.evicted[sequence] + numbers[worst].tolist())
+        stays = torch.ones(self.mass.shape[1], dtype=torch.bool)
+        stays[worst] = False
+        kept = stays.nonzero()[:, 0].to(self.mass.device)
+        self.held[sequence] -= S * len(worst)
+        pages = [x[sequence].unflatten(0, (-1, S)) for x in self.buffers]
+        for x in (*pages, *(() if self.landmarks is None else (self.landmarks[sequence],))):
+            at = kept[kept < len(x) - self.first]
+            x[self.first : self.first + len(at)] = x[self.first + at]
+        self.mass[sequence] = F.pad(self.mass[sequence, kept], (0, len(worst)))
+
+    def pin(self, sequence: int, chunks: list[int]) -> None:
+        """Keeps these chunks behind the window whatever the budget. ValueError: a chunk that is not held there."""
+        numbers = self._numbers(sequence)
+        for chunk in chunks:
+            if self.budget is None or chunk not in numbers:
+                why = "evicted" if chunk in self.evicted[sequence] else "does not hold behind its window with a budget"
+                raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}, which it {why}")
+        self.mass[sequence, [numbers.index(chunk) for chunk in chunks]] = torch.inf
+
+    def count(self, rows: slice, tokens: int, scores_BTHK: torch.Tensor, indices_BTHK: torch.Tensor) -> None:
+        """Adds to the mass of the chunks that these rows chose: the last of `tokens`, some of which may be padding."""
+        T = indices_BTHK.shape[1]
+        real = torch.arange(tokens - T, tokens)[:, None, None] < torch.tensor(self.counts[rows])[:, None, None, None]
+        weights = fusion_weights(scores_BTHK.masked_fill(indices_BTHK < 0, -torch.inf)) * real.to(scores_BTHK.device)
+        weights = (weights / indices_BTHK.shape[2]).flatten(1).to(self.mass.dtype)
+        self.mass[rows].scatter_add_(1, indices_BTHK.clamp(min=0).flatten(1).long(), weights)
 
     @torch.no_grad()
     def _summarise(self, start: int, stop: int) -> None:
@@ -136,14 +197,22 @@ class OwnKeys:
     def crop(self, gone: list[int]) -> None:
         """Takes back the last so many tokens of each sequence."""
         self.held = [n - g for n, g in zip(self.held, gone, strict=True)]
+        for b, n in enumerate(self.held):
+            self.mass[b, max(0, n - self.sinks) // self.chunk_size :] = 0
 
     def state(self) -> list[torch.Tensor]:
-        """What `restore` takes: how much each sequence holds, keys and values."""
+        """What `restore` takes: how much each sequence holds, keys and values, and with a budget mass and evicted."""
         used = slice(self.before, self.before + max(self.held))
-        return [torch.tensor(self.held, dtype=torch.int32), *(x[:, used] for x in self.buffers)]
+        gone = [torch.tensor(x, dtype=torch.int32) for x in self.evicted]
+        gone = torch.nn.utils.rnn.pad_sequence(gone, batch_first=True, padding_value=-1)
+        more = [] if self.budget is None or not self.buffers else [self.mass, gone]
+        return [torch.tensor(self.held, dtype=torch.int32), *(x[:, used] for x in self.buffers), *more]
 
     def restore(self, held: torch.Tensor, *buffers: torch.Tensor) -> None:
         self.held, self.buffers, self.landmarks = held.tolist(), [], None
+        if len(buffers) > 2:
+            *buffers, self.mass, gone = buffers
+            self.evicted = [x[x >= 0].tolist() for x in gone]
         if buffers:
             end = self.before + max(self.held)
             self._reserve(end, buffers)
@@ -182,12 +251,12 @@ class Rule:
         return cls(c.window, c.sinks, c.chunk_size, c.topk, theta, impl)
 
     def attend(
-        self, q_BTAD: torch.Tensor, keys: Keys, chooser: Landmarks | None = None
+        self, q_BTAD: torch.Tensor, keys: Keys, chooser: Landmarks | None = None, count: Callable | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out [B, T, A, D] and log-sum-exp [B, T, A] of queries without positions; the last one's key is the last.
 
         chooser: of the chunks. None: those of the largest mass at any query head of the key/value head, which costs all
-        of attention's products with keys.
+        of attention's products with keys. count: takes the scores and indices [B, T, H, K] of what is chosen.
         """
         T, W, S = q_BTAD.shape[1], self.window, self.chunk_size
         start = keys.k.shape[1] - T
@@ -201,7 +270,7 @@ class Rule:
         skip = max(0, S - past)  # tokens that see no chunk
         if self.topk == 0 or skip >= T:
             return tuple(near)
-        far = self._far(q_cap[:, skip:], keys, past + skip, chooser)
+        far = self._far(q_cap[:, skip:], keys, past + skip, chooser, count)
         both = merge_attention([x[:, skip:] for x in near], far)
         return tuple(torch.cat([x[:, :skip], y], 1) for x, y in zip(near, both, strict=True))
 
@@ -226,33 +295,38 @@ class Rule:
         out = out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         return out, lse.permute(0, 3, 1, 2).flatten(2)
 
-    def _far(self, q_BTAD, keys: Keys, past: int, chooser: Landmarks | None):
+    def _far(self, q_BTAD, keys: Keys, past: int, chooser: Landmarks | None, count: Callable | None):
         """Attention to chosen chunks, of which token t sees the first (past + t) // S."""
         T, S = q_BTAD.shape[1], self.chunk_size
         N = (past + T - 1) // S
         k, v = (x[:, self.sinks : self.sinks + N * S] for x in keys[:2])
         with torch.no_grad():
-            indices = self._choose(q_BTAD, k, keys.landmarks, past, N, chooser)
+            found, indices = self._choose(q_BTAD, k, keys.landmarks, past, N, chooser, count is not None)
+            if count is not None:
+                count(found, indices)
         if keys.k_pages is not None and T <= FEW:
             return selected_decode(q_BTAD, keys.k_pages, keys.v_pages, indices, keys.page_table, impl=self.impl)
         return selected_attention(q_BTAD, k, v, indices, chunk_size=S, impl=self.impl)
 
-    def _choose(self, q_BTAD, k, landmarks, past: int, N: int, chooser: Landmarks | None) -> torch.Tensor:
-        """indices [B, T, H, K]."""
+    def _choose(
+        self, q_BTAD, k, landmarks, past: int, N: int, chooser: Landmarks | None, scored: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """scores, None where all chunks are chosen unless `scored`, and indices [B, T, H, K]."""
         (B, T, A, _), H, S = q_BTAD.shape, k.shape[2], self.chunk_size
         K = N if self.topk == "all" else min(self.topk, N)
-        if K < N and chooser is not None:
+        if (K < N or scored) and chooser is not None:
             landmarks = chooser.of(k, S) if landmarks is None else landmarks[:, :N]
             asked = chooser.ask(q_BTAD, H)
-            indices = retrieve_chunks(asked, landmarks, K, chunk_size=S, q_start=past, impl=self.impl)[1]
+            best, indices = retrieve_chunks(asked, landmarks, K, chunk_size=S, q_start=past, impl=self.impl)
             if heads := chooser.exact:
                 q_BTAD = q_BTAD.unflatten(2, (H, -1))[:, :, heads].flatten(2, 3)
-                indices[:, :, heads] = self._choose(q_BTAD, k[:, :, heads], None, past, N, None)
-            return indices
+                found = self._choose(q_BTAD, k[:, :, heads], None, past, N, None, True)
+                best[:, :, heads], indices[:, :, heads] = found[0].to(best.dtype), found[1]
+            return best, indices
         visible = (positions(past, q_BTAD) // S)[:, None, None]
         every = torch.arange(N, dtype=torch.int32, device=k.device)
-        if K == N:
-            return torch.where(every < visible, every, -1).expand(B, T, H, N)
+        if K == N and not scored:
+            return None, torch.where(every < visible, every, -1).expand(B, T, H, N)
         block = max(1, SCORES // (B * A * N * S))
         parts = []
         for a in range(0, T, block):
@@ -262,8 +336,9 @@ class Rule:
             mass = mass.amax(2).transpose(1, 2).masked_fill(every[:n] >= seen, -torch.inf)  # [B, T, H, n]
             best, index = mass.topk(min(K, n), -1)
             index = torch.where(best == -torch.inf, -1, index).int()
-            parts.append(F.pad(index, (0, K - index.shape[-1]), value=-1))
-        return torch.cat(parts, 1)
+            more = (0, K - index.shape[-1])
+            parts.append((F.pad(best, more, value=-torch.inf), F.pad(index, more, value=-1)))
+        return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
 
 
 class SelectedAttention(SelfAttention):
@@ -291,13 +366,15 @@ class SelectedAttention(SelfAttention):
         q, k, v, _ = self.project(x_BTC, start, keep, first_v_BTHD)
         if cache is None:
             return *self.rule.attend(q, Keys(k, v), self.chooser), v
-        cache.extend(k, v)
-        starts = [start] if isinstance(start, int) else start.tolist()  # the same of all rows, or of each
-        rows = [slice(None)] if isinstance(start, int) else [slice(b, b + 1) for b in range(len(q))]
-        T = x_BTC.shape[1]
+        starts, T = cache.extend(k, v), x_BTC.shape[1]
+        rows = [slice(None)] if len(set(starts)) == 1 else [slice(b, b + 1) for b in range(len(q))]
         parts = [
-            self.rule.attend(q[row], cache.keys(row, n + T), self.chooser) for row, n in zip(rows, starts, strict=True)
-        ]
+            self.rule.attend(
+                q[row], cache.keys(row, n + T), self.chooser,
+                None if cache.budget is None else partial(cache.count, row, T),
+            )
+            for row, n in zip(rows, starts[: len(rows)], strict=True)
+        ]  # fmt: skip
         return *(torch.cat(x) for x in zip(*parts, strict=True)), v
 
 

@@ -251,6 +251,50 @@ def test_figures_of_fewer_chunks():
         assert all(r["commit"] in (ROOT / page).read_text() for r in rows)
 
 
+def test_figures_of_noise():
+    rows, page = json.loads((RESULTS / "noise.json").read_text()), "docs/results.md"
+    truth = {id(r): r["chunks"][int(np.argmax(r["without"]))] for r in rows}
+    for task, name in (("s-niah", "S-NIAH at 1K"), ("mq-niah", "MQ-NIAH at 1K"), ("held_out", "text at 4K")):
+        mine = [r for r in rows if r["task"] == task]
+        found, alone = (sum(r[x] == truth[id(r)] for r in mine) for x in ("best", "gradient_best"))
+        ranks = "{:.2f} ({:.2f})".format(*(np.mean([r[x] for r in mine]) for x in ("ranks", "gradient_ranks")))
+        read = f"{np.mean([len(r['chunks']) for r in mine]):.0f}"
+        shown = ranks if task == "held_out" else ""
+        in_page(page, cells(name, read, f"{found} of {len(mine)} ({alone})", shown))
+    needles, text = ([r for r in rows if (r["needle"] is None) == kind] for kind in (False, True))
+    assert all(truth[id(r)] == r["needle"] for r in needles)
+    signs = np.concatenate([np.sign([r["scores"], r["without"]]) for r in text], 1)
+    told = re.sub(r"\s+", " ", (ROOT / page).read_text())
+    most, least = ([f(r["without"]) for r in text] for f in (max, min))
+    assert f"rises by {np.mean([max(r['without']) for r in needles]):.1f} bits in the mean" in told
+    assert max(sorted(np.abs(r["without"]))[-2] for r in needles) < 0.001
+    assert f"{100 * np.mean(signs[0] == signs[1]):.0f} % of the scores have the right sign" in told
+    assert f"{100 * np.mean(signs[1] < 0):.0f} % of the chunks that were read hurt" in told
+    assert f"costs {-np.mean(least):.3f} bits a byte in the mean, and the best is worth {np.mean(most):.3f}" in told
+    assert all(r["commit"] in told for r in rows)
+
+
+def test_figures_of_options():
+    """Value residual and RoPE's extensions: each line of both tables, differences in pairs of places."""
+    rows, page = json.loads((RESULTS / "options.json").read_text()), "docs/results.md"
+    bits = {(r["option"], r["length"]): r["bits"] for r in rows}
+    cost = {r["option"]: r["cost_per_step"] for r in rows if "cost_per_step" in r}
+
+    def change(option, length, base):
+        return "{:+.3f} ({:.3f})".format(*paired(bits[option, length], base[: len(bits[option, length])]))
+
+    for name in ("none", "resformer"):
+        option = f"value_residual {name}"
+        shown = "" if name == "none" else change(option, K, bits["value_residual none", K])
+        at = (f"{np.mean(bits[option, T]):.3f}" for T in (512, K))
+        in_page(page, cells(name, *at, shown, f"{cost[option]:.2f}"))
+    names = {"rope": "as trained", "pi": "position interpolation", "ntk": "NTK-aware", "yarn": "YaRN"}
+    for kind, name in names.items():
+        in_page(page, cells(name, *(change(f"rope {kind}", n * K, bits["rope rope", 512]) for n in (1, 2, 4, 8))))
+    text = (ROOT / page).read_text()
+    assert all(r["commit"] in text and r["trained_commit"] in text for r in rows)
+
+
 def test_figures_of_long_contexts_of_text():
     """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
     found = json.loads((RESULTS / "text_length.json").read_text())

@@ -1,0 +1,139 @@
+"""Layers that keep keys of their own ("selected") have budgets of their own, and keep the chunks they read most."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hsa_tl.model import Model, preset
+from hsa_tl.model.selected import Keys, Landmarks, OwnKeys, Rule, chooser_of
+
+S, W, SINKS = 16, 20, 4
+FORMS = {
+    "mass": {}, "mean": {"selection": "mean"}, "every chunk": {"topk": "all"},
+    "landmark": {"selection": "landmark", "anchors": 4, "exact_heads": (0, 3)},
+}  # fmt: skip
+
+
+def tiny(**changes) -> Model:
+    """Three layers of two key/value heads."""
+    own = {"attention": "selected", "rope": ("selected",), "layers": 3, "kv_heads": 2, "window": W, "sinks": SINKS}
+    return Model(replace(preset("tiny"), **own | {"topk": 2} | changes)).eval()
+
+
+def keys_of(budget, rows=1, chooser=None, undo=0) -> OwnKeys:
+    return OwnKeys([S] * rows, SINKS, S, chooser, budget, W + undo)
+
+
+def store(cache, n=S):
+    """The next tokens of every row."""
+    cache.counts[:] = [n] * len(cache.counts)
+    new = [torch.randn(len(cache.counts), n, 2, 8) for _ in range(2)]
+    cache.extend(*new)
+    return new
+
+
+def reads(cache, chunk, scores=0.0):
+    """A token of row 0 reads a chunk of those that are held, at both heads."""
+    cache.counts[0] = 1
+    index = torch.full((1, 1, 2, 1), chunk, dtype=torch.int32)
+    cache.count(slice(0, 1), 1, torch.full(index.shape, scores), index)
+
+
+@pytest.mark.parametrize("times, gone", ((5, [1, 3]), (3, [0, 1])))
+def test_the_least_read_for_its_age_goes_and_a_pinned_chunk_stays(times, gone):
+    """Of 5 chunks behind the window, 0 is worth times / 4, 3 is worth 1 / 1, and the last one stays as it is new."""
+    cache = keys_of(3)
+    store(cache, SINKS + 5 * S + W)
+    assert cache.evicted == [[]]  # what one call brings stays until the next
+    cache.pin(0, [2])
+    for chunk in [0] * times + [3]:
+        reads(cache, chunk)
+    store(cache)
+    assert cache.evicted == [gone] and cache.held == [SINKS + 3 * S + W + S]
+    for _ in range(40):
+        store(cache)
+    assert 2 not in cache.evicted[0] and len(cache.evicted[0]) == 5 + 40 - 3
+    assert cache.buffers[0].shape[1] < 3 * (SINKS + 3 * S + W + S)  # keys and values go, not only their names
+    for chunk, why in ((1, "which it "), (46, "does not hold behind its window")):
+        with pytest.raises(ValueError, match=f"such as sequence 0 holds, got {chunk}, .*{why}"):
+            cache.pin(0, [chunk])
+
+
+def test_what_is_taken_back_keeps_no_mass():
+    cache = keys_of(3, undo=2 * W)
+    store(cache, SINKS + 5 * S + W)
+    for chunk in (3, 4):
+        reads(cache, chunk)
+    cache.crop([W + 1])  # the last token of chunk 4 goes
+    assert cache.mass[0, :6].tolist() == [0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sequence_goes_on_as_one_that_never_had_what_went(form):
+    """Its keys, landmarks and attention are those of sinks, kept chunks and window, by the numbers that went."""
+    chooser = chooser_of(FORMS[form].get("selection", "mass"), Landmarks(2, 8, 4, (1,)))
+    rule = Rule(W, SINKS, S, FORMS[form].get("topk", 2), 100.0)
+    cache, told = keys_of(3, chooser=chooser), []
+    for n in (SINKS + 7 * S + W + 3, *[1, 5, 16, 40] * 6):
+        told.append(store(cache, n))
+        k, v = (torch.cat(x, 1) for x in zip(*told, strict=True))
+        kept = torch.ones(k.shape[1], dtype=torch.bool)
+        for chunk in cache.evicted[0]:
+            kept[SINKS + chunk * S : SINKS + chunk * S + S] = False
+        mine, q = cache.keys(slice(None), cache.held[0]), torch.randn(1, min(n, 9), 4, 8)
+        assert torch.equal(mine.k, k[:, kept]) and torch.equal(mine.v, v[:, kept])
+        out = rule.attend(q, mine, chooser, lambda *x: cache.count(slice(None), n, *x))  # noqa: B023
+        for x, want in zip(out, rule.attend(q, Keys(k[:, kept], v[:, kept]), chooser), strict=True):
+            torch.testing.assert_close(x, want)
+    assert len(cache.evicted[0]) > 10 and cache.mass.sum() > 10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_layer_has_its_budget(form, tmp_path):
+    """With room for all the model is as it was; without, crops and files go on with what each layer keeps."""
+    model, ids = tiny(**FORMS[form]), torch.randint(0, 320, (2, 300))
+    free, roomy, tight = (model.new_cache(2, undo=30, budget=x) for x in (None, 40, (1, 3, 6)))
+    read = lambda cache, x: torch.cat([model(y, cache=cache).logits for y in x.split(7, 1)], 1)  # noqa: E731
+    torch.testing.assert_close(read(roomy, ids), read(free, ids))
+    with torch.no_grad():
+        logits = read(tight, ids)
+    assert torch.isfinite(logits).all() and not torch.allclose(logits, read(model.new_cache(2, budget=1), ids))
+    behind = (300 - 6 - SINKS - W - 30) // S  # before the last segment
+    assert [[len(x) for x in layer.evicted] for layer in tight.layers] == [[behind - n] * 2 for n in (1, 3, 6)]
+    tight.save(tmp_path / "c")
+    loaded = model.load_cache(tmp_path / "c")
+    for cache in (tight, loaded):
+        cache.crop(275)
+    assert [x.evicted for x in loaded.layers] == [x.evicted for x in tight.layers]
+    more = torch.randint(0, 320, (2, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(read(loaded, more), read(tight, more))
+    assert [x.evicted for x in loaded.layers] == [x.evicted for x in tight.layers]
+
+
+def test_rows_of_different_lengths_keep_what_each_keeps_alone():
+    model, ids = tiny(), torch.randint(0, 320, (2, 400))
+    together, alone = (
+        model.new_cache(2, undo=0, budget=(2, 3, 4)),
+        [model.new_cache(1, undo=0, budget=(2, 3, 4)) for _ in "ab"],
+    )
+    at = [0, 0]
+    for counts in ((150, 90), (5, 1), (3, 0), (0, 30), (32, 40), (2, 8), (33, 17), (90, 100), (1, 1)):
+        rows = [ids[b, a : a + n] for b, (a, n) in enumerate(zip(at, counts, strict=True))]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        logits = model(padded, cache=together, lengths=list(counts)).logits
+        for b, row in enumerate(rows):
+            if len(row):
+                torch.testing.assert_close(logits[b, : len(row)], model(row[None], cache=alone[b]).logits[0])
+        at = [a + n for a, n in zip(at, counts, strict=True)]
+    for i, layer in enumerate(together.layers):
+        assert layer.evicted == [cache.layers[i].evicted[0] for cache in alone] and min(map(len, layer.evicted)) > 3
+
+
+def test_bad_budgets():
+    for budget in (0, (1, 2), (1, 2, 0), 1.5):
+        with pytest.raises(ValueError, match="budget must be a positive int, or one of each of 3 layers, got"):
+            tiny().new_cache(1, budget=budget)
+    with pytest.raises(ValueError, match=r"budget must be a positive int, got \(1, 2\)"):
+        Model(preset("tiny")).new_cache(1, budget=(1, 2))
