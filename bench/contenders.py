@@ -28,6 +28,7 @@ class Contender:
 
 MODELS = {
     "hsa": Contender("HSA"),
+    "hsa-linear": Contender("HSA over linear attention, HyPE", {"linear": True, "rope": ["linear"]}),
     "full-rope": Contender("full attention, RoPE", {"attention": "full", **THREE_LAYERS}),
     "full-pi": Contender("full attention, RoPE by position interpolation", weights_of="full-rope", scaling="pi"),
     "full-ntk": Contender("full attention, RoPE by NTK", weights_of="full-rope", scaling="ntk"),

@@ -19,6 +19,7 @@ from hsa_tl.model.cache import Cache
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer, Memory
+from hsa_tl.model.linear import LinearAttention
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.moba import MixtureOfBlockAttention
 from hsa_tl.model.nsa import NativeSparseAttention
@@ -63,7 +64,7 @@ class Layer(nn.Module):
         c, kind = config, config.kinds[index]
         rope = dict.fromkeys(c.rope, c.rope_frequencies or c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        window, theta = (None, rope.get(kind)) if kind in ("full", "moba") else (c.window, rope.get("swa"))
+        window, theta = (None, rope.get(kind)) if kind in ("full", "linear", "moba") else (c.window, rope.get("swa"))
         if kind in ("hsa", "nsa"):
             window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
         exclude = window if c.exclude_window else 0
@@ -76,6 +77,8 @@ class Layer(nn.Module):
             self.attention = SelectedAttention(*heads, Rule.of(c), c.selection, c.anchors, exact, **options)
         elif kind == "moba":
             self.attention = MixtureOfBlockAttention(*heads, **own, **chosen, **options)
+        elif kind == "linear":
+            self.attention = LinearAttention(*heads, rope_theta=theta, **options)
         elif kind == "nsa":
             far = {"exclude_window": exclude, "far_theta": rope.get("nsa")}
             self.attention = NativeSparseAttention(*heads, **own, **chosen, **far, **options)
@@ -252,7 +255,8 @@ class Model(Generation, nn.Module):
         Args:
             batch_size (int): B, sequences of any lengths.
             options: of `hsa_tl.model.cache.Cache`: capacity, undo (tokens that `Cache.crop` can take back, by default
-                128), device, dtype, and PagedMemory's offload, cache_pages, two_level, directory and budget.
+                128; with linear layers, whose states know no way back, none), device, dtype, and PagedMemory's offload,
+                cache_pages, two_level, directory and budget.
 
         Returns:
             Cache: for `forward` and `generate`; `crop` takes tokens back, `save` writes it.
