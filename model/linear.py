@@ -38,16 +38,16 @@ def linear_attention(
     state = q_BTAD.new_zeros(B, A, D, D, dtype=dtype) if state_BADD is None else state_BADD
     with torch.autocast(q_BTAD.device.type, enabled=False):
         q, k, v = blocks(q_BTAD) * D**-0.5, blocks(k_BTAD), blocks(v_BTAD)  # [B, N, A, n, D]
-        since = blocks(log_g_BTA[..., None]).cumsum(-2)  # from the block's beginning, [B, N, A, n, 1]
-        later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        decay = (since - since.mT).masked_fill(later, -torch.inf).exp()
+        # From the block's beginning, [B, N, A, n, 1]; of its differences float32 would lose all but the first digits.
+        since = blocks(log_g_BTA[..., None]).double().cumsum(-2)
+        decay = (since - since.mT).to(dtype).tril(-1).exp().tril()
         inside = (q @ k.mT * decay) @ v
-        added = (k * (since[..., -1:, :] - since).exp()).mT @ v  # by each block to the state at its end
-        kept, before = since[..., -1:, :].exp(), []
+        added = (k.mT * decay[..., -1:, :]) @ v  # by each block to the state at its end
+        since, before = since.to(dtype).exp(), []
         for i in range(added.shape[1]):
             before.append(state)
-            state = kept[:, i] * state + added[:, i]
-        out = inside + (q * since.exp()) @ torch.stack(before, 1)
+            state = since[:, i, :, -1:] * state + added[:, i]
+        out = inside + (q * since) @ torch.stack(before, 1)
     return out.transpose(2, 3).flatten(1, 2)[:, :T].to(q_BTAD.dtype), state
 
 
