@@ -114,7 +114,8 @@ class Tail:
 
 
 class SegmentMemory(NamedTuple):
-    """The Memory that an HSA layer reads of a segment with counts[b] tokens in row b; many share what they gather."""
+    """The Memory that an HSA layer reads, of a segment with counts[b] tokens in row b: few tokens decode through the
+    memory's pages, many share what they gather."""
 
     paged: PagedMemory
     counts: list[int]
@@ -214,13 +215,12 @@ class Cache:
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.layers = []  # of each what its forward takes
         for layer, kind in zip(model.layers, c.kinds, strict=True):
-            window = layer.attention.window
             if c.attention == "selected":
                 near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser)
             elif kind == "linear":
                 near = LinearState(self.counts, c.heads, c.head_dim, dtype, device)
             else:
-                near = Tail(self.counts, None if window is None else window - 1, undo)
+                near = Tail(self.counts, None if (w := layer.attention.window) is None else w - 1, undo)
             self.layers.append((near, Tail(self.counts)) if kind == "nsa" else near)
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)

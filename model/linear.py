@@ -18,7 +18,7 @@ from torch import nn
 from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.mlp import RMSNorm
 
-BLOCK = 64  # tokens between which attention is a matrix, and from one of which to the next the state goes
+BLOCK = 64  # tokens, among which attention is a matrix; from block to block goes a state
 
 
 def linear_attention(
@@ -38,16 +38,16 @@ def linear_attention(
     state = q_BTAD.new_zeros(B, A, D, D, dtype=dtype) if state_BADD is None else state_BADD
     with torch.autocast(q_BTAD.device.type, enabled=False):
         q, k, v = blocks(q_BTAD) * D**-0.5, blocks(k_BTAD), blocks(v_BTAD)  # [B, N, A, n, D]
-        # From the block's beginning, [B, N, A, n, 1]; of its differences float32 would lose all but the first digits.
+        # From the block's beginning, [B, N, A, n, 1]; float64, since what counts is differences of long sums.
         since = blocks(log_g_BTA[..., None]).double().cumsum(-2)
         decay = (since - since.mT).to(dtype).tril(-1).exp().tril()
         inside = (q @ k.mT * decay) @ v
         added = (k.mT * decay[..., -1:, :]) @ v  # by each block to the state at its end
-        since, before = since.to(dtype).exp(), []
+        kept, before = since.to(dtype).exp(), []  # of the state before the block
         for i in range(added.shape[1]):
             before.append(state)
-            state = since[:, i, :, -1:] * state + added[:, i]
-        out = inside + (q * since) @ torch.stack(before, 1)
+            state = kept[:, i, :, -1:] * state + added[:, i]
+        out = inside + (q * kept) @ torch.stack(before, 1)
     return out.transpose(2, 3).flatten(1, 2)[:, :T].to(q_BTAD.dtype), state
 
 
