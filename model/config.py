@@ -51,7 +51,8 @@ class ModelConfig:
         attention (str): "hsa", "nsa", "moba", "swa", "full", "linear" or "selected". Default: "hsa".
         linear (bool): whether only the layers that lead upper groups have that attention, and the others linear
             attention instead of windows; not with "selected". Default: False.
-        window (int): tokens that a sliding window spans, its own included. Default: 32.
+        window (int): tokens that a sliding window spans, its own included; behind so many a linear layer has forgotten
+            all but 1/e at least. Default: 32.
         hsa_window (int): of the window beside HSA or NSA, at most `window`; 0 for the same. Default: 0.
         hsa_window_rope (bool): whether that window has positions where "swa" has. Default: True.
         rope (tuple of str): kinds of attention with RoPE; the others have no positions. Default: ("swa", "full").

@@ -2,8 +2,8 @@
 
     S_t = g_t S_{t-1} + k_t^T v_t        out_t = q_t S_t / sqrt(D)
 
-g_t in (0, 1) is a scalar of the token and the head, as in simple GLA (Yang et al., 2024) and Mamba-2; at first heads
-forget at the rates of Lightning Attention (Qin et al., 2024). The query heads of a key/value head share its keys and
+g_t in (0, 1) is a scalar of the token and the head, as in simple GLA (Yang et al., 2024) and Mamba-2; heads begin with
+the rates of Lightning Attention (Qin et al., 2024). The query heads of a key/value head share its keys and
 values, and have gates and states of their own.
 
 Shape suffixes: B batch, T tokens, C channels, A query heads, D head dim, N blocks of BLOCK tokens.
@@ -82,15 +82,17 @@ class LinearState:
 
 
 class LinearAttention(SelfAttention):
-    """`linear_attention` of pre-normed tokens, with gates log g = -softplus(gate x) and an RMS norm of each head's
-    output; the options are SelfAttention's.
+    """`linear_attention` of pre-normed tokens, with an RMS norm of each head's output.
+
+    Gates are log g = -softplus(gate x) - 1 / window, so that a state keeps at most 1/e of what is `window` tokens back:
+    one that never forgot would leave HSA nothing to learn. The other options are SelfAttention's.
     """
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, **options):
-        super().__init__(dim, heads, kv_heads, head_dim, **options)
+    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int, **options):
+        super().__init__(dim, heads, kv_heads, head_dim, window=window, **options)
         self.gate = nn.Linear(dim, heads)
         self.out_norm = RMSNorm(head_dim, self.norm.eps)
-        with torch.no_grad():  # e-fold within 2 ** (8 / A), 2 ** (16 / A), .., 256 tokens
+        with torch.no_grad():  # without the bound 1/e is left after 2 ** (8 / A), 2 ** (16 / A), .., 256 tokens
             self.gate.bias.copy_(torch.expm1(2.0 ** (-8 * torch.arange(1, heads + 1) / heads)).log())
 
     def attend(self, x_BTC, start=0, cache: LinearState | None = None, first_v_BTHD=None, with_lse=False, keep=None):
@@ -99,7 +101,7 @@ class LinearAttention(SelfAttention):
         q, k, own_v, _ = self.project(x_BTC, start, None, first_v_BTHD)
         k, v = (y.repeat_interleave(self.heads // self.kv_heads, 2) for y in (k, own_v))
         gate = self.gate(self.norm(x_BTC))
-        log_g = -F.softplus(gate.to(torch.promote_types(gate.dtype, torch.float32)))
+        log_g = -F.softplus(gate.to(torch.promote_types(gate.dtype, torch.float32))) - 1 / self.window
         if cache is not None and min(cache.counts) < x_BTC.shape[1]:
             real = cache.real(x_BTC.shape[1])
             k, log_g = k * real[..., None], log_g * real  # what is no token leaves the state alone

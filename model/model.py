@@ -64,7 +64,7 @@ class Layer(nn.Module):
         c, kind = config, config.kinds[index]
         rope = dict.fromkeys(c.rope, c.rope_frequencies or c.rope_theta)
         heads = c.dim, c.heads, c.kv_heads, c.head_dim
-        window, theta = (None, rope.get(kind)) if kind in ("full", "linear", "moba") else (c.window, rope.get("swa"))
+        window, theta = (None, rope.get(kind)) if kind in ("full", "moba") else (c.window, rope.get("swa"))
         if kind in ("hsa", "nsa"):
             window, theta = c.hsa_window or window, theta if c.hsa_window_rope else None
         exclude = window if c.exclude_window else 0
@@ -78,7 +78,7 @@ class Layer(nn.Module):
         elif kind == "moba":
             self.attention = MixtureOfBlockAttention(*heads, **own, **chosen, **options)
         elif kind == "linear":
-            self.attention = LinearAttention(*heads, rope_theta=theta, **options)
+            self.attention = LinearAttention(*heads, window=window, rope_theta=rope.get("linear"), **options)
         elif kind == "nsa":
             far = {"exclude_window": exclude, "far_theta": rope.get("nsa")}
             self.attention = NativeSparseAttention(*heads, **own, **chosen, **far, **options)

@@ -1,5 +1,6 @@
 """Linear attention is its recurrence, token by token; what its states are for, and what they refuse."""
 
+import math
 import sys
 import types
 from dataclasses import replace
@@ -111,6 +112,19 @@ def test_kinds_and_parameters():
     torch.testing.assert_close(forgets, torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256]))
 
 
+@pytest.mark.parametrize("window", (1, 7, 1 << 20))
+def test_a_window_bounds_what_a_state_keeps(window):
+    """Of tokens whose gates would keep everything."""
+    layer = linear.LinearAttention(16, 4, 2, 8, window=window)
+    torch.nn.init.constant_(layer.gate.bias, -100.0)
+    cache = linear.LinearState([7], 4, 8, torch.float32, "cpu")
+    cache.value += 1
+    with torch.no_grad():
+        layer.v.weight.zero_()
+        layer.attend(torch.randn(1, 7, 16), cache=cache)
+    torch.testing.assert_close(cache.value, torch.full_like(cache.value, math.exp(-7 / window)))
+
+
 @pytest.mark.parametrize("attention, far", (("swa", False), ("linear", True)))
 def test_a_state_reaches_beyond_any_window_and_does_not_grow(attention, far):
     model = Model(replace(TINY, attention=attention, conv=0)).eval()
@@ -129,10 +143,10 @@ def test_a_state_reaches_beyond_any_window_and_does_not_grow(attention, far):
 
 @pytest.mark.parametrize("changes", ({}, {"linear": True}, {"attention": "linear"}), ids=str)
 def test_the_first_token_is_remembered(changes):
-    """It is also the last one. Where windows do not reach it and no chunk is whole yet, they guess."""
+    """It is also the last one, which windows of 4 tokens do not reach; no chunk is whole yet."""
     torch.manual_seed(0)
-    model = Model(replace(TINY, topk="all", impl="dense", dim=64, conv=0, **changes))
-    model.encoder = None if changes.get("attention") else model.encoder
+    config = replace(TINY, topk="all", impl="dense", dim=64, conv=0, hsa_window=TINY.window)
+    model = Model(replace(config, window=32, **changes) if changes else config)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(60):
