@@ -179,7 +179,7 @@ def test_figures_of_linear_attention():
     names = {
         "hsa": "HSA over windows of 32",
         "hsa-linear, no bound": "HSA over linear layers that may remember everything",
-        "hsa-linear, 500 of 670 steps": "HSA over linear layers, 1/e within 32 tokens, after 500 of 670 steps",
+        "hsa-linear": "HSA over linear layers, 1/e within 32 tokens",
     }  # fmt: skip
     asked = [r for r in (*found["rows"], *found["hsa_taken_out"]) if r["task"] == "s-niah"]
     for model, name in names.items():
@@ -188,8 +188,6 @@ def test_figures_of_linear_attention():
         assert [r["length"] for r in mine] == [256, 4 * K, 32 * K, 64 * K, 256]
         in_page(page, cells(name, f"{mine[0]['parameters'] / 1e6:.2f}M", *shown))
     text = re.sub(r"\s+", " ", (ROOT / page).read_text())
-    far = [r["answers"] for r in found["rows"] if r["model"] == [*names][-1]][2:]
-    assert "at 32K and 64K of {} and {} answers".format(*far) in text
     step, prefill, decode = (f"{r['cpu_ratio']:.2f}" for r in found["cost"])
     assert f"{step} for a training step of 256 tokens, {prefill} for a prefill of 16K, {decode} for a token" in text
     assert all(r["commit"] in text for rows in found.values() for r in rows)
