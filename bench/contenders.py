@@ -43,6 +43,7 @@ MODELS = {
     "moba-rope": Contender("MoBA, RoPE", {"attention": "moba", "rope": ["swa", "moba"], **THREE_LAYERS}, topk=True),
     "hsa-topk": Contender("HSA, top-k in training", topk=True, seeds=3),
     "hsa-rope": Contender("HSA, RoPE", {"rope": ["swa", "hsa"]}, seeds=3),
+    "hsa-linear": Contender("HSA over linear attention, HyPE", {"linear": True, "rope": ["linear"]}, seeds=3),
     "hsa-one-softmax": Contender("HSA, one softmax over all chosen keys", {"fusion": "one_softmax"}, seeds=3),
     "hsa-uniform": Contender("HSA, uniform weights", {"fusion": "uniform"}, seeds=3),
     "hsa-detached": Contender("HSA, weights that teach retrieval nothing", {"fusion": "detached"}, seeds=3),

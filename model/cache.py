@@ -1,15 +1,15 @@
 """The state of sequences that are read segment by segment: `cache = model.new_cache(2)`, `model(ids, cache=cache)`.
 
 A cache holds, of each sequence: the keys and values that the layers' windows reach back to (all of them where a layer
-attends to everything), the tokens that the convolution looks back on, the hidden states of the unfinished chunk, the
-chunk memory, and the hidden states that the upper decoder has not read yet. Layers with attention "selected" keep their
-own keys and values of all tokens.
+attends to everything), the states of linear layers, the tokens that the convolution looks back on, the hidden states of
+the unfinished chunk, the chunk memory, and the hidden states that the upper decoder has not read yet. Layers with
+attention "selected" keep their own keys and values of all tokens.
 
 The last is an exact shortcut. Above the chunk memory there are only sliding windows, so that a token's output depends
 on the memory and on the hidden states of at most as many tokens before it as the windows of the upper layers reach back
 together. While no output is asked for (logits_to_keep=0), these are kept and the upper decoder does not run: a prefill
-retrieves nothing before its last segment. Models whose upper layers attend further ("full", "nsa", "moba", "selected")
-have none, and neither has a memory with a budget, which goes by what every token reads.
+retrieves nothing before its last segment. Models whose upper layers see further ("full", "nsa", "moba", "selected" and
+linear ones) have none, and neither has a memory with a budget, which goes by what every token reads.
 
 Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
 row b holds counts[b] tokens of its sequence.
@@ -29,9 +29,10 @@ import torch
 from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.model import memory_file
 from hsa_tl.model.budget import count, per_layer
+from hsa_tl.model.linear import LinearState
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.selected import FEW, OwnKeys
-from hsa_tl.validation import require_int
+from hsa_tl.validation import require, require_int
 
 FORMAT = "hsa_tl.cache.1"
 GATHERED = 1 << 26  # elements of keys that a segment gathers at once, and as many of values
@@ -146,9 +147,7 @@ class SegmentMemory(NamedTuple):
         behind = torch.arange(q_BTRE.shape[1]) >= torch.tensor(self.counts)[:, None]
         return behind.to(q_BTRE.device)[..., None, None]
 
-    def attend(
-        self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9
-    ) -> torch.Tensor:  # fmt: skip
+    def attend(self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
         if q_BTAD.shape[1] <= FEW:
             return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
         count(self.paged, weights, indices_BTHK)
@@ -177,7 +176,7 @@ class SegmentMemory(NamedTuple):
         return hsa_attention(q, k, v, weights, indices, chunk_size=spec.chunk_size, impl=impl, config=config)
 
 
-def _tails_of(cache: Tail | tuple[Tail, ...]) -> tuple[Tail, ...]:
+def _tails_of(cache) -> tuple[Tail | LinearState, ...]:
     return cache if isinstance(cache, tuple) else (cache,)
 
 
@@ -191,13 +190,15 @@ class Cache:
     """
 
     def __init__(
-        self, model, batch_size: int, *, device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32, capacity: int = 1 << 14, undo: int = 128,
-        budget: int | tuple[int, ...] | None = None, **memory_options,
+        self, model, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        capacity: int = 1 << 14, undo: int | None = None, budget: int | tuple[int, ...] | None = None, **memory_options,
     ):  # fmt: skip
+        c = self.config = model.config
+        linear = "linear" in c.kinds  # whose states know no way back
+        undo = (0 if linear else 128) if undo is None else undo
         for name, value, low in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("undo", undo, 0)):
             require_int(name, value, low)
-        c = self.config = model.config
+        require(not (linear and undo), "undo", "be 0 with linear layers", undo)
         self.lengths, self.undo, self.budget = [0] * batch_size, undo, budget
         self.undoable = [0] * batch_size  # tokens that crop can take back now
         self.unread: list[torch.Tensor] | None = None
@@ -205,9 +206,8 @@ class Cache:
         self.memory = self.chunk = None
         if c.attention == "hsa":
             spec = MemorySpec.of(c, batch_size, dtype)
-            self.memory = PagedMemory(
-                spec, device=device, capacity=-(-capacity // c.chunk_size), budget=budget, **memory_options
-            )
+            chunks = -(-capacity // c.chunk_size)
+            self.memory = PagedMemory(spec, device=device, capacity=chunks, budget=budget, **memory_options)
             self.chunk = Tail(self.counts, c.chunk_size - 1, undo)
         elif memory_options or (budget is not None and c.attention != "selected"):
             name = next(iter(memory_options), "budget")
@@ -217,13 +217,15 @@ class Cache:
             window = layer.attention.window
             if c.attention == "selected":
                 near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser, own, window + undo)
+            elif kind == "linear":
+                near = LinearState(self.counts, c.heads, c.head_dim, dtype, device)
             else:
                 near = Tail(self.counts, None if window is None else window - 1, undo)
             self.layers.append((near, Tail(self.counts)) if kind == "nsa" else near)
         width = max(0, c.conv - 1) and c.conv - 1 + undo
         self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
-        waits = c.attention in ("hsa", "swa") and self.budget is None
+        waits = {"hsa", "swa"}.issuperset(c.kinds[c.lower_layers :]) and self.budget is None
         self.waiting = Tail(self.counts, upper_reach + undo) if waits else None
 
     def advance(
@@ -341,8 +343,7 @@ class Cache:
         return self
 
     def _start(self, starts: list[int]) -> int | torch.Tensor:
-        same = len(set(starts)) == 1
-        return starts[0] if same else torch.tensor(starts, dtype=torch.int32, device=self.past.device)
+        return starts[0] if len(set(starts)) == 1 else torch.tensor(starts, dtype=torch.int32, device=self.past.device)
 
     def _remember(self, model, h_BTC) -> None:
         """Encodes the chunks that the segment completes, those of all sequences at once."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-ATTENTIONS = ("hsa", "nsa", "moba", "swa", "full", "selected")
+ATTENTIONS = ("hsa", "nsa", "moba", "swa", "full", "linear", "selected")
 SELECTIONS = ("mass", "mean", "landmark")
 BIASES = ("q", "k", "v", "out")
 EPS = 2.0**-23  # float32's: torch.nn.RMSNorm's default is the type's own, in bfloat16 nearly 0.008
@@ -33,10 +33,11 @@ class ModelConfig:
     Attention is what the model is. "hsa": sliding windows everywhere, and the layer that leads each upper group has HSA
     beside its window. "nsa": NSA with a window, a gated branch of it, in the place of both (`hsa_tl.model.nsa`).
     "moba": MoBA there (`hsa_tl.model.moba`). "swa": sliding windows only. "full": causal attention over everything
-    (BaseLM). "selected": every layer has one softmax over its window, the first tokens and chosen chunks of its own
-    keys, as a pretrained model has it that `hsa-tl convert` made (`hsa_tl.model.selected`). No parameter's shape
-    depends on window, topk, topp, exclude_window, fusion, distractors, rope, sinks or selection, so that a checkpoint
-    goes from one training stage to the next. The defaults are the preset "tiny".
+    (BaseLM). "linear": linear attention only (`hsa_tl.model.linear`). "selected": every layer has one softmax over its
+    window, the first tokens and chosen chunks of its own keys, as a pretrained model has it that `hsa-tl convert` made
+    (`hsa_tl.model.selected`). No parameter's shape depends on window, topk, topp, exclude_window, fusion, distractors,
+    rope, sinks or selection, so that a checkpoint goes from one training stage to the next. The defaults are the preset
+    "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -47,8 +48,11 @@ class ModelConfig:
         kv_heads (int): H. Default: 1.
         head_dim (int): D. Default: 32.
         mlp_dim (int): width of a feed-forward layer. Default: 256.
-        attention (str): "hsa", "nsa", "moba", "swa", "full" or "selected". Default: "hsa".
-        window (int): tokens that a sliding window spans, its own included. Default: 32.
+        attention (str): "hsa", "nsa", "moba", "swa", "full", "linear" or "selected". Default: "hsa".
+        linear (bool): whether only the layers that lead upper groups have that attention, and the others linear
+            attention instead of windows; not with "selected". Default: False.
+        window (int): tokens that a sliding window spans, its own included; behind so many a linear layer has forgotten
+            all but 1/e at least. Default: 32.
         hsa_window (int): of the window beside HSA or NSA, at most `window`; 0 for the same. Default: 0.
         hsa_window_rope (bool): whether that window has positions where "swa" has. Default: True.
         rope (tuple of str): kinds of attention with RoPE; the others have no positions. Default: ("swa", "full").
@@ -114,6 +118,7 @@ class ModelConfig:
     head_dim: int = 32
     mlp_dim: int = 256
     attention: str = "hsa"
+    linear: bool = False
     window: int = 32
     hsa_window: int = 0
     hsa_window_rope: bool = True
@@ -170,6 +175,7 @@ class ModelConfig:
             ("layers", self.layers >= 2, "be at least 2"),
             ("groups", self.groups <= self.layers - self.layers // 2, "be at most the number of upper layers"),
             ("attention", self.attention in ATTENTIONS, f"be one of {', '.join(ATTENTIONS)}"),
+            ("linear", not self.linear or self.attention != "selected", "be False with attention selected"),
             ("hsa_window", self.hsa_window <= self.window, f"be at most window = {self.window}"),
             ("rope", isinstance(self.rope, tuple) and set(self.rope) <= set(ATTENTIONS), "be a tuple of attentions"),
             ("rope_frequencies", len(self.rope_frequencies) in (0, half := self.head_dim // 2), f"hold {half} or none"),
@@ -206,12 +212,12 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of each layer: "full", "swa", "selected", "moba", or "hsa" and "nsa", which have a sliding window too."""
-        if self.attention in ("full", "swa", "selected"):
+        """Of each layer: "full", "swa", "linear", "selected", "moba", or "hsa" and "nsa", which have a window too."""
+        if self.attention in ("full", "swa", "linear", "selected") and not self.linear:
             return (self.attention,) * self.layers
         lower, upper = self.lower_layers, self.layers - self.lower_layers
         leads = {lower + g * upper // self.groups for g in range(self.groups)}
-        return tuple(self.attention if i in leads else "swa" for i in range(self.layers))
+        return tuple(self.attention if i in leads else "linear" if self.linear else "swa" for i in range(self.layers))
 
 
 MAY_BE_ZERO = (
@@ -265,7 +271,7 @@ def baseline(config: ModelConfig, attention: str) -> ModelConfig:
 
     Args:
         config (ModelConfig): the model.
-        attention (str): "full" (BaseLM), "swa", or "nsa" or "moba" with the same windows and top-k.
+        attention (str): "full" (BaseLM), "swa", "linear", or "nsa" or "moba" with the same windows and top-k.
 
     Returns:
         ModelConfig: config with that attention.

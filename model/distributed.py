@@ -79,8 +79,8 @@ class ContextParallel(nn.Module):
     forward: input_ids, labels [B, T], the same on every rank, T a multiple of ranks * chunk_size -> ModelOutput with
     this rank's logits [B, T / W, V] and a loss. The mean of the ranks' losses is the model's loss, and the mean of
     their gradients its gradient: what FSDP2 and DistributedDataParallel compute. logits_to_keep=0: no logits.
-    ValueError: another T. NotImplementedError: NSA and MoBA; impl "dense" and fusion "one_softmax", which are no
-    sums over chunks here.
+    ValueError: another T. NotImplementedError: NSA, MoBA and linear layers; impl "dense" and fusion "one_softmax",
+    which are no sums over chunks here.
     """
 
     def __init__(self, model: Model, mesh: DeviceMesh | None = None):
@@ -101,9 +101,10 @@ class ContextParallel(nn.Module):
     ) -> ModelOutput:
         model, part = self.model, self.part(input_ids.shape[1])
         c = model.config
-        if c.attention not in ("hsa", "swa", "full") or c.impl == "dense" or c.fusion == "one_softmax":
+        if not {"hsa", "swa", "full"}.issuperset(c.kinds) or c.impl == "dense" or c.fusion == "one_softmax":
             raise NotImplementedError(
-                'context parallelism needs attention "hsa", "swa" or "full", no impl="dense", no fusion="one_softmax"'
+                'context parallelism needs attention "hsa", "swa" or "full", no linear layers, no impl="dense", '
+                'no fusion="one_softmax"'
             )
         past = None
         if model.conv is not None and part.start:

@@ -5,7 +5,8 @@
 
 Below the chunk memory a token sees its window only, so the context is read in segments that overlap by that reach. For
 the same reason a second context of equal length is read by its differences: only the chunks that a changed token
-reaches are encoded again. Both give what the whole model gives.
+reaches are encoded again. Both give what the whole model gives. Linear layers see everything: a cache hands their
+states from segment to segment.
 
 Shape suffixes: as in hsa_tl.model.hsa.
 """
@@ -28,7 +29,8 @@ ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is qua
 
 class LongReader:
     """Reads contexts. An "hsa" model reads the differences to the one before; "nsa", "moba" and "selected", whose
-    layers keep keys of their own, read each anew; "full" reads each whole, at most ONE_SHOT tokens.
+    layers keep keys of their own, and models with linear layers read each anew; "full" reads each whole, at most
+    ONE_SHOT tokens.
 
     segment: tokens at once, a multiple of the chunk size. folder: of the chunk memory's files, by default it is on the
     heap. retrieve: False leaves an "hsa" model its windows, with a chunk memory that stays empty. budget: share of a
@@ -52,7 +54,10 @@ class LongReader:
         self.budget, self.group = budget, group
         c = model.config
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]
-        self.whole = any(x.attention.window is None for x in lower)
+        self.whole = "full" in c.kinds
+        self.cached = c.attention == "selected" or "linear" in c.kinds or budget is not None
+        if not retrieve and model.encoder is not None and "linear" in c.kinds:
+            raise ValueError("retrieve must be True for a model with linear layers, got False")
         self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
         self.upper_reach = sum(x.reach for x in upper)
         self.tokens = np.empty(0, np.uint16)
@@ -65,12 +70,12 @@ class LongReader:
         T = len(tokens)
         if not 1 <= keep <= T:
             raise ValueError(f"keep must lie in [1, {T}], got {keep}")
-        if self.whole:
-            if T > ONE_SHOT:
-                raise NotImplementedError(f"full attention reads at most {ONE_SHOT} tokens here, got {T}")
-            return self.model(self._ids(tokens), logits_to_keep=keep).logits[0]
-        if self.model.config.attention == "selected" or self.budget is not None:
+        if self.whole and T > ONE_SHOT:
+            raise NotImplementedError(f"full attention reads at most {ONE_SHOT} tokens here, got {T}")
+        if self.cached:
             return self._read_with_cache(tokens, keep)
+        if self.whole:
+            return self.model(self._ids(tokens), logits_to_keep=keep).logits[0]
         if self.model.encoder is not None:
             self._remember(tokens)
         start = max(0, T - keep - self.upper_reach)
@@ -82,10 +87,11 @@ class LongReader:
         return self.model.head(self.model.upper(h_BTC, memory, v_BTHD, start, keep=keep))[0]
 
     def _read_with_cache(self, tokens: np.ndarray, keep: int) -> torch.Tensor:
-        T, options, logits = len(tokens), {}, []
+        T, logits = len(tokens), []
+        options = {} if self.folder is None or self.model.encoder is None else {"directory": self.folder}
         if self.budget is not None:
             chunks = math.ceil(self.budget * (T // self.model.config.chunk_size))
-            options = {"budget": max(1, chunks)} | ({} if self.folder is None else {"directory": self.folder})
+            options["budget"] = max(1, chunks)
         cache = self.model.new_cache(1, undo=0, capacity=T, **options)
         for a in range(0, T, self.segment):
             ids = self._ids(tokens[a : a + self.segment])

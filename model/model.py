@@ -19,6 +19,7 @@ from hsa_tl.model.cache import Cache
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import BatchMemory, ChunkEncoder, HSALayer, Memory
+from hsa_tl.model.linear import LinearAttention
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.moba import MixtureOfBlockAttention
 from hsa_tl.model.nsa import NativeSparseAttention
@@ -76,6 +77,8 @@ class Layer(nn.Module):
             self.attention = SelectedAttention(*heads, Rule.of(c), c.selection, c.anchors, exact, **options)
         elif kind == "moba":
             self.attention = MixtureOfBlockAttention(*heads, **own, **chosen, **options)
+        elif kind == "linear":
+            self.attention = LinearAttention(*heads, window=window, rope_theta=rope.get("linear"), **options)
         elif kind == "nsa":
             far = {"exclude_window": exclude, "far_theta": rope.get("nsa")}
             self.attention = NativeSparseAttention(*heads, **own, **chosen, **far, **options)
@@ -252,8 +255,9 @@ class Model(Generation, nn.Module):
         Args:
             batch_size (int): B, sequences of any lengths.
             options: of `hsa_tl.model.cache.Cache`: capacity, undo (tokens that `Cache.crop` can take back, by default
-                128), device, dtype, and PagedMemory's offload, cache_pages, two_level, directory and budget; with
-                attention "selected" only budget, an int or one for each layer.
+                128; with linear layers, whose states know no way back, none), device, dtype, and PagedMemory's offload,
+                cache_pages, two_level, directory and budget; with attention "selected" only budget, an int or one for
+                each layer.
 
         Returns:
             Cache: for `forward` and `generate`; `crop` takes tokens back, `save` writes it.

@@ -30,9 +30,10 @@ NO_CHUNK = 2**31 - 1  # above every chunk's number
 
 def require_shareable(config, budget: float | None = None) -> None:
     """NotImplementedError: a model whose context ranks cannot share, or a memory with a budget."""
-    if config.attention != "hsa" or config.fusion == "one_softmax" or budget is not None:
-        rule = 'of attention "hsa" without fusion "one_softmax" and without a budget'
-        got = f"{config.attention!r}, {config.fusion!r}, budget {budget}"
+    linear = "linear" in config.kinds
+    if config.attention != "hsa" or linear or config.fusion == "one_softmax" or budget is not None:
+        rule = 'of attention "hsa" without linear layers, without fusion "one_softmax" and without a budget'
+        got = f"{config.attention!r}, linear {linear}, {config.fusion!r}, budget {budget}"
         raise NotImplementedError(f"ranks share a context {rule}, got {got}")
 
 

@@ -29,6 +29,8 @@ CONFIGS = (
     {"attention": "nsa"},
     {"attention": "moba", "topk": 3},
     {"attention": "full"},
+    {"linear": True, "layers": 3, "rope": ("linear",)},
+    {"linear": True, "attention": "full"},
     {"attention": "selected", "layers": 3, "sinks": 20, "selection": "mean", "topk": 3},
 )
 
@@ -48,7 +50,7 @@ def check(readers, exact, tokens, keep):
         assert_accurate("logits", reader.read(tokens, keep), wanted)
 
 
-@pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[-1])), ids=str)
+@pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[8], CONFIGS[-1])), ids=str)
 def test_reading_is_the_forward(changes, tmp_path):
     model, exact = models(changes)
     rng = np.random.default_rng(0)
@@ -172,7 +174,7 @@ def test_an_answer_is_right_when_all_its_tokens_are():
     assert evaluate.accuracy(right, (sample for _ in range(99)), budget_s=60).samples == 99
 
 
-@pytest.mark.parametrize("attention", ("hsa", "swa", "full"))
+@pytest.mark.parametrize("attention", ("hsa", "swa", "full", "linear"))
 def test_generated_answers_follow_the_models_own(attention, tmp_path):
     """What a model says is right where it is what the model says, and wrong elsewhere, whatever it said before."""
     model = Model(replace(preset("tiny"), attention=attention)).eval()

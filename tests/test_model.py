@@ -70,7 +70,7 @@ def test_config_errors_name_the_field():
         ({"heads": 3}, "heads must be a multiple of kv_heads = 2, got 3"),
         ({"topk": 0}, 'topk must be a positive int or "all", or 0 for "selected", got 0'),
         ({"dim": 0}, "dim must be an int of at least 1, got 0"),
-        ({"attention": "dense"}, "attention must be one of hsa, nsa, moba, swa, full, selected, got 'dense'"),
+        ({"attention": "dense"}, "attention must be one of hsa, nsa, moba, swa, full, linear, selected, got 'dense'"),
         ({"attention": "selected", "topk": -1}, 'topk must be a positive int or "all", or 0 for "selected", got -1'),
         ({"selection": "best"}, "selection must be one of mass, mean, landmark, got 'best'"),
         ({"sinks": -1}, "sinks must be an int of at least 0, got -1"),

@@ -67,7 +67,7 @@ def test_tokens_and_labels_of_any_integers(dtype, model):
 
 def test_an_empty_batch_goes_through(model):
     assert model(IDS[:0]).logits.shape == (0, 40, V)
-    for attention in ("full", "swa", "nsa", "moba"):
+    for attention in ("full", "swa", "linear", "nsa", "moba"):
         assert Model(baseline(preset("tiny"), attention))(IDS[:0]).logits.shape == (0, 40, V)
     x = H[:0].clone().requires_grad_()
     HSALayer(**LAYER)(x, ChunkEncoder(**ENCODER)(x)).sum().backward()

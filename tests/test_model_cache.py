@@ -43,11 +43,16 @@ CONFIGS = {
     "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "exact_heads": (0,), "sinks": 20},
     "moba": {"attention": "moba", "layers": 5, "groups": 2},
     "moba, all": {"attention": "moba", "topk": "all", "rope": ("swa", "moba"), "value_residual": "resformer"},
+    "linear": {"linear": True, "rope": ("linear",), "groups": 1},
+    "linear below": {"linear": True, "fusion": "joint", "value_residual": "svformer"},
+    "linear, full": {"linear": True, "attention": "full", "rope": (), "log_length": 64, "value_residual": "resformer"},
+    "linear only": {"attention": "linear", "layers": 2, "groups": 1, "conv": 0},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
     "recency": {"recency": 3, "retrieval_heads": 2},
     "recency, all": {"recency": 16, "topk": "all", "fusion": "joint", "exclude_window": True, "window": 40},
     "window of one": {"window": 1, "layers": 2, "groups": 1},
 }
+RECURRENT = [name for name in CONFIGS if name.startswith("linear")]
 each_config = pytest.mark.parametrize("name", CONFIGS)
 MEMORIES = {
     "growing": {"capacity": 16},
@@ -154,12 +159,12 @@ def test_a_prefill_without_logits_runs_the_upper_decoder_once(name):
     config = model.config
     seen = []
     hook = model.layers[config.lower_layers].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
-    cache = model.new_cache(2, undo=10)  # which stay right too
+    cache = model.new_cache(2, **({} if name in RECURRENT else {"undo": 10}))  # which stay right too
     for part in ids[:, :120].split(20, 1):
         assert model(part, cache=cache, logits_to_keep=0).logits is None
     got = model(ids[:, 120:130], cache=cache, logits_to_keep=1).logits
     hook.remove()
-    if config.attention in ("full", "nsa", "moba", "selected"):
+    if not {"swa", "hsa"}.issuperset(config.kinds[config.lower_layers :]):
         assert seen == [20] * 6 + [10]
     else:
         upper = config.layers - config.lower_layers
@@ -322,7 +327,11 @@ def test_errors_name_the_argument():
 
 
 @pytest.mark.parametrize(
-    "name", tiered(tuple(CONFIGS), quick=("hsa", "joint", "full", "nsa", "selected by mean", "window of one"))
+    "name",
+    tiered(
+        [name for name in CONFIGS if name not in RECURRENT],
+        quick=("hsa", "joint", "full", "nsa", "selected by mean", "window of one"),
+    ),
 )
 def test_crop_and_save(name, tmp_path):
     """What was taken back leaves no trace, in a saved cache either; rows of a batch may lose as much as they like."""

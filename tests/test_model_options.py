@@ -33,6 +33,9 @@ OPTIONS = (
     *({"rope": x} for x in ((), ("swa",), ("swa", "hsa"))),
     *({"attention": "nsa", "topk": 3, "rope": x} for x in ((), ("swa", "nsa"))),
     *({"attention": "moba", "rope": x} for x in ((), ("swa", "moba"))),
+    *({"linear": True, "rope": x} for x in ((), ("linear",), ("swa", "linear"))),
+    {"linear": True, "attention": "full", "biases": ("q", "k", "v", "out"), "qk_norm": False},
+    *({"attention": "linear", "value_residual": x} for x in ("none", "resformer", "svformer")),
     *({"conv": x} for x in (0, 1, 3)),
     {"tied": True},
     *({"heads": x, "kv_heads": 1, "retrieval_heads": 1} for x in (1, 2, 4, 8, 16, 32)),
@@ -71,7 +74,7 @@ def test_option_trains_and_stays_causal(options):
     torch.testing.assert_close(model(x, logits_to_keep=9).logits, model(x).logits[:, -9:])
 
 
-@pytest.mark.parametrize("attention", ("hsa", "nsa", "moba", "swa", "full", "selected"))
+@pytest.mark.parametrize("attention", ("hsa", "nsa", "moba", "swa", "full", "linear", "selected"))
 def test_sequences_of_a_batch_do_not_see_each_other(attention):
     model, x = model_and_tokens(attention=attention, topk=3)
     both = model(x).logits

@@ -18,6 +18,7 @@ CONFIGS = (
     {"fusion": "stick_breaking", "exclude_window": True, "rope": ("swa", "hsa")},
     {"attention": "swa", "layers": 4, "value_residual": "svformer"},
     {"attention": "full", "layers": 3},
+    {"linear": True, "layers": 4, "groups": 2, "rope": ("linear",)},
 )
 
 
@@ -30,7 +31,7 @@ def gradients(model, batch, **options) -> dict[str, torch.Tensor]:
     }
 
 
-each_config = pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[2], CONFIGS[5])), ids=str)
+each_config = pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[2], *CONFIGS[5:])), ids=str)
 
 
 @each_config

@@ -174,6 +174,25 @@ def test_figures_of_needles():
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
 
 
+def test_figures_of_linear_attention():
+    found, page = json.loads((RESULTS / "linear.json").read_text()), "docs/results.md"
+    names = {
+        "hsa": "HSA over windows of 32",
+        "hsa-linear, no bound": "HSA over linear layers that may remember everything",
+        "hsa-linear": "HSA over linear layers, 1/e within 32 tokens",
+    }  # fmt: skip
+    asked = [r for r in (*found["rows"], *found["hsa_taken_out"]) if r["task"] == "s-niah"]
+    for model, name in names.items():
+        mine = [r for r in asked if r["model"] == model]
+        shown = (f"{100 * r['accuracy']:.0f}" for r in mine)
+        assert [r["length"] for r in mine] == [256, 4 * K, 32 * K, 64 * K, 256]
+        in_page(page, cells(name, f"{mine[0]['parameters'] / 1e6:.2f}M", *shown))
+    text = re.sub(r"\s+", " ", (ROOT / page).read_text())
+    step, prefill, decode = (f"{r['cpu_ratio']:.2f}" for r in found["cost"])
+    assert f"{step} for a training step of 256 tokens, {prefill} for a prefill of 16K, {decode} for a token" in text
+    assert all(r["commit"] in text for rows in found.values() for r in rows)
+
+
 def test_figures_of_text():
     rows = json.loads((RESULTS / "perplexity.json").read_text())
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "results.md").read_text())

@@ -57,7 +57,9 @@ def test_ranks_read_what_one_process_reads(count, cases, tmp_path):
     assert [mine["held"] for mine in found] == {2: [9, 9], 4: [4, 5, 4, 5]}[count]  # of 300 // 16
 
 
-@pytest.mark.parametrize("changes", ({"attention": "full"}, {"attention": "nsa"}, {"fusion": "one_softmax"}), ids=str)
+@pytest.mark.parametrize(
+    "changes", ({"attention": "full"}, {"attention": "nsa"}, {"linear": True}, {"fusion": "one_softmax"}), ids=str
+)
 def test_what_ranks_cannot_share_is_named(changes):
     model = Model(replace(preset("tiny"), **changes))
     for make in (LongReader, lambda model, group: SharedCache(model, torch.zeros(9).long(), group)):
