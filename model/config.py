@@ -85,6 +85,8 @@ class ModelConfig:
             positions in HSA, since theirs would be its own's. Default: 0.
         retrieval_heads (int): R; each serves kv_heads / retrieval_heads key/value heads. Default: 1.
         retrieval_dim (int): D_r. Default: 128.
+        landmark_norm (bool): whether landmarks, and the [CLS] that gives them, are normed. A norm is safe with 16-bit
+            types, but shrinks what tells chunks apart by what all have in common. Default: True.
         encoder_layers (int): of the chunk encoder. Default: 1.
         encoder_heads (int): of the chunk encoder. Default: 4.
         encoder_mlp_dim (int): of the chunk encoder. Default: 256.
@@ -143,6 +145,7 @@ class ModelConfig:
     distractors: int = 0
     retrieval_heads: int = 1
     retrieval_dim: int = 128
+    landmark_norm: bool = True
     encoder_layers: int = 1
     encoder_heads: int = 4
     encoder_mlp_dim: int = 256

@@ -207,6 +207,7 @@ class ChunkEncoder(nn.Module):
         mlp_dim (int): of the blocks. Default: dim.
         rope_theta (float): base of RoPE on the keys. Default: None, no positions.
         std (float): of the initial [CLS] and of the positions within a chunk. Default: 0.02.
+        landmark_norm (bool): see `ModelConfig`. Default: True.
 
     Example:
         >>> memory = ChunkEncoder(32, kv_heads=1, head_dim=16, retrieval_dim=8, chunk_size=16)(torch.randn(2, 40, 32))
@@ -217,7 +218,7 @@ class ChunkEncoder(nn.Module):
     def __init__(
         self, dim: int, kv_heads: int, head_dim: int, retrieval_dim: int, chunk_size: int, *, heads: int = 4,
         retrieval_heads: int | None = None, layers: int = 1, mlp_dim: int | None = None,
-        rope_theta: float | None = None, std: float = 0.02,
+        rope_theta: float | None = None, std: float = 0.02, landmark_norm: bool = True,
     ):  # fmt: skip
         super().__init__()
         sizes = {"dim": dim, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim, "heads": heads}
@@ -232,7 +233,8 @@ class ChunkEncoder(nn.Module):
         self.norm = RMSNorm(dim)
         self.kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=False)
         self.landmark = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
-        self.k_norm, self.landmark_norm = RMSNorm(head_dim), RMSNorm(retrieval_dim)
+        self.k_norm = RMSNorm(head_dim)
+        self.landmark_norm = RMSNorm(retrieval_dim) if landmark_norm else None
 
     def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> ChunkMemory:
         """Encodes the chunks of hidden states.
@@ -253,14 +255,15 @@ class ChunkEncoder(nn.Module):
         x = torch.cat([x, self.cls_C.expand(B * N, 1, C)], 1) + self.position_SC
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
+        cls, x = x[:, S], self.norm(x)
         k, v = self.kv(x[:, :S]).unflatten(-1, (2, self.kv_heads, -1)).unflatten(0, (B, N)).flatten(1, 2).unbind(2)
         k = self.k_norm(k)
         if self.rope_theta is not None:
             k = rotate(k, positions(start, k), self.rope_theta)
-        landmarks = self.landmark_norm(
-            self.landmark(x[:, S]).unflatten(-1, (self.retrieval_heads, -1)).unflatten(0, (B, N))
-        )
+        landmarks = self.landmark(x[:, S] if self.landmark_norm else cls)
+        landmarks = landmarks.unflatten(-1, (self.retrieval_heads, -1)).unflatten(0, (B, N))
+        if self.landmark_norm:
+            landmarks = self.landmark_norm(landmarks)
         return ChunkMemory(k.to(v.dtype), v, landmarks.to(v.dtype))
 
 

@@ -150,6 +150,7 @@ class Model(Generation, nn.Module):
                 c.dim, c.kv_heads, c.head_dim, c.retrieval_dim, c.chunk_size, heads=c.encoder_heads,
                 retrieval_heads=c.retrieval_heads, layers=c.encoder_layers, mlp_dim=c.encoder_mlp_dim,
                 rope_theta=(c.rope_frequencies or c.rope_theta) if "hsa" in c.rope else None, std=c.embedding_std,
+                landmark_norm=c.landmark_norm,
             )  # fmt: skip
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)

@@ -24,7 +24,7 @@ CONFIGS = (
     {},
     {"layers": 5, "groups": 2, "kv_heads": 2, "window": 21, "value_residual": "resformer"},
     {"fusion": "joint", "exclude_window": True, "conv": 0},
-    {"recency": 4, "topk": 3},
+    {"recency": 4, "topk": 3, "landmark_norm": False},
     {"attention": "swa", "layers": 4},
     {"attention": "nsa"},
     {"attention": "moba", "topk": 3},

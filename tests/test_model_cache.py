@@ -49,6 +49,7 @@ CONFIGS = {
     "linear only": {"attention": "linear", "layers": 2, "groups": 1, "conv": 0},
     "moe": {"experts": 6, "experts_per_token": 2, "expert_dim": 16},
     "recency": {"recency": 3, "retrieval_heads": 2},
+    "landmarks without norm": {"landmark_norm": False},
     "recency, all": {"recency": 16, "topk": "all", "fusion": "joint", "exclude_window": True, "window": 40},
     "window of one": {"window": 1, "layers": 2, "groups": 1},
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hsa_tl.model import ChunkEncoder, HSALayer
 
@@ -90,3 +91,22 @@ def test_it_learns_to_copy_from_the_chunk_it_must_find():
         losses.append(loss.item())
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
     assert last < 0.5 * first, (first, last)
+
+
+def test_landmarks_without_norm_keep_their_size():
+    """Keys and values are the same, and landmarks are linear in their projection of the [CLS]."""
+    encoders = [ChunkEncoder(32, 1, 16, 8, 16, landmark_norm=on) for on in (True, False)]
+    encoders[1].load_state_dict({k: v for k, v in encoders[0].state_dict().items() if k != "landmark_norm.weight"})
+    x = torch.randn(2, 40, 32)
+    for encoder, size in zip(encoders, (1.0, 3.0), strict=True):
+        before = encoder(x)
+        with torch.no_grad():
+            encoder.landmark.weight.mul_(3)
+        torch.testing.assert_close(encoder(x).landmarks, size * before.landmarks)
+    assert all(torch.equal(a, b) for a, b in zip(encoders[0](x)[:2], encoders[1](x)[:2], strict=True))
+    with torch.no_grad():
+        for block in encoders[1].blocks:
+            nn.init.zeros_(block.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+        cls = encoders[1].cls_C + encoders[1].position_SC[16]
+        torch.testing.assert_close(encoders[1](x).landmarks, encoders[1].landmark(cls).expand(2, 3, 1, 8))

@@ -23,6 +23,8 @@ CONFIG = [  # a field, values at its edge, values beyond it, what stands beside 
     ("selection", ("mean",), ("best",), {}),
     ("anchors", (1,), (0,), {"selection": "landmark"}),
     ("exact_heads", ((), (0, 3)), ((4,), (-1,), {1}), {"kv_heads": 2}),
+    ("linear", (True,), (), {}),
+    ("linear", (False,), (True,), SELECTED),
     ("score_scale", (1.0,), (2.0,), {}),
     ("score_scale", (0.5, 2.0), (), FULL),
     ("log_length", (0, 2), (1,), FULL),
