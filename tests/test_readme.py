@@ -302,7 +302,7 @@ def test_figures_of_options():
     def change(option, length, base):
         return "{:+.3f} ({:.3f})".format(*paired(bits[option, length], base[: len(bits[option, length])]))
 
-    for name in ("none", "resformer"):
+    for name in ("none", "resformer", "svformer"):
         option = f"value_residual {name}"
         shown = "" if name == "none" else change(option, K, bits["value_residual none", K])
         at = (f"{np.mean(bits[option, T]):.3f}" for T in (512, K))
