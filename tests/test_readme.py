@@ -314,6 +314,27 @@ def test_figures_of_options():
     assert all(r["commit"] in text and r["trained_commit"] in text for r in rows)
 
 
+def test_figures_of_haystacks_of_needles_by_other_recipes():
+    found, page = json.loads((RESULTS / "hard_haystack.json").read_text()), "docs/results.md"
+    right = {(r["recipe"], r["seed"], r["task"], r["length"]): round(100 * r["accuracy"]) for r in found["rows"]}
+    asked = {key[:2] for key in right}
+    trained = {
+        "short-windows": "windows of 16 up to 128 tokens, then 256 tokens with 3 and 15 distractors",
+        "short-windows-47-long": "the same, and 950 steps with 47 distractors",
+        "no-norm-256": "windows of 16 first, then 47 distractors at once, landmarks without norm",
+        "to-1024": "windows of 16 first, then 1024 tokens with 11 distractors",
+        "to-1024-no-norm": "the same, landmarks without norm",
+    }  # fmt: skip
+    for recipe, seed in asked:
+        assert right[recipe, seed, "s-niah", 256 * K] == right[recipe, seed, "mq-niah", 256 * K] == 100
+        if recipe in trained:
+            at = (right[recipe, seed, "mk-niah-3", n * K] for n in (4, 32, 256))
+            in_page(page, cells(trained[recipe], seed, *at))
+    assert asked >= {(name, 1 if name == "to-1024" else 4) for name in trained}
+    text = (ROOT / page).read_text()
+    assert all(r["commit"] in text for r in found["runs"])
+
+
 def test_figures_of_long_contexts_of_text():
     """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
     found = json.loads((RESULTS / "text_length.json").read_text())
