@@ -25,9 +25,9 @@ STRATEGIES = {
 }
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
 EXAMPLES = {"reference": 25, "tilelang": 10, **dict.fromkeys(STRATEGIES, 10), "triton": 3}
-QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, **dict.fromkeys(STRATEGIES, 2), "triton": 1}
+QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, "triton": 1}
 IMPLS = (*EXAMPLES, "auto")
-# Each strategy compiles two more programs for each static key, so the quick tests have them in the properties.
+# Each strategy compiles two more programs for each static key, so the quick tests only hold them to the oracle.
 QUICK_IMPLS = ("reference", "tilelang", "triton")
 each_impl = pytest.mark.parametrize("impl", tiered(IMPLS, quick=QUICK_IMPLS))
 # Of the operator with one softmax over all chosen chunks.

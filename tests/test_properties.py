@@ -6,6 +6,9 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 from strategies import (
+    EXAMPLES,
+    QUICK_EXAMPLES,
+    STRATEGIES,
     assert_all_accurate,
     attend,
     calls,
@@ -29,7 +32,7 @@ scales = st.sampled_from((None, 0.0, 1.5))
 exact_or_generic = st.tuples(st.just(EXACT), exact_calls) | st.tuples(st.none(), calls)
 
 
-@property_of_each_impl(call=calls, scale=scales)
+@property_of_each_impl(EXAMPLES, QUICK_EXAMPLES | dict.fromkeys(STRATEGIES, 3), call=calls, scale=scales)
 def test_equals_the_oracle(impl, call, scale):
     check(impl, call, scale=scale)
 
