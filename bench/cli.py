@@ -236,8 +236,8 @@ def evaluate(
 
     The JSON keeps the rows of other runs; the plot of perplexity shows them too. budget, topp and noise ask needles, or
     in the text that --data names: at several shares of the chunks kept and of the weight read, or for an answer or the
-    last chunk's tokens what each chunk that was read adds. ruler and perplexity on many
-    ranks, which share each context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
+    last chunk's tokens what each chunk that was read adds. ruler and perplexity on many ranks, which share each
+    context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
     """
     one_of("what to evaluate", what, ("ruler", "perplexity", "selections", "noise", *tradeoff.SETTINGS))
     device = pick_device(device)

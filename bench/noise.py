@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from hsa_tl.bench import plot_eval, record
+from hsa_tl.model.config import UNLEARNED
 from hsa_tl.model.data import Sample
 from hsa_tl.model.hsa import ChunkMemory
 from hsa_tl.model.model import Model
@@ -23,7 +24,6 @@ from hsa_tl.terminal import plot_or_say, say, show_table
 from hsa_tl.validation import require
 
 SHARES = (1 / 16, 1 / 4, 1.0)
-BLIND = ("uniform", "detached", "one_softmax")  # fusions whose output has no gradient by the scores
 SHOWN = 5  # chunks that helped most, and as many that hurt most
 
 
@@ -56,7 +56,7 @@ class Prediction:
 
     def __init__(self, model: Model, tokens: np.ndarray, targets: np.ndarray):
         c = model.config
-        if model.encoder is None or c.fusion in BLIND:
+        if model.encoder is None or c.fusion in UNLEARNED:
             raise ValueError(f"model must have HSA that weighs by scores, got {c.attention} with fusion {c.fusion!r}")
         ids = torch.from_numpy(tokens.astype(np.int64))[None].to(next(model.parameters()).device)
         self.model, self.keep = model, len(tokens) - int(targets[0]) + 1
