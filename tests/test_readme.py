@@ -339,6 +339,10 @@ def test_figures_of_long_contexts_of_text():
     """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
     found = json.loads((RESULTS / "text_length.json").read_text())
     cost, page = found["cost_per_step"]["steps"], "docs/long-context.md"
+    costs = (found["cost_of_distractors"][commit] for commit in ("1d2694731f8b", "a3fbc000510f"))
+    shares = (max(0, round(100 * (x / none - 1))) for none, *others in costs for x in others)
+    said = "copied for them: {} and {} %, where the code before it takes {} and {} % when measured in turns"
+    assert said.format(*shares) in re.sub(r"\s+", " ", (ROOT / page).read_text())
     names = {
         "text-today": "as before", "text-recency": "recency", "text-distractors": "3 distractors",
         "text-both": "recency and 3 distractors",
