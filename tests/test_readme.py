@@ -314,6 +314,17 @@ def test_figures_of_options():
     assert all(r["commit"] in text and r["trained_commit"] in text for r in rows)
 
 
+def test_figures_of_two_tiers():
+    rows, page, texts = json.loads((RESULTS / "tiers.json").read_text()), "docs/results.md", ("chosen", "broad")
+    bits = {(r["model"], r["text"]): r["bits"] for r in rows}
+    names = {"broad": "broad text alone", "mixed": "one mixture", "two-tier": "two tiers"}
+    for model, name in names.items():
+        in_page(page, cells(name, *(f"{np.mean(bits[model, text]):.3f}" for text in texts)))
+    change = ("{:+.3f} ({:.3f})".format(*paired(bits["two-tier", text], bits["mixed", text])) for text in texts)
+    in_page(page, cells("two tiers minus one mixture", *change))
+    assert all(r["commit"] in (ROOT / page).read_text() for r in rows)
+
+
 def test_figures_of_haystacks_of_needles_by_other_recipes():
     found, page = json.loads((RESULTS / "hard_haystack.json").read_text()), "docs/results.md"
     right = {(r["recipe"], r["seed"], r["task"], r["length"]): round(100 * r["accuracy"]) for r in found["rows"]}
