@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def _quietly(function, *args, **kwargs):
 
 
 def save(
-    run: Path, step: int, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None,
+    run: Path, step: int, recipe: dict, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
     rng: dict[str, torch.Tensor], keep: int,
 ) -> Path:  # fmt: skip
     """Writes run/step-<step> and removes all but the newest `keep`. A kill at any moment leaves whole folders only.
@@ -66,7 +67,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _wait()
-    weights, moments = _quietly(get_state_dict, model, () if optimizer is None else optimizer)
+    weights, moments = _quietly(get_state_dict, model, optimizers)
     _quietly(dcp.save, {"model": weights, "optimizer": moments}, checkpoint_id=temporary)
     if _first_rank():
         torch.save(rng, temporary / RNG)
@@ -104,9 +105,8 @@ def latest(run: Path) -> Checkpoint | None:
     return None
 
 
-def load(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fills parameters and buffers, and an optimizer, sharded over any number of ranks. ValueError: another model's."""
-    optimizers = () if optimizer is None else optimizer
+def load(found: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """Fills parameters and buffers, and optimizers, sharded over any number of ranks. ValueError: another model's."""
     weights, moments = _quietly(get_state_dict, model, optimizers)
     stored = dcp.FileSystemReader(found.path).read_metadata().state_dict_metadata
     have = {k.removeprefix("model."): tuple(v.size) for k, v in stored.items() if k.startswith("model.")}
@@ -115,6 +115,6 @@ def load(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer |
         got = f"{differ[0]} {have.get(differ[0], 'missing')}, expected {want.get(differ[0], 'none')}"
         more = f", and {len(differ) - 1} more" if differ[1:] else ""
         raise ValueError(f"{found.path} must hold the weights of this model, got {got}{more}")
-    state = {"model": weights} | ({} if optimizer is None else {"optimizer": moments})
+    state = {"model": weights} | ({"optimizer": moments} if optimizers else {})
     _quietly(dcp.load, state, checkpoint_id=found.path)
     _quietly(set_state_dict, model, optimizers, model_state_dict=weights, optim_state_dict=moments)

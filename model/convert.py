@@ -204,4 +204,4 @@ def write(run: Path, model: Model, name: str, source: str) -> None:
     """The run's checkpoint: of a model as it is configured, which was not trained."""
     changed = {k: v for k, v in asdict(model.config).items() if v != asdict(ModelConfig())[k]}
     recipe = Recipe(name, "tiny", (), lr=1e-5, model=changed, source=source)
-    checkpoint.save(run, 0, recipe.to_dict(), model, None, {}, keep=1)
+    checkpoint.save(run, 0, recipe.to_dict(), model, (), {}, keep=1)

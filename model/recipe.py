@@ -16,6 +16,7 @@ from hsa_tl.model.config import ModelConfig, preset, require_ints, require_rules
 
 FOLDER = Path(__file__).parent / "recipes"
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with linear warm-up over `warmup` steps, then constant; the last `decay` share of the steps falls by a
-    cosine to `final` of lr (decay = 1: cosine throughout). start: folder of a run whose last weights are taken.
+    """Linear warm-up over `warmup` steps, then constant; the last `decay` share of the steps falls by a cosine to
+    `final` of lr (decay = 1: cosine throughout). optimizer: "adamw", or "muon", which moves the matrices between hidden
+    states by orthogonal steps of AdamW's size. start: folder of a run whose last weights are taken.
     source: the pretrained model that a run was converted from; it has no stages, and its tokenizer beside its weights.
     ValueError: names the field, the rule and the value."""
 
@@ -55,6 +57,7 @@ class Recipe:
     warmup: int = 0
     decay: float = 0.0
     final: float = 0.05
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
@@ -78,6 +81,7 @@ class Recipe:
             ("decay", 0 <= self.decay <= 1, "lie in [0, 1]"),
             ("final", 0 <= self.final <= 1, "lie in [0, 1]"),
             ("clip", self.clip > 0, "be positive"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"be one of {', '.join(OPTIMIZERS)}"),
             ("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}"),
         )
         for stage in self.stages:

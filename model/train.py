@@ -87,11 +87,22 @@ def reconfigure(model: Model, config: ModelConfig) -> None:
                 setattr(kept, field, value)
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; vectors (gains, scales, [CLS]) do not decay."""
-    groups = [[p for p in model.parameters() if (p.ndim > 1) == decays] for decays in (True, False)]
-    decay = ({"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0})
-    return torch.optim.AdamW(decay, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+def make_optimizers(model: Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, in which vectors (gains, scales, [CLS]) do not decay; with "muon", Muon for all inner matrices.
+
+    Those are the weights of linear layers but the last. The direction of a Muon step has all singular values near 1, so
+    that features keep more dimensions than AdamW leaves them.
+    """
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not model.output]
+    inner = linear if recipe.optimizer == "muon" else []
+    rest = [p for p in model.parameters() if all(p is not x for x in inner)]
+    decay, keep = ([p for p in rest if (p.ndim > 1) == decays] for decays in (True, False))
+    groups = [{"params": decay}, {"params": keep, "weight_decay": 0.0}]
+    found = [torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)]
+    if inner:
+        options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        found.append(torch.optim.Muon(inner, **options))
+    return found
 
 
 def _spread(function):
@@ -126,7 +137,7 @@ def _loss(module: nn.Module, part: Batch, recipe: Recipe, ranks: Ranks) -> torch
 
 @_spread
 def train_step(
-    module: nn.Module, optimizer, recipe: Recipe, batches: list[Batch], lr: float, ranks: Ranks
+    module: nn.Module, optimizers, recipe: Recipe, batches: list[Batch], lr: float, ranks: Ranks
 ) -> tuple[float, float]:
     """Gradients of the batches taken together, over all ranks, one update; loss and gradient norm."""
     total = max(1.0, *ranks.sum(_labels(*batches)))
@@ -158,10 +169,11 @@ def train_step(
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient must be finite, got norm {norm.item()} and loss {loss_sum}")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return loss_sum, norm.item()
 
 
@@ -256,7 +268,7 @@ def _train(
     device = ranks.device
     model = _start(recipe, device)
     module = ranks.shard(model)
-    optimizer = make_optimizer(model, recipe)
+    optimizers = make_optimizers(model, recipe)
     values, first = json.loads(json.dumps(recipe.to_dict())), 0
     if (found := checkpoint.latest(run)) is not None:
         if found.recipe != values:
@@ -265,7 +277,7 @@ def _train(
                 f"run must hold checkpoints of this recipe, got others in {run}: {', '.join(differ)}; to train its "
                 f"weights on with these settings, take another folder and start: {run}"
             )
-        checkpoint.load(found, model, optimizer)
+        checkpoint.load(found, model, optimizers)
         torch.set_rng_state(found.rng["cpu"])
         if "cuda" in found.rng:
             torch.cuda.set_rng_state(found.rng["cuda"])
@@ -294,7 +306,7 @@ def _train(
             at, (mine, size) = within * stage.batch * stage.accumulate, ranks.own(stage.batch)
             batches = [source.batch(at + i * stage.batch + mine, size) for i in range(stage.accumulate)]
             lr = recipe.lr_at(step)
-            loss, norm = train_step(module, optimizer, recipe, batches, lr, ranks)
+            loss, norm = train_step(module, optimizers, recipe, batches, lr, ranks)
             model.update_balance()
             spent = time.perf_counter() - begin
             first = step + 1
@@ -313,7 +325,7 @@ def _train(
                 rng = {"cpu": torch.get_rng_state()}
                 if device == "cuda":
                     rng["cuda"] = torch.cuda.get_rng_state()
-                checkpoint.save(run, first, values, model, optimizer, rng, recipe.keep)
+                checkpoint.save(run, first, values, model, optimizers, rng, recipe.keep)
                 saving_s = time.perf_counter() - saved
             on_step(done)
             if late or stopped:

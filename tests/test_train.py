@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hsa_tl.model import Model, checkpoint, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer, write_tokens
 from hsa_tl.model.distributed import Ranks
-from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe_of
+from hsa_tl.model.recipe import OPTIMIZERS, Recipe, Stage, load_recipe, recipe_names, recipe_of
 from hsa_tl.model.sources import make_source
 
 STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
@@ -63,7 +64,8 @@ def test_training_learns_to_retrieve(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_bit(tmp_path):
-    recipe = toy(steps=40)
+    """With both optimizers, of which Muon brings AdamW along."""
+    recipe = toy(steps=40, optimizer="muon")
     whole = weights(training.train(recipe, tmp_path / "whole"))
     code = (
         "import sys, torch, json, pathlib; torch.set_num_threads(int(sys.argv[3]))\n"
@@ -151,7 +153,7 @@ def test_accumulated_batches_are_one_batch():
         torch.manual_seed(0)
         model = Model(preset("tiny"))
         recipe = toy()
-        optimizer = training.make_optimizer(model, recipe)
+        optimizer = training.make_optimizers(model, recipe)
         found.append(training.train_step(model, optimizer, recipe, batches, 1e-3, Ranks("cpu")))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
@@ -186,7 +188,7 @@ def test_any_number_of_workers_trains_alike(changes, monkeypatch):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         model = Model(replace(preset("tiny"), **changes))
-        optimizer = training.make_optimizer(model, toy())
+        optimizer = training.make_optimizers(model, toy())
         steps = [training.train_step(model, optimizer, toy(), [batch], 1e-3, Ranks("cpu")) for _ in range(2)]
         found.append((steps, [p.detach().clone() for p in model.parameters()]))
     torch.set_num_threads(before)
@@ -202,7 +204,7 @@ def test_a_part_of_a_batch_holds_its_distractors():
     parts = training._parts([source.batch(0, 10)], model, Ranks("cpu"))
     assert [len(part.input_ids) for part in parts] == [5, 5]
     assert torch.equal(torch.cat([part.input_ids for part in parts]), source.batch(0, 10).input_ids)
-    optimizer = training.make_optimizer(model, toy())
+    optimizer = training.make_optimizers(model, toy())
     training.train_step(model, optimizer, toy(), [source.batch(0, 4)], 1e-3, Ranks("cpu"))
     with pytest.raises(ValueError, match="distractors must be below the batch's 2 sequences, got 3"):
         training.train_step(model, optimizer, toy(), [source.batch(0, 2)], 1e-3, Ranks("cpu"))
@@ -218,12 +220,32 @@ def test_learning_rate():
     assert replace(recipe, decay=0).lr_at(99) == 1.0
 
 
-def test_vectors_do_not_decay():
-    model = Model(preset("tiny"))
-    optimizer = training.make_optimizer(model, toy(weight_decay=0.5))
-    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert len(decays) == len(list(model.parameters()))
-    assert all(decays[id(p)] == (0.5 if p.ndim > 1 else 0.0) for p in model.parameters())
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_parameter_has_one_optimizer(optimizer):
+    """Vectors do not decay. Muon has the weights of linear layers but the last, tied or not."""
+    for tied in (False, True):
+        model = Model(replace(preset("tiny"), tied=tied))
+        found = training.make_optimizers(model, toy(weight_decay=0.5, optimizer=optimizer))
+        groups = [(type(o).__name__, g) for o in found for g in o.param_groups]
+        held = {id(p): (name, g["weight_decay"]) for name, g in groups for p in g["params"]}
+        assert sum(len(g["params"]) for _, g in groups) == len(held) == len(list(model.parameters()))
+        for name, p in model.named_parameters():
+            inner = optimizer == "muon" and p.ndim == 2 and not re.match("embedding|output|conv|.*position", name)
+            assert held[id(p)] == ("Muon" if inner else "AdamW", 0.5 if p.ndim > 1 else 0.0), name
+
+
+def test_a_muon_step_is_orthogonal_and_as_large_as_adamw_s():
+    """Singular values of a step near each other, its mean square 0.2 of the learning rate's."""
+    torch.manual_seed(0)
+    model, recipe = Model(preset("tiny")), toy(optimizer="muon", weight_decay=0.0)
+    weight = model.layers[0].attention.q.weight
+    before = weight.detach().clone()
+    batch = make_source({"kind": "needles", "tasks": [{}]}, 64, 0).batch(0, 8)
+    training.train_step(model, training.make_optimizers(model, recipe), recipe, [batch], 1e-3, Ranks("cpu"))
+    step = (weight.detach() - before) / 1e-3
+    values = torch.linalg.svdvals(step)
+    assert values[: len(values) // 2].min() > 0.5 * values[0]
+    assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
@@ -231,7 +253,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     torch.nn.init.constant_(model.output.weight, float("nan"))
     batch = make_source({"kind": "needles", "tasks": [{}]}, 32, 0).batch(0, 2)
     with pytest.raises(FloatingPointError, match="gradient must be finite"):
-        training.train_step(model, training.make_optimizer(model, toy()), toy(), [batch], 1e-3, Ranks("cpu"))
+        training.train_step(model, training.make_optimizers(model, toy()), toy(), [batch], 1e-3, Ranks("cpu"))
 
 
 def shrunk(recipe: Recipe, tmp_path) -> Recipe:
