@@ -25,7 +25,8 @@ STRATEGIES = {
 }
 # TileLang's C target and Triton's interpreter take seconds where the reference takes milliseconds.
 EXAMPLES = {"reference": 25, "tilelang": 10, **dict.fromkeys(STRATEGIES, 10), "triton": 3}
-QUICK_EXAMPLES = {"reference": 10, "tilelang": 4, "triton": 1}
+# An identity of a result that equals the oracle can hardly fail: the quick tests ask it of the fast ones.
+QUICK_EXAMPLES = {"reference": 10, "tilelang": 4}
 IMPLS = (*EXAMPLES, "auto")
 # Each strategy compiles two more programs for each static key, so the quick tests only hold them to the oracle.
 QUICK_IMPLS = ("reference", "tilelang", "triton")

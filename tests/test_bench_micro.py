@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import emulator
 import pytest
-from tiers import prove, tiered
+from tiers import prove
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, static
@@ -29,7 +29,8 @@ def suite(monkeypatch):
         yield roofline.Micro()
 
 
-@pytest.mark.parametrize("name", tiered(list(CLAIMS), quick=("wgmma",)))
+@prove
+@pytest.mark.parametrize("name", CLAIMS)
 def test_passes_its_gate(suite, name):
     assert suite.unavailable(name, PROBLEM, "rate") is None
     assert suite.gate(name, PROBLEM) == []

@@ -155,7 +155,8 @@ def test_the_seed_shuffles_and_changes_nothing(monkeypatch):
     assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
 
 
-@pytest.mark.parametrize("topk, N", tiered([(5, 40), (64, 300)], quick=[(5, 40)], rows=True))
+@prove
+@pytest.mark.parametrize("topk, N", ((5, 40), (64, 300)))
 def test_retrieval_of_prefill_and_decode(topk, N):
     """Integers, so every score is exact and many are equal."""
     q, landmarks = (torch.randint(-1, 2, (2, n, 2, 64)).bfloat16() for n in (3, N))
@@ -185,7 +186,8 @@ def test_the_counting_sort_equals_the_torch_sort():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("K, weighted", tiered([(1, True), (16, True), (16, False)], quick=[(16, True)], rows=True))
+@prove
+@pytest.mark.parametrize("K, weighted", ((1, True), (16, True), (16, False)))
 def test_decode(K, weighted):
     pages, N = 9, 4
     q = torch.randn(2, 1, 16, 64).bfloat16()
@@ -354,6 +356,7 @@ def test_a_round_trip_that_is_not_broken_passes():
     run_round_trip("}", "}")
 
 
-@pytest.mark.parametrize("program", tiered((*SPECIALISED, "hsa_fwd_token"), quick=(UNION,)))
+@prove
+@pytest.mark.parametrize("program", (*SPECIALISED, "hsa_fwd_token"))
 def test_what_is_not_broken_passes(program, monkeypatch):
     run_changed(program, "}", "}", monkeypatch)

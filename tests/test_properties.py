@@ -32,7 +32,9 @@ scales = st.sampled_from((None, 0.0, 1.5))
 exact_or_generic = st.tuples(st.just(EXACT), exact_calls) | st.tuples(st.none(), calls)
 
 
-@property_of_each_impl(EXAMPLES, QUICK_EXAMPLES | dict.fromkeys(STRATEGIES, 3), call=calls, scale=scales)
+@property_of_each_impl(
+    EXAMPLES, QUICK_EXAMPLES | {"triton": 2} | dict.fromkeys(STRATEGIES, 3), call=calls, scale=scales
+)
 def test_equals_the_oracle(impl, call, scale):
     check(impl, call, scale=scale)
 
