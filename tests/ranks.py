@@ -69,11 +69,11 @@ def recipe() -> Recipe:
     })  # fmt: skip
 
 
-def context(out: str) -> None:
-    """Every configuration through ContextParallel; rank 0 saves logits, loss and gradients."""
+def context(out: str, *names: str) -> None:
+    """Configurations through ContextParallel; rank 0 saves logits, loss and gradients."""
     dist.init_process_group("gloo")
     found = {}
-    for name in CONFIGS:
+    for name in names:
         model, input_ids, labels = make(name)
         got = ContextParallel(model)(input_ids, labels=labels)
         got.loss.backward()

@@ -33,12 +33,16 @@ def alone(name: str) -> dict[str, torch.Tensor]:
     return ranks.results(model, out.logits, out.loss, model.eval()(input_ids).logits)
 
 
-@pytest.mark.parametrize("count", tiered((2, 4), quick=(2,)))
-def test_context_parallel_equals_one_process(count, tmp_path):
-    run = launch(count, "context", tmp_path / "found.pt")
+QUICK = (2, ("hsa", "joint", "distractors", "swa"))
+ALL = tuple(ranks.CONFIGS)
+
+
+@pytest.mark.parametrize("count, names", tiered((QUICK, (2, ALL), (4, ALL)), quick=(QUICK,), rows=True))
+def test_context_parallel_equals_one_process(count, names, tmp_path):
+    run = launch(count, "context", tmp_path / "found.pt", *names)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
-    for name in ranks.CONFIGS:
+    for name in names:
         assert_all_accurate(found[name], expect(lambda name=name: alone(name)))
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiers import prove
 from typer.testing import CliRunner
 
 from hsa_tl import workers
@@ -49,6 +50,7 @@ def log(run) -> list[dict]:
     return [json.loads(x) for x in (run / training.LOG).read_text().splitlines()]
 
 
+@prove  # 8 s; test_model_hsa shows it of the layer
 def test_training_learns_to_retrieve(tmp_path):
     """One needle among others' noise: chance is 1 in 96."""
     data = {"kind": "needles", "tasks": [{"needles": 1, "queries": 1}]}
