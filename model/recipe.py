@@ -148,7 +148,9 @@ def text_recipe(
     model = {"window": 64, "chunk_size": 64, "topk": 8, "recency": max(2, length // 64)}
     model["vocab_size"] = max(vocab_size, preset("tiny").vocab_size)
     stage = Stage(steps, length, batch, data, model={"distractors": min(3, batch - 1)})
-    return Recipe(name, "tiny", (stage,), lr=1.5e-3, model=model, warmup=min(50, steps // 4), decay=0.3)
+    return Recipe(
+        name, "tiny", (stage,), lr=1.5e-3, optimizer="muon", model=model, warmup=min(50, steps // 4), decay=0.3
+    )
 
 
 def recipe_of(values: dict[str, Any]) -> Recipe:
