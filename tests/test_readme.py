@@ -327,23 +327,35 @@ def test_figures_of_two_tiers():
 
 def test_figures_of_haystacks_of_needles_by_other_recipes():
     found, page = json.loads((RESULTS / "hard_haystack.json").read_text()), "docs/results.md"
-    right = {(r["recipe"], r["seed"], r["task"], r["length"]): round(100 * r["accuracy"]) for r in found["rows"]}
-    asked = {key[:2] for key in right}
+    right = {
+        (r["recipe"], r["seed"], r.get("topk", 8), r["task"], r["length"]): round(100 * r["accuracy"])
+        for r in found["rows"]
+    }
     trained = {
-        "short-windows": "windows of 16 up to 128 tokens, then 256 tokens with 3 and 15 distractors",
-        "short-windows-47-long": "the same, and 950 steps with 47 distractors",
-        "no-norm-256": "windows of 16 first, then 47 distractors at once, landmarks without norm",
-        "to-1024": "windows of 16 first, then 1024 tokens with 11 distractors",
-        "to-1024-no-norm": "the same, landmarks without norm",
+        ("short-windows", 4, 8): "windows of 16 up to 128 tokens, then 256 tokens with 3 and 15 distractors",
+        ("short-windows-47-long", 4, 8): "the same, and 950 steps with 47 distractors",
+        ("no-norm-256", 4, 8): "windows of 16 first, then 47 distractors at once, landmarks without norm",
+        ("to-1024", 1, 8): "windows of 16 first, then 1024 tokens with 11 distractors",
+        ("to-1024-no-norm", 4, 8): "the same, landmarks without norm",
+        ("muon-last-layer-too", 1, 8): "windows of 16 first, then 1024 tokens with 11 distractors, by Muon",
+        ("muon-last-layer-too", 4, 8): "the same",
+        ("muon-last-layer-too", 1, 16): "the same, read with 16 chunks instead of 8",
+        ("muon-short-stages", 4, 16): "the same, AdamW for the last layer",
     }  # fmt: skip
-    for recipe, seed in asked:
-        assert right[recipe, seed, "s-niah", 256 * K] == right[recipe, seed, "mq-niah", 256 * K] == 100
-        if recipe in trained:
-            at = (right[recipe, seed, "mk-niah-3", n * K] for n in (4, 32, 256))
-            in_page(page, cells(trained[recipe], seed, *at))
-    assert asked >= {(name, 1 if name == "to-1024" else 4) for name in trained}
-    text = (ROOT / page).read_text()
+    for run, name in trained.items():
+        in_page(page, cells(name, run[1], *(right.get((*run, "mk-niah-3", n * K), "") for n in (4, 32, 256))))
+    assert {x for key, x in right.items() if key[3:] in (("s-niah", 256 * K), ("mq-niah", 256 * K))} == {100}
+    text = re.sub(r"\s+", " ", (ROOT / page).read_text())
     assert all(r["commit"] in text for r in found["runs"])
+    first, dims = ({(r["recipe"], r["seed"]): r for r in found[name]} for name in ("first", "dims"))
+    adamw, muon = ("to-1024-no-norm", 4), [("muon-last-layer-too", seed) for seed in (4, 1)]
+    whole = next(r for r in found["first"] if "mass" in r)
+    assert whole["mass"] == 1 and f"in all of {whole['questions']} questions" in text
+    assert f"by one vector, in {whole['landmarks']:.0%}".replace("%", " %") in text
+    low, high = (dims[x]["landmarks_99"] for x in muon)
+    assert f"lies in {dims[adamw]['landmarks_99']} of 128 dimensions" in text and f"leaves {low} to {high} and" in text
+    low, high = (round(100 * first[x]["landmarks"]) for x in muon)
+    assert f"chunk first in {low} to {high} %" in text
 
 
 def test_figures_of_long_contexts_of_text():
