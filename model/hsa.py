@@ -18,7 +18,7 @@ from hsa_tl.model.mlp import RMSNorm, SwiGLU
 from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
 # At first. AdamW moves it by at most the learning rate a step: from near 0 it would stay there (docs/long-context.md).
-RECENCY = 3.0
+RECENCY = 4.0
 
 
 class Memory(Protocol):
@@ -287,7 +287,7 @@ class HSALayer(nn.Module):
             of a ChunkMemory, fast for some hundred tokens; operators read another memory. Default: "auto".
         selection_overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
         recency (int): recency_span of `hsa_tl.retrieve_chunks`, whose recency is then learned for each retrieval head,
-            from 3 on. Default: None, there is none.
+            from 4 on. Default: None, there is none.
         topp (float): see `hsa_tl.top_p_chunks`. Default: 1.0, all chosen chunks are read.
     """
 

@@ -145,7 +145,7 @@ def text_recipe(
 ) -> Recipe:
     """The model `tiny` on a token file, with the settings of the recipe text-tiny and one stage."""
     data = {"kind": "text", "path": str(path)} | ({"tokenizer": str(tokenizer)} if tokenizer else {})
-    model = {"window": 64, "chunk_size": 64, "topk": 8, "recency": max(2, length // 64)}
+    model = {"window": 64, "chunk_size": 64, "topk": 8, "recency": max(2, length // 32)}
     model["vocab_size"] = max(vocab_size, preset("tiny").vocab_size)
     stage = Stage(steps, length, batch, data, model={"distractors": min(3, batch - 1)})
     return Recipe(
