@@ -358,6 +358,16 @@ def test_figures_of_haystacks_of_needles_by_other_recipes():
     assert f"chunk first in {low} to {high} %" in text
 
 
+def test_figures_of_the_bound_of_recency():
+    found = json.loads((RESULTS / "recency_bound.json").read_text())
+    text = {r["span"]: f"{r['change']:+.4f} ({r['error']:.4f})" for r in found["text_same_slope"]}
+    needles = {r["span"]: r for r in found["needles"] if r["length"] == 64 * K and r["bound"]}
+    for span, r in needles.items():
+        right = f"{round(100 * r['accuracy'])} %"
+        in_page("docs/long-context.md", cells(f"{span} chunks", text.get(span, ""), f"{r['bound']:.2f}", right))
+    assert f"commit {found['commit']} " in (ROOT / "docs/long-context.md").read_text()
+
+
 def test_figures_of_long_contexts_of_text():
     """The tables: each run's bits, its change in pairs of places, and where the weight of seed 1 goes."""
     found = json.loads((RESULTS / "text_length.json").read_text())
