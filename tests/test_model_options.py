@@ -360,14 +360,14 @@ def test_the_layer_says_what_overlap_it_expects(monkeypatch):
 
 
 def test_recency_is_learned_by_each_retrieval_head():
-    """3 at first; only where the option is on has the model parameters of it."""
+    """4 at first; only where the option is on has the model parameters of it."""
     plain, x = model_and_tokens(retrieval_heads=2)
     model = Model(dataclasses.replace(plain.config, recency=4))
     names = {"layers.2.hsa.recency_R", "layers.3.hsa.recency_R"}
     assert set(model.state_dict()) - set(plain.state_dict()) == names
     model.load_state_dict(plain.state_dict() | {n: model.state_dict()[n] for n in names})
     recency = F.softplus(model.layers[2].hsa.recency_R)
-    torch.testing.assert_close(recency, torch.tensor([3.0, 3.0]))
+    torch.testing.assert_close(recency, torch.tensor([4.0, 4.0]))
     near = (model(x).logits - plain(x).logits).abs().amax()
     with torch.no_grad():
         for n in names:
