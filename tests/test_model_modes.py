@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiers import prove
+from tiers import prove, tiered
 
 from hsa_tl.model import Model, preset
 
@@ -32,7 +32,10 @@ def batch():
     return x, torch.where(torch.rand(x.shape) < 0.5, x, -100)
 
 
-@pytest.mark.parametrize("attention, keep", (("hsa", None), ("hsa", 0), ("swa", None), ("full", None)))
+COMPILED = (("hsa", None), ("hsa", 0), ("swa", None), ("full", None))
+
+
+@pytest.mark.parametrize("attention, keep", tiered(COMPILED, quick=COMPILED[:1], rows=True))
 def test_compiled_training_step(batch, attention, keep):
     """fullgraph: no break anywhere, operators included."""
     model = Model(dataclasses.replace(TINY, attention=attention))

@@ -170,7 +170,7 @@ def _merge_many(path, first):
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
-    path, context = tmp_path / "h200.json", multiprocessing.get_context("spawn")
+    path, context = tmp_path / "h200.json", multiprocessing.get_context("fork")  # which imports nothing again
     writers = [context.Process(target=_merge_many, args=(path, 100 * n)) for n in (1, 2)]
     for w in writers:
         w.start()
