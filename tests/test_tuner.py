@@ -249,7 +249,7 @@ def _tune_slowly(path, table_path, programs):
 
 
 def test_resume_after_kill_9(tmp_path):
-    path, context = tmp_path / "j.jsonl", multiprocessing.get_context("spawn")
+    path, context = tmp_path / "j.jsonl", multiprocessing.get_context("fork")  # which imports nothing again
     child = context.Process(target=_tune_slowly, args=(path, tmp_path / "t.json", UNION))
     child.start()
     finished = 0
@@ -268,7 +268,7 @@ def test_resume_after_kill_9(tmp_path):
 
 
 def test_two_processes_tune_at_once(tmp_path):
-    path, out, context = tmp_path / "j.jsonl", tmp_path / "t.json", multiprocessing.get_context("spawn")
+    path, out, context = tmp_path / "j.jsonl", tmp_path / "t.json", multiprocessing.get_context("fork")
     halves = (UNION, ("hsa_bwd_chunk",))
     children = [context.Process(target=_tune_slowly, args=(path, out, programs)) for programs in halves]
     for child in children:
