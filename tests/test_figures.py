@@ -150,11 +150,12 @@ def test_figures_of_text():
         return [f"{by[key]['bits_per_token']:.3f}" if key in by else "" for key in at]
 
     def size(model, seed):
-        return f"{by[model, seed, K]['parameters'] / 1e6:.2f}M"
+        return f"{next(r['parameters'] for r in rows if (r['model'], r['seed']) == (model, seed)) / 1e6:.2f}M"
 
     for model, name in (
         ("text-tiny-before", "HSA by AdamW, without recency and distractors"),
-        ("text-tiny-baselm", "full attention, RoPE"), ("text-tiny-baselm-adamw", "full attention, RoPE, by AdamW"),
+        ("text-tiny-baselm", "full attention, RoPE"), ("text-tiny-baselm, YaRN", "full attention, RoPE by YaRN"),
+        ("text-tiny-baselm-adamw", "full attention, RoPE, by AdamW"),
         ("text-tiny-swa", "window of 64 only, by AdamW"),
     ):  # fmt: skip
         in_page("docs/results.md", cells(name, size(model, 0), *bits(model, 0), ""))
