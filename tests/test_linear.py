@@ -48,7 +48,7 @@ def results(run, *leaves):
 
 
 @settings(max_examples=15)
-@given(T=st.integers(1, 80), forget=st.sampled_from(("slow", "mixed", "fast")), block=st.sampled_from((1, 7, 32)))
+@given(T=st.integers(1, 150), forget=st.sampled_from(("slow", "mixed", "fast")), block=st.sampled_from((1, 7, 64)))
 def test_blocks_equal_the_recurrence(T, forget, block):
     torch.manual_seed(T)
     given = inputs(T, forget)

@@ -57,7 +57,7 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, ex
 
 @settings(max_examples=25)
 @given(
-    st.integers(1, 20), st.integers(0, 90), st.sampled_from((1, 7, 16, 24, 200)), st.sampled_from((0, 1, 4, 20)),
+    st.integers(1, 40), st.integers(0, 90), st.sampled_from((1, 7, 16, 24, 200)), st.sampled_from((0, 1, 4, 20)),
     st.sampled_from((0, 1, 2, "all")), st.sampled_from(("mass", "mean", "landmark")),
     st.sampled_from((THETA, FREQUENCIES, None)), st.sampled_from(((6, 2), (3, 1), (2, 2))), st.booleans(),
 )  # fmt: skip
