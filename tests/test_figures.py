@@ -184,6 +184,13 @@ def test_figures_of_text():
     three, seven = paired(*told[1::-1]), paired(*told[:1:-1])
     assert f"{np.mean(told[0]):.3f} at 1K and {np.mean(told[1]):.3f} at 64K, a change of {three[0]:+.4f}" in page
     assert f"300 steps gave {seven[0]:+.4f}" in page
+    gains = [
+        np.mean([by[model + "-adamw", s, K]["bits_per_token"] - by[model, s, K]["bits_per_token"] for s in range(n)])
+        for model, n in (("text-tiny", 2), ("text-tiny-baselm", 1))
+    ]
+    assert "takes {:.2f} bits off HSA at 1K and {:.2f} off full attention".format(*gains) in text
+    better = by["text-tiny-baselm", 0, K]["bits_per_token"] - np.mean([by["text-tiny", s, K]["bits"] for s in range(2)])
+    assert f"HSA is {better:.2f} bits better at the training length" in text
     worse = np.subtract(*(by["text-tiny-before", 0, n * K]["bits_per_token"] for n in (64, 1)))
     assert f"recency and distractors](long-context.md) {worse:.3f} at 64K" in text
     at = [r for r in json.loads((RESULTS / "ruler.json").read_text()) if r["length"] == 16 * M]
@@ -192,6 +199,13 @@ def test_figures_of_text():
         right = round(sum(r["accuracy"] * r["answers"] for r in mine))
         assert f"{name} {right} of {sum(r['answers'] for r in mine)}" in text
         assert mine[0]["commit"] in text
+
+
+def test_figures_of_muon():
+    found, page = json.loads((RESULTS / "muon.json").read_text()), words("docs/model-and-training.md")
+    bf16, avx512, avx2 = (round(r["milliseconds"]["muon"] - r["milliseconds"]["adamw"]) for r in found["step"])
+    told = f"takes {bf16} ms more of one thread where the CPU multiplies in bfloat16, {avx512} ms with plain AVX-512, "
+    assert f"{told}{avx2} ms with AVX2 (commit {found['commit']}" in page
 
 
 def test_figures_of_shared_contexts():
