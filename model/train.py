@@ -29,6 +29,7 @@ from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.distributed import Ranks
 from hsa_tl.model.mlp import MoE
 from hsa_tl.model.model import Model
+from hsa_tl.model.optimizers import make_optimizers
 from hsa_tl.model.pretrained import load
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source, validation_source
@@ -85,24 +86,6 @@ def reconfigure(model: Model, config: ModelConfig) -> None:
         for field, value in vars(module).items():
             if not field.startswith("_") and field != "training" and not isinstance(value, torch.Tensor):
                 setattr(kept, field, value)
-
-
-def make_optimizers(model: Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, in which vectors (gains, scales, [CLS]) do not decay; with "muon", Muon for all inner matrices.
-
-    Those are the weights of linear layers but the last. The direction of a Muon step has all singular values near 1, so
-    that features keep more dimensions than AdamW leaves them.
-    """
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not model.output]
-    inner = linear if recipe.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if all(p is not x for x in inner)]
-    decay, keep = ([p for p in rest if (p.ndim > 1) == decays] for decays in (True, False))
-    groups = [{"params": decay}, {"params": keep, "weight_decay": 0.0}]
-    found = [torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)]
-    if inner:
-        options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        found.append(torch.optim.Muon(inner, **options))
-    return found
 
 
 def _spread(function):

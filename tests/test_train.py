@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from hsa_tl.model import Model, checkpoint, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.data import ByteTokenizer, write_tokens
 from hsa_tl.model.distributed import Ranks
-from hsa_tl.model.recipe import OPTIMIZERS, Recipe, Stage, load_recipe, recipe_names, recipe_of
+from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe_of
 from hsa_tl.model.sources import make_source
 
 STAGES = ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal", "sft")
@@ -220,34 +219,6 @@ def test_learning_rate():
     assert rates[75] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=2e-3)
     assert rates[50:] == sorted(rates[50:], reverse=True)
     assert replace(recipe, decay=0).lr_at(99) == 1.0
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_parameter_has_one_optimizer(optimizer):
-    """Vectors do not decay. Muon has the weights of linear layers but the last, tied or not."""
-    for tied in (False, True):
-        model = Model(replace(preset("tiny"), tied=tied))
-        found = training.make_optimizers(model, toy(weight_decay=0.5, optimizer=optimizer))
-        groups = [(type(o).__name__, g) for o in found for g in o.param_groups]
-        held = {id(p): (name, g["weight_decay"]) for name, g in groups for p in g["params"]}
-        assert sum(len(g["params"]) for _, g in groups) == len(held) == len(list(model.parameters()))
-        for name, p in model.named_parameters():
-            inner = optimizer == "muon" and p.ndim == 2 and not re.match("embedding|output|conv|.*position", name)
-            assert held[id(p)] == ("Muon" if inner else "AdamW", 0.5 if p.ndim > 1 else 0.0), name
-
-
-def test_a_muon_step_is_orthogonal_and_as_large_as_adamw_s():
-    """Singular values of a step near each other, its mean square 0.2 of the learning rate's."""
-    torch.manual_seed(0)
-    model, recipe = Model(preset("tiny")), toy(optimizer="muon", weight_decay=0.0)
-    weight = model.layers[0].attention.q.weight
-    before = weight.detach().clone()
-    batch = make_source({"kind": "needles", "tasks": [{}]}, 64, 0).batch(0, 8)
-    training.train_step(model, training.make_optimizers(model, recipe), recipe, [batch], 1e-3, Ranks("cpu"))
-    step = (weight.detach() - before) / 1e-3
-    values = torch.linalg.svdvals(step)
-    assert values[: len(values) // 2].min() > 0.5 * values[0]
-    assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
