@@ -371,3 +371,14 @@ def test_crop_and_load_refuse(tmp_path):
     (tmp_path / "cache").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
         model.load_cache(tmp_path / "cache")
+
+
+def test_a_cache_from_before_a_setting_has_its_default(tmp_path, monkeypatch):
+    model, dims = whole("hsa")[0], caches._dims
+    with monkeypatch.context() as older:
+        older.setattr(caches, "_dims", lambda config: {k: v for k, v in dims(config).items() if k != "topp"})
+        model.new_cache(2).save(tmp_path / "cache")
+    assert model.load_cache(tmp_path / "cache").lengths == [0, 0]
+    other = Model(replace(model.config, topp=0.5))
+    with pytest.raises(ValueError, match=r"got one of topp = 1\.0"):
+        other.load_cache(tmp_path / "cache")

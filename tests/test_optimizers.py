@@ -15,7 +15,9 @@ from hsa_tl.model.train import train_step
 
 
 def recipe_of(optimizer: str, weight_decay: float) -> Recipe:
-    return Recipe("toy", "tiny", (Stage(1, 64, 8, {"kind": "needles"}),), 1e-3, optimizer=optimizer, weight_decay=weight_decay)
+    return Recipe(
+        "toy", "tiny", (Stage(1, 64, 8, {"kind": "needles"}),), 1e-3, optimizer=optimizer, weight_decay=weight_decay
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
