@@ -24,7 +24,7 @@ from hsa_tl.bench.retrieve import Retrieve
 from hsa_tl.bench.roofline import Micro, Roofline
 from hsa_tl.bench.suite import one_of
 from hsa_tl.bench.sweep import MAX_CALL_S, Sweep
-from hsa_tl.model import data, load
+from hsa_tl.model import data, load, pretrained
 from hsa_tl.model import train as training
 from hsa_tl.model.cli import RUN, lost_ranks
 from hsa_tl.model.distributed import Ranks, end_process
@@ -273,7 +273,7 @@ def evaluate(
         most = parse_lengths(before)[-1] if before else 0
         found = ruler.run_perplexity(reader, data.TokenFile(data_file), points, windows=windows, before=most)
     else:
-        kinds = {s.data["kind"] for s in ruler.trained(run)[0].stages}
+        kinds = {s.data["kind"] for s in pretrained.trained(run)[0].stages}
         chosen = vocabulary or ("needles" if kinds == {"needles"} else "words")
         one_of("vocabulary", chosen, ruler.VOCABULARIES)
         places = parse_depths(depths, depth_steps)

@@ -15,12 +15,10 @@ import numpy as np
 from hsa_tl.bench import record
 from hsa_tl.bench.suite import one_of
 from hsa_tl.files import write_atomic
-from hsa_tl.model import checkpoint, evaluate, needles, ruler
+from hsa_tl.model import evaluate, needles, pretrained, ruler
 from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
-from hsa_tl.model.pretrained import shipped, shipped_names
-from hsa_tl.model.recipe import Recipe, recipe_of
 
 VOCABULARIES = ("words", "needles")
 WINDOWS = ", windows only"  # behind the name of a model whose HSA layers read nothing
@@ -39,7 +37,7 @@ class Run:
 
     @classmethod
     def of(cls, run: str | Path, model: Model) -> "Run":
-        recipe, done = trained(run)
+        recipe, done, _ = pretrained.trained(run)
         stages = [recipe.stages[recipe.stage_at(step)[0]] for step in range(done)]
         tokens = sum(s.tokens for s in stages)
         return cls(
@@ -71,14 +69,6 @@ class PerplexityRow:
     windows: int
     standard_error: float | None = None  # of bits_per_token, over the windows
     bits: list[float] | None = None  # per token of each window: runs asked at the same ones are compared in pairs
-
-
-def trained(run: str | Path) -> tuple[Recipe, int]:
-    """The recipe of what `hsa_tl.model.load` knows by this folder or name, and how many of its steps were done."""
-    if run in shipped_names():
-        return recipe_of((found := shipped(run)).recipe), found.steps
-    found = checkpoint.latest(Path(run))
-    return recipe_of(found.recipe), found.step
 
 
 def chance(vocabulary: str) -> float:

@@ -8,6 +8,7 @@ model/weights/NAME.safetensors holds parameters, NAME.json its recipe, where it 
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def shipped(name: str) -> Shipped:
         raise ValueError(f"{path} must hold what is known of weights, got {error}") from None
 
 
+def trained(run_or_name: str | Path) -> tuple[Recipe, int, Callable[[Model], None]]:
+    """The recipe of what `load` knows, how many of its steps were done, and what fills a model with the weights."""
+    from hsa_tl.model import checkpoint  # torch.distributed: only who loads needs it
+
+    if isinstance(run_or_name, str) and run_or_name in shipped_names():
+        about, path = shipped(run_or_name), FOLDER / f"{run_or_name}.safetensors"
+        return recipe_of(about.recipe), about.steps, lambda model: model.load_state_dict(_weights(path, about))
+    if (found := checkpoint.latest(Path(run_or_name))) is not None:
+        return recipe_of(found.recipe), found.step, lambda model: checkpoint.load(found, model)
+    names = ", ".join(shipped_names())
+    raise ValueError(f"run_or_name must be a folder with a checkpoint or one of {names}, got {str(run_or_name)!r}")
+
+
 def load(
     run_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Model:  # fmt: skip
@@ -73,18 +87,11 @@ def load(
         ValueError: neither a run nor a name; shipped weights whose checksum is not what it was. ImportError: shipped
         weights without safetensors.
     """
-    from hsa_tl.model import checkpoint, sources  # numpy and torch.distributed: only who loads needs them
+    from hsa_tl.model import sources  # numpy: only who loads needs it
 
-    if isinstance(run_or_name, str) and run_or_name in shipped_names():
-        about = shipped(run_or_name)
-        model = _new((recipe := recipe_of(about.recipe)).config(), device, dtype)
-        model.load_state_dict(_weights(FOLDER / f"{run_or_name}.safetensors", about))
-    elif (found := checkpoint.latest(Path(run_or_name))) is not None:
-        model = _new((recipe := recipe_of(found.recipe)).config(), device, dtype)
-        checkpoint.load(found, model)
-    else:
-        names = ", ".join(shipped_names())
-        raise ValueError(f"run_or_name must be a folder with a checkpoint or one of {names}, got {str(run_or_name)!r}")
+    recipe, _, fill = trained(run_or_name)
+    model = _new(recipe.config(), device, dtype)
+    fill(model)
     if recipe.source is None:
         model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data)
     else:
