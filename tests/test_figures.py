@@ -113,9 +113,19 @@ def test_figures_of_needles():
     for model, name in (("hsa", "HSA"), ("full-rope", "full attention, RoPE"), ("swa", "sliding window only")):
         found = [values("needle-tiny", model, "s-niah", T) for T in LENGTHS]
         in_page("README.md", cells(name, *(percent(v) if v else "" for v in found)))
-    for model, name in (("hsa", "HSA, seeds 0 to 4"), ("full-rope", "full attention, RoPE, seed 0")):
-        found = [values("needle-hard", model, "mk-niah-3", T) for T in LENGTHS]
+    for recipe, model, name in (
+        ("needle-hard", "hsa", "HSA, seeds 0 to 4"),
+        ("needle-hard-before", "hsa", "HSA before, seeds 0 to 4"),
+        ("needle-hard-before", "full-rope", "full attention, RoPE, seed 0, before"),
+    ):
+        found = [values(recipe, model, "mk-niah-3", T) for T in LENGTHS]
         in_page("docs/results.md", cells(name, *(", ".join(f"{100 * x:.0f}" for x in v) for v in found)))
+    page, far = words("docs/results.md"), [round(100 * x) for x in values("needle-hard", "hsa", "mk-niah-3", M)]
+    least = min(values("needle-hard", "hsa", "mk-niah-3", 32 * K))
+    assert f"at least {100 * least:.0f} % right; at 1M it is {sum(far) / len(far):.0f} % in the mean" in page
+    for task in ("s-niah", "mq-niah"):
+        found = [round(100 * x) for T in LENGTHS[1:] for x in values("needle-hard", "hsa", task, T)]
+        assert f"{min(found)} to {max(found)} % ({task.upper()})" in page
     text = words("README.md") + words("docs/results.md")
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
 
@@ -325,6 +335,19 @@ def test_figures_of_haystacks_of_needles_by_other_recipes():
     assert f"lies in {dims[adamw]['landmarks_99']} of 128 dimensions" in text and f"leaves {low} to {high} and" in text
     low, high = (round(100 * first[x]["landmarks"]) for x in muon)
     assert f"chunk first in {low} to {high} %" in text
+    assert f"of the 96 keys' {dims['muon-few-chunks', 0]['embeddings']:.0f} count" in text
+    wide = [("wide-embeddings", seed) for seed in range(5)]
+    shown = [
+        sorted(round(x) for x in found)
+        for found in (
+            [dims[x]["embeddings"] for x in wide],
+            [dims[x]["landmarks_99"] for x in wide],
+            [100 * first[x]["landmarks"] for x in wide],
+        )
+    ]
+    kept, landmarks, right_first = (f"{x[0]} to {x[-1]}" for x in shown)
+    assert f"at 0.4 they keep {kept};" in text and f"have {landmarks} dimensions and put" in text
+    assert f"right chunk first in {right_first} %" in text
 
 
 def test_figures_of_the_bound_of_recency():
