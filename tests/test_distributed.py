@@ -92,14 +92,15 @@ def test_training_equals_one_process_and_survives_a_dead_rank(ranks_after, tmp_p
 
 @prove  # each rank imports torch anew: 5 s of a core
 def test_the_command_runs_on_two_ranks(tmp_path):
-    """One process prints; the recipe's file is the same on all. Muon takes whole matrices, of which each has a part."""
+    """One process prints; the recipe's file is the same on all. Muon takes whole matrices, of which each has a part,
+    and magnifies rounding."""
     path, recipe = tmp_path / "recipe.yaml", dataclasses.replace(ranks.recipe(), optimizer="muon")
     path.write_text(json.dumps({k: v for k, v in recipe.to_dict().items() if k != "name"}))
     run = launch(2, "command", "train", path, "--out", tmp_path / "run", "--device", "cpu", "--context-parallel", 2)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("wrote ") == 1 and len(curve(tmp_path / "run")) == 6
     train(recipe, tmp_path / "alone")
-    torch.testing.assert_close(curve(tmp_path / "run"), curve(tmp_path / "alone"), rtol=1e-3, atol=0)  # Muon magnifies rounding
+    torch.testing.assert_close(curve(tmp_path / "run"), curve(tmp_path / "alone"), rtol=1e-3, atol=0)
 
 
 @prove
