@@ -324,8 +324,8 @@ class Cache:
         """The cache that `save` wrote, see `Model.load_cache`."""
         with memory_file.read(Path(path), FORMAT, ("past",)) as file:
             state = file.parse("state", json.loads)
-            saved = _dims(type(model.config)()) | state["config"]  # without fields that are newer than the file
-            if wrong := [f"{k} = {v}" for k, v in saved.items() if _dims(model.config).get(k) != v]:
+            dims, saved = _dims(model.config), _dims(type(model.config)()) | state["config"]  # defaults of newer fields
+            if wrong := [f"{k} = {v}" for k, v in saved.items() if dims.get(k) != v]:
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
             capacity = max(options.get("capacity", 1 << 14), *state["lengths"])
             options = options | {"undo": state["undo"], "budget": state.get("budget"), "capacity": capacity}

@@ -348,6 +348,14 @@ def test_figures_of_haystacks_of_needles_by_other_recipes():
     kept, landmarks, right_first = (f"{x[0]} to {x[-1]}" for x in shown)
     assert f"at 0.4 they keep {kept};" in text and f"have {landmarks} dimensions and put" in text
     assert f"right chunk first in {right_first} %" in text
+    losses = {(r["recipe"], r["seed"]): r["loss"] for r in found["runs"]}
+    same = {f"{losses[x, 0][step]:.1f}" for x, step in (("wide-embeddings", "250"), ("muon-few-chunks", "450"))}
+    assert len(same) == 1 and f"after 250 steps at 64 tokens where it was after 450 (a loss of {same.pop()})" in text
+    assert f"({losses['muon-few-chunks', 0]['1100']:.1f} after 100 steps among 256 chunks)" in text
+    near, far = (right["wide-embeddings", 0, 64, "mk-niah-3", n * K] for n in (32, 256))
+    assert f"makes it worse ({near} % at 32K and {far} % at 256K, seed 0)" in text
+    sharp = {r["sharper"]: round(100 * r["accuracy"]) for r in found["sharpness"] if r["topk"] == 16}
+    assert f"does nothing ({sharp[1.5]} and {sharp[0.7]} % at 256K, where {sharp[1.0]} % are right" in text
 
 
 def test_figures_of_the_bound_of_recency():
