@@ -58,6 +58,7 @@ def _key(program: str, problem, config) -> tuple:
     return (program, problem.device_type, config, *_static_dims(problem, config).values())
 
 
+@functools.lru_cache(maxsize=8)
 def lower(program: str, problem, config):
     """The artifact for sm_90a: CUDA source and device module. Needs neither a GPU nor nvcc."""
     return lower_ir(build(program, problem, config), _pass_configs(config))

@@ -103,8 +103,8 @@ def selected_fwd_union(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
             for r, d in T.Parallel(tile * G, D):
                 if i_tile * tile + r // G < tokens:
                     out[i_b, i_tile * tile + r // G, i_h, r % G, d] = q_shared[r, d]
-            for r in T.Parallel(rows):
-                if (r < tile * G) & (i_tile * tile + r // G < tokens):
+            for r in T.Parallel(tile * G):
+                if i_tile * tile + r // G < tokens:
                     lse[i_b, i_tile * tile + r // G, i_h, r % G] = row_max[r]
 
     return selected_fwd_union
