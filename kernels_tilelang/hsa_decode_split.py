@@ -55,6 +55,9 @@ class DecodeSplitConfig(TokenConfig):
         moved = p.chunk_bytes() + p.G * p.D * (p.itemsize * self.num_splits + out) / p.K
         return {"l2": moved, "hbm": moved}  # no token shares a page with another
 
+    def smem_bytes(self, p):
+        return super().smem_bytes(p) + 4 * -(-p.K // self.num_splits)
+
     def refusal(self, p):
         if not 1 <= self.num_splits <= p.K:
             return f"num_splits must be 1 to K = {p.K}, got {self.num_splits}"
@@ -77,12 +80,15 @@ class DecodeSplitConfig(TokenConfig):
         return cls(num_splits=2 if p.T == 1 < p.K else 1)
 
 
-def page_of(indices, page_table, i_b, i_t, i_h, i_k, K, N, P):
-    """The slot's page, -1 if it has none. Every address is clamped: nothing is read out of bounds."""
-    chunk = indices[i_b, i_t, i_h, T.min(i_k, K - 1)]
-    page = page_table[i_b, T.max(T.min(chunk, N - 1), 0)]
-    valid = (i_k < K) & (chunk >= 0) & (chunk < N) & (page >= 0) & (page < P)
-    return T.if_then_else(valid, page, -1)
+@T.macro
+def load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P):
+    """The page of each slot from `first` on, -1 if it has none. Every address is clamped: nothing is out of bounds."""
+    for i in T.Parallel(page_shared.shape[0]):
+        chunk = indices[i_b, i_t, i_h, T.min(first + i, K - 1)]
+        page = page_table[i_b, T.max(T.min(chunk, N - 1), 0)]
+        valid = (first + i < K) & (chunk >= 0) & (chunk < N) & (page >= 0) & (page < P)
+        page_shared[i] = T.if_then_else(valid, page, -1)
+    T.sync_threads()
 
 
 def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSplitConfig):
@@ -110,6 +116,7 @@ def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSp
             v_shared = T.alloc_shared([S, D], dtype)
             p_shared = T.alloc_shared([rows, S], dtype)
             o_shared = T.alloc_shared([rows, D], dtype if splits == 1 else "float32")
+            page_shared = T.alloc_shared([slots], "int32")
             weights_shared = T.alloc_shared([heads_w, slots], "float32")
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_o = T.alloc_fragment([rows, D], "float32")
@@ -119,22 +126,21 @@ def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSp
 
             i_t = i_x // splits
             first = i_x % splits * slots
+            load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P)
             spare = -1
             for i_k in T.serial(slots):
-                spare = T.max(spare, page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P))
+                spare = T.max(spare, page_shared[i_k])
             for r, d in T.Parallel(rows, D):
                 q_shared[r, d] = T.if_then_else(r < G, q[i_b, i_t, i_h, T.min(r, G - 1), d], 0)
             for r, i_k in T.Parallel(heads_w, slots):
                 weight = weights[i_b, i_t, i_h, r, T.min(first + i_k, K - 1)]
-                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P)
-                weights_shared[r, i_k] = T.if_then_else(page >= 0, weight, 0.0)
+                weights_shared[r, i_k] = T.if_then_else(page_shared[i_k] >= 0, weight, 0.0)
             # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
             T.sync_threads()
             T.clear(acc_o)
 
             for i_k in T.Pipelined(slots, num_stages=config.num_stages):
-                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P)
-                i_p = T.if_then_else(page >= 0, page, T.max(spare, 0))
+                i_p = T.if_then_else(page_shared[i_k] >= 0, page_shared[i_k], T.max(spare, 0))
                 T.copy(k_pages[i_p, :, i_h, :], k_shared)
                 T.clear(acc_s)
                 T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]

@@ -10,7 +10,7 @@ from typing import ClassVar
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import padded_rows
-from hsa_tl.kernels_tilelang.hsa_decode_split import DecodeSplitConfig, page_of
+from hsa_tl.kernels_tilelang.hsa_decode_split import DecodeSplitConfig, load_pages
 from hsa_tl.kernels_tilelang.macros import LOG2E, finish_rows, running_rows
 
 
@@ -47,6 +47,7 @@ def selected_decode_split(*, G, D, S, K, dtype, min_blocks, config: SelectedDeco
             v_shared = T.alloc_shared([S, D], dtype)
             p_shared = T.alloc_shared([rows, S], dtype)
             o_shared = T.alloc_shared([rows, D], out_dtype)
+            page_shared = T.alloc_shared([slots], "int32")
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_o = T.alloc_fragment([rows, D], "float32")
             row_max = T.alloc_fragment([rows], "float32")
@@ -58,9 +59,10 @@ def selected_decode_split(*, G, D, S, K, dtype, min_blocks, config: SelectedDeco
 
             i_t = i_x // splits
             first = i_x % splits * slots
+            load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P)
             spare = -1
             for i_k in T.serial(slots):
-                spare = T.max(spare, page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P))
+                spare = T.max(spare, page_shared[i_k])
             for r, d in T.Parallel(rows, D):
                 q_shared[r, d] = T.if_then_else(r < G, q[i_b, i_t, i_h, T.min(r, G - 1), d], 0)
             # All threads fill the tile above; automatic warp specialisation puts no barrier behind it.
@@ -70,13 +72,12 @@ def selected_decode_split(*, G, D, S, K, dtype, min_blocks, config: SelectedDeco
             T.fill(row_max, -T.infinity("float32"))
 
             for i_k in T.Pipelined(slots, num_stages=config.num_stages):
-                page = page_of(indices, page_table, i_b, i_t, i_h, first + i_k, K, N, P)
-                i_p = T.if_then_else(page >= 0, page, T.max(spare, 0))
+                i_p = T.if_then_else(page_shared[i_k] >= 0, page_shared[i_k], T.max(spare, 0))
                 T.copy(k_pages[i_p, :, i_h, :], k_shared)
                 T.clear(acc_s)
                 T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
                 for r in T.Parallel(rows):
-                    chosen[r] = T.if_then_else(page >= 0, 1, 0)
+                    chosen[r] = T.if_then_else(page_shared[i_k] >= 0, 1, 0)
                 running_rows(acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, rows, S, scale * LOG2E, None)
                 T.copy(acc_s, p_shared)
                 T.copy(v_pages[i_p, :, i_h, :], v_shared)
