@@ -306,10 +306,8 @@ def test_figures_of_two_tiers():
 
 def test_figures_of_haystacks_of_needles_by_other_recipes():
     found, page = json.loads((RESULTS / "hard_haystack.json").read_text()), "docs/results.md"
-    right = {
-        (r["recipe"], r["seed"], r.get("topk", 8), r["task"], r["length"]): round(100 * r["accuracy"])
-        for r in found["rows"]
-    }
+    name = lambda r: (r["recipe"], r["seed"], r.get("topk", 8), r["task"], r["length"])  # noqa: E731
+    right = {name(r): round(100 * r["accuracy"]) for r in found["rows"]}
     trained = {
         ("short-windows", 4, 8): "windows of 16 up to 128 tokens, then 256 tokens with 3 and 15 distractors",
         ("short-windows-47-long", 4, 8): "the same, and 950 steps with 47 distractors",
@@ -328,17 +326,15 @@ def test_figures_of_haystacks_of_needles_by_other_recipes():
     assert all(r["commit"] in text for r in found["runs"])
     first, dims = ({(r["recipe"], r["seed"]): r for r in found[name]} for name in ("first", "dims"))
     adamw, muon = ("to-1024-no-norm", 4), [("muon-last-layer-too", seed) for seed in (4, 1)]
-    whole = next(r for r in found["first"] if "mass" in r)
-    assert whole["mass"] == 1 and f"in all of {whole['questions']} questions" in text
-    assert f"by one vector, in {whole['landmarks']:.0%}".replace("%", " %") in text
-    low, high = (dims[x]["landmarks_99"] for x in muon)
-    assert f"lies in {dims[adamw]['landmarks_99']} of 128 dimensions" in text and f"leaves {low} to {high} and" in text
-    low, high = (round(100 * first[x]["landmarks"]) for x in muon)
-    assert f"chunk first in {low} to {high} %" in text
+    whole = next(r for r in found["first"] if r.get("mass") == 1)
+    assert f"in all of {whole['questions']} questions" in text and f"in {100 * whole['landmarks']:.0f} %" in text
+    of = [dims[x]["landmarks_99"] for x in (adamw, *muon)]
+    assert "lies in {} of 128 dimensions".format(*of) in text and "leaves {1} to {2} and".format(*of) in text
+    assert "chunk first in {} to {} %".format(*(round(100 * first[x]["landmarks"]) for x in muon)) in text
     assert f"of the 96 keys' {dims['muon-few-chunks', 0]['embeddings']:.0f} count" in text
     wide = [("wide-embeddings", seed) for seed in range(5)]
-    shown = [dims[x]["embeddings"] for x in wide], [dims[x]["landmarks_99"] for x in wide]
-    shown = *shown, [100 * first[x]["landmarks"] for x in wide]
+    embeddings, landmarks = ([dims[x][name] for x in wide] for name in ("embeddings", "landmarks_99"))
+    shown = embeddings, landmarks, [100 * first[x]["landmarks"] for x in wide]
     kept, landmarks, right_first = (f"{min(x):.0f} to {max(x):.0f}" for x in shown)
     assert f"at 0.4 they keep {kept};" in text and f"have {landmarks} dimensions and put" in text
     assert f"right chunk first in {right_first} %" in text
@@ -346,14 +342,18 @@ def test_figures_of_haystacks_of_needles_by_other_recipes():
     same = {f"{losses[x, 0][step]:.1f}" for x, step in (("wide-embeddings", "250"), ("muon-few-chunks", "450"))}
     assert len(same) == 1 and f"after 250 steps at 64 tokens where it was after 450 (a loss of {same.pop()})" in text
     assert f"({losses['muon-few-chunks', 0]['1100']:.1f} after 100 steps among 256 chunks)" in text
-    near, far = (right["wide-embeddings", 0, 64, "mk-niah-3", n * K] for n in (32, 256))
-    assert f"makes it worse ({near} % at 32K and {far} % at 256K, seed 0)" in text
+    worse = [right["wide-embeddings", 0, 64, "mk-niah-3", n * K] for n in (32, 256)]
+    assert "makes it worse ({} % at 32K and {} % at 256K, seed 0)".format(*worse) in text
     read = [round(100 * first["wider-model", 0]["landmarks"]), dims["wider-model", 0]["landmarks_99"]]
     read += [right["wider-model", 0, 16, "mk-niah-3", n * K] for n in (32, 256, 1024)]
     assert "{} % at 32K, landmarks having {} dimensions, and answers {}, {} and {} %".format(*read) in text
-    low, high = ((round(100 * r["first"]), round(100 * r["of_16"])) for r in found["among"])
-    assert f"in {high[0]} % of 100 questions and among the 16 that are read in {high[1]} %" in text
-    assert f"as shipped, seed 1, in {low[0]} and {low[1]} %" in text
+    among = [round(100 * r[x]) for r in found["among"][::-1] for x in ("first", "of_16")]
+    among_16 = "in {} % of 100 questions and among the 16 that are read in {} %; as shipped, seed 1, in {} and {} %"
+    assert among_16.format(*among) in text
+    own = {(r["length"] // K, r["topk"], r["factor"]): round(100 * r["accuracy"]) for r in found["own_mass"]}
+    own = [own[x] for x in ((256, 64, 1), (256, 64, 0), (K, 64, 4), (K, 64, 0), (K, 256, 4), (K, 256, 0))]
+    more = "{} % instead of {} at 256K (factor 1), {} instead of {} at 1M (factor 4); 256 chunks: {} % instead of {} "
+    assert more.format(*own) in text
     sharp = {r["sharper"]: round(100 * r["accuracy"]) for r in found["sharpness"] if r["topk"] == 16}
     assert f"does nothing ({sharp[1.5]} and {sharp[0.7]} % at 256K, where {sharp[1.0]} % are right" in text
 
