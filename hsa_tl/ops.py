@@ -2,7 +2,8 @@
 
 Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chunk_len [N] where a chunk is short.
 An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`; its programs of
-other operators are in <name>_selected, <name>_decode and <name>_retrieval.
+other operators are in <name>_selected, <name>_decode and <name>_retrieval. One that decodes beside that has
+`decode_unavailable(problem)` too, of decode alone.
 """
 
 import importlib
@@ -58,11 +59,14 @@ def preferred(problem: Problem) -> tuple[str, ...]:
     return ("triton", "reference")
 
 
-def resolve(impl: str, problem: Problem, suffix: str = "") -> str:
-    """The module of hsa_tl.impl to run, impl + suffix; NotImplementedError if an explicit one cannot."""
+def resolve(impl: str, problem: Problem, suffix: str = "", asked: str = "unavailable") -> str:
+    """The module of hsa_tl.impl to run, impl + suffix; NotImplementedError if an explicit one cannot.
+
+    asked: what of the module says why it cannot.
+    """
     reasons = []
     for name in preferred(problem) if impl == "auto" else (impl,):
-        reason = implementation(name + suffix).unavailable(problem)
+        reason = getattr(implementation(name + suffix), asked)(problem)
         if reason is None:
             return name + suffix
         reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
@@ -216,7 +220,7 @@ def selected_decode(
     if validate:
         check_pages(indices, page_table, k_pages.shape[0])
     problem = Problem.of_decode(q, k_pages, None, indices, page_table)
-    module = implementation(resolve(impl, problem, "_selected"))
+    module = implementation(resolve(impl, problem, "_selected", "decode_unavailable"))
     return module.decode(q, k_pages, v_pages, pairs.distinct(indices, page_table.shape[1]), page_table, scale)
 
 

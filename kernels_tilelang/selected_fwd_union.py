@@ -103,7 +103,7 @@ def selected_fwd_union(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
             for r, d in T.Parallel(tile * G, D):
                 if i_tile * tile + r // G < tokens:
                     out[i_b, i_tile * tile + r // G, i_h, r % G, d] = q_shared[r, d]
-            for r in T.Parallel(tile * G):
+            for r in T.Parallel(tile * G):  # a guard r < tile * G would take TileLang's prover half a minute
                 if i_tile * tile + r // G < tokens:
                     lse[i_b, i_tile * tile + r // G, i_h, r % G] = row_max[r]
 

@@ -18,6 +18,7 @@ from hsa_tl.impl import reference, reference_decode
 from hsa_tl.impl.reference import unavailable as unavailable
 
 FORWARD_NEEDS_PAIRS = True
+decode_unavailable = unavailable
 
 _LOG2E = math.log2(math.e)
 

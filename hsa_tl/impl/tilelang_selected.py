@@ -10,7 +10,7 @@ from hsa_tl.impl.tilelang_decode import split_and_combine
 from hsa_tl.problem import Problem
 
 FORWARD_NEEDS_PAIRS = False
-BASE = ("selected_fwd_token", "selected_decode_split", "selected_bwd_chunk")
+DECODE = ("selected_decode_split",)
 MOST_ELEMENTS = 64 * 128  # of a chunk's keys, whose gradients the backward keeps in registers
 
 
@@ -23,7 +23,13 @@ def unavailable(problem: Problem) -> str | None:
     """Why the TileLang programs cannot run this problem here, or None."""
     n = parts(problem)
     small = replace(problem, N=problem.N * n, S=problem.S // n, K=problem.K * n)
-    return launchers.unavailable(problem, BASE[:-1]) or launchers.unavailable(small, BASE[-1:])
+    forward = launchers.unavailable(problem, ("selected_fwd_token", *DECODE))
+    return forward or launchers.unavailable(small, ("selected_bwd_chunk",))
+
+
+def decode_unavailable(problem: Problem) -> str | None:
+    """As `unavailable`, for `selected_decode`, which has no backward."""
+    return launchers.unavailable(problem, DECODE)
 
 
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):

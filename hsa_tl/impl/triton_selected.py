@@ -7,6 +7,7 @@ from hsa_tl.impl import triton as base
 from hsa_tl.impl import triton_decode
 
 FORWARD_NEEDS_PAIRS = False
+decode_unavailable = triton_decode.unavailable
 
 
 def unavailable(problem) -> str | None:
