@@ -18,7 +18,7 @@ from rich.console import Console
 from hsa_tl.bench import plot_eval, record
 from hsa_tl.model.config import UNLEARNED
 from hsa_tl.model.data import Sample
-from hsa_tl.model.hsa import ChunkMemory
+from hsa_tl.model.chunk_memory import ChunkMemory
 from hsa_tl.model.model import Model
 from hsa_tl.terminal import plot_or_say, say, show_table
 from hsa_tl.validation import require

@@ -9,7 +9,7 @@ import torch
 
 from hsa_tl import selection_overlap
 from hsa_tl.files import write_together
-from hsa_tl.model.hsa import Memory
+from hsa_tl.model.chunk_memory import Memory
 from hsa_tl.model.model import Model
 from hsa_tl.problem import Problem
 from hsa_tl.text import choosing, union_size

@@ -22,20 +22,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.model import memory_file
-from hsa_tl.model.budget import count, per_layer
+from hsa_tl.model.budget import per_layer
 from hsa_tl.model.linear import LinearState
 from hsa_tl.model.memory import MemorySpec, PagedMemory
-from hsa_tl.model.selected import FEW, OwnKeys
+from hsa_tl.model.segment_memory import SegmentMemory
+from hsa_tl.model.selected import OwnKeys
 from hsa_tl.validation import require, require_int
 
 FORMAT = "hsa_tl.cache.1"
-GATHERED = 1 << 26  # elements of keys that a segment gathers at once, and as many of values
 
 
 def _dims(config) -> dict:
@@ -111,69 +109,6 @@ class Tail:
         self.clear()
         self.held, self.buffers = held.tolist(), list(buffers)
         self.end = max(self.held)
-
-
-class SegmentMemory(NamedTuple):
-    """The Memory that an HSA layer reads, of a segment with counts[b] tokens in row b: few tokens decode through the
-    memory's pages, many share what they gather."""
-
-    paged: PagedMemory
-    counts: list[int]
-
-    def retrieve(self, q_BTRE, start, topk: int, **options):
-        B, T, R, _ = q_BTRE.shape
-        if T <= FEW or any(self.paged.evicted):
-            scores, indices = self.paged.retrieve(q_BTRE, start, topk, **options)
-            if self.paged.budget is not None and min(self.counts) < T:  # what is no token must not count
-                behind = self._behind(q_BTRE)
-                scores, indices = scores.masked_fill(behind, -torch.inf), indices.masked_fill(behind, -1)
-            return scores, indices
-        dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
-        scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
-        indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
-        starts = [start] * B if isinstance(start, int) else start.tolist()
-        for b, (first, n) in enumerate(zip(starts, self.counts, strict=True)):
-            scores[b, :n], indices[b, :n] = retrieve_chunks(
-                q_BTRE[b : b + 1, :n], self.paged.landmarks(b)[None], topk, chunk_size=self.paged.spec.chunk_size,
-                q_start=first, **options,
-            )  # fmt: skip
-        return scores, indices
-
-    def scores(self, q_BTRE, start, **options) -> torch.Tensor:
-        return self.paged.scores(q_BTRE, start, **options).masked_fill_(self._behind(q_BTRE), -torch.inf)
-
-    def _behind(self, q_BTRE) -> torch.Tensor:
-        """[B, T, 1, 1]: which are no tokens."""
-        behind = torch.arange(q_BTRE.shape[1]) >= torch.tensor(self.counts)[:, None]
-        return behind.to(q_BTRE.device)[..., None, None]
-
-    def attend(self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
-        if q_BTAD.shape[1] <= FEW:
-            return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
-        count(self.paged, weights, indices_BTHK)
-        page = self.paged.pages_of(indices_BTHK)
-        # The pool is common to all sequences: to the operator, the batch is one long row of tokens.
-        rows = (None if x is None else x.flatten(0, 1)[None] for x in (q_BTAD, weights, page))
-        return self._attend(*rows, impl, {"overlap": overlap}).view_as(q_BTAD)
-
-    def _attend(self, q, weights, page, impl, config):
-        """q [1, T, A, D], weights [1, T, H or A, K] or None, page [1, T, H, K]: every page is gathered once."""
-        named, at = page.unique(return_inverse=True)
-        empty = int(named[0] < 0)  # -1 comes first
-        spec, half = self.paged.spec, q.shape[1] // 2
-        if half and (len(named) - empty) * spec.chunk_size * spec.heads * spec.head_dim > GATHERED:
-            halves = (
-                [None if x is None else x[:, part] for x in (q, weights, page)]
-                for part in (slice(half), slice(half, None))
-            )
-            return torch.cat([self._attend(*x, impl, config) for x in halves], 1)
-        if len(named) == empty:
-            return torch.zeros_like(q)
-        k, v = (x.flatten(0, 1)[None] for x in self.paged.gather(named[empty:]))
-        indices = (at - empty).int()
-        if weights is None:
-            return selected_attention(q, k, v, indices, chunk_size=spec.chunk_size, impl=impl, config=config)[0]
-        return hsa_attention(q, k, v, weights, indices, chunk_size=spec.chunk_size, impl=impl, config=config)
 
 
 def _tails_of(cache) -> tuple[Tail | LinearState, ...]:

@@ -7,7 +7,7 @@ SELECTIONS = ("mass", "mean", "landmark")
 BIASES = ("q", "k", "v", "out")
 EPS = 2.0**-23  # float32's: torch.nn.RMSNorm's default is the type's own, in bfloat16 nearly 0.008
 UNLEARNED = ("uniform", "detached", "one_softmax")  # of HSA with a part taken out: nothing teaches retrieval
-FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint", *UNLEARNED)
+FUSIONS = ("softmax", "softmax1", "stick_breaking", "joint", "mass", *UNLEARNED)
 VALUE_RESIDUALS = ("none", "resformer", "svformer")
 
 
@@ -78,8 +78,10 @@ class ModelConfig:
         topp (float): of these a token reads the fewest that hold this share of the weight, see
             `hsa_tl.top_p_chunks`; of HSA. Default: 1.0, all.
         exclude_window (bool): retrieve no chunk that lies whole in the window. Default: False.
-        fusion (str): a kind of `hsa_tl.fusion_weights`; or, to compare, one that teaches retrieval nothing: "uniform"
-            weights, "detached" scores, "one_softmax" over the keys of all chosen chunks. Default: "softmax".
+        fusion (str): a kind of `hsa_tl.fusion_weights`; "mass", the softmax of a chunk's retrieval score and its own
+            keys' log-sum-exp, so that a chunk of which the query likes no key loses, however well its landmark fits:
+            for haystacks of like chunks, at up to twice the cost; or, to compare, one that teaches retrieval nothing:
+            "uniform" weights, "detached" scores, "one_softmax" over the keys of all chosen chunks. Default: "softmax".
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
             before its own, so that it learns to choose among as many chunks as a longer context has; not with
             positions in HSA, since theirs would be its own's. Default: 0.

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from hsa_tl.model.hsa import BatchMemory, ChunkMemory, with_rolled
+from hsa_tl.model.chunk_memory import BatchMemory, ChunkMemory, with_rolled
 from hsa_tl.model.model import Model, ModelOutput
 
 IGNORE = -100
@@ -65,12 +65,22 @@ class ShardedMemory(BatchMemory):
         self.landmarks = with_rolled(gather(own.landmarks, mesh), distractors)
 
     def attend(self, q, weights, indices, **options) -> torch.Tensor:
-        everyone, chunks = gather(indices, self.mesh), self.part * self.mesh.size()
-        held = everyone % chunks // self.part == self.mesh.get_local_rank()
-        here = everyone // chunks * self.part + everyone % self.part
-        mine = torch.where((everyone >= 0) & held, here, -1)
+        mine = self._mine(gather(indices, self.mesh))
         out = super().attend(gather(q, self.mesh), gather(weights, self.mesh), mine, **options)
         return scatter_sum(out.float(), self.mesh).to(q.dtype)  # W 16-bit sums would lose what one process keeps
+
+    def masses(self, q, indices, **options) -> torch.Tensor:
+        masses = super().masses(gather(q, self.mesh), self._mine(gather(indices, self.mesh)), **options)
+        masses = scatter_sum(masses.masked_fill(masses == -torch.inf, 0.0), self.mesh)  # one rank holds the chunk
+        empty = (indices < 0).repeat_interleave(q.shape[2] // indices.shape[2], 2)
+        return masses.masked_fill(empty, -torch.inf)
+
+    def _mine(self, everyone: torch.Tensor) -> torch.Tensor:
+        """Of every rank's chosen chunks this rank's, as a BatchMemory of its own counts them."""
+        chunks = self.part * self.mesh.size()
+        held = everyone % chunks // self.part == self.mesh.get_local_rank()
+        here = everyone // chunks * self.part + everyone % self.part
+        return torch.where((everyone >= 0) & held, here, -1)
 
 
 class ContextParallel(nn.Module):

@@ -5,162 +5,20 @@ R retrieval heads, E retrieval dim, K selected chunks.
 """
 
 import math
-from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hsa_tl import fusion_weights, hsa_attention, retrieve_chunks, selected_attention, top_p_chunks
+from hsa_tl import fusion_weights, top_p_chunks
 from hsa_tl.model.attention import positions, rotate
+from hsa_tl.model.chunk_memory import ChunkMemory, Memory
 from hsa_tl.model.config import FUSIONS
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
 from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
 # At first. AdamW moves it by at most the learning rate a step: from near 0 it would stay there (docs/long-context.md).
 RECENCY = 4.0
-
-
-class Memory(Protocol):
-    """What an HSA layer reads: a ChunkMemory in training, a PagedMemory in inference."""
-
-    def retrieve(self, q_slc, start, topk: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        """scores, indices [B, T, R, topk]; start: position of the first query, int or int32 [B]; options of
-        `hsa_tl.retrieve_chunks`: exclude_window, recency, recency_span, impl."""
-
-    def scores(self, q_slc, start, **options) -> torch.Tensor:
-        """[B, T, R, N] of every chunk, -inf where a token does not see it: what top-k "all" has instead. Options as
-        those of `retrieve`, without impl."""
-
-    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
-        """out [B, T, A, D]; weights None: one softmax over the keys of all chosen chunks. overlap: of neighbouring
-        tokens' selections, by which programs are chosen."""
-
-
-def visible(position: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
-    """bool [.., chunks]: which chunks the tokens at these positions see, as `hsa_tl.retrieve_chunks` has it."""
-    first, position = torch.arange(chunks, device=position.device) * chunk_size, position[..., None]
-    return (first + chunk_size <= position) & (first <= position - exclude_window)
-
-
-def chunk_scores(
-    q_slc, landmarks, start, chunk_size: int, *, exclude_window: int = 0, recency=None, recency_span: int = 16,
-    scale: float | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """`Memory.scores` of these landmarks [B, N, R, E]; no autocast."""
-    scale = q_slc.shape[-1] ** -0.5 if scale is None else scale
-    dtype = torch.promote_types(q_slc.dtype, torch.float32)
-    with torch.autocast(q_slc.device.type, enabled=False):
-        scores = torch.einsum("btre,bnre->btrn", q_slc.to(dtype), landmarks.to(dtype)).mul_(scale)
-    position = positions(start, q_slc)
-    if recency is not None:
-        between = position[..., None] // chunk_size - 1 - torch.arange(landmarks.shape[1], device=q_slc.device)
-        share = (between.clamp(min=0).to(dtype).log1p() / math.log(recency_span)).clamp(max=1)[
-            ..., None, :
-        ]  # [.., T, 1, N]
-        scores = scores - recency.to(dtype)[:, None] * share
-    seen = visible(position, landmarks.shape[1], chunk_size, exclude_window)
-    return scores.masked_fill_(~seen[..., None, :], -torch.inf)
-
-
-def with_rolled(x: torch.Tensor, sequences: int) -> torch.Tensor:
-    """x [B, n, ..] of so many other sequences of the batch before each one's own: [B, (sequences + 1) * n, ..]."""
-    return torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1)
-
-
-class ChunkMemory(NamedTuple):
-    """Keys and values of chunks, and landmarks: what `ChunkEncoder` returns and `HSALayer` reads. Differentiable.
-
-    Args:
-        k (Tensor [B, N * S, H, D]): keys.
-        v (Tensor [B, N * S, H, D]): values.
-        landmarks (Tensor [B, N, R, D_r]): what `retrieve_chunks` scores.
-    """
-
-    k: torch.Tensor  # [B, N * S, H, D]
-    v: torch.Tensor  # [B, N * S, H, D]
-    landmarks: torch.Tensor  # [B, N, R, E]
-
-    @property
-    def chunk_size(self) -> int:
-        return self.k.shape[1] // self.landmarks.shape[1]
-
-    def retrieve(self, q_slc, start: int, topk: int, **options):
-        """`hsa_tl.retrieve_chunks` over the landmarks.
-
-        Args:
-            q_slc (Tensor [B, T, R, D_r]): retrieval queries.
-            start (int): position of the first query.
-            topk (int): K.
-            options: exclude_window, scale, recency, recency_span, impl and validate, as there.
-
-        Returns:
-            scores [B, T, R, K] float32 and indices [B, T, R, K] int32.
-        """
-        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, **options)
-
-    def scores(self, q_slc: torch.Tensor, start: int, **options) -> torch.Tensor:
-        return chunk_scores(q_slc, self.landmarks, start, self.chunk_size, **options)
-
-    def attend_all(self, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """out [B, T, A, D] of q [B, T, A, D] and weights [B, T, R or A, N] of every chunk, by matrix products alone.
-
-        The operator's mathematics without a selection, for contexts of some hundred tokens: holds [B, A, T, N * S].
-        """
-        (_, T, A, D), H = q.shape, self.k.shape[2]
-        q = q.unflatten(2, (H, A // H)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H, G * T, D]
-        k, v = (x.transpose(1, 2) for x in (self.k, self.v))  # [B, H, N * S, D]
-        p = (q * D**-0.5 @ k.mT).unflatten(-1, (-1, self.chunk_size)).softmax(-1)
-        w = weights.repeat_interleave(A // weights.shape[2], 2).transpose(1, 2).unflatten(1, (H, A // H)).flatten(2, 3)
-        out = (p * w[..., None].to(p.dtype)).flatten(-2) @ v
-        return out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
-        """`hsa_tl.hsa_attention` over the chosen chunks.
-
-        Args:
-            q (Tensor [B, T, HQ, D]): queries.
-            weights (Tensor [B, T, H or HQ, K], float32): of the slots; None for `hsa_tl.selected_attention`.
-            indices (Tensor [B, T, H, K], int32): chosen chunks.
-            impl (str): default: "auto".
-            overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
-
-        Returns:
-            Tensor [B, T, HQ, D].
-        """
-        config, S = {"overlap": overlap}, self.chunk_size
-        if weights is None:
-            return selected_attention(q, self.k, self.v, indices, chunk_size=S, impl=impl, config=config)[0]
-        return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=S, impl=impl, config=config)
-
-
-class BatchMemory:
-    """A Memory whose sequences see the chunks of so many others of the batch too, before their own. Nothing but
-    landmarks is copied, and gradients add up.
-    """
-
-    def __init__(self, own: ChunkMemory, others: int):
-        B = len(own.k)
-        require(others < B, "distractors", f"be below the batch's {B} sequences", others)
-        self.own, self.others, self.landmarks = own, others, with_rolled(own.landmarks, others)
-
-    def retrieve(self, q_slc, start: int, topk: int, **options):
-        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, **options)
-
-    def scores(self, q_slc, start: int, **options):
-        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, **options)
-
-    def attend_all(self, q, weights):
-        return ChunkMemory(*(with_rolled(x, self.others) for x in self.own)).attend_all(q, weights)
-
-    def attend(self, q, weights, indices, **options) -> torch.Tensor:
-        """As one sequence, the whole batch."""
-        B, N = self.own.landmarks.shape[:2]
-        sequence = torch.arange(B, device=q.device)[:, None, None, None] - self.others + indices // N
-        indices = torch.where(indices < 0, -1, sequence % B * N + indices % N).int()
-        batch = ChunkMemory(*(x.flatten(0, 1)[None] for x in self.own))
-        q, weights, indices = (None if x is None else x.flatten(0, 1)[None] for x in (q, weights, indices))
-        return batch.attend(q, weights, indices, **options).unflatten(1, (B, -1))[0]
 
 
 def _require_sizes(**sizes: int | None) -> None:
@@ -353,23 +211,26 @@ class HSALayer(nn.Module):
         else:
             scores_BTRK, indices_BTRK = memory.retrieve(q_BTRE, start, self.topk, impl=impl, **options)
         scores_BTRK, indices_BTRK = top_p_chunks(scores_BTRK, indices_BTRK, self.topp)
+        share = self.kv_heads // self.retrieval_heads
+        indices_BTHK = indices_BTRK.repeat_interleave(share, 2) if share > 1 else indices_BTRK
+        dense = self.impl == "dense" and isinstance(memory, ChunkMemory) and self.fusion != "one_softmax"
         window_BTA = weights = None
         if self.fusion == "joint":
             weights, window_BTA = fusion_weights(scores_BTRK, "joint", lse_BTA)  # [B, T, A, K]
+        elif self.fusion == "mass":
+            masses_BTAK = memory.masses_all(q_BTAD) if dense else memory.masses(q_BTAD, indices_BTHK, impl=impl)
+            weights = fusion_weights(scores_BTRK.repeat_interleave(self.heads // self.retrieval_heads, 2) + masses_BTAK)
         elif self.fusion == "uniform":
             weights = fusion_weights(torch.zeros_like(scores_BTRK).masked_fill(indices_BTRK < 0, -torch.inf))
         elif self.fusion == "detached":
             weights = fusion_weights(scores_BTRK.detach())
         elif self.fusion != "one_softmax":
             weights = fusion_weights(scores_BTRK, self.fusion)
-        if self.impl == "dense" and isinstance(memory, ChunkMemory) and weights is not None:
+        if dense:
             return self.out(memory.attend_all(q_BTAD, weights).flatten(2)), window_BTA
-        share = self.kv_heads // self.retrieval_heads
-        if share > 1:
-            indices_BTRK = indices_BTRK.repeat_interleave(share, 2)
-            if weights is not None and self.fusion != "joint":
-                weights = weights.repeat_interleave(share, 2)
-        out_BTAD = memory.attend(q_BTAD, weights, indices_BTRK, impl=impl, overlap=self.selection_overlap)
+        if weights is not None and weights.shape[2] < self.kv_heads:
+            weights = weights.repeat_interleave(share, 2)
+        out_BTAD = memory.attend(q_BTAD, weights, indices_BTHK, impl=impl, overlap=self.selection_overlap)
         return self.out(out_BTAD.flatten(2)), window_BTA
 
     def forward(self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0) -> torch.Tensor:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from hsa_tl import hsa_decode, landmark_bounds, merge_attention, retrieve_decode, selected_decode
 from hsa_tl.model import memory_file
 from hsa_tl.model.budget import Budget, count, evict, pin, retrieve_kept
-from hsa_tl.model.hsa import chunk_scores
+from hsa_tl.model.chunk_memory import apart, chunk_scores, together
 from hsa_tl.model.memory_file import MemorySpec
-from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, pieces, placed, read, write
+from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, parts, pieces, placed, read, write
 
 BLOCK = 64  # landmarks that share a bound
 
@@ -290,19 +290,19 @@ class PagedMemory:
         Returns:
             scores [B, T, R, K] and indices [B, T, R, K] int32.
         """
-        lengths, parts = self._lengths(lengths), []
+        lengths, found = self._lengths(lengths), []
         if any(self.evicted):
             return retrieve_kept(self, q_slc, lengths, topk, **options)
         for i, (first, landmarks) in enumerate(placed(self.landmark_slabs, 1)):
             # Positions count from the slab's first token; visibility only knows differences.
-            found = retrieve_decode(
+            best = retrieve_decode(
                 q_slc, landmarks, lengths - first * self.spec.chunk_size if first else lengths, topk,
                 chunk_size=self.spec.chunk_size,
                 chunks=(self.chunks - first).clamp(min=0) if first else self.chunks,
                 bounds=self.bound_slabs[i] if self.two_level else None, **options,
             )  # fmt: skip
-            parts.append((first, found))
-        return merge(parts, topk)
+            found.append((first, best))
+        return merge(found, topk)
 
     def scores(self, q_slc: torch.Tensor, lengths: torch.Tensor | int, **options) -> torch.Tensor:
         """[B, T, R, longest] of every chunk, see hsa_tl.model.hsa.Memory; one where no sequence holds any."""
@@ -335,23 +335,24 @@ class PagedMemory:
         """
         count(self, weights, indices)
         if weights is None:
-            return merge_attention(*(selected_decode(q, *x, scale=scale, impl=impl) for x in self._parts(indices)))[0]
-        parts = ((k, v, weights, part, table) for k, v, part, table in self._parts(indices))
-        return reduce(torch.add, (hsa_decode(q, *x, scale=scale, impl=impl) for x in parts))
+            return merge_attention(*(selected_decode(q, *x, scale=scale, impl=impl) for x in parts(self, indices)))[0]
+        found = ((k, v, weights, part, table) for k, v, part, table in parts(self, indices))
+        return reduce(torch.add, (hsa_decode(q, *x, scale=scale, impl=impl) for x in found))
 
-    def _parts(self, indices):
-        """Disjoint parts of a selection: k and v to read, the chunks of the part, and their places in k and v."""
-        page = None if self.cache is None and len(self.k_slabs) == 1 else self.pages_of(indices)
-        if page is None:
-            yield self.k_slabs[0], self.v_slabs[0], indices, self.page_table
-        elif self.cache is None:
-            for (first, k), v in zip(placed(self.k_slabs), self.v_slabs, strict=True):
-                elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
-                yield k, v, torch.where(elsewhere, -1, indices), self.page_table - first
-        else:
-            if self.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
-                raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {self.held}")
-            yield from self.cache.parts(page, self.k_slabs, self.v_slabs)
+    def masses(
+        self, q: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None, impl: str = "auto"
+    ) -> torch.Tensor:
+        """Of each chosen chunk, the log-sum-exp of its own keys' scaled scores, by `hsa_tl.selected_decode`.
+
+        Args:
+            q, indices, scale, impl: as for `attend`.
+
+        Returns:
+            Tensor [B, T, HQ, K], float32: -inf for an empty slot.
+        """
+        q, slots = apart(q, indices)
+        found = (selected_decode(q, *x, scale=scale, impl=impl)[1] for x in parts(self, slots))
+        return together(reduce(torch.maximum, found), indices.shape[3])  # each chunk is in one part
 
     def pages_of(self, indices: torch.Tensor) -> torch.Tensor:
         """[B, T, H, K]: the page of each slot, -1 for an empty one."""

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.cache import Cache
+from hsa_tl.model.chunk_memory import BatchMemory, Memory
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import Generation
-from hsa_tl.model.hsa import BatchMemory, ChunkEncoder, HSALayer, Memory
+from hsa_tl.model.hsa import ChunkEncoder, HSALayer
 from hsa_tl.model.linear import LinearAttention
 from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
 from hsa_tl.model.moba import MixtureOfBlockAttention

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_tl import selected_attention
 from hsa_tl.model.attention import SelfAttention, positions, rotate
-from hsa_tl.model.hsa import visible
+from hsa_tl.model.chunk_memory import visible
 from hsa_tl.model.mlp import RMSNorm
 
 BLOCK_SCORES = 1 << 22  # of queries and compressed keys at once

@@ -57,6 +57,21 @@ def merge(parts: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]], topk: int)
     return scores.gather(-1, order), indices.gather(-1, order)
 
 
+def parts(memory, indices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Disjoint parts of a selection of a `PagedMemory`: k and v to read, the chunks of the part, their places in k."""
+    page = None if memory.cache is None and len(memory.k_slabs) == 1 else memory.pages_of(indices)
+    if page is None:
+        yield memory.k_slabs[0], memory.v_slabs[0], indices, memory.page_table
+    elif memory.cache is None:
+        for (first, k), v in zip(placed(memory.k_slabs), memory.v_slabs, strict=True):
+            elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
+            yield k, v, torch.where(elsewhere, -1, indices), memory.page_table - first
+    else:
+        if memory.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
+            raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {memory.held}")
+        yield from memory.cache.parts(page, memory.k_slabs, memory.v_slabs)
+
+
 def mapped(directory: Path | str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor in a file that has no name any more: it goes with the tensor."""
     with tempfile.NamedTemporaryFile(dir=directory) as file:

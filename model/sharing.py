@@ -8,7 +8,8 @@ The chunk memory comes from the lower decoder, which sees windows only. So rank 
 (r + 1) N / W) and reads as many tokens before them as the lower windows reach back together; nothing moves. All ranks
 run the end of the context, where the upper decoder begins, and every token after it. For each of these tokens and each
 HSA layer a rank sends its best K chunks, 8 bytes each for every retrieval head, so that selections are global and
-exact, and the sum of its chosen chunks' outputs, A * D numbers, since HSA's output is a sum over chunks.
+exact, and the sum of its chosen chunks' outputs, A * D numbers, since HSA's output is a sum over chunks; for fusion
+"mass" also A * K masses.
 
 Every rank makes the same calls with the same tokens.
 
@@ -20,8 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from hsa_tl.model.cache import Cache
+from hsa_tl.model.chunk_memory import Memory
 from hsa_tl.model.generate import SEGMENT
-from hsa_tl.model.hsa import Memory
 from hsa_tl.model.pages import merge
 from hsa_tl.validation import require_integers
 
@@ -76,12 +77,20 @@ class SharedMemory:
         return torch.cat([x[..., :n] for x, n in zip(self.share.gather(padded), held, strict=True)], -1)
 
     def attend(self, q_BTAD, weights, indices_BTHK, **options) -> torch.Tensor:
-        mine = (indices_BTHK >= self.share.first) & (indices_BTHK < self.share.stop)
-        indices_BTHK = torch.where(mine, indices_BTHK - self.share.first, -1)
-        out = self.own.attend(q_BTAD, weights, indices_BTHK, **options)
+        out = self.own.attend(q_BTAD, weights, self._mine(indices_BTHK), **options)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         dist.all_reduce(out, group=self.share.group)
         return out.to(q_BTAD.dtype)
+
+    def masses(self, q_BTAD, indices_BTHK, **options) -> torch.Tensor:
+        masses = self.own.masses(q_BTAD, self._mine(indices_BTHK), **options)
+        dist.all_reduce(masses, dist.ReduceOp.MAX, group=self.share.group)  # one rank holds the chunk
+        return masses
+
+    def _mine(self, indices: torch.Tensor) -> torch.Tensor:
+        """This rank's chunks, counted from its first."""
+        mine = (indices >= self.share.first) & (indices < self.share.stop)
+        return torch.where(mine, indices - self.share.first, -1)
 
 
 class SharedCache(Cache):

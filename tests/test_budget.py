@@ -9,8 +9,8 @@ from test_memory import KINDS, SPEC, D, E, G, H, K, S, chunks, each_kind, int32
 
 from hsa_tl import fusion_weights, hsa_attention
 from hsa_tl.model import Model, PagedMemory, load, preset
+from hsa_tl.model.chunk_memory import chunk_scores
 from hsa_tl.model.evaluate import accuracy, answers_right, needle_samples
-from hsa_tl.model.hsa import chunk_scores
 from hsa_tl.model.longcontext import LongReader
 
 BATCH = 2
@@ -166,7 +166,9 @@ def read_in(model, cache, ids, size):
     return torch.cat([model(x, cache=cache).logits for x in parts], 1)
 
 
-@pytest.mark.parametrize("changes", ({}, {"topk": "all"}, {"fusion": "joint"}, {"topp": 0.5}, {"recency": 16}))
+@pytest.mark.parametrize(
+    "changes", ({}, {"topk": "all"}, {"fusion": "joint"}, {"fusion": "mass"}, {"topp": 0.5}, {"recency": 16})
+)
 def test_a_cache_with_room_gives_the_same_bits_and_one_without_never_names_the_evicted(changes, tmp_path, monkeypatch):
     model = Model(replace(preset("tiny"), **changes)).eval()
     ids = torch.randint(0, 320, (2, 200))

@@ -16,8 +16,8 @@ from hsa_tl.bench.suite import selection_label
 from hsa_tl.cli import app
 from hsa_tl.model import Model, evaluate, load, preset
 from hsa_tl.model import train as training
+from hsa_tl.model.chunk_memory import ChunkMemory
 from hsa_tl.model.data import ByteTokenizer, TokenFile, write_tokens
-from hsa_tl.model.hsa import ChunkMemory
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.problem import Problem

@@ -93,7 +93,8 @@ def test_ragged_batch(options, impl):
     lengths = [n * S + extra for n, extra in zip(counts, (3, 7, 0), strict=True)]
     scores, indices = memory.retrieve(q_slc, int32(lengths), K, exclude_window=S)
     out = memory.attend(q, fusion_weights(scores), indices, scale=0.3, impl=impl)
-    assert (out[1] == 0).all()
+    masses = memory.masses(q, indices, scale=0.3, impl=impl)
+    assert (out[1] == 0).all() and (masses[1] == -torch.inf).all()
     for b in (0, 2):
         k, v, landmarks = content[b]
         part = slice(b, b + 1)
@@ -103,6 +104,11 @@ def test_ragged_batch(options, impl):
         k, v = (x.flatten(0, 1)[None] for x in (k, v))
         call = Inputs(q[part], k, v, fusion_weights(want[0]), want[1], torch.zeros_like(q[part]))
         assert_attention({"out": out[part]}, call, chunk_size=S, scale=0.3)
+        each = k[0].unflatten(0, (-1, S)).permute(2, 0, 1, 3)  # [H, chunks, S, D]
+        chosen = each[torch.arange(H)[:, None], indices[b].clamp(min=0)]  # [T, H, K, S, D]
+        lse = torch.einsum("thgd,thksd->thgks", q[b].unflatten(1, (H, G)) * 0.3, chosen).logsumexp(-1)
+        lse = lse.masked_fill(indices[b, :, :, None] < 0, -torch.inf)
+        torch.testing.assert_close(masses[b], lse.flatten(1, 2))
 
 
 @pytest.mark.parametrize("slabs", (KINDS["slabs"], KINDS["offloaded, small cache"]))

@@ -11,10 +11,10 @@ from tiers import tiered
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
-from hsa_tl.model import Model, preset
+from hsa_tl.model import Model, preset, segment_memory
 from hsa_tl.model import cache as caches
 from hsa_tl.model.attention import rotate
-from hsa_tl.model.cache import SegmentMemory, Tail
+from hsa_tl.model.cache import Tail
 from hsa_tl.model.generate import prefill
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 
@@ -32,6 +32,8 @@ CONFIGS = {
     "all": {"topk": "all", "rope": ("swa", "hsa"), "layers": 3, "groups": 1, "value_residual": "svformer"},
     "one softmax": {"fusion": "one_softmax", "retrieval_heads": 1},
     "one softmax, all": {"fusion": "one_softmax", "topk": "all", "impl": "dense"},
+    "mass": {"fusion": "mass", "retrieval_heads": 1},
+    "mass, all": {"fusion": "mass", "topk": "all", "impl": "dense"},
     "uniform": {"fusion": "uniform", "topk": "all", "impl": "dense"},
     "swa": {"attention": "swa"},
     "full": {"attention": "full", "value_residual": "resformer"},
@@ -108,7 +110,7 @@ def test_segments_equal_one_shot(name, split):
 
 @pytest.mark.parametrize("options", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("split", (SPLITS["mixed"], SPLITS["short"]), ids=("mixed", "short"))
-@pytest.mark.parametrize("name", ("hsa", "one softmax"))
+@pytest.mark.parametrize("name", ("hsa", "one softmax", "mass"))
 def test_every_memory(name, options, split, tmp_path):
     model, ids, wanted = whole(name)
     if "directory" in options:
@@ -280,13 +282,13 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
     counts = [100, 31]
     starts = [n - m for n, m in zip(lengths, counts, strict=True)]
     q, q_slc = torch.randn(2, 100, 4, D), torch.randn(2, 100, H, E).sign()
-    view = SegmentMemory(memory, counts)
+    view = segment_memory.SegmentMemory(memory, counts)
     scores, indices = view.retrieve(q_slc, torch.tensor(starts, dtype=torch.int32), K, exclude_window=exclude)
     every = view.scores(q_slc, torch.tensor(starts, dtype=torch.int32), exclude_window=exclude)
     torch.testing.assert_close(every.topk(K).values, scores.sort(descending=True).values)
     weights = torch.rand(scores.shape)
     out = view.attend(q, weights, indices)
-    monkeypatch.setattr(caches, "GATHERED", 7 * S * H * D)
+    monkeypatch.setattr(segment_memory, "GATHERED", 7 * S * H * D)
     torch.testing.assert_close(view.attend(q, weights, indices), out)
     for b, n in enumerate(counts):
         k, v, landmarks = content[b]

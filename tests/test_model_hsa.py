@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hsa_tl.model import ChunkEncoder, HSALayer
@@ -58,6 +59,24 @@ def test_all_chunks_by_matrix_products_alone(heads, layers):
     q, weights = torch.randn(2, T, 4, 16), torch.rand(2, T, heads, chunks)
     every = torch.arange(chunks).int().expand(2, T, 2, -1)
     torch.testing.assert_close(memory.attend_all(q, weights), memory.attend(q, weights, every))
+    torch.testing.assert_close(memory.masses_all(q), memory.masses(q, every))
+
+
+@pytest.mark.parametrize("retrieval_heads", (1, 2))
+def test_mass_is_one_softmax_with_a_bonus_for_each_key_of_a_chunk(retrieval_heads):
+    """exp(s_c) sum_j exp(q . k_j) over the chosen chunks: their scores, added to the scores of their keys."""
+    encoder = ChunkEncoder(32, 2, 16, 16, 16, retrieval_heads=retrieval_heads)
+    layer = HSALayer(32, 4, 2, 16, 16, topk=3, fusion="mass", retrieval_heads=retrieval_heads)
+    x = torch.randn(2, T, 32)
+    memory = encoder(x)
+    q, q_slc = layer.queries(x)
+    scores, indices = memory.retrieve(q_slc, 0, 3)
+    slots = indices[..., None] == torch.arange(memory.landmarks.shape[1])
+    bonus = torch.where(slots, scores[..., None], -torch.inf).amax(-2)  # [B, T, R, chunks]
+    bonus = bonus.repeat_interleave(4 // retrieval_heads, 2).repeat_interleave(16, 3).transpose(1, 2)
+    k, v = (y.repeat_interleave(2, 2).transpose(1, 2) for y in (memory.k, memory.v))
+    want = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bonus).nan_to_num(0)
+    torch.testing.assert_close(layer(x, memory), layer.out(want.transpose(1, 2).flatten(2)))
 
 
 def test_every_parameter_gets_a_gradient(layers):

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from hsa_tl import fusion_weights, transforms
-from hsa_tl.model import Model, ModelConfig, baseline, hsa, preset
-from hsa_tl.model import cache as caches
+from hsa_tl.model import Model, ModelConfig, baseline, chunk_memory, preset
+from hsa_tl.model.chunk_memory import ChunkMemory
 from hsa_tl.model.config import PRESETS, UNLEARNED
-from hsa_tl.model.hsa import ChunkEncoder, ChunkMemory, HSALayer
+from hsa_tl.model.hsa import ChunkEncoder, HSALayer
 from hsa_tl.model.longcontext import LongReader
 
 SMALL = ModelConfig(
@@ -20,7 +20,7 @@ SMALL = ModelConfig(
 T = 150
 OPTIONS = (
     *({"fusion": x} for x in ("softmax", "softmax1", "stick_breaking", "joint")),
-    *({"fusion": x, "topk": k} for x in ("uniform", "detached", "one_softmax") for k in (3, "all")),
+    *({"fusion": x, "topk": k} for x in ("mass", "uniform", "detached", "one_softmax") for k in (3, "all")),
     {"attention": "full", "log_length": 64, "score_scale": 1.5},
     *({"chunk_size": x} for x in (16, 32, 64)),
     *({"topk": x} for x in (3, 40, "all")),
@@ -346,15 +346,15 @@ def test_distractors_are_chunks_of_other_sequences_before_the_own():
 def test_the_layer_says_what_overlap_it_expects(monkeypatch):
     """In a forward over a ChunkMemory and in a prefill over pages; a share, or the config is refused."""
     asked = []
-    for module in (hsa, caches):
-        run = module.hsa_attention
-        monkeypatch.setattr(module, "hsa_attention", lambda *x, run=run, **y: asked.append(y["config"]) or run(*x, **y))
+    run = chunk_memory.hsa_attention
+    monkeypatch.setattr(chunk_memory, "hsa_attention", lambda *x, **y: asked.append(y["config"]) or run(*x, **y))
     model = Model(dataclasses.replace(SMALL, selection_overlap=0.4)).eval()
     ids = torch.randint(50, (1, T))
     with torch.no_grad():
         model(ids)
+        assert asked == [{"overlap": 0.4}] * 2  # layers
         model(ids, cache=model.new_cache(1))
-    assert asked and all(config == {"overlap": 0.4} for config in asked) and len(asked) > 1
+    assert asked == [{"overlap": 0.4}] * 4
     with pytest.raises(ValueError, match=r"selection_overlap must lie in \[0, 1\], got 1.5"):
         dataclasses.replace(SMALL, selection_overlap=1.5)
 

@@ -1,0 +1,197 @@
+"""The chunks that an HSA layer reads: keys, values and landmarks; in training, those of other sequences too.
+
+Shape suffixes: as in hsa_tl.model.hsa.
+"""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+
+from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
+from hsa_tl.model.attention import positions
+from hsa_tl.validation import require
+
+
+class Memory(Protocol):
+    """What an HSA layer reads: a ChunkMemory in training, a PagedMemory in inference."""
+
+    def retrieve(self, q_slc, start, topk: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        """scores, indices [B, T, R, topk]; start: position of the first query, int or int32 [B]; options of
+        `hsa_tl.retrieve_chunks`: exclude_window, recency, recency_span, impl."""
+
+    def scores(self, q_slc, start, **options) -> torch.Tensor:
+        """[B, T, R, N] of every chunk, -inf where a token does not see it: what top-k "all" has instead. Options as
+        those of `retrieve`, without impl."""
+
+    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
+        """out [B, T, A, D]; weights None: one softmax over the keys of all chosen chunks. overlap: of neighbouring
+        tokens' selections, by which programs are chosen."""
+
+    def masses(self, q, indices, *, impl: str = "auto") -> torch.Tensor:
+        """[B, T, A, K]: of each chosen chunk the log-sum-exp of its own keys' scaled scores; -inf for an empty slot.
+        Differentiable where `attend` is."""
+
+
+def visible(position: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
+    """bool [.., chunks]: which chunks the tokens at these positions see, as `hsa_tl.retrieve_chunks` has it."""
+    first, position = torch.arange(chunks, device=position.device) * chunk_size, position[..., None]
+    return (first + chunk_size <= position) & (first <= position - exclude_window)
+
+
+def chunk_scores(
+    q_slc, landmarks, start, chunk_size: int, *, exclude_window: int = 0, recency=None, recency_span: int = 16,
+    scale: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`Memory.scores` of these landmarks [B, N, R, E]; no autocast."""
+    scale = q_slc.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(q_slc.dtype, torch.float32)
+    with torch.autocast(q_slc.device.type, enabled=False):
+        scores = torch.einsum("btre,bnre->btrn", q_slc.to(dtype), landmarks.to(dtype)).mul_(scale)
+    position = positions(start, q_slc)
+    if recency is not None:
+        between = position[..., None] // chunk_size - 1 - torch.arange(landmarks.shape[1], device=q_slc.device)
+        share = (between.clamp(min=0).to(dtype).log1p() / math.log(recency_span)).clamp(max=1)[
+            ..., None, :
+        ]  # [.., T, 1, N]
+        scores = scores - recency.to(dtype)[:, None] * share
+    seen = visible(position, landmarks.shape[1], chunk_size, exclude_window)
+    return scores.masked_fill_(~seen[..., None, :], -torch.inf)
+
+
+def with_rolled(x: torch.Tensor, sequences: int) -> torch.Tensor:
+    """x [B, n, ..] of so many other sequences of the batch before each one's own: [B, (sequences + 1) * n, ..]."""
+    return torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1)
+
+
+def apart(q, indices) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every slot as a token of its own: q [B, T, A, D] as [B, T * K, A, D], indices [B, T, H, K] as [B, T * K, H, 1].
+    `masses` are the log-sum-exps of such tokens."""
+    return q.repeat_interleave(indices.shape[3], 1), indices.transpose(2, 3).flatten(1, 2)[..., None]
+
+
+def together(lse, slots: int) -> torch.Tensor:
+    """lse [B, T * K, A] of tokens from `apart` as [B, T, A, K]."""
+    return lse.unflatten(1, (-1, slots)).transpose(2, 3)
+
+
+class ChunkMemory(NamedTuple):
+    """Keys and values of chunks, and landmarks: what `ChunkEncoder` returns and `HSALayer` reads. Differentiable.
+
+    Args:
+        k (Tensor [B, N * S, H, D]): keys.
+        v (Tensor [B, N * S, H, D]): values.
+        landmarks (Tensor [B, N, R, D_r]): what `retrieve_chunks` scores.
+    """
+
+    k: torch.Tensor  # [B, N * S, H, D]
+    v: torch.Tensor  # [B, N * S, H, D]
+    landmarks: torch.Tensor  # [B, N, R, E]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.k.shape[1] // self.landmarks.shape[1]
+
+    def retrieve(self, q_slc, start: int, topk: int, **options):
+        """`hsa_tl.retrieve_chunks` over the landmarks.
+
+        Args:
+            q_slc (Tensor [B, T, R, D_r]): retrieval queries.
+            start (int): position of the first query.
+            topk (int): K.
+            options: exclude_window, scale, recency, recency_span, impl and validate, as there.
+
+        Returns:
+            scores [B, T, R, K] float32 and indices [B, T, R, K] int32.
+        """
+        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.chunk_size, q_start=start, **options)
+
+    def scores(self, q_slc: torch.Tensor, start: int, **options) -> torch.Tensor:
+        return chunk_scores(q_slc, self.landmarks, start, self.chunk_size, **options)
+
+    def attend_all(self, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """out [B, T, A, D] of q [B, T, A, D] and weights [B, T, R or A, N] of every chunk, by matrix products alone.
+
+        The operator's mathematics without a selection, for contexts of some hundred tokens: holds [B, A, T, N * S].
+        """
+        T, A, H = *q.shape[1:3], self.k.shape[2]
+        w = weights.repeat_interleave(A // weights.shape[2], 2).transpose(1, 2).unflatten(1, (H, A // H)).flatten(2, 3)
+        p = self._logits(q).softmax(-1)
+        out = (p * w[..., None].to(p.dtype)).flatten(-2) @ self.v.transpose(1, 2)
+        return out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def masses_all(self, q: torch.Tensor) -> torch.Tensor:
+        """`masses` [B, T, A, N] of every chunk, likewise."""
+        T, A, H = *q.shape[1:3], self.k.shape[2]
+        return self._logits(q).logsumexp(-1).unflatten(2, (A // H, T)).flatten(1, 2).transpose(1, 2)
+
+    def _logits(self, q) -> torch.Tensor:
+        """Scaled scores [B, H, G * T, N, S] of all keys."""
+        H = self.k.shape[2]
+        q = q.unflatten(2, (H, q.shape[2] // H)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H, G * T, D]
+        return (q * q.shape[-1] ** -0.5 @ self.k.transpose(1, 2).mT).unflatten(-1, (-1, self.chunk_size))
+
+    def attend(self, q, weights, indices, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
+        """`hsa_tl.hsa_attention` over the chosen chunks.
+
+        Args:
+            q (Tensor [B, T, HQ, D]): queries.
+            weights (Tensor [B, T, H or HQ, K], float32): of the slots; None for `hsa_tl.selected_attention`.
+            indices (Tensor [B, T, H, K], int32): chosen chunks.
+            impl (str): default: "auto".
+            overlap (float): see `hsa_tl.selection_overlap`. Default: 0.9.
+
+        Returns:
+            Tensor [B, T, HQ, D].
+        """
+        config, S = {"overlap": overlap}, self.chunk_size
+        if weights is None:
+            return selected_attention(q, self.k, self.v, indices, chunk_size=S, impl=impl, config=config)[0]
+        return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=S, impl=impl, config=config)
+
+    def masses(self, q: torch.Tensor, indices: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+        """Of each chosen chunk, the log-sum-exp of its own keys' scaled scores.
+
+        Args:
+            q (Tensor [B, T, HQ, D]): queries.
+            indices (Tensor [B, T, H, K], int32): chosen chunks.
+            impl (str): default: "auto".
+
+        Returns:
+            Tensor [B, T, HQ, K], float32: -inf for an empty slot; differentiable.
+        """
+        q, slots = apart(q, indices)
+        lse = selected_attention(q, self.k, self.v, slots, chunk_size=self.chunk_size, impl=impl)[1]
+        return together(lse, indices.shape[3])
+
+
+class BatchMemory:
+    """A Memory whose sequences see the chunks of so many others of the batch too, before their own. Nothing but
+    landmarks is copied, and gradients add up.
+    """
+
+    def __init__(self, own: ChunkMemory, others: int):
+        B = len(own.k)
+        require(others < B, "distractors", f"be below the batch's {B} sequences", others)
+        self.own, self.others, self.landmarks = own, others, with_rolled(own.landmarks, others)
+
+    def retrieve(self, q_slc, start: int, topk: int, **options):
+        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, **options)
+
+    def scores(self, q_slc, start: int, **options):
+        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, **options)
+
+    def attend(self, q, weights, indices, **options) -> torch.Tensor:
+        return self._as_one("attend", q, weights, indices, **options)
+
+    def masses(self, q, indices, **options) -> torch.Tensor:
+        return self._as_one("masses", q, indices, **options)
+
+    def _as_one(self, method: str, *rows, **options) -> torch.Tensor:
+        """The whole batch as one sequence; of rows, the last are the indices."""
+        (B, N), indices = self.own.landmarks.shape[:2], rows[-1]
+        sequence = torch.arange(B, device=indices.device)[:, None, None, None] - self.others + indices // N
+        indices = torch.where(indices < 0, -1, sequence % B * N + indices % N).int()
+        batch = ChunkMemory(*(x.flatten(0, 1)[None] for x in self.own))
+        rows = (None if x is None else x.flatten(0, 1)[None] for x in (*rows[:-1], indices))
+        return getattr(batch, method)(*rows, **options).unflatten(1, (B, -1))[0]
