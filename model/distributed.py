@@ -106,6 +106,13 @@ class ContextParallel(nn.Module):
         start = T // ranks * self.mesh.get_local_rank()
         return slice(start, start + T // ranks)
 
+    def _before(self, h_BTC: torch.Tensor, n: int) -> torch.Tensor | None:
+        """The last n hidden states of the rank before, None for the first rank."""
+        if not n:
+            return None
+        rank, last = self.mesh.get_local_rank(), gather(h_BTC[:, -n:], self.mesh)
+        return last[:, (rank - 1) * n : rank * n] if rank else last[:, :n] * 0  # 0: its gradient is collective too
+
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, logits_to_keep: int | None = None
     ) -> ModelOutput:
@@ -123,7 +130,7 @@ class ContextParallel(nn.Module):
         caches = [Neighbours(self.mesh, layer.attention.window) for layer in model.layers]
         lower = model.config.lower_layers
         h_BTC, first_v_BTHD = model.lower(x_BTC, part.start, caches[:lower])
-        own = model.encode(h_BTC, part.start)
+        own = model.encode(h_BTC, part.start, self._before(h_BTC, c.encoder_reach))
         memory, start = None, part.start
         if own is not None:
             distractors = c.distractors if model.training else 0

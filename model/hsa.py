@@ -14,6 +14,7 @@ from hsa_tl import fusion_weights, top_p_chunks
 from hsa_tl.model.attention import positions, rotate
 from hsa_tl.model.chunk_memory import ChunkMemory, Memory
 from hsa_tl.model.config import FUSIONS
+from hsa_tl.model.conv import ShortConv
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
 from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
@@ -51,7 +52,8 @@ class EncoderBlock(nn.Module):
 class ChunkEncoder(nn.Module):
     """Where landmarks come from: bidirectional blocks within each chunk of S tokens and its [CLS].
 
-    The tokens give keys and values, [CLS] gives the chunk's landmark. No chunk sees another.
+    The tokens give keys and values, [CLS] gives the chunk's landmark. No chunk sees another, but what the convolution
+    brings.
 
     Args:
         dim (int): C, of the hidden states.
@@ -66,6 +68,7 @@ class ChunkEncoder(nn.Module):
         rope_theta (float): base of RoPE on the keys. Default: None, no positions.
         std (float): of the initial [CLS] and of the positions within a chunk. Default: 0.02.
         landmark_norm (bool): see `ModelConfig`. Default: True.
+        conv (int): see `ModelConfig.encoder_conv`. Default: 0.
 
     Example:
         >>> memory = ChunkEncoder(32, kv_heads=1, head_dim=16, retrieval_dim=8, chunk_size=16)(torch.randn(2, 40, 32))
@@ -76,15 +79,17 @@ class ChunkEncoder(nn.Module):
     def __init__(
         self, dim: int, kv_heads: int, head_dim: int, retrieval_dim: int, chunk_size: int, *, heads: int = 4,
         retrieval_heads: int | None = None, layers: int = 1, mlp_dim: int | None = None,
-        rope_theta: float | None = None, std: float = 0.02, landmark_norm: bool = True,
+        rope_theta: float | None = None, std: float = 0.02, landmark_norm: bool = True, conv: int = 0,
     ):  # fmt: skip
         super().__init__()
         sizes = {"dim": dim, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim, "heads": heads}
         _require_sizes(**sizes, retrieval_heads=retrieval_heads)
         require_common(chunk_size, None, "auto")
+        require_int("conv", conv, 0)
         require(dim % heads == 0, "dim", f"be a multiple of heads = {heads}", dim)
         self.chunk_size, self.kv_heads, self.rope_theta = chunk_size, kv_heads, rope_theta
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
+        self.conv = ShortConv(dim, conv) if conv else None
         self.cls_C = nn.Parameter(torch.randn(dim) * std)
         self.position_SC = nn.Parameter(torch.randn(chunk_size + 1, dim) * std)
         self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_dim or dim) for _ in range(layers))
@@ -94,13 +99,16 @@ class ChunkEncoder(nn.Module):
         self.k_norm = RMSNorm(head_dim)
         self.landmark_norm = RMSNorm(retrieval_dim) if landmark_norm else None
 
-    def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0) -> ChunkMemory:
+    def forward(
+        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, past_BPC: torch.Tensor | None = None
+    ) -> ChunkMemory:
         """Encodes the chunks of hidden states.
 
         Args:
             x_BTC (Tensor [B, T, C]): hidden states that begin at a chunk's first token. A last chunk shorter than S is
                 padded; no token may retrieve it before it is whole.
             start (int or Tensor [B]): absolute position of the first token, for keys with RoPE. Default: 0.
+            past_BPC (Tensor [B, conv - 1, C]): hidden states before x. Default: None, zeros.
 
         Returns:
             ChunkMemory: of N = ceil(T / S) chunks.
@@ -109,6 +117,8 @@ class ChunkEncoder(nn.Module):
         B, T, C = x_BTC.shape
         S = self.chunk_size
         N = (T + S - 1) // S
+        if self.conv is not None:
+            x_BTC = self.conv(x_BTC, past_BPC)
         x = F.pad(x_BTC, (0, 0, 0, N * S - T)).view(B * N, S, C)
         x = torch.cat([x, self.cls_C.expand(B * N, 1, C)], 1) + self.position_SC
         for block in self.blocks:

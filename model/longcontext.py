@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.model import Model
@@ -59,6 +60,7 @@ class LongReader:
         if not retrieve and model.encoder is not None and "linear" in c.kinds:
             raise ValueError("retrieve must be True for a model with linear layers, got False")
         self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
+        self.chunk_reach = self.lower_reach + c.encoder_reach
         self.upper_reach = sum(x.reach for x in upper)
         self.tokens = np.empty(0, np.uint16)
         self.memory: PagedMemory | None = None  # with a group, of this rank's share
@@ -125,7 +127,7 @@ class LongReader:
             # +1 where a changed token's reach begins, -1 behind it; counted in chunks.
             edges = np.zeros(N + 2, np.int64)
             np.add.at(edges, np.minimum(changed // S, N), 1)
-            np.add.at(edges, np.minimum((changed + self.lower_reach) // S + 1, N + 1), -1)
+            np.add.at(edges, np.minimum((changed + self.chunk_reach) // S + 1, N + 1), -1)
             stale = np.cumsum(edges)[:N] > 0
         stale[:first] = stale[stop:] = False
         self.tokens = np.empty(0, np.uint16)  # nothing, should encoding fail
@@ -134,8 +136,10 @@ class LongReader:
         for begin, last in bounds.reshape(-1, 2).tolist():
             for a in range(begin, last, step):
                 b = min(last, a + step)
-                h_BTC, _ = self._lower(tokens, a * S, b * S)
-                part = self.model.encode(h_BTC, a * S)
+                n = self.model.config.encoder_reach
+                h_BTC, _ = self._lower(tokens, max(0, a * S - n), b * S)
+                h_BTC = F.pad(h_BTC, (0, 0, n + (b - a) * S - h_BTC.shape[1], 0))
+                part = self.model.encode(h_BTC[:, n:], a * S, h_BTC[:, :n])
                 at = a - first
                 store = self.memory.append if at == self.memory.longest else partial(self.memory.replace, start=at)
                 n = b - a  # what is more of the encoder's is not whole

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.cache import Cache
-from hsa_tl.model.chunk_memory import BatchMemory, Memory
+from hsa_tl.model.chunk_memory import BatchMemory, ChunkMemory, Memory
 from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.conv import ShortConv
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer
 from hsa_tl.model.linear import LinearAttention
@@ -42,19 +43,6 @@ class ModelOutput(NamedTuple):
     logits: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     cache: object | None = None
-
-
-class ShortConv(nn.Module):
-    """x + a causal depthwise convolution of x [B, T, C]: each token sees the width - 1 before it, `past` [B, ., C]."""
-
-    def __init__(self, dim: int, width: int):
-        super().__init__()
-        self.weight_WC = nn.Parameter((torch.rand(width, dim) * 2 - 1) / width**0.5)
-
-    def forward(self, x_BTC: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
-        W, T = len(self.weight_WC), x_BTC.shape[1]
-        padded = F.pad(x_BTC, (0, 0, W - 1, 0)) if past is None else torch.cat([past, x_BTC], 1)
-        return x_BTC + sum(padded[:, i : i + T] * self.weight_WC[i] for i in range(W))
 
 
 class Layer(nn.Module):
@@ -151,7 +139,7 @@ class Model(Generation, nn.Module):
                 c.dim, c.kv_heads, c.head_dim, c.retrieval_dim, c.chunk_size, heads=c.encoder_heads,
                 retrieval_heads=c.retrieval_heads, layers=c.encoder_layers, mlp_dim=c.encoder_mlp_dim,
                 rope_theta=(c.rope_frequencies or c.rope_theta) if "hsa" in c.rope else None, std=c.embedding_std,
-                landmark_norm=c.landmark_norm,
+                landmark_norm=c.landmark_norm, conv=c.encoder_conv,
             )  # fmt: skip
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
@@ -214,9 +202,10 @@ class Model(Generation, nn.Module):
         """Hidden states [B, T, C] and the first layer's values [B, T, H, D] (which `value_residual` needs above)."""
         return self._run(self.layers[: self.config.lower_layers], caches, x_BTC, None, None, start, states=states)
 
-    def encode(self, h_BTC: torch.Tensor, start=0) -> Memory | None:
-        """The chunk memory of hidden states that begin at a chunk's first token; None if nothing reads one."""
-        return None if self.encoder is None else self.encoder(h_BTC, start)
+    def encode(self, h_BTC: torch.Tensor, start=0, past_BPC: torch.Tensor | None = None) -> ChunkMemory | None:
+        """The chunk memory of hidden states that begin at a chunk's first token; None if nothing reads one. past:
+        encoder_reach hidden states before them, 0 before the first token of all."""
+        return None if self.encoder is None else self.encoder(h_BTC, start, past_BPC)
 
     def upper(
         self, h_BTC: torch.Tensor, memory: Memory | None, first_v_BTHD: torch.Tensor, start=0, caches=None,

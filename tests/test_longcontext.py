@@ -25,6 +25,7 @@ CONFIGS = (
     {"layers": 5, "groups": 2, "kv_heads": 2, "window": 21, "value_residual": "resformer"},
     {"fusion": "joint", "exclude_window": True, "conv": 0},
     {"recency": 4, "topk": 3, "landmark_norm": False},
+    {"fusion": "mass", "encoder_conv": 5, "topk": 3},
     {"attention": "swa", "layers": 4},
     {"attention": "nsa"},
     {"attention": "moba", "topk": 3},
@@ -50,7 +51,7 @@ def check(readers, exact, tokens, keep):
         assert_accurate("logits", reader.read(tokens, keep), wanted)
 
 
-@pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[8], CONFIGS[-1])), ids=str)
+@pytest.mark.parametrize("changes", tiered(CONFIGS, quick=(CONFIGS[1], CONFIGS[4], CONFIGS[9], CONFIGS[-1])), ids=str)
 def test_reading_is_the_forward(changes, tmp_path):
     model, exact = models(changes)
     rng = np.random.default_rng(0)

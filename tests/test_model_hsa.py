@@ -79,6 +79,22 @@ def test_mass_is_one_softmax_with_a_bonus_for_each_key_of_a_chunk(retrieval_head
     torch.testing.assert_close(layer(x, memory), layer.out(want.transpose(1, 2).flatten(2)))
 
 
+def test_a_convolution_tells_a_chunk_what_stands_before_it():
+    """So many tokens before each chunk, whoever gives them, and zeros before the first; without it none."""
+    encoder = ChunkEncoder(C, 2, 16, 8, S, conv=4)
+    x = torch.randn(2, 3 * S, C)
+    whole = encoder(x)
+    for i, past in enumerate((None, x[:, S - 3 : S], x[:, 2 * S - 3 : 2 * S])):
+        part = encoder(x[:, i * S : (i + 1) * S], past_BPC=past)
+        torch.testing.assert_close(part.landmarks, whole.landmarks[:, i : i + 1])
+        torch.testing.assert_close(part.k, whole.k[:, i * S : (i + 1) * S])
+    x.requires_grad_()
+    for conv, reach in ((0, 0), (1, 0), (4, 3)):
+        encoder = ChunkEncoder(C, 2, 16, 8, S, conv=conv)
+        (gradient,) = torch.autograd.grad(encoder(x).landmarks[:, 1].square().sum(), x)
+        assert gradient.any(-1).any(0).nonzero()[[0, -1], 0].tolist() == [S - reach, 2 * S - 1]
+
+
 def test_every_parameter_gets_a_gradient(layers):
     encoder, layer = layers
     x = torch.randn(1, T, C)
