@@ -35,9 +35,9 @@ class ModelConfig:
     "moba": MoBA there (`hsa_tl.model.moba`). "swa": sliding windows only. "full": causal attention over everything
     (BaseLM). "linear": linear attention only (`hsa_tl.model.linear`). "selected": every layer has one softmax over its
     window, the first tokens and chosen chunks of its own keys, as a pretrained model has it that `hsa-tl convert` made
-    (`hsa_tl.model.selected`). No parameter's shape depends on window, topk, topp, exclude_window, fusion, distractors,
-    rope, sinks or selection, so that a checkpoint goes from one training stage to the next. The defaults are the preset
-    "tiny".
+    (`hsa_tl.model.selected`). No parameter's shape depends on window, topk, topp, exclude_window, fusion, mass_power,
+    distractors, rope, sinks or selection, so that a checkpoint goes from one training stage to the next. The defaults
+    are the preset "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -82,6 +82,8 @@ class ModelConfig:
             keys' log-sum-exp, so that a chunk of which the query likes no key loses, however well its landmark fits:
             for haystacks of like chunks, at up to twice the cost; or, to compare, one that teaches retrieval nothing:
             "uniform" weights, "detached" scores, "one_softmax" over the keys of all chosen chunks. Default: "softmax".
+        mass_power (float): with fusion "mass", times the log-sum-exp: the more chunks are read, the more it takes for
+            the right one to outweigh all others. Default: 1.0, one softmax over all keys, a score a bonus of its keys.
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
             before its own, so that it learns to choose among as many chunks as a longer context has; not with
             positions in HSA, since theirs would be its own's. Default: 0.
@@ -146,6 +148,7 @@ class ModelConfig:
     topp: float = 1.0
     exclude_window: bool = False
     fusion: str = "softmax"
+    mass_power: float = 1.0
     distractors: int = 0
     retrieval_heads: int = 1
     retrieval_dim: int = 128
@@ -202,6 +205,8 @@ class ModelConfig:
             ("value_residual", self.value_residual in VALUE_RESIDUALS, f"be one of {', '.join(VALUE_RESIDUALS)}"),
             ("fusion", self.fusion in FUSIONS, f"be one of {', '.join(FUSIONS)}"),
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
+            ("mass_power", self.mass_power > 0, "be positive"),
+            ("mass_power", self.mass_power == 1 or self.fusion == "mass", 'be 1 without fusion "mass"'),
             ("encoder_conv", self.encoder_conv <= self.chunk_size, f"be at most chunk_size = {self.chunk_size}"),
             ("topk", self.topk == "all" or counts, 'be a positive int or "all", or 0 for "selected"'),
             ("topk", self.attention != "nsa" or self.topk not in (1, 2), "be at least 3 with attention nsa"),

@@ -157,13 +157,14 @@ class HSALayer(nn.Module):
         recency (int): recency_span of `hsa_tl.retrieve_chunks`, whose recency is then learned for each retrieval head,
             from 4 on. Default: None, there is none.
         topp (float): see `hsa_tl.top_p_chunks`. Default: 1.0, all chosen chunks are read.
+        mass_power (float): see `ModelConfig`. Default: 1.0.
     """
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, head_dim: int, retrieval_dim: int, *, topk: int | str = 64,
         exclude_window: int = 0, fusion: str = "softmax", retrieval_heads: int | None = None,
         rope_theta: float | None = None, impl: str = "auto", selection_overlap: float = 0.9,
-        recency: int | None = None, topp: float = 1.0,
+        recency: int | None = None, topp: float = 1.0, mass_power: float = 1.0,
     ):  # fmt: skip
         super().__init__()
         sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim}
@@ -174,13 +175,14 @@ class HSALayer(nn.Module):
         if recency is not None:
             require_int("recency", recency, 2)
         require(0 < topp <= 1, "topp", "lie in (0, 1]", topp)
+        require(mass_power > 0, "mass_power", "be positive", mass_power)
         require(impl != "dense" or topk == "all", "impl", 'not be "dense" unless topk is "all"', repr(impl))
         require(fusion in FUSIONS, "fusion", f"be one of {', '.join(FUSIONS)}", repr(fusion))
         self.heads, self.kv_heads = heads, kv_heads
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
         self.topk, self.exclude_window, self.fusion = topk, exclude_window, fusion
         self.rope_theta, self.impl, self.selection_overlap = rope_theta, impl, selection_overlap
-        self.recency_span, self.topp = recency, topp
+        self.recency_span, self.topp, self.mass_power = recency, topp, mass_power
         self.norm = RMSNorm(dim)
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.q_slc = nn.Linear(dim, self.retrieval_heads * retrieval_dim, bias=False)
@@ -229,7 +231,8 @@ class HSALayer(nn.Module):
             weights, window_BTA = fusion_weights(scores_BTRK, "joint", lse_BTA)  # [B, T, A, K]
         elif self.fusion == "mass":
             masses_BTAK = memory.masses_all(q_BTAD) if dense else memory.masses(q_BTAD, indices_BTHK, impl=impl)
-            weights = fusion_weights(scores_BTRK.repeat_interleave(self.heads // self.retrieval_heads, 2) + masses_BTAK)
+            scores_BTAK = scores_BTRK.repeat_interleave(self.heads // self.retrieval_heads, 2)
+            weights = fusion_weights(scores_BTAK + self.mass_power * masses_BTAK)
         elif self.fusion == "uniform":
             weights = fusion_weights(torch.zeros_like(scores_BTRK).masked_fill(indices_BTRK < 0, -torch.inf))
         elif self.fusion == "detached":

@@ -81,6 +81,7 @@ class Layer(nn.Module):
                 *heads, c.retrieval_dim, topk=c.topk, exclude_window=exclude,
                 fusion=c.fusion, retrieval_heads=c.retrieval_heads, rope_theta=rope.get("hsa"), impl=c.impl,
                 selection_overlap=c.selection_overlap, recency=c.recency, topp=c.topp,
+                mass_power=c.mass_power,
             )  # fmt: skip
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         if c.experts and index >= c.dense_layers:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hsa_tl import fusion_weights
 from hsa_tl.model import ChunkEncoder, HSALayer
 
 S, C, T = 16, 32, 75
@@ -77,6 +78,11 @@ def test_mass_is_one_softmax_with_a_bonus_for_each_key_of_a_chunk(retrieval_head
     k, v = (y.repeat_interleave(2, 2).transpose(1, 2) for y in (memory.k, memory.v))
     want = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bonus).nan_to_num(0)
     torch.testing.assert_close(layer(x, memory), layer.out(want.transpose(1, 2).flatten(2)))
+    strong = HSALayer(32, 4, 2, 16, 16, topk=3, fusion="mass", retrieval_heads=retrieval_heads, mass_power=2.5)
+    strong.load_state_dict(layer.state_dict())
+    indices = indices.repeat_interleave(2 // retrieval_heads, 2)
+    weights = fusion_weights(scores.repeat_interleave(4 // retrieval_heads, 2) + 2.5 * memory.masses(q, indices))
+    torch.testing.assert_close(strong(x, memory), strong.out(memory.attend(q, weights, indices).flatten(2)))
 
 
 def test_a_convolution_tells_a_chunk_what_stands_before_it():

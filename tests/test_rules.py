@@ -37,6 +37,8 @@ CONFIG = [  # a field, values at its edge, values beyond it, what stands beside 
     ("topk", (0, 1), (-1,), SELECTED),
     ("topk", (3, "all"), (1, 2), NSA),
     ("topp", (0.01, 1), (0, 1.01), {}),
+    ("mass_power", (0.01, 8), (0, -1), {"fusion": "mass"}),
+    ("mass_power", (1,), (1.01, 0.5), {}),
     ("distractors", (0,), (1,), {"rope": ("hsa",)}),
     ("retrieval_heads", (1, 2, 4), (3,), {"kv_heads": 4}),
     ("impl", ("dense",), (), {"topk": "all"}),
