@@ -89,7 +89,13 @@ class ChunkEncoder(nn.Module):
         require(dim % heads == 0, "dim", f"be a multiple of heads = {heads}", dim)
         self.chunk_size, self.kv_heads, self.rope_theta = chunk_size, kv_heads, rope_theta
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
-        self.conv = ShortConv(dim, conv) if conv else None
+        self.conv = None
+        if conv:
+            # At first each token beside the one before: what a landmark or key takes from a token it then takes as well
+            # from the next, which may stand in another chunk. From random weights that is not learned.
+            self.conv = ShortConv(dim, conv)
+            with torch.no_grad():
+                self.conv.weight_WC.zero_()[-2:-1] = 1
         self.cls_C = nn.Parameter(torch.randn(dim) * std)
         self.position_SC = nn.Parameter(torch.randn(chunk_size + 1, dim) * std)
         self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_dim or dim) for _ in range(layers))
