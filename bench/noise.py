@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from hsa_tl.bench import plot_eval, record
+from hsa_tl.model.chunk_memory import ChunkMemory
 from hsa_tl.model.config import UNLEARNED
 from hsa_tl.model.data import Sample
-from hsa_tl.model.chunk_memory import ChunkMemory
 from hsa_tl.model.model import Model
 from hsa_tl.terminal import plot_or_say, say, show_table
 from hsa_tl.validation import require
@@ -31,7 +31,7 @@ class _Shifted:
     """A memory with `shift` [N] on the scores of its chunks: -inf leaves one out, a gradient at 0 estimates it."""
 
     def __init__(self, memory: ChunkMemory, shift_N: torch.Tensor):
-        self.memory, self.shift_N, self.attend = memory, shift_N, memory.attend
+        self.memory, self.shift_N, self.attend, self.masses = memory, shift_N, memory.attend, memory.masses
 
     def retrieve(self, q_slc, start, topk: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
         scores_BTRK, indices_BTRK = self.memory.retrieve(q_slc, start, topk, **options)

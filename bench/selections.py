@@ -22,7 +22,7 @@ class _Watched:
 
     def __init__(self, memory: Memory):
         self.memory, self.asked = memory, []
-        self.retrieve, self.scores = memory.retrieve, memory.scores
+        self.retrieve, self.scores, self.masses = memory.retrieve, memory.scores, memory.masses
 
     def attend(self, q, weights, indices, **options) -> torch.Tensor:
         self.asked.append((weights.cpu(), indices.cpu()))

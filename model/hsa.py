@@ -123,6 +123,10 @@ class ChunkEncoder(nn.Module):
         B, T, C = x_BTC.shape
         S = self.chunk_size
         N = (T + S - 1) // S
+        if past_BPC is not None:
+            require_tensor("past_BPC", past_BPC, 3)
+            width = 0 if self.conv is None else len(self.conv.weight_WC) - 1
+            require_shape("past_BPC", past_BPC, (B, width, C), "what the convolution reaches back to")
         if self.conv is not None:
             x_BTC = self.conv(x_BTC, past_BPC)
         x = F.pad(x_BTC, (0, 0, 0, N * S - T)).view(B * N, S, C)
@@ -182,6 +186,7 @@ class HSALayer(nn.Module):
             require_int("recency", recency, 2)
         require(0 < topp <= 1, "topp", "lie in (0, 1]", topp)
         require(mass_power > 0, "mass_power", "be positive", mass_power)
+        require(mass_power == 1 or fusion == "mass", "mass_power", 'be 1 without fusion "mass"', mass_power)
         require(impl != "dense" or topk == "all", "impl", 'not be "dense" unless topk is "all"', repr(impl))
         require(fusion in FUSIONS, "fusion", f"be one of {', '.join(FUSIONS)}", repr(fusion))
         self.heads, self.kv_heads = heads, kv_heads

@@ -172,15 +172,17 @@ def test_weight_by_distance_and_layer():
     assert selections.weight_by_distance(weights, indices, 16) == pytest.approx([0.375, 0.5, 0.125])
 
 
-def test_every_layer_is_watched_as_it_reads():
+@pytest.mark.parametrize("fusion", ("softmax", "mass"))
+def test_every_layer_is_watched_as_it_reads(fusion):
     """Its weights and chunks give what the layer gave; recency has its say."""
     torch.manual_seed(0)
-    changes = {"layers": 4, "groups": 2, "topk": 2, "kv_heads": 2, "recency": 4}
+    changes = {"layers": 4, "groups": 2, "topk": 2, "kv_heads": 2, "recency": 4, "fusion": fusion}
     model = Model(replace(preset("tiny"), **changes)).eval()
     torch.nn.init.constant_(model.layers[3].hsa.recency_R, 100.0)
     tokens = np.random.default_rng(0).integers(0, 320, 200).astype(np.uint16)
     found = selections.trained_selections(model, tokens)
-    assert list(found) == [2, 3] and found[2][1].shape == found[3][0].shape == (1, 200, 2, 2)
+    assert list(found) == [2, 3] and found[2][1].shape == (1, 200, 2, 2)
+    assert found[3][0].shape == (1, 200, 4 if fusion == "mass" else 2, 2)
     own = torch.arange(200)[None, :, None] // 16
     assert torch.equal(found[3][1][:, 48:], torch.stack([own - 2, own - 1], 3)[:, 48:].expand(-1, -1, 2, -1).int())
     assert selections.weight_by_distance(*found[3], 16)[2:] == [0.0, 0.0]

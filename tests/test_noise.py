@@ -26,7 +26,11 @@ def prediction(seed: int = 0, **changes) -> Prediction:
     return Prediction(model, np.random.default_rng(seed).integers(0, 320, 170), TARGETS)
 
 
-@pytest.mark.parametrize("changes", ({}, {"fusion": "softmax1"}, {"topk": "all", "impl": "dense"}, {"recency": 4}))
+@pytest.mark.parametrize(
+    "changes",
+    ({}, {"fusion": "softmax1"}, {"fusion": "mass"}, {"topk": "all", "impl": "dense"}, {"recency": 4}),
+    ids=str,
+)
 def test_scores_are_the_gradient_of_the_models_loss(changes):
     asked = prediction(**changes)
     logits = asked.model(torch.from_numpy(np.random.default_rng(0).integers(0, 320, 170))[None]).logits[0, TARGETS - 1]
