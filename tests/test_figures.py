@@ -103,29 +103,21 @@ def percent(values: list[float]) -> str:
     return str(mid) if low == high else f"{mid} ({low} to {high})"
 
 
+def needle_rows() -> list[dict]:
+    return json.loads((RESULTS / "lengths.json").read_text())
+
+
+def accuracies(rows: list[dict], recipe: str, model: str, task: str, T: int) -> list[float]:
+    """Of each seed, in their order."""
+    found = [r for r in rows if (r["recipe"], r["model"], r["task"], r["length"]) == (recipe, model, task, T)]
+    return [r["accuracy"] for r in sorted(found, key=lambda r: r["seed"])]
+
+
 def test_figures_of_needles():
-    rows = json.loads((RESULTS / "lengths.json").read_text())
-
-    def values(recipe, model, task, T):
-        found = [r for r in rows if (r["recipe"], r["model"], r["task"], r["length"]) == (recipe, model, task, T)]
-        return [r["accuracy"] for r in sorted(found, key=lambda r: r["seed"])]
-
+    rows = needle_rows()
     for model, name in (("hsa", "HSA"), ("full-rope", "full attention, RoPE"), ("swa", "sliding window only")):
-        found = [values("needle-tiny", model, "s-niah", T) for T in LENGTHS]
+        found = [accuracies(rows, "needle-tiny", model, "s-niah", T) for T in LENGTHS]
         in_page("README.md", cells(name, *(percent(v) if v else "" for v in found)))
-    for recipe, model, name in (
-        ("needle-hard", "hsa", "HSA, seeds 0 to 4"),
-        ("needle-hard-before", "hsa", "HSA before, seeds 0 to 4"),
-        ("needle-hard-before", "full-rope", "full attention, RoPE, seed 0, before"),
-    ):
-        found = [values(recipe, model, "mk-niah-3", T) for T in LENGTHS]
-        in_page("docs/results.md", cells(name, *(", ".join(f"{100 * x:.0f}" for x in v) for v in found)))
-    page, far = words("docs/results.md"), [round(100 * x) for x in values("needle-hard", "hsa", "mk-niah-3", M)]
-    least = min(values("needle-hard", "hsa", "mk-niah-3", 32 * K))
-    assert f"at least {100 * least:.0f} % right; at 1M it is {sum(far) / len(far):.0f} % in the mean" in page
-    for task in ("s-niah", "mq-niah"):
-        found = [round(100 * x) for T in LENGTHS[1:] for x in values("needle-hard", "hsa", task, T)]
-        assert f"{min(found)} to {max(found)} % ({task.upper()})" in page
     text = words("README.md") + words("docs/results.md")
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
 
@@ -302,60 +294,6 @@ def test_figures_of_two_tiers():
     change = ("{:+.3f} ({:.3f})".format(*paired(bits["two-tier", text], bits["mixed", text])) for text in texts)
     in_page(page, cells("two tiers minus one mixture", *change))
     assert all(r["commit"] in words(page) for r in rows)
-
-
-def test_figures_of_haystacks_of_needles_by_other_recipes():
-    found, page = json.loads((RESULTS / "hard_haystack.json").read_text()), "docs/results.md"
-    name = lambda r: (r["recipe"], r["seed"], r.get("topk", 8), r["task"], r["length"])  # noqa: E731
-    right = {name(r): round(100 * r["accuracy"]) for r in found["rows"]}
-    trained = {
-        ("short-windows", 4, 8): "windows of 16 up to 128 tokens, then 256 tokens with 3 and 15 distractors",
-        ("short-windows-47-long", 4, 8): "the same, and 950 steps with 47 distractors",
-        ("no-norm-256", 4, 8): "windows of 16 first, then 47 distractors at once, landmarks without norm",
-        ("to-1024", 1, 8): "windows of 16 first, then 1024 tokens with 11 distractors",
-        ("to-1024-no-norm", 4, 8): "the same, landmarks without norm",
-        ("muon-last-layer-too", 1, 8): "windows of 16 first, then 1024 tokens with 11 distractors, by Muon",
-        ("muon-last-layer-too", 4, 8): "the same",
-        ("muon-last-layer-too", 1, 16): "the same, read with 16 chunks instead of 8",
-        ("muon-short-stages", 4, 16): "the same, AdamW for the last layer",
-    }  # fmt: skip
-    for run, name in trained.items():
-        in_page(page, cells(name, run[1], *(right.get((*run, "mk-niah-3", n * K), "") for n in (4, 32, 256))))
-    assert {x for k, x in right.items() if k[:3] in trained and k[3] != "mk-niah-3" and k[4] == 256 * K} == {100}
-    text = words(page)
-    assert all(r["commit"] in text for r in found["runs"])
-    first, dims = ({(r["recipe"], r["seed"]): r for r in found[name]} for name in ("first", "dims"))
-    adamw, muon = ("to-1024-no-norm", 4), [("muon-last-layer-too", seed) for seed in (4, 1)]
-    whole = next(r for r in found["first"] if r.get("mass") == 1)
-    assert f"in all of {whole['questions']} questions" in text and f"in {100 * whole['landmarks']:.0f} %" in text
-    of = [dims[x]["landmarks_99"] for x in (adamw, *muon)]
-    assert "lies in {} of 128 dimensions".format(*of) in text and "leaves {1} to {2} and".format(*of) in text
-    assert "chunk first in {} to {} %".format(*(round(100 * first[x]["landmarks"]) for x in muon)) in text
-    assert f"of the 96 keys' {dims['muon-few-chunks', 0]['embeddings']:.0f} count" in text
-    wide = [("wide-embeddings", seed) for seed in range(5)]
-    embeddings, landmarks = ([dims[x][name] for x in wide] for name in ("embeddings", "landmarks_99"))
-    shown = embeddings, landmarks, [100 * first[x]["landmarks"] for x in wide]
-    kept, landmarks, right_first = (f"{min(x):.0f} to {max(x):.0f}" for x in shown)
-    assert f"at 0.4 they keep {kept};" in text and f"have {landmarks} dimensions and put" in text
-    assert f"right chunk first in {right_first} %" in text
-    losses = {(r["recipe"], r["seed"]): r["loss"] for r in found["runs"]}
-    same = {f"{losses[x, 0][step]:.1f}" for x, step in (("wide-embeddings", "250"), ("muon-few-chunks", "450"))}
-    assert len(same) == 1 and f"after 250 steps at 64 tokens where it was after 450 (a loss of {same.pop()})" in text
-    assert f"({losses['muon-few-chunks', 0]['1100']:.1f} after 100 steps among 256 chunks)" in text
-    worse = [right["wide-embeddings", 0, 64, "mk-niah-3", n * K] for n in (32, 256)]
-    assert "makes it worse ({} % at 32K and {} % at 256K, seed 0)".format(*worse) in text
-    read = [round(100 * first["wider-model", 0]["landmarks"]), dims["wider-model", 0]["landmarks_99"]]
-    read += [right["wider-model", 0, 16, "mk-niah-3", n * K] for n in (32, 256, 1024)]
-    assert "{} % at 32K, landmarks having {} dimensions, and answers {}, {} and {} %".format(*read) in text
-    among = [round(100 * r[x]) for r in found["among"][::-1] for x in ("first", "of_16")]
-    among_16 = "in {} % of 100 questions and among the 16 that are read in {} %; as shipped, seed 1, in {} and {} %"
-    assert among_16.format(*among) in text
-    own = {(r["length"] // K, r["topk"], r["factor"]): round(100 * r["accuracy"]) for r in found["own_mass"]}
-    own = [own[x] for x in ((256, 64, 1), (256, 64, 0), (K, 64, 4), (K, 64, 0), (K, 256, 4), (K, 256, 0))]
-    more = "{} % instead of {} at 256K (factor 1), {} instead of {} at 1M (factor 4); 256 chunks: {} % instead of {} "
-    assert more.format(*own) in text
-    sharp = {r["sharper"]: round(100 * r["accuracy"]) for r in found["sharpness"] if r["topk"] == 16}
-    assert f"does nothing ({sharp[1.5]} and {sharp[0.7]} % at 256K, where {sharp[1.0]} % are right" in text
 
 
 def test_figures_of_the_bound_of_recency():
