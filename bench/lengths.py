@@ -90,9 +90,10 @@ def recipe_of(model: str, seed: int, name: str = RECIPE, faster: float = 1.0) ->
     plan, recipe = MODELS[who], load_recipe(name)
     every = ("topk", "impl") if plan.topk else ()  # which read every chunk, a stage's "dense" too
     stages = (replace(s, model={k: v for k, v in s.model.items() if k not in every}) for s in recipe.stages)
-    changes = recipe.model | plan.changes
+    changes, reading = recipe.model | plan.changes, {} if plan.changes else recipe.reading
     title = f"{recipe.name}-{who}" + (f"-lr{faster:g}" if faster != 1 else "")
-    return replace(recipe, name=title, lr=faster * recipe.lr, model=changes, seed=seed, stages=tuple(stages))
+    changed = {"model": changes, "reading": reading, "stages": tuple(stages)}
+    return replace(recipe, name=title, lr=faster * recipe.lr, seed=seed, **changed)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -171,6 +171,7 @@ def train(
         changes = {"seed": seed, "start": None if start is None else str(start)}
         if attention is not None:
             changes |= {"name": f"{chosen.name}-{attention}", "model": chosen.model | {"attention": attention}}
+            changes["reading"] = {}
             run = run.with_name(changes["name"]) if out is None else run
         chosen = dataclasses.replace(chosen, **{k: v for k, v in changes.items() if v is not None})
         torch.set_num_threads(threads)

@@ -45,7 +45,8 @@ class Stage:
 class Recipe:
     """Linear warm-up over `warmup` steps, then constant; the last `decay` share of the steps falls by a cosine to
     `final` of lr (decay = 1: cosine throughout). optimizer: "adamw", or "muon", which moves the matrices between hidden
-    states by orthogonal steps of AdamW's size. start: folder of a run whose last weights are taken.
+    states by orthogonal steps of AdamW's size. start: folder of a run whose last weights are taken. reading: changes
+    of the configuration as in a stage, of the trained model.
     source: the pretrained model that a run was converted from; it has no stages, and its tokenizer beside its weights.
     ValueError: names the field, the rule and the value."""
 
@@ -54,6 +55,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     lr: float
     model: dict[str, Any] = field(default_factory=dict)
+    reading: dict[str, Any] = field(default_factory=dict)
     warmup: int = 0
     decay: float = 0.0
     final: float = 0.05
@@ -84,7 +86,7 @@ class Recipe:
             ("optimizer", self.optimizer in OPTIMIZERS, f"be one of {', '.join(OPTIMIZERS)}"),
             ("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}"),
         )
-        for stage in self.stages:
+        for stage in (None, *self.stages):
             self.config(stage)
 
     @property
@@ -100,8 +102,8 @@ class Recipe:
         raise ValueError(f"step must lie in [0, {self.steps}), got {step + self.steps}")
 
     def config(self, stage: Stage | None = None) -> ModelConfig:
-        """The model's configuration in a stage; by default after training: without any stage's changes."""
-        changes = self.model | ({} if stage is None else stage.model)
+        """The model's configuration in a stage; by default after training, with the changes of `reading` alone."""
+        changes = self.model | (self.reading if stage is None else stage.model)
         known = [f.name for f in fields(ModelConfig)]
         if unknown := set(changes) - set(known):
             got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"

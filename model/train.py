@@ -31,7 +31,7 @@ from hsa_tl.model.mlp import MoE
 from hsa_tl.model.model import Model
 from hsa_tl.model.optimizers import make_optimizers
 from hsa_tl.model.pretrained import load
-from hsa_tl.model.recipe import Recipe, Stage
+from hsa_tl.model.recipe import Recipe, Stage, recipe_of
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source, validation_source
 
 LOG, LOCK = "log.jsonl", ".lock"
@@ -254,8 +254,9 @@ def _train(
     optimizers = make_optimizers(model, recipe)
     values, first = json.loads(json.dumps(recipe.to_dict())), 0
     if (found := checkpoint.latest(run)) is not None:
-        if found.recipe != values:
-            differ = sorted(k for k in values if found.recipe.get(k) != values[k])
+        theirs = json.loads(json.dumps(recipe_of(found.recipe).to_dict()))  # defaults of fields that are newer
+        if theirs != values:
+            differ = sorted(k for k in values if theirs[k] != values[k])
             raise ValueError(
                 f"run must hold checkpoints of this recipe, got others in {run}: {', '.join(differ)}; to train its "
                 f"weights on with these settings, take another folder and start: {run}"

@@ -129,6 +129,14 @@ def test_what_is_asked_by_top_k_is_trained_by_it():
     assert max(s.length for s in stages["hsa"]) == contenders.TRAINED == load_recipe("needle-tiny").stages[-1].length
 
 
+def test_reading_is_of_the_whole_model_alone():
+    """A part that is taken out stays out; another attention has its own top-k."""
+    names = "hsa", "hsa-uniform", "nsa"
+    read = {name: lengths.recipe_of(name, 0, "needle-hard").config() for name in names}
+    assert (read["hsa"].fusion, read["hsa"].topk) == ("mass", 256)
+    assert (read["hsa-uniform"].fusion, read["hsa-uniform"].topk, read["nsa"].topk) == ("uniform", 16, 16)
+
+
 def test_a_scaling_asks_the_weights_of_another():
     plans = {m: lengths.recipe_of(m, 3) for m in ("full-rope", "full-pi", "full-ntk", "full-yarn")}
     assert all(plan == plans["full-rope"] for plan in plans.values())

@@ -128,6 +128,25 @@ def test_a_run_of_another_recipe_is_refused(tmp_path):
         load(tmp_path / "none")
 
 
+def test_a_run_from_before_a_setting_goes_on(tmp_path):
+    training.train(toy(), tmp_path, seconds=0)
+    meta = next(tmp_path.glob("step-*")) / "meta.json"
+    found = json.loads(meta.read_text())
+    assert found["recipe"].pop("reading") == {}
+    meta.write_text(json.dumps(found))
+    training.train(toy(), tmp_path)
+    assert checkpoint.latest(tmp_path).step == 6
+
+
+def test_a_trained_model_reads_as_its_recipe_says(tmp_path):
+    recipe = toy(reading={"topk": 3, "fusion": "mass", "mass_power": 2.0}, model={"topk": 5})
+    assert [recipe.config(s).topk for s in recipe.stages] == ["all", 5]
+    assert {recipe.config(s).fusion for s in recipe.stages} == {"softmax"}
+    for model in (training.train(recipe, tmp_path), load(tmp_path)):
+        assert model.config == recipe.config() and model.layers[1].hsa.topk == model.config.topk == 3
+        assert model.layers[1].hsa.mass_power == 2
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     (tmp_path / ".step-00000001").mkdir()  # of a killed process
     training.train(toy(keep=2), tmp_path)
@@ -326,6 +345,7 @@ def test_the_papers_stages():
         ),
         ({"seed": 1 << 63}, "seed must be below"),
         ({"model": {"widow": 1}}, "model must change fields of ModelConfig, got widow"),
+        ({"reading": {"topk": 0}}, "topk must be a positive int"),
         ({"preset": "huge"}, "preset must be one of"),
     ),
 )
