@@ -94,8 +94,8 @@ class ModelConfig:
         encoder_layers (int): of the chunk encoder. Default: 1.
         encoder_heads (int): of the chunk encoder. Default: 4.
         encoder_mlp_dim (int): of the chunk encoder. Default: 256.
-        encoder_conv (int): width, at most chunk_size, of a causal convolution on what the encoder reads, across the
-            borders of chunks, at first x_t + x_{t-1}: a fact that a border cuts then stands whole in the second chunk.
+        encoder_conv (int): width, at most chunk_size, of a causal convolution on what the encoder reads, a matrix for
+            each tap, across the borders of chunks: a fact that a border cuts then stands whole in the second chunk.
             Default: 0, none.
         conv (int): width of the causal convolution on the embeddings, 0 for none. Default: 4.
         tied (bool): whether the output head is the embedding. Default: False.

@@ -1,4 +1,4 @@
-"""A short causal convolution, on the embeddings and on what the chunk encoder reads."""
+"""Short causal convolutions: of the embeddings, and of what the chunk encoder reads."""
 
 import torch
 import torch.nn.functional as F
@@ -16,3 +16,19 @@ class ShortConv(nn.Module):
         W, T = len(self.weight_WC), x_BTC.shape[1]
         padded = F.pad(x_BTC, (0, 0, W - 1, 0)) if past is None else torch.cat([past, x_BTC], 1)
         return x_BTC + sum(padded[:, i : i + T] * self.weight_WC[i] for i in range(W))
+
+
+class MixingConv(nn.Module):
+    """A causal convolution of x [B, T, C] with a matrix for each tap, `past` [B, width - 1, C]. At first x_t + x_{t-1}:
+    what is read from a token is then read from the next one too, and the matrices learn to keep the two apart."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.taps = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(width))
+        for i, tap in enumerate(self.taps):
+            nn.init.eye_(tap.weight) if i >= width - 2 else nn.init.zeros_(tap.weight)
+
+    def forward(self, x_BTC: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
+        W, T = len(self.taps), x_BTC.shape[1]
+        padded = F.pad(x_BTC, (0, 0, W - 1, 0)) if past is None else torch.cat([past, x_BTC], 1)
+        return sum(tap(padded[:, i : i + T]) for i, tap in enumerate(self.taps))

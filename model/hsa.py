@@ -14,7 +14,7 @@ from hsa_tl import fusion_weights, top_p_chunks
 from hsa_tl.model.attention import positions, rotate
 from hsa_tl.model.chunk_memory import ChunkMemory, Memory
 from hsa_tl.model.config import FUSIONS
-from hsa_tl.model.conv import ShortConv
+from hsa_tl.model.conv import MixingConv
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
 from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
@@ -89,13 +89,7 @@ class ChunkEncoder(nn.Module):
         require(dim % heads == 0, "dim", f"be a multiple of heads = {heads}", dim)
         self.chunk_size, self.kv_heads, self.rope_theta = chunk_size, kv_heads, rope_theta
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
-        self.conv = None
-        if conv:
-            # At first each token beside the one before: what a landmark or key takes from a token it then takes as well
-            # from the next, which may stand in another chunk. From random weights that is not learned.
-            self.conv = ShortConv(dim, conv)
-            with torch.no_grad():
-                self.conv.weight_WC.zero_()[-2:-1] = 1
+        self.conv = MixingConv(dim, conv) if conv else None
         self.cls_C = nn.Parameter(torch.randn(dim) * std)
         self.position_SC = nn.Parameter(torch.randn(chunk_size + 1, dim) * std)
         self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_dim or dim) for _ in range(layers))
@@ -125,7 +119,7 @@ class ChunkEncoder(nn.Module):
         N = (T + S - 1) // S
         if past_BPC is not None:
             require_tensor("past_BPC", past_BPC, 3)
-            width = 0 if self.conv is None else len(self.conv.weight_WC) - 1
+            width = 0 if self.conv is None else len(self.conv.taps) - 1
             require_shape("past_BPC", past_BPC, (B, width, C), "what the convolution reaches back to")
         if self.conv is not None:
             x_BTC = self.conv(x_BTC, past_BPC)
