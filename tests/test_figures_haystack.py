@@ -10,6 +10,7 @@ def test_figures_of_the_recipe():
     values = partial(accuracies, needle_rows())
     for recipe, model, name in (
         ("needle-hard", "hsa", "HSA, seeds 0 to 4"),
+        ("needle-hard-16", "hsa", "HSA, 16 chunks by score alone, seeds 0 to 4"),
         ("needle-hard-before", "hsa", "HSA before, seeds 0 to 4"),
         ("needle-hard-before", "full-rope", "full attention, RoPE, seed 0, before"),
     ):
@@ -75,3 +76,33 @@ def test_figures_of_haystacks_of_needles_by_other_recipes():
     assert more.format(*own) in text
     sharp = {r["sharper"]: round(100 * r["accuracy"]) for r in found["sharpness"] if r["topk"] == 16}
     assert f"does nothing ({sharp[1.5]} and {sharp[0.7]} % at 256K, where {sharp[1.0]} % are right" in text
+
+
+def test_figures_of_borders():
+    """Of values that begin a chunk: what the trained model makes of them, why, and what a convolution changes."""
+    found, text = json.loads((RESULTS / "hard_haystack.json").read_text()), words("docs/results.md")
+    loss = {(r["recipe"], r["seed"]): r["loss"] for r in found["runs"]}
+    late = loss["mass-from-the-start", 0]["850"], loss["wide-embeddings", 0]["850"]
+    assert "the loss is {:.1f} (seed 0) instead of {:.1f}.".format(*late) in text
+    ends = loss["mass-at-the-end", 1]
+    assert f"end at a loss of {ends['249']:.2f} where they begin at {ends['0']:.2f}." in text
+    recall = {(r["recipe"], r["length"]): r for r in found["recall"]}
+    of = [round(100 * recall["wide-embeddings", M]["among"][n]) for n in ("64", "256", "512")]
+    assert "in {}, {} and {} % of 100 questions at 1M".format(*of) in text
+    heaviest = recall["wide-embeddings", M]["heaviest"]
+    assert heaviest.items() <= recall["wide-embeddings", M]["among"].items(), "wherever it is read"
+    trained, random, added = found["borders"][:3]
+    said = f"their loss is {trained['loss_first']:.2f}, of all others {trained['loss_elsewhere']:.3f}."
+    assert said in text and f"(loss {random['loss_first']:.2f} after {random['steps']} steps)" in text
+    (swapped,) = found["swapped"]
+    assert f"from {swapped['as_is']:.1f} standard deviations above the others' to {swapped['z']['-1']:.1f}," in text
+    assert all(abs(z - swapped["as_is"]) < 0.02 for at, z in swapped["z"].items() if at != "-1")
+    faster = loss["conv-sum", 1]["850"], loss["wide-embeddings", 1]["850"]
+    assert "a loss of {:.2f} instead of {:.2f}, seed 1)".format(*faster) in text
+    blurred = added["z_first"], 100 * recall["conv-sum", M]["among"]["256"]
+    said = "lies {:.1f} standard deviations above the others, and the 256 best hold it in {:.0f} %"
+    assert said.format(*blurred) in text
+    mixed, held = found["borders"][3], 100 * recall["conv-matrices", M]["among"]["256"]
+    assert f"{mixed['loss_first']:.3f}" == f"{mixed['loss_elsewhere']:.3f}"
+    said = "(a loss of {:.3f} at 1024 tokens), and the 256 best hold the right chunk in {:.0f} %:"
+    assert said.format(mixed["loss_first"], held) in text
