@@ -91,6 +91,9 @@ def test_figures_of_borders():
     assert "in {}, {} and {} % of 100 questions at 1M".format(*of) in text
     heaviest = recall["wide-embeddings", M]["heaviest"]
     assert heaviest.items() <= recall["wide-embeddings", M]["among"].items(), "wherever it is read"
+    cost = [r[x] for x in ("softmax", "mass") for r in found["token_ms"]]
+    assert "takes {:.1f} ms with 16 chunks and {:.1f} with 256, by mass {:.1f} and {:.1f} (seed 1".format(*cost) in text
+    assert all(f"commit {r['commit']})" in text for r in found["token_ms"])
     trained, random, added = found["borders"][:3]
     said = f"their loss is {trained['loss_first']:.2f}, of all others {trained['loss_elsewhere']:.3f}."
     assert said in text and f"(loss {random['loss_first']:.2f} after {random['steps']} steps)" in text
