@@ -94,6 +94,9 @@ def test_figures_of_borders():
     cost = [r[x] for x in ("softmax", "mass") for r in found["token_ms"]]
     assert "takes {:.1f} ms with 16 chunks and {:.1f} with 256, by mass {:.1f} and {:.1f} (seed 1".format(*cost) in text
     assert all(f"commit {r['commit']})" in text for r in found["token_ms"])
+    texts = (r["validation_loss"] for r in found["text_conv"])
+    said = "{:.3f} nats a byte without it, {:.3f} with matrices and {:.3f} with one weight a channel (seed 0)"
+    assert said.format(*texts) in text
     trained, random, added = found["borders"][:3]
     said = f"their loss is {trained['loss_first']:.2f}, of all others {trained['loss_elsewhere']:.3f}."
     assert said in text and f"(loss {random['loss_first']:.2f} after {random['steps']} steps)" in text
