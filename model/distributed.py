@@ -56,7 +56,7 @@ class Neighbours:
 
 
 class ShardedMemory(BatchMemory):
-    """A Memory over the chunks of all ranks; see hsa_tl.model.hsa. own: this rank's chunks. distractors: other
+    """A Memory over the chunks of all ranks; see hsa_tl.model.chunk_memory. own: this rank's chunks. distractors: other
     sequences of the batch whose chunks, too, every rank holds its part of; all of one come before all of the next."""
 
     def __init__(self, own: ChunkMemory, mesh: DeviceMesh, distractors: int = 0):

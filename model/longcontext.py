@@ -132,14 +132,13 @@ class LongReader:
         stale[:first] = stale[stop:] = False
         self.tokens = np.empty(0, np.uint16)  # nothing, should encoding fail
         bounds = np.flatnonzero(np.diff(np.concatenate([[0], stale, [0]])))
-        step = self.segment // S
+        step, reach = self.segment // S, self.model.config.encoder_reach
         for begin, last in bounds.reshape(-1, 2).tolist():
             for a in range(begin, last, step):
                 b = min(last, a + step)
-                n = self.model.config.encoder_reach
-                h_BTC, _ = self._lower(tokens, max(0, a * S - n), b * S)
-                h_BTC = F.pad(h_BTC, (0, 0, n + (b - a) * S - h_BTC.shape[1], 0))
-                part = self.model.encode(h_BTC[:, n:], a * S, h_BTC[:, :n])
+                h_BTC, _ = self._lower(tokens, max(0, a * S - reach), b * S)
+                h_BTC = F.pad(h_BTC, (0, 0, reach + (b - a) * S - h_BTC.shape[1], 0))
+                part = self.model.encode(h_BTC[:, reach:], a * S, h_BTC[:, :reach])
                 at = a - first
                 store = self.memory.append if at == self.memory.longest else partial(self.memory.replace, start=at)
                 n = b - a  # what is more of the encoder's is not whole

@@ -305,7 +305,7 @@ class PagedMemory:
         return merge(found, topk)
 
     def scores(self, q_slc: torch.Tensor, lengths: torch.Tensor | int, **options) -> torch.Tensor:
-        """[B, T, R, longest] of every chunk, see hsa_tl.model.hsa.Memory; one where no sequence holds any."""
+        """[B, T, R, longest] of every chunk, see hsa_tl.model.chunk_memory.Memory; one where no sequence holds any."""
         S, lengths, most = self.spec.chunk_size, self._lengths(lengths), max(1, self.longest)
         scores = torch.cat([
             chunk_scores(q_slc, landmarks[:, : most - first], lengths - first * S, S, **options)

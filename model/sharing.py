@@ -55,7 +55,7 @@ class Share:
 
 
 class SharedMemory:
-    """A Memory over the chunks of all ranks, see hsa_tl.model.hsa; own: this rank's, counted from its first."""
+    """A Memory over the chunks of all ranks, see hsa_tl.model.chunk_memory; own: this rank's, from its first on."""
 
     def __init__(self, own: Memory, chunk_size: int, share: Share):
         self.own, self.chunk_size, self.share = own, chunk_size, share
