@@ -74,11 +74,10 @@ class Plan:
         scaled = k * (scale * _LOG2E)
         self.k, self.k_scaled, self.v = (x.flatten(0, 2) for x in (k, scaled, v))
         # |score| <= |q| |scaled k|
-        self.q_norm = self.heads(torch.linalg.vector_norm(q, dim=-1, dtype=self.dtype))  # [T, G]
+        self.q_norm = self.heads(torch.linalg.vector_norm(q, dim=-1, dtype=self.dtype))  # [B * H, T, G]
         k_norm = torch.linalg.vector_norm(scaled, dim=-1).amax(-1)  # [B, H, N]
         self.q_limit = (_MAX_UNSHIFTED / k_norm).flatten()
-        highest = torch.stack([x.amax() for x in self.q_norm])
-        bounded = (highest.repeat_interleave(N) <= self.q_limit).tolist()
+        bounded = (self.q_norm.amax((1, 2)).repeat_interleave(N) <= self.q_limit).tolist()
 
         # Cut so that, to the last bit, no token's result depends on the tokens after it.
         elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ACCELERATOR)
@@ -133,9 +132,13 @@ class Plan:
             self.blocks.append(_Block(head, keys, low, segments[x], token[part], weight[part], part))
 
     def heads(self, x):
-        """x [B, T, HQ, ...] -> B * H tensors [T, G * ...], views if x is contiguous and of the dtype."""
+        """x [B, T, HQ, ...] -> [B * H, T, G * ...], contiguous: rows of a wider tensor take longer to add to."""
         x = x.to(self.dtype).reshape(*x.shape[:2], self.H, -1)
-        return [row[:, h] for row in x for h in range(self.H)]
+        return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+    def tokens(self, x, shape):
+        """x of `heads` in this shape again."""
+        return x.view(-1, self.H, *x.shape[1:]).transpose(1, 2).reshape(shape)
 
     def rows(self, x, block):
         """x of `heads` for the block's pairs: [C, n * G, D]."""
@@ -167,9 +170,8 @@ class Gradients:
 
     def __init__(self, plan, q, k):
         (B, N, S, H, D), self.plan = k.shape, plan
-        self.dq = torch.zeros(q.shape, dtype=plan.dtype, device=q.device)
-        self.dk, self.dv = (torch.zeros(B, H, N, S, D, dtype=plan.dtype, device=q.device) for _ in range(2))
-        self.dq_heads = plan.heads(self.dq)
+        self.shape, self.dq = q.shape, q.new_zeros(B * H, q.shape[1], plan.G * D, dtype=plan.dtype)
+        self.dk, self.dv = (q.new_zeros(B, H, N, S, D, dtype=plan.dtype) for _ in range(2))
 
     def products(self, block, p, ds, q_rows, do_rows):
         """What a block adds, of p and ds [C, keys, rows]."""
@@ -178,14 +180,14 @@ class Gradients:
         return block, dq_rows.view(len(block.token), -1), product(ds, q_rows.mT), product(p, do_rows.mT)
 
     def add(self, block, dq_rows, dk_block, dv_block):
-        add_rows(self.dq_heads[block.head], block.token, dq_rows)
+        add_rows(self.dq[block.head], block.token, dq_rows)
         for total, x in ((self.dk, dk_block), (self.dv, dv_block)):
             add_rows(total.flatten(0, 2)[:, : block.keys], block.segment, x)
 
     def results(self, scale, dtype):
         """dq [B, T, HQ, D], dk and dv [B, N, S, H, D]."""
         dk, dv = (x.permute(0, 2, 3, 1, 4).to(dtype).contiguous() for x in (self.dk.mul_(scale), self.dv))
-        return self.dq.mul_(scale).to(dtype), dk, dv
+        return self.plan.tokens(self.dq.mul_(scale).to(dtype), self.shape), dk, dv
 
 
 def check_config(config):
@@ -209,8 +211,8 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     if not pairs.offsets[-1]:
         return q.new_zeros(q.shape)
     plan = Plan(q, k, v, weights, indices, pairs, chunk_len, scale)
-    q_heads, out = plan.heads(q), torch.zeros(q.shape, dtype=plan.dtype, device=q.device)
-    out_heads = plan.heads(out)
+    q_heads = plan.heads(q)
+    out = torch.zeros_like(q_heads)
 
     def multiply(block):
         n = len(block.token)
@@ -222,10 +224,10 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
 
     def add(result):
         block, out_rows = result
-        add_rows(out_heads[block.head], block.token, out_rows)
+        add_rows(out[block.head], block.token, out_rows)
 
     workers.each(plan.blocks, multiply, add)
-    return out.to(q.dtype)
+    return plan.tokens(out.to(q.dtype), q.shape)
 
 
 @workers.one_thread

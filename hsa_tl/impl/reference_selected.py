@@ -31,11 +31,11 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         return q.new_zeros(q.shape), lse
     plan = reference.Plan(q, k, v, None, indices, pairs, chunk_len, scale)
-    out, row_sum = (torch.zeros(x, dtype=plan.dtype, device=q.device) for x in (q.shape, q.shape[:3]))
+    q_heads = plan.heads(q)
+    out, row_sum = torch.zeros_like(q_heads), torch.zeros_like(plan.q_norm)
     # What rows are shifted by so far; without use where no block shifts any.
     bounded = all(block.bounded for block in plan.blocks)
     shifts = torch.full_like(row_sum, 0 if bounded else -math.inf)
-    q_heads, out_heads, sum_heads, shift_heads = (plan.heads(x) for x in (q, out, row_sum, shifts))
 
     def multiply(block):
         p = plan.product(plan.rows(q_heads, block), plan.keys(plan.k_scaled, block))  # [1, rows, keys]
@@ -50,24 +50,24 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
         block, *parts = result
         head, real = block.head, plan.real[block.part]
         t, rows, sums, shift = (x if x is None else x[real] for x in (block.token, *parts))
-        totals = (out_heads[head], rows), (sum_heads[head], sums)
+        totals = (out[head], rows), (row_sum[head], sums)
         if bounded:
             for total, x in totals:
                 reference.add_rows(total, t, x)
             return
-        before = shift_heads[head].index_select(0, t)  # [pairs, G]
+        before = shifts[head].index_select(0, t)  # [pairs, G]
         shift = torch.zeros_like(before) if shift is None else shift
         after = torch.maximum(before, shift)
-        shift_heads[head].index_copy_(0, t, after)
+        shifts[head].index_copy_(0, t, after)
         for total, x in totals:  # a token chose a chunk once, so no two rows of a block are of the same
             x, old = (y.view(*before.shape, -1) for y in (x, total.index_select(0, t)))
             x = x * (shift - after).exp2_()[..., None] + old * (before - after).exp2_()[..., None]
             total.index_copy_(0, t, x.flatten(1))
 
     workers.each(plan.blocks, multiply, add)
-    out /= row_sum.masked_fill(row_sum == 0, 1)[..., None]
+    out.unflatten(2, (plan.G, -1)).div_(row_sum.masked_fill(row_sum == 0, 1)[..., None])
     lse = row_sum.log2_().add_(shifts).div_(_LOG2E)
-    return out.to(q.dtype), lse
+    return plan.tokens(out.to(q.dtype), q.shape), plan.tokens(lse, q.shape[:3])
 
 
 @workers.one_thread
