@@ -143,7 +143,7 @@ class Cache:
             spec = MemorySpec.of(c, batch_size, dtype)
             chunks = -(-capacity // c.chunk_size)
             self.memory = PagedMemory(spec, device=device, capacity=chunks, budget=budget, **memory_options)
-            self.chunk = Tail(self.counts, c.chunk_size - 1 + c.encoder_reach, undo)
+            self.chunk = Tail(self.counts, c.chunk_size - 1 + c.encoder_overlap, undo)
         elif memory_options or (budget is not None and c.attention != "selected"):
             name = next(iter(memory_options), "budget")
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
@@ -292,7 +292,7 @@ class Cache:
         within = torch.cat([torch.arange(n, device=device) for n in new])
         begin = (torch.tensor(self.lengths, device=device) // S)[row] * S + within * S
         column = (x_BPC.shape[1] - T - torch.tensor(rest, device=device))[row] + within * S
-        n = self.config.encoder_reach
+        n = self.config.encoder_overlap
         at = torch.arange(-n, S, device=device)
         x_MSC = x_BPC[row[:, None], (column[:, None] + at).clamp(min=0)]
         x_MSC = x_MSC.masked_fill((begin[:, None] + at < 0)[..., None], 0)

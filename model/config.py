@@ -94,9 +94,8 @@ class ModelConfig:
         encoder_layers (int): of the chunk encoder. Default: 1.
         encoder_heads (int): of the chunk encoder. Default: 4.
         encoder_mlp_dim (int): of the chunk encoder. Default: 256.
-        encoder_conv (int): width, at most chunk_size, of a causal convolution on what the encoder reads, a matrix for
-            each tap, across the borders of chunks: a fact that a border cuts then stands whole in the second chunk.
-            Default: 0, none.
+        encoder_overlap (int): tokens before a chunk, fewer than chunk_size, that its encoder reads too: a fact that a
+            border cuts then stands whole in the second chunk. Default: 0, none.
         conv (int): width of the causal convolution on the embeddings, 0 for none. Default: 4.
         tied (bool): whether the output head is the embedding. Default: False.
         embedding_std (float): of the initial embeddings. Default: 0.1.
@@ -157,7 +156,7 @@ class ModelConfig:
     encoder_layers: int = 1
     encoder_heads: int = 4
     encoder_mlp_dim: int = 256
-    encoder_conv: int = 0
+    encoder_overlap: int = 0
     conv: int = 4
     tied: bool = False
     embedding_std: float = 0.1
@@ -208,7 +207,7 @@ class ModelConfig:
             ("chunk_size", self.chunk_size in (16, 32, 64, 128), "be 16, 32, 64 or 128"),
             ("mass_power", self.mass_power > 0, "be positive"),
             ("mass_power", self.mass_power == 1 or self.fusion == "mass", 'be 1 without fusion "mass"'),
-            ("encoder_conv", self.encoder_conv <= self.chunk_size, f"be at most chunk_size = {self.chunk_size}"),
+            ("encoder_overlap", self.encoder_overlap < self.chunk_size, f"be below chunk_size = {self.chunk_size}"),
             ("topk", self.topk == "all" or counts, 'be a positive int or "all", or 0 for "selected"'),
             ("topk", self.attention != "nsa" or self.topk not in (1, 2), "be at least 3 with attention nsa"),
             ("topp", 0 < self.topp <= 1, "lie in (0, 1]"),
@@ -219,11 +218,6 @@ class ModelConfig:
             ("selection_overlap", 0 <= self.selection_overlap <= 1, "lie in [0, 1]"),
             ("experts_per_token", not self.experts or self.experts_per_token <= self.experts, "be at most experts"),
         )
-
-    @property
-    def encoder_reach(self) -> int:
-        """Tokens before a chunk of which its encoding depends directly."""
-        return max(0, self.encoder_conv - 1)
 
     @property
     def lower_layers(self) -> int:
@@ -241,8 +235,8 @@ class ModelConfig:
 
 
 MAY_BE_ZERO = (
-    "hsa_window", "log_length", "sinks", "anchors", "distractors", "encoder_conv", "conv", "experts", "shared_experts",
-    "dense_layers",
+    "hsa_window", "log_length", "sinks", "anchors", "distractors", "encoder_overlap", "conv", "experts",
+    "shared_experts", "dense_layers",
 )  # fmt: skip
 
 LARGE = {"conv": 0, "embedding_std": 0.02}

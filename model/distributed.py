@@ -130,7 +130,7 @@ class ContextParallel(nn.Module):
         caches = [Neighbours(self.mesh, layer.attention.window) for layer in model.layers]
         lower = model.config.lower_layers
         h_BTC, first_v_BTHD = model.lower(x_BTC, part.start, caches[:lower])
-        own = model.encode(h_BTC, part.start, self._before(h_BTC, c.encoder_reach))
+        own = model.encode(h_BTC, part.start, self._before(h_BTC, c.encoder_overlap))
         memory, start = None, part.start
         if own is not None:
             distractors = c.distractors if model.training else 0

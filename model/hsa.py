@@ -14,7 +14,6 @@ from hsa_tl import fusion_weights, top_p_chunks
 from hsa_tl.model.attention import positions, rotate
 from hsa_tl.model.chunk_memory import ChunkMemory, Memory
 from hsa_tl.model.config import FUSIONS
-from hsa_tl.model.conv import MixingConv
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
 from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
 
@@ -52,8 +51,8 @@ class EncoderBlock(nn.Module):
 class ChunkEncoder(nn.Module):
     """Where landmarks come from: bidirectional blocks within each chunk of S tokens and its [CLS].
 
-    The tokens give keys and values, [CLS] gives the chunk's landmark. No chunk sees another, but what the convolution
-    brings.
+    The tokens give keys and values, [CLS] gives the chunk's landmark. No chunk sees another, but the last tokens before
+    it where `overlap` says so; these give nothing themselves.
 
     Args:
         dim (int): C, of the hidden states.
@@ -68,7 +67,7 @@ class ChunkEncoder(nn.Module):
         rope_theta (float): base of RoPE on the keys. Default: None, no positions.
         std (float): of the initial [CLS] and of the positions within a chunk. Default: 0.02.
         landmark_norm (bool): see `ModelConfig`. Default: True.
-        conv (int): see `ModelConfig.encoder_conv`. Default: 0.
+        overlap (int): see `ModelConfig.encoder_overlap`. Default: 0.
 
     Example:
         >>> memory = ChunkEncoder(32, kv_heads=1, head_dim=16, retrieval_dim=8, chunk_size=16)(torch.randn(2, 40, 32))
@@ -79,19 +78,18 @@ class ChunkEncoder(nn.Module):
     def __init__(
         self, dim: int, kv_heads: int, head_dim: int, retrieval_dim: int, chunk_size: int, *, heads: int = 4,
         retrieval_heads: int | None = None, layers: int = 1, mlp_dim: int | None = None,
-        rope_theta: float | None = None, std: float = 0.02, landmark_norm: bool = True, conv: int = 0,
+        rope_theta: float | None = None, std: float = 0.02, landmark_norm: bool = True, overlap: int = 0,
     ):  # fmt: skip
         super().__init__()
         sizes = {"dim": dim, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim, "heads": heads}
         _require_sizes(**sizes, retrieval_heads=retrieval_heads)
         require_common(chunk_size, None, "auto")
-        require_int("conv", conv, 0)
+        require_int("overlap", overlap, 0)
         require(dim % heads == 0, "dim", f"be a multiple of heads = {heads}", dim)
-        self.chunk_size, self.kv_heads, self.rope_theta = chunk_size, kv_heads, rope_theta
+        self.chunk_size, self.overlap, self.kv_heads, self.rope_theta = chunk_size, overlap, kv_heads, rope_theta
         self.retrieval_heads = kv_heads if retrieval_heads is None else retrieval_heads
-        self.conv = MixingConv(dim, conv) if conv else None
         self.cls_C = nn.Parameter(torch.randn(dim) * std)
-        self.position_SC = nn.Parameter(torch.randn(chunk_size + 1, dim) * std)
+        self.position_SC = nn.Parameter(torch.randn(overlap + chunk_size + 1, dim) * std)
         self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_dim or dim) for _ in range(layers))
         self.norm = RMSNorm(dim)
         self.kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=False)
@@ -108,26 +106,25 @@ class ChunkEncoder(nn.Module):
             x_BTC (Tensor [B, T, C]): hidden states that begin at a chunk's first token. A last chunk shorter than S is
                 padded; no token may retrieve it before it is whole.
             start (int or Tensor [B]): absolute position of the first token, for keys with RoPE. Default: 0.
-            past_BPC (Tensor [B, conv - 1, C]): hidden states before x. Default: None, zeros.
+            past_BPC (Tensor [B, overlap, C]): hidden states before x. Default: None, zeros.
 
         Returns:
             ChunkMemory: of N = ceil(T / S) chunks.
         """
         _require_hidden(x_BTC, len(self.cls_C))
         B, T, C = x_BTC.shape
-        S = self.chunk_size
+        S, P = self.chunk_size, self.overlap
         N = (T + S - 1) // S
         if past_BPC is not None:
             require_tensor("past_BPC", past_BPC, 3)
-            width = 0 if self.conv is None else len(self.conv.taps) - 1
-            require_shape("past_BPC", past_BPC, (B, width, C), "what the convolution reaches back to")
-        if self.conv is not None:
-            x_BTC = self.conv(x_BTC, past_BPC)
-        x = F.pad(x_BTC, (0, 0, 0, N * S - T)).view(B * N, S, C)
+            require_shape("past_BPC", past_BPC, (B, P, C), "what the first chunk overlaps")
+            x_BTC = torch.cat([past_BPC, x_BTC], 1)
+        x = F.pad(x_BTC, (0, 0, P if past_BPC is None else 0, N * S - T))
+        x = x.unfold(1, P + S, S).transpose(2, 3).flatten(0, 1)  # [B * N, P + S, C]
         x = torch.cat([x, self.cls_C.expand(B * N, 1, C)], 1) + self.position_SC
         for block in self.blocks:
             x = block(x)
-        cls, x = x[:, S], self.norm(x)
+        cls, x = x[:, -1], self.norm(x[:, P:])
         k, v = self.kv(x[:, :S]).unflatten(-1, (2, self.kv_heads, -1)).unflatten(0, (B, N)).flatten(1, 2).unbind(2)
         k = self.k_norm(k)
         if self.rope_theta is not None:

@@ -60,7 +60,7 @@ class LongReader:
         if not retrieve and model.encoder is not None and "linear" in c.kinds:
             raise ValueError("retrieve must be True for a model with linear layers, got False")
         self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
-        self.chunk_reach = self.lower_reach + c.encoder_reach
+        self.chunk_reach = self.lower_reach + c.encoder_overlap
         self.upper_reach = sum(x.reach for x in upper)
         self.tokens = np.empty(0, np.uint16)
         self.memory: PagedMemory | None = None  # with a group, of this rank's share
@@ -132,7 +132,7 @@ class LongReader:
         stale[:first] = stale[stop:] = False
         self.tokens = np.empty(0, np.uint16)  # nothing, should encoding fail
         bounds = np.flatnonzero(np.diff(np.concatenate([[0], stale, [0]])))
-        step, reach = self.segment // S, self.model.config.encoder_reach
+        step, reach = self.segment // S, self.model.config.encoder_overlap
         for begin, last in bounds.reshape(-1, 2).tolist():
             for a in range(begin, last, step):
                 b = min(last, a + step)

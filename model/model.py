@@ -140,7 +140,7 @@ class Model(Generation, nn.Module):
                 c.dim, c.kv_heads, c.head_dim, c.retrieval_dim, c.chunk_size, heads=c.encoder_heads,
                 retrieval_heads=c.retrieval_heads, layers=c.encoder_layers, mlp_dim=c.encoder_mlp_dim,
                 rope_theta=(c.rope_frequencies or c.rope_theta) if "hsa" in c.rope else None, std=c.embedding_std,
-                landmark_norm=c.landmark_norm, conv=c.encoder_conv,
+                landmark_norm=c.landmark_norm, overlap=c.encoder_overlap,
             )  # fmt: skip
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
@@ -205,7 +205,7 @@ class Model(Generation, nn.Module):
 
     def encode(self, h_BTC: torch.Tensor, start=0, past_BPC: torch.Tensor | None = None) -> ChunkMemory | None:
         """The chunk memory of hidden states that begin at a chunk's first token; None if nothing reads one. past:
-        encoder_reach hidden states before them, 0 before the first token of all."""
+        encoder_overlap hidden states before them, 0 before the first token of all."""
         return None if self.encoder is None else self.encoder(h_BTC, start, past_BPC)
 
     def upper(

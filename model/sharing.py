@@ -111,7 +111,7 @@ class SharedCache(Cache):
         first, stop = self.share.first * S, min(self.share.stop, T // S) * S
         options = {"device": weight.device, "dtype": weight.dtype, "capacity": max(S, stop - first), **options}
         super().__init__(model, 1, undo=0, **options)
-        lower = sum(layer.reach for layer in model.layers[: c.lower_layers]) + c.conv + c.encoder_reach
+        lower = sum(layer.reach for layer in model.layers[: c.lower_layers]) + c.conv + c.encoder_overlap
         upper = sum(layer.reach for layer in model.layers[c.lower_layers :])
         for begin, end in ((first - lower, stop), (T - lower - max(upper, S), T)):
             begin = max(0, begin) // S * S

@@ -24,7 +24,7 @@ CONFIGS = {
     "hsa": {},
     "all chunks": {"topk": "all", "exclude_window": True, "value_residual": "resformer"},
     "joint": {"fusion": "joint", "window": 50, "heads": 8, "kv_heads": 2, "retrieval_heads": 2},
-    "mass": {"fusion": "mass", "distractors": 1, "topk": 6, "kv_heads": 2, "encoder_conv": 7},
+    "mass": {"fusion": "mass", "distractors": 1, "topk": 6, "kv_heads": 2, "encoder_overlap": 7},
     "recency": {"recency": 4, "topk": 3},
     "distractors": {"distractors": 1, "topk": 12, "recency": 4},
     "distractors, all chunks": {"distractors": 1, "topk": "all", "fusion": "joint"},
@@ -92,7 +92,7 @@ SHARED = {
     "hsa": {"topp": 0.9},
     "groups": {"layers": 5, "groups": 2, "kv_heads": 2, "window": 21, "value_residual": "resformer"},
     "joint": {"fusion": "joint", "exclude_window": True, "conv": 0},
-    "mass": {"fusion": "mass", "kv_heads": 2, "encoder_conv": 16},
+    "mass": {"fusion": "mass", "kv_heads": 2, "encoder_overlap": 15},
     "recency": {"recency": 4, "topk": 3, "fusion": "stick_breaking"},
     "all chunks": {"topk": "all"},
 }

@@ -25,7 +25,7 @@ CONFIGS = (
     {"layers": 5, "groups": 2, "kv_heads": 2, "window": 21, "value_residual": "resformer"},
     {"fusion": "joint", "exclude_window": True, "conv": 0},
     {"recency": 4, "topk": 3, "landmark_norm": False},
-    {"fusion": "mass", "mass_power": 2.0, "encoder_conv": 5, "topk": 3},
+    {"fusion": "mass", "mass_power": 2.0, "encoder_overlap": 5, "topk": 3},
     {"attention": "swa", "layers": 4},
     {"attention": "nsa"},
     {"attention": "moba", "topk": 3},

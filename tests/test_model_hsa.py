@@ -85,27 +85,21 @@ def test_mass_is_one_softmax_with_a_bonus_for_each_key_of_a_chunk(retrieval_head
     torch.testing.assert_close(strong(x, memory), strong.out(memory.attend(q, weights, indices).flatten(2)))
 
 
-def test_a_convolution_tells_a_chunk_what_stands_before_it():
+def test_an_overlap_tells_a_chunk_what_stands_before_it():
     """So many tokens before each chunk, whoever gives them, and zeros before the first; without it none."""
     x = torch.randn(2, 3 * S, C)
-    plain, encoder = (ChunkEncoder(C, 2, 16, 8, S, conv=n) for n in (0, 4))
-    encoder.load_state_dict(plain.state_dict(), strict=False)
-    beside = F.pad(x, (0, 0, 1, 0))[:, :-1]
-    torch.testing.assert_close(encoder(x).landmarks, plain(x + beside).landmarks)  # at first
-    for tap in encoder.conv.taps:
-        nn.init.orthogonal_(tap.weight)
+    encoder = ChunkEncoder(C, 2, 16, 8, S, overlap=3)
     whole = encoder(x)
     for i, past in enumerate((None, x[:, S - 3 : S], x[:, 2 * S - 3 : 2 * S])):
         part = encoder(x[:, i * S : (i + 1) * S], past_BPC=past)
         torch.testing.assert_close(part.landmarks, whole.landmarks[:, i : i + 1])
         torch.testing.assert_close(part.k, whole.k[:, i * S : (i + 1) * S])
+        torch.testing.assert_close(part.v, whole.v[:, i * S : (i + 1) * S])
     x.requires_grad_()
-    for conv, reach in ((0, 0), (1, 0), (4, 3)):
-        encoder = ChunkEncoder(C, 2, 16, 8, S, conv=conv)
-        for tap in encoder.conv.taps if conv else ():
-            nn.init.orthogonal_(tap.weight)
-        (gradient,) = torch.autograd.grad(encoder(x).landmarks[:, 1].square().sum(), x)
-        assert gradient.any(-1).any(0).nonzero()[[0, -1], 0].tolist() == [S - reach, 2 * S - 1]
+    for overlap in (0, 1, 3, S + 2):
+        encoder = ChunkEncoder(C, 2, 16, 8, S, overlap=overlap)
+        (gradient,) = torch.autograd.grad(encoder(x).landmarks[:, 2].square().sum(), x)
+        assert gradient.any(-1).any(0).nonzero()[[0, -1], 0].tolist() == [2 * S - overlap, 3 * S - 1]
 
 
 def test_every_parameter_gets_a_gradient(layers):

@@ -44,7 +44,7 @@ OPTIONS = (
     {"fusion": "joint", "retrieval_heads": 1, "exclude_window": True, "topk": "all"},
     {"experts": 4, "experts_per_token": 2, "expert_dim": 8},
     *({"recency": 4, "topk": x} for x in (2, "all")),
-    *({"encoder_conv": x} for x in (1, 4)), {"fusion": "mass", "mass_power": 2.5},
+    *({"encoder_overlap": x} for x in (1, 5)), {"fusion": "mass", "mass_power": 2.5},
     *({"attention": "selected", "rope": ("selected",), "sinks": 4, "topk": x} for x in (2, "all")),
     {"attention": "selected", "selection": "mean", "heads": 6, "biases": ("q", "k", "v", "out")},
     {"attention": "selected", "topk": 0, "sinks": 2}, {"qk_norm": False, "norm_eps": 1e-5},

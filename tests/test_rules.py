@@ -16,7 +16,7 @@ CONFIG = [  # a field, values at its edge, values beyond it, what stands beside 
     ("groups", (2,), (3,), {"layers": 3}),
     ("attention", ("swa",), ("dense",), {}),
     ("hsa_window", (0, 32), (33,), {}),
-    ("encoder_conv", (0, 1, 16), (17, -1), {}),
+    ("encoder_overlap", (0, 1, 15), (16, -1), {}),
     ("rope", ((), ("swa", "hsa"), ["full"]), (("up",), "swa", {"swa"}), {}),
     ("rope_frequencies", ((), (0.5,) * 16), ((0.5,) * 15, (0.5,) * 17), {}),
     ("norm_eps", (0.0, 0.99), (-0.01, 1.0), {}),
