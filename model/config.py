@@ -82,8 +82,9 @@ class ModelConfig:
             keys' log-sum-exp, so that a chunk of which the query likes no key loses, however well its landmark fits:
             for haystacks of like chunks, at up to twice the cost; or, to compare, one that teaches retrieval nothing:
             "uniform" weights, "detached" scores, "one_softmax" over the keys of all chosen chunks. Default: "softmax".
-        mass_power (float): with fusion "mass", times the log-sum-exp: the more chunks are read, the more it takes for
-            the right one to outweigh all others. Default: 1.0, one softmax over all keys, a score a bonus of its keys.
+        mass_power (float): with fusion "mass", to which the weights are raised before they sum to 1: the more chunks
+            are read, the more it takes for the right one to outweigh all others. Default: 1.0, one softmax over all
+            keys, a score a bonus of its keys.
         distractors (int): of HSA in training, so many other sequences of the batch whose chunks each sequence sees
             before its own, so that it learns to choose among as many chunks as a longer context has; not with
             positions in HSA, since theirs would be its own's. Default: 0.

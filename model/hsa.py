@@ -234,7 +234,7 @@ class HSALayer(nn.Module):
         elif self.fusion == "mass":
             masses_BTAK = memory.masses_all(q_BTAD) if dense else memory.masses(q_BTAD, indices_BTHK, impl=impl)
             scores_BTAK = scores_BTRK.repeat_interleave(self.heads // self.retrieval_heads, 2)
-            weights = fusion_weights(scores_BTAK + self.mass_power * masses_BTAK)
+            weights = fusion_weights(self.mass_power * (scores_BTAK + masses_BTAK))
         elif self.fusion == "uniform":
             weights = fusion_weights(torch.zeros_like(scores_BTRK).masked_fill(indices_BTRK < 0, -torch.inf))
         elif self.fusion == "detached":

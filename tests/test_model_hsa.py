@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hsa_tl import fusion_weights
 from hsa_tl.model import ChunkEncoder, HSALayer
 
 S, C, T = 16, 32, 75
@@ -81,7 +80,9 @@ def test_mass_is_one_softmax_with_a_bonus_for_each_key_of_a_chunk(retrieval_head
     strong = HSALayer(32, 4, 2, 16, 16, topk=3, fusion="mass", retrieval_heads=retrieval_heads, mass_power=2.5)
     strong.load_state_dict(layer.state_dict())
     indices = indices.repeat_interleave(2 // retrieval_heads, 2)
-    weights = fusion_weights(scores.repeat_interleave(4 // retrieval_heads, 2) + 2.5 * memory.masses(q, indices))
+    weights = scores.repeat_interleave(4 // retrieval_heads, 2).exp() * memory.masses(q, indices).exp()
+    weights = (weights**2.5).nan_to_num(0)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
     torch.testing.assert_close(strong(x, memory), strong.out(memory.attend(q, weights, indices).flatten(2)))
 
 
