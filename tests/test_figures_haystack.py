@@ -5,6 +5,8 @@ from functools import partial
 
 from test_figures import LENGTHS, RESULTS, K, M, accuracies, cells, in_page, needle_rows, words
 
+from hsa_tl.model.needles import task
+
 
 def test_figures_of_the_recipe():
     values = partial(accuracies, needle_rows())
@@ -21,8 +23,8 @@ def test_figures_of_the_recipe():
     far = ([100 * x for x in values(recipe, "hsa", "mk-niah-3", M)] for recipe in recipes)
     assert "At 1M it is {:.0f} % in the mean, and was {:.0f}.".format(*(sum(x) / len(x) for x in far)) in page
     least, most = (
-        [f([round(100 * x) for T in LENGTHS[1:] for x in values(recipe, "hsa", task, T)])
-         for recipe in recipes for task in ("s-niah", "mq-niah")]
+        [f([round(100 * x) for T in LENGTHS[1:] for x in values(recipe, "hsa", name, T)])
+         for recipe in recipes for name in ("s-niah", "mq-niah")]
         for f in (min, max)
     )  # fmt: skip
     said = "in {} to {} % (S-NIAH) and {} to {} % (MQ-NIAH) from 4K to 1M"
@@ -74,7 +76,7 @@ def test_figures_of_haystacks_of_needles_by_other_recipes():
     read += [right["wider-model", 0, 16, "mk-niah-3", n * K] for n in (32, 256, 1024)]
     assert "{} % at 32K, landmarks having {} dimensions, and answers {}, {} and {} %".format(*read) in text
     among = [round(100 * r[x]) for r in found["among"][::-1] for x in ("first", "of_16")]
-    among_16 = "in {} % of 100 questions and among the 16 that are read in {} %; as shipped, seed 1, in {} and {} %"
+    among_16 = "in {} % of 100 questions and among the 16 that are read in {} %; with 128, seed 1, in {} and {} %"
     assert among_16.format(*among) in text
     own = {(r["length"] // K, r["topk"], r["factor"]): round(100 * r["accuracy"]) for r in found["own_mass"]}
     own = [own[x] for x in ((256, 64, 1), (256, 64, 0), (K, 64, 4), (K, 64, 0), (K, 256, 4), (K, 256, 0))]
@@ -106,6 +108,7 @@ def test_figures_of_borders():
     (swapped,) = found["swapped"]
     assert f"from {swapped['as_is']:.1f} standard deviations above the others' to {swapped['z']['-1']:.1f}," in text
     assert all(abs(z - swapped["as_is"]) < 0.02 for at, z in swapped["z"].items() if at != "-1")
+    assert f"{mixed['loss_first']:.3f}" == f"{mixed['loss_elsewhere']:.3f}"
     assert f"(a loss of {mixed['loss_first']:.3f} at 1024 tokens)" in text
     held = {recipe: {k: round(100 * x) for k, x in r["among"].items()} for (recipe, T), r in recall.items() if T == M}
     assert f"hold the right chunk in {held['conv-matrices']['256']} %" in text
@@ -123,7 +126,7 @@ def test_figures_of_needles_alike():
     wrong = first["wrong_by_shared"]
     said = "Still {:.0f} % are right there (seed 1). {} of the {} wrong values are of needles that share two"
     assert said.format(100 * first["accuracy"], wrong["2"], sum(wrong.values())) in text
-    assert f"as {alike['needles_that_share_2']:.0f} of 174,000 needles do" in text
+    assert f"as {alike['needles_that_share_2']:.0f} of {round(task('mk-niah-3', M).count, -3):,} needles do" in text
     right = {(r["recipe"], r["seed"], r["score"], r["mass"]): round(100 * r["accuracy"]) for r in found["readings"]}
     both, mass = (
         [right[(*run, x, 4)] for run in (("overlap-alike", 1), ("overlap", 1), ("overlap", 0))] for x in (4, 1)
