@@ -12,7 +12,7 @@ BARRIER = 3  # of the threads that compute
 
 
 def at(row, j):
-    """Where key j of a row stands."""
+    """Where key j of a row stands. A local takes it before it indexes: of a local, lowering proves nothing."""
     return j ^ (j // RADIX % RADIX) ^ (row % 2 * RADIX)
 
 
@@ -84,6 +84,8 @@ def halve_rows(keys, held, spot, levels, threads):
     rows, P = keys.shape
     for half in [rows >> (x + 1) for x in range(rows.bit_length() - 1)]:
         for m, j in T.Parallel(half, P):
-            keys[m, at(m, j)] = T.max(keys[m, at(m, j)], keys[m + half, at(m + half, P - 1 - j)])
+            spot[0] = at(m, j)
+            spot[1] = at(m + half, P - 1 - j)
+            keys[m, spot[0]] = T.max(keys[m, spot[0]], keys[m + half, spot[1]])
         T.sync_threads(BARRIER, threads)
         descend(keys, held, spot, levels - 1, False, False, threads)

@@ -41,9 +41,10 @@ def by_chunk(best, out, held, spot, levels, worst, threads):
     """
     rows, P = out.shape
     for m, n in T.Parallel(rows, P):
-        found = best[m, at(m, n)]
-        turned = (LAST - (found % 2**32)) * 2**32 + ((found >> 32) & 0xFFFFFFFF)
-        out[m, at(m, n)] = T.if_then_else((n < worst) | (found == EMPTY), T.int64(BEHIND), turned)
+        spot[0] = at(m, n)
+        held[0] = best[m, spot[0]]
+        turned = (LAST - (held[0] % 2**32)) * 2**32 + ((held[0] >> 32) & 0xFFFFFFFF)
+        out[m, spot[0]] = T.if_then_else((n < worst) | (held[0] == EMPTY), T.int64(BEHIND), turned)
     T.sync_threads(BARRIER, threads)
     sort_rows(out, held, spot, levels, False, threads)
 

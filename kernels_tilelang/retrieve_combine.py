@@ -71,22 +71,25 @@ def retrieve_combine(*, K, min_blocks, config: RetrieveCombineConfig):
             spot = T.alloc_local([8], "int32")
 
             for g, j in T.Parallel(rows, P):
-                keys_shared[g, at(g, j)] = EMPTY
+                keys_shared[g, j] = EMPTY
             T.sync_threads(BARRIER, threads)
             for i in T.serial(T.ceildiv(splits, rows)):
                 for g, j in T.Parallel(rows, P):
                     i_s = i * rows + g
                     # A row backwards, so that the greater of both are the best of both, in one bitonic run.
                     fresh = best[i_b, i_t, i_r, T.min(i_s, splits - 1), P - 1 - j]
-                    keys_shared[g, at(g, j)] = T.max(
-                        keys_shared[g, at(g, j)], T.if_then_else(i_s < splits, fresh, T.int64(EMPTY))
+                    spot[0] = at(g, j)
+                    keys_shared[g, spot[0]] = T.max(
+                        keys_shared[g, spot[0]], T.if_then_else(i_s < splits, fresh, T.int64(EMPTY))
                     )
                 T.sync_threads(BARRIER, threads)
                 descend(keys_shared, held, spot, levels - 1, False, False, threads)
             halve_rows(keys_shared, held, spot, levels, threads)
             by_chunk(keys_shared, out_shared, held, spot, levels, P - K, threads)
             for n in T.Parallel(K):
-                scores[i_b, i_t, i_r, n] = slot_score(out_shared[0, at(0, n)])
-                indices[i_b, i_t, i_r, n] = slot_chunk(out_shared[0, at(0, n)])
+                spot[0] = at(0, n)
+                held[0] = out_shared[0, spot[0]]
+                scores[i_b, i_t, i_r, n] = slot_score(held[0])
+                indices[i_b, i_t, i_r, n] = slot_chunk(held[0])
 
     return retrieve_combine

@@ -120,14 +120,16 @@ def retrieve_split(*, D, K, dtype, min_blocks, config: RetrieveSplitConfig):
                 visible = visible_chunks(position, chunk_size, window, T.min(chunks[i_b], N)) - first
                 for g, j in T.Parallel(groups, P):
                     c = g * P + j
-                    keys_shared[g, at(g, j)] = T.if_then_else(
+                    spot[0] = at(g, j)
+                    keys_shared[g, spot[0]] = T.if_then_else(
                         c < visible, key_of(score_shared[m, c], first + c), T.int64(EMPTY)
                     )
                 T.sync_threads(BARRIER, threads)
                 sort_rows(keys_shared, held, spot, levels, False, threads)
                 halve_rows(keys_shared, held, spot, levels, threads)
                 for j in T.Parallel(P):
-                    best[i_b, first_t + m, i_y % R, i_x, j] = keys_shared[0, at(0, j)]
+                    spot[0] = at(0, j)
+                    best[i_b, first_t + m, i_y % R, i_x, j] = keys_shared[0, spot[0]]
                 T.sync_threads(BARRIER, threads)
 
     return retrieve_split

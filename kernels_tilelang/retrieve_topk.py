@@ -190,8 +190,9 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
             by_chunk(best_shared, fresh_shared, held, spot, levels, worst, threads)
             for m, n in T.Parallel(block_M, K):
                 if first_t + m < tokens:
-                    found = fresh_shared[m, at(m, n)]
-                    scores[i_b, first_t + m, i_r, n] = slot_score(found)
-                    indices[i_b, first_t + m, i_r, n] = slot_chunk(found)
+                    spot[0] = at(m, n)
+                    held[0] = fresh_shared[m, spot[0]]
+                    scores[i_b, first_t + m, i_r, n] = slot_score(held[0])
+                    indices[i_b, first_t + m, i_r, n] = slot_chunk(held[0])
 
     return retrieve_topk
