@@ -22,7 +22,15 @@ from hsa_tl.kernels_tilelang.config_base import (
     gradient_refusal,
     row_bytes,
 )
-from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradients, exp_rows, gradient_products, tile_products, weigh_rows
+from hsa_tl.kernels_tilelang.macros import (
+    LOG2E,
+    add_gradients,
+    exp_rows,
+    gather_rows,
+    gradient_products,
+    tile_products,
+    weigh_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
             slot_shared = T.alloc_shared([rows], "int32")
             head_shared = T.alloc_shared([1 if divides else rows], "int32")
             delta_shared = T.alloc_shared([rows], "float32")
+            q_rows = T.alloc_fragment([rows, D], dtype)
+            do_rows = T.alloc_fragment([rows, D], dtype)
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_dp = T.alloc_fragment([rows, S], "float32")
             acc_dq = T.alloc_fragment([rows, D], "float32")
@@ -149,10 +159,10 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                     real = T.Cast("int32", T.min(last - first - i_m * tile, tile)) * G  # rows; padding repeats a pair
                     for r in T.Parallel(rows):
                         slot_shared[r] = pair[T.min(first + i_m * tile + r // G, last - 1)]
-                    for r, d in T.Parallel(rows, D):
-                        q_shared[r, d] = q[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d]
-                    for r, d in T.Parallel(rows, D):
-                        do_shared[r, d] = dout[i_b, slot_shared[r] // K, i_h, head(r, head_shared), d]
+                    gather_rows(
+                        lambda r: (i_b, slot_shared[r] // K, i_h, head(r, head_shared)),
+                        q, dout, q_rows, do_rows, q_shared, do_shared,
+                    )  # fmt: skip
                     for r in T.Parallel(rows):
                         slot = slot_shared[r]
                         row_weight[r] = weights[i_b, slot // K, i_h, T.min(head(r, head_shared), heads_w - 1), slot % K]

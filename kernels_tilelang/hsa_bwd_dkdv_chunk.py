@@ -20,7 +20,7 @@ from hsa_tl.kernels_tilelang.config_base import (
     gradient_refusal,
     row_bytes,
 )
-from hsa_tl.kernels_tilelang.macros import LOG2E, softmax_and_delta, tile_products
+from hsa_tl.kernels_tilelang.macros import LOG2E, gather_rows, softmax_and_delta, tile_products
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config
             p_shared = T.alloc_shared([rows, S], dtype)
             ds_shared = T.alloc_shared([rows, S], dtype)
             slot_shared = T.alloc_shared([T.ceildiv(rows, G)], "int32")
+            q_rows = T.alloc_fragment([rows, D], dtype)
+            do_rows = T.alloc_fragment([rows, D], dtype)
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_dp = T.alloc_fragment([rows, S], "float32")
             acc_dk = T.alloc_fragment([S, D], "float32")
@@ -111,22 +113,17 @@ def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config
             T.clear(acc_dv)
 
             for i_m in T.serial(T.ceildiv(end - begin, tile)):
-                for m in T.Parallel(T.ceildiv(rows, G)):
-                    i_p = begin + i_m * tile + m
-                    slot_shared[m] = T.if_then_else((m < tile) & (i_p < end), pair[T.min(i_p, end - 1)], -1)
-                for r, d in T.Parallel(rows, D):
-                    slot = slot_shared[r // G]
-                    q_shared[r, d] = T.if_then_else(slot >= 0, q[i_b, T.max(slot, 0) // K, i_h, r % G, d], 0)
-                for r, d in T.Parallel(rows, D):
-                    slot = slot_shared[r // G]
-                    do_shared[r, d] = T.if_then_else(slot >= 0, dout[i_b, T.max(slot, 0) // K, i_h, r % G, d], 0)
+                for m in T.Parallel(T.ceildiv(rows, G)):  # past the last pair it repeats, with weight 0
+                    slot_shared[m] = pair[T.min(begin + i_m * tile + m, end - 1)]
+                gather_rows(
+                    lambda r: (i_b, slot_shared[r // G] // K, i_h, r % G),
+                    q, dout, q_rows, do_rows, q_shared, do_shared,
+                )  # fmt: skip
+                real = T.Cast("int32", T.min(end - begin - i_m * tile, tile)) * G  # rows
                 for r in T.Parallel(rows):
                     slot = slot_shared[r // G]
-                    row_weight[r] = T.if_then_else(
-                        slot >= 0,
-                        weights[i_b, T.max(slot, 0) // K, i_h, T.min(r % G, heads_w - 1), T.max(slot, 0) % K],
-                        0.0,
-                    )
+                    weight = weights[i_b, slot // K, i_h, T.min(r % G, heads_w - 1), slot % K]
+                    row_weight[r] = T.if_then_else(r < real, weight, 0.0)
 
                 tile_products(q_shared, k_shared, do_shared, v_shared, acc_s, acc_dp)
                 length = chunk_len[i_c] if masked else None

@@ -86,6 +86,7 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             k_shared = T.alloc_shared([S, D], dtype)
             v_shared = T.alloc_shared([S, D], dtype)
             slot_shared = T.alloc_shared([1, T.ceildiv(rows, G)], "int32")
+            q_rows = T.alloc_fragment([rows, D], dtype)
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_p = T.alloc_fragment([rows, S], dtype)
             acc_o = T.alloc_fragment([rows, D], "float32")
@@ -104,8 +105,9 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
                 for i_m in T.serial(T.ceildiv(count, tile)):
                     for m in T.Parallel(T.ceildiv(rows, G)):
                         slot_shared[0, m] = pair[first + T.min(i_m * tile + m, count - 1)]
-                    for r, d in T.Parallel(rows, D):
-                        q_shared[r, d] = q[i_b, slot_shared[0, r // G] // K, i_h, r % G, d]
+                    for r, d in T.Parallel(rows, D):  # to registers first, as in gather_rows
+                        q_rows[r, d] = q[i_b, slot_shared[0, r // G] // K, i_h, r % G, d]
+                    T.copy(q_rows, q_shared)
                     for r in T.Parallel(rows):
                         slot = slot_shared[0, r // G]
                         row_weight[r] = weights[i_b, slot // K, i_h, T.min(r % G, heads_w - 1), slot % K]

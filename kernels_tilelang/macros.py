@@ -58,6 +58,21 @@ def add_pairs(acc_o, slot_shared, stage, left, K, partial, i_b, i_h):
 
 
 @T.macro
+def gather_rows(row_of, q, dout, q_rows, do_rows, q_shared, do_shared):
+    """q_shared, do_shared [rows, D] = the rows of q and dout at row_of(r), their first four indices.
+
+    By way of registers, so that all loads are under way together: one whose address comes from shared memory waits for
+    every store there before it.
+    """
+    for r, d in T.Parallel(*q_rows.shape):
+        q_rows[r, d] = q[(*row_of(r), d)]
+    for r, d in T.Parallel(*do_rows.shape):
+        do_rows[r, d] = dout[(*row_of(r), d)]
+    T.copy(q_rows, q_shared)
+    T.copy(do_rows, do_shared)
+
+
+@T.macro
 def tile_products(q, k, dout, v, acc_s, acc_dp):
     """acc_s = q k^T and acc_dp = dout v^T, both [rows, S]."""
     T.clear(acc_s)

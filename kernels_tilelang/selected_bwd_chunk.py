@@ -10,7 +10,7 @@ from typing import ClassVar
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradients, gradient_products, tile_products
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradients, gather_rows, gradient_products, tile_products
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
             ds_shared = T.alloc_shared([rows, S], dtype)
             slot_shared = T.alloc_shared([rows], "int32")
             head_shared = T.alloc_shared([rows], "int32")
+            q_rows = T.alloc_fragment([rows, D], dtype)
+            do_rows = T.alloc_fragment([rows, D], dtype)
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_dp = T.alloc_fragment([rows, S], "float32")
             acc_dq = T.alloc_fragment([rows, D], "float32")
@@ -83,10 +85,10 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
                     real = T.Cast("int32", T.min(last - first - i_m * tile, tile)) * G  # rows; padding repeats a pair
                     for r in T.Parallel(rows):
                         slot_shared[r] = pair[T.min(first + i_m * tile + r // G, last - 1)]
-                    for r, d in T.Parallel(rows, D):
-                        q_shared[r, d] = q[i_b, slot_shared[r] // K, i_h, head_shared[r], d]
-                    for r, d in T.Parallel(rows, D):
-                        do_shared[r, d] = dout[i_b, slot_shared[r] // K, i_h, head_shared[r], d]
+                    gather_rows(
+                        lambda r: (i_b, slot_shared[r] // K, i_h, head_shared[r]),
+                        q, dout, q_rows, do_rows, q_shared, do_shared,
+                    )  # fmt: skip
                     for r in T.Parallel(rows):
                         row_lse2[r] = lse[i_b, slot_shared[r] // K, i_h, head_shared[r]] * LOG2E
                     for r in T.Parallel(rows):

@@ -7,6 +7,7 @@ assembled of the same source and versions is not assembled again.
 """
 
 import csv
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,8 +101,16 @@ def test_the_first_config_of_every_program_assembles(programs):
         sass = cost.parse_sass(made.sass)
         claim = c.tensor_core()
         assert made.spill_bytes == 0 and (not claim or cost.count(sass, claim.upper())), program
+        assert not loads_in_turn(sass), program
 
 
+def loads_in_turn(sass) -> bool:
+    """Whether four loads of 16 bytes stand each behind a store to shared memory of what the one before brought."""
+    letters = "".join("L" if op.startswith("LDG.E.128") else "S" for _, op, _ in sass if op.startswith(SIXTEEN))
+    return re.search("(LS+){4}", letters) is not None
+
+
+SIXTEEN = ("LDG.E.128", "STS.128")
 SMEM_SLACK = 4608  # bytes, and a tenth: what aligning tiles to each other may add
 
 
