@@ -1,14 +1,14 @@
 """hsa_bwd_chunk hand-specialised for sm_90a.
 
-One CTA owns a chunk and a key/value head: a producer warpgroup gathers rows of q and dout by TMA, num_stages tiles of
-block_M rows ahead of two warpgroups that compute: 64 rows each of the scores, dP and dq, and half the columns each of
-dk and dv (at D = 64 all of one of them). dq leaves by TMA through the tiles of w P and dS (reduce_add: by atomics).
-Barriers. kv_full and full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the tile's
-bytes; empty[st]: 256 arrivals of the consumers once their last product has read the tile. Slots are read after that,
-so they have 2 * num_stages places: who arrives for a tile has finished the one num_stages before it. WRITTEN: both
-have written and fenced w P and dS, which the sums over rows read whole. READ: both have read them and delta, so dq and
-the next tile may overwrite them. STAGED + warpgroup, twice a tile: its dq is written and fenced, for its elected thread
-to store; that thread's earlier stores have read it.
+One CTA owns a share of a chunk and a key/value head: a producer warpgroup gathers rows of q and dout by TMA, num_stages
+tiles of block_M rows ahead of two warpgroups that compute: 64 rows each of the scores, dP and dq, and half the columns
+each of dk and dv (at D = 64 all of one of them). dq leaves by TMA through the tiles of w P and dS (reduce_add: by
+atomics). Barriers. kv_full and full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the
+tile's bytes; empty[st]: 256 arrivals of the consumers once their last product has read the tile. Slots are read after
+that, so they have 2 * num_stages places: who arrives for a tile has finished the one num_stages before it. WRITTEN:
+both have written and fenced w P and dS, which the sums over rows read whole. READ: both have read them and delta, so dq
+and the next tile may overwrite them. STAGED + warpgroup, twice a tile: its dq is written and fenced, for its elected
+thread to store; that thread's earlier stores have read it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, at_least_one, registers_left
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, weigh_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, share_begins, weigh_rows
 
 WRITTEN, READ, STAGED = 8, 9, 10  # named barriers; TileLang takes its own from 1 up
 BOX = 64  # columns of a TMA box: 128 bytes, one swizzle atom
@@ -66,11 +66,10 @@ class BwdChunkSm90aConfig(BwdChunkConfig):
 
 def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkSm90aConfig):
     rows, stages, consumers = config.block_M, config.num_stages, config.threads
-    tile = rows // G  # pairs
-    weights_tile = tile * heads_w
+    tile, weights_tile = rows // G, rows // G * heads_w  # pairs, and their weights
     halves = D > BOX  # of dk and dv for each consumer; else dv is the first one's and dk the second's
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
-    pairs, segments, partial_rows = T.dynamic("pairs, segments, partial_rows")
+    pairs, segments, partial_rows, shares = T.dynamic("pairs, segments, partial_rows, shares")
     dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
 
     @T.prim_func
@@ -87,11 +86,12 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
         dout: T.Tensor((B, tokens, H, G, D), dtype),
         scale: T.float32,
         dq_partial: T.Tensor(dq_shape, "float32" if config.reduce_add else dtype),
-        dk: T.Tensor((B, N, S, H, D), "float32"),
-        dv: T.Tensor((B, N, S, H, D), "float32"),
+        dk: T.Tensor((shares, B, N, S, H, D), "float32"),
+        dv: T.Tensor((shares, B, N, S, H, D), "float32"),
         dweights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
     ):
-        with T.Kernel(N, H, B, threads=config.total_threads()) as (i_c, i_h, i_b):
+        with T.Kernel(N * shares, H, B, threads=config.total_threads()) as (i_x, i_h, i_b):
+            i_c, share = i_x // shares, i_x % shares
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([stages, rows, D], dtype)
             do_shared = T.alloc_shared([stages, rows, D], dtype)
@@ -124,8 +124,9 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
             dw_sum = T.alloc_var("float32")
 
             tx = T.get_thread_binding()
-            first = begin[(i_b * H + i_h) * N + i_c]
-            count = T.Cast("int32", end[(i_b * H + i_h) * N + i_c] - first)
+            segment = (i_b * H + i_h) * N + i_c
+            first = share_begins(begin, end, segment, share, shares)
+            count = T.Cast("int32", share_begins(begin, end, segment, share + 1, shares) - first)
             if count > 0:
                 if tx >= consumers:
                     T.set_max_nreg(config.producer_registers, 0)
@@ -148,9 +149,8 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
                             slot_shared[i_m % (2 * stages), (tx - consumers) // heads_w] = slot
                         for m in T.unroll(tile):
                             for c in T.unroll(D // BOX):
-                                heads, box = slice(m * G, (m + 1) * G), slice(c * BOX, (c + 1) * BOX)
-                                T.tma_copy(q[i_b, token[m], i_h, :, box], q_shared[st, heads, box], barrier=full[st])
-                                i_t = token[m]
+                                i_t, heads, box = token[m], slice(m * G, (m + 1) * G), slice(c * BOX, (c + 1) * BOX)
+                                T.tma_copy(q[i_b, i_t, i_h, :, box], q_shared[st, heads, box], barrier=full[st])
                                 T.tma_copy(dout[i_b, i_t, i_h, :, box], do_shared[st, heads, box], barrier=full[st])
                         T.barrier_arrive(full[st])
                 else:
@@ -242,9 +242,9 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
                         T.tma_store_wait(0)  # shared memory must outlive the last stores
                     if halves or tx >= 128:
                         for s, d in T.Parallel(S, D):
-                            dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
+                            dk[share, i_b, i_c, s, i_h, d] = dk[share, i_b, i_c, s, i_h, d] + acc_dk[s, d]
                     if halves or tx < 128:
                         for s, d in T.Parallel(S, D):
-                            dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
+                            dv[share, i_b, i_c, s, i_h, d] = dv[share, i_b, i_c, s, i_h, d] + acc_dv[s, d]
 
     return hsa_bwd_chunk_sm90a

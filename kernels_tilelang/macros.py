@@ -5,6 +5,11 @@ import tilelang.language as T
 LOG2E = 1.4426950408889634
 
 
+def share_begins(begin, end, segment, share, shares):
+    """Where the share begins: one of so many equal ones of the segment's pairs, pair[begin : end]."""
+    return begin[segment] + (end[segment] - begin[segment]) * share // shares
+
+
 @T.macro
 def exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length):
     """acc_s = exp2((acc_s - row_max) * scale_log2) and row_sum, its sum over the chunk; length None: S real keys."""
@@ -93,13 +98,13 @@ def gradient_products(acc_s, acc_dp, p_shared, ds_shared, q, dout, k, acc_dq, ac
 
 
 @T.macro
-def add_gradients(acc_dk, acc_dv, dk, dv, i_b, i_c, i_h):
-    """The chunk's rows of dk and dv [B, N, S, H, D] += acc_dk, acc_dv."""
+def add_gradients(acc_dk, acc_dv, dk, dv, share, i_b, i_c, i_h):
+    """The chunk's rows of dk and dv [shares, B, N, S, H, D] += acc_dk, acc_dv."""
     S, D = acc_dk.shape
     for s, d in T.Parallel(S, D):
-        dk[i_b, i_c, s, i_h, d] = dk[i_b, i_c, s, i_h, d] + acc_dk[s, d]
+        dk[share, i_b, i_c, s, i_h, d] = dk[share, i_b, i_c, s, i_h, d] + acc_dk[s, d]
     for s, d in T.Parallel(S, D):
-        dv[i_b, i_c, s, i_h, d] = dv[i_b, i_c, s, i_h, d] + acc_dv[s, d]
+        dv[share, i_b, i_c, s, i_h, d] = dv[share, i_b, i_c, s, i_h, d] + acc_dv[s, d]
 
 
 @T.macro

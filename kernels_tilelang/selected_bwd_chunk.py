@@ -10,7 +10,14 @@ from typing import ClassVar
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradients, gather_rows, gradient_products, tile_products
+from hsa_tl.kernels_tilelang.macros import (
+    LOG2E,
+    add_gradients,
+    gather_rows,
+    gradient_products,
+    share_begins,
+    tile_products,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
     rows = config.block_M
     tile = rows // G  # pairs; rows past tile * G are padding
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
-    pairs, segments, partial_rows = T.dynamic("pairs, segments, partial_rows")
+    pairs, segments, partial_rows, shares = T.dynamic("pairs, segments, partial_rows, shares")
     dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
 
     @T.prim_func
@@ -43,10 +50,11 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
         dout: T.Tensor((B, tokens, H, G, D), dtype),
         scale: T.float32,
         dq_partial: T.Tensor(dq_shape, "float32" if config.reduce_add else dtype),
-        dk: T.Tensor((B, N, S, H, D), "float32"),
-        dv: T.Tensor((B, N, S, H, D), "float32"),
+        dk: T.Tensor((shares, B, N, S, H, D), "float32"),
+        dv: T.Tensor((shares, B, N, S, H, D), "float32"),
     ):
-        with T.Kernel(N, H, B, threads=config.threads) as (i_c, i_h, i_b):
+        with T.Kernel(N * shares, H, B, threads=config.threads) as (i_x, i_h, i_b):
+            i_c, share = i_x // shares, i_x % shares
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([rows, D], dtype)
             do_shared = T.alloc_shared([rows, D], dtype)
@@ -70,8 +78,9 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
             real = T.alloc_var("int32")
             length = T.alloc_var("int32")
 
-            first = begin[(i_b * H + i_h) * N + i_c]
-            last = end[(i_b * H + i_h) * N + i_c]
+            segment = (i_b * H + i_h) * N + i_c
+            first = share_begins(begin, end, segment, share, shares)
+            last = share_begins(begin, end, segment, share + 1, shares)
             length = chunk_len[i_c] if masked else S
             if last > first:
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
@@ -119,6 +128,6 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
                                 row = slot_shared[r] - start * K
                                 dq_partial[i_b, i_h, row, head_shared[r], d] = q_shared[r, d]
 
-                add_gradients(acc_dk, acc_dv, dk, dv, i_b, i_c, i_h)
+                add_gradients(acc_dk, acc_dv, dk, dv, share, i_b, i_c, i_h)
 
     return selected_bwd_chunk

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import Dims, emulable, make_call, seeds
+from strategies import Dims, attend, emulable, make_call, seeds
 from tiers import prove
 
 from hsa_tl import cases
@@ -15,11 +15,12 @@ from hsa_tl.autotune import static
 from hsa_tl.impl.tilelang import targeted
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import space, why_illegal
+from hsa_tl.kernels_tilelang.config_base import ChunkConfig
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk_sm90a import BwdChunkSm90aConfig
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
-from hsa_tl.testing import Inputs, assert_attention
+from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
 
 # Few static keys, since each is compiled: a power of two, and a group of 3 with weights for each head and a short tail.
 WHOLE = Dims(T=13, T_kv=64, HQ=4, H=2, D=32, K=2)
@@ -37,7 +38,7 @@ def _chunks(x: torch.Tensor, S: int) -> torch.Tensor:
     return padded.view(B, N, S, H, D)
 
 
-def backward(call: Inputs, S: int = 16, window: int | None = None, config: BwdChunkConfig | None = None, **fields):
+def backward(call: Inputs, S=16, window: int | None = None, shares=1, config: BwdChunkConfig | None = None, **fields):
     """dq, dk, dv, dweights of windows of tokens, then dk and dv by chunk; `fields` change the CPU's config."""
     B, T, HQ, D = call.q.shape
     T_kv, H = call.k.shape[1:3]
@@ -49,8 +50,10 @@ def backward(call: Inputs, S: int = 16, window: int | None = None, config: BwdCh
     q, do, weights = (x.unflatten(2, (H, -1)).contiguous() for x in (call.q, call.do, call.weights))
     problem = targeted(Problem.of(call.q, k, call.weights, call.indices, chunk_len if T_kv % S else None))
     config = config or replace(BwdChunkConfig.on_cpu(problem), **fields)
-    kernel = compile.kernel("hsa_bwd_chunk", problem, config)
-    dk, dv, dweights = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v, weights))
+    program = "hsa_bwd_chunk_sm90a" if config.sm_90a_only else "hsa_bwd_chunk"
+    kernel = compile.kernel(program, problem, config)
+    dweights = torch.zeros_like(weights)
+    shared = [torch.zeros(shares, *k.shape, device=device) for _ in "kv"]
     dq = torch.zeros(B, T, H, G, D, device=device)
     valid = (call.indices >= 0) & (call.indices < N)
     for start in range(0, T, window or T):
@@ -61,12 +64,13 @@ def backward(call: Inputs, S: int = 16, window: int | None = None, config: BwdCh
         begin, end = offsets[:-1].contiguous(), offsets[1:].contiguous()
         rows = torch.full((B, H, (stop - start) * K, G, D), torch.nan, dtype=dtype, device=device)
         arguments = (q, k, v, weights, pair, begin, end, start, chunk_len, do, D**-0.5)
-        kernel(*arguments, dq if config.reduce_add else rows, dk, dv, dweights)
+        kernel(*arguments, dq if config.reduce_add else rows, *shared, dweights)
         if not config.reduce_add:
             rows = rows.view(B, H, stop - start, K, G, D).permute(0, 2, 1, 3, 4, 5)
             real = valid[:, start:stop, :, :]
             assert torch.equal(~rows.isnan().any((-1, -2)), real)  # a row for each real pair, and for no other
             dq[:, start:stop] = torch.where(real[..., None, None], rows, 0).float().sum(3)
+    dk, dv = (x.sum(0) for x in shared)
     gradients = (dq.flatten(2, 3), dk.flatten(1, 2)[:, :T_kv], dv.flatten(1, 2)[:, :T_kv])
     return *(x.to(dtype) for x in gradients), dweights.flatten(2, 3), dk, dv
 
@@ -78,13 +82,13 @@ def _gradients(call: Inputs, **options) -> dict[str, torch.Tensor]:
 @each_reduce_add
 @each_dims
 def test_every_gradient_agrees_with_the_oracle(d, reduce_add):
-    """Duplicates, empty slots and unselected chunks fall as they fall; any number of tokens and of windows."""
+    """Duplicates, empty slots and unselected chunks fall as they fall; any number of tokens, windows and shares."""
 
     @hypothesis.settings(max_examples=10)
-    @hypothesis.given(seed=seeds, T=st.integers(8, 18), window=st.none() | st.integers(5, 9))
-    def holds(seed, T, window):
+    @hypothesis.given(seed=seeds, T=st.integers(8, 18), window=st.none() | st.integers(5, 9), shares=st.integers(1, 4))
+    def holds(seed, T, window, shares):
         call = make_call(d._replace(T=T), seed)
-        actual = _gradients(call, reduce_add=reduce_add, window=window)
+        actual = _gradients(call, reduce_add=reduce_add, window=window, shares=shares)
         assert_attention(actual, call, chunk_size=16)
 
     holds()
@@ -136,6 +140,14 @@ def test_one_pair_and_one_duplicate(d):
         call.indices.fill_(-1)
         call.indices[0, 4, 0, slots] = 2
         assert_attention(_gradients(call), call, chunk_size=16)
+
+
+def test_the_operator_sums_what_ctas_that_share_a_chunk_leave(monkeypatch):
+    monkeypatch.setattr(ChunkConfig, "shares", lambda config, problem: 3)
+    call = make_call(WHOLE)
+    config = {"hsa_fwd_chunk": {"block_M": 16}, "hsa_bwd_chunk": {"block_M": 16}}
+    actual = run_with_gradients(attend("tilelang"), call, chunk_size=16, config=config)
+    assert_attention(actual, call, chunk_size=16)
 
 
 def test_the_tile_size_only_regroups_the_pairs():
@@ -241,9 +253,10 @@ def test_every_config_agrees_with_the_oracle_on_a_gpu(d, dtype):
     )
     problem = replace(PAPER, HQ=d.HQ, H=d.H, D=d.D, K=d.K, per_head=d.per_head, masked=d.T_kv % d.S != 0, dtype=dtype)
     for config in space("hsa_bwd_chunk", problem) + space("hsa_bwd_chunk_sm90a", problem):
-        for window in (None, 64):
-            actual = _gradients(call, S=d.S, config=config, window=window)
+        for window, shares in ((None, 1), (64, 3)):
+            options = {"S": d.S, "config": config, "window": window, "shares": shares}
+            actual = _gradients(call, **options)
             assert_attention(actual, call, chunk_size=d.S)
             if not config.reduce_add:
-                again = _gradients(call, S=d.S, config=config, window=window)
+                again = _gradients(call, **options)
                 assert all(torch.equal(x, again[n]) for n, x in actual.items()), config

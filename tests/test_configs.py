@@ -14,7 +14,9 @@ from tiers import prove
 
 from hsa_tl import cases
 from hsa_tl.kernels_tilelang import compile, config
-from hsa_tl.kernels_tilelang.config_base import Config, TokenConfig, blocks_per_sm, union_chunks
+from hsa_tl.kernels_tilelang.config_base import ChunkConfig, Config, TokenConfig, blocks_per_sm, union_chunks
+from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
+from hsa_tl.kernels_tilelang.hsa_bwd_dkdv_chunk import BwdDkdvChunkConfig
 
 PAPER = cases.case("paper-d128").problem
 SHAPES = {
@@ -223,7 +225,7 @@ MOVED = {
     "retrieve_combine": (dict.fromkeys(("l2", "hbm"), "best"),),
     "retrieve_dlandmarks": ({"l2": "each_q_slc each_pair each_weight", "hbm": "pair each_sector"},),
 }
-AT = {"B": 2, "tokens": 6144, "N": 2048, "H": 2, "R": 2, "P": 4096, "blocks": 3, "splits": 1}
+AT = {"B": 2, "tokens": 6144, "N": 2048, "H": 2, "R": 2, "P": 4096, "blocks": 3, "splits": 1, "shares": 1}
 MANY = replace(PAPER, B=AT["B"], T=AT["tokens"], N=AT["N"], HQ=16, H=AT["H"], D=64, K=16)  # G = 8: whole tiles
 PAIRS = MANY.B * MANY.T * MANY.H * MANY.K
 
@@ -274,7 +276,17 @@ def test_a_config_counts_the_ctas_of_its_launch():
                 dims["tiles"] = -(-problem.T // (int(d.parameters["union_chunks"].shape[3]) // problem.K))
             elif program == "retrieve_split":
                 dims["splits"] = -(-problem.N // c.block_N)
+            elif isinstance(c, ChunkConfig):
+                dims["shares"] = c.shares(problem)
             assert c.ctas(problem) == prod(evaluate(x, dims) for x in d.grid), (program, c)
+
+
+@pytest.mark.parametrize("T, shares", [(2048, 25), (4096, 13), (16384, 4), (32768, 2), (65536, 1)])
+def test_ctas_share_a_chunk_where_chunks_are_few(T, shares):
+    p = cases.at_length(PAPER, T)
+    assert BwdChunkConfig().shares(p) == shares and BwdChunkConfig().ctas(p) == p.N * shares
+    few = replace(p, T=p.S * p.N // p.K)  # a segment behind a long cache: 64 pairs for each chunk
+    assert BwdChunkConfig().shares(few) == 1 and BwdDkdvChunkConfig().shares(p) == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)

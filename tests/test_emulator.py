@@ -25,6 +25,7 @@ from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.impl import tilelang, tilelang_retrieval
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import PROGRAMS, space, tuned
+from hsa_tl.kernels_tilelang.config_base import ChunkConfig
 from hsa_tl.pairs import sort_pairs
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs, assert_attention, run_with_gradients
@@ -107,6 +108,19 @@ def test_every_config_of_one_softmax_equals_the_oracle(name, program):
 def test_one_softmax(program):
     """A tail, empty slots, duplicates, two tiles of a chunk's pairs."""
     check_one_softmax(half(make_call(Dims(T=21, T_kv=90, HQ=16, D=64, S=S, K=4))), S, {program: {}})
+
+
+@prove
+@pytest.mark.parametrize(
+    "program", [x for x in PROGRAMS if "_chunk" in x and PROGRAMS[x] in ("fwd_chunk", "bwd_chunk")]
+)
+def test_ctas_share_a_chunk(monkeypatch, program):
+    monkeypatch.setattr(ChunkConfig, "shares", lambda config, problem: 3)
+    call = half(make_call(DIMS["paper-d128"]))
+    if program.startswith("selected_"):
+        check_one_softmax(call, S, {program: {}})
+    else:
+        check(call, S, {program: {}}, gradients="_bwd_" in program)
 
 
 @prove

@@ -32,6 +32,7 @@ from tiers import tiered
 from hsa_tl import chunk_means, hsa_attention, merge_attention, retrieve_chunks, selected_attention
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.bench.baselines import dense_oracle
+from hsa_tl.kernels_tilelang.config_base import ChunkConfig
 from hsa_tl.model import attention
 from hsa_tl.oracle import expect_selected, selected_oracle
 from hsa_tl.testing import SelectedInputs, assert_attention, check_attention, run_with_gradients
@@ -99,6 +100,12 @@ def test_dq_may_be_added_atomically():
     call = without_weights(make_call(Dims()))
     actual = run("tilelang", call, config={"selected_bwd_chunk": {"reduce_add": 1}})
     assert_attention(actual, call, chunk_size=S)
+
+
+def test_ctas_may_share_a_chunk(monkeypatch):
+    monkeypatch.setattr(ChunkConfig, "shares", lambda config, problem: 3)
+    call = without_weights(make_call(Dims()))
+    assert_attention(run("tilelang", call, config={"selected_bwd_chunk": {}}), call, chunk_size=S)
 
 
 def _dense(q, k, v, indices, chunk_size):
