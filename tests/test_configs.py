@@ -4,12 +4,14 @@ The IR is that of the program before TileLang lowers it, so nothing here compile
 same configs is in test_static.py; what is legal, and which configs there are, in test_config_spaces.py.
 """
 
+import heapq
 import itertools
 import re
 from dataclasses import dataclass, replace
 from math import prod
 
 import pytest
+import torch
 from tiers import prove
 
 from hsa_tl import cases
@@ -287,6 +289,19 @@ def test_ctas_share_a_chunk_where_chunks_are_few(T, shares):
     assert BwdChunkConfig().shares(p) == shares and BwdChunkConfig().ctas(p) == p.N * shares
     few = replace(p, T=p.S * p.N // p.K)  # a segment behind a long cache: 64 pairs for each chunk
     assert BwdChunkConfig().shares(few) == 1 and BwdDkdvChunkConfig().shares(p) == 1
+
+
+@pytest.mark.parametrize("T", (4096, 8192, 16384, 32768, 65536))
+def test_shares_keep_all_sms_busy_to_the_end(T):
+    """Of a prefill with random selections, whose first chunks most tokens see. One CTA an SM, in order of launch."""
+    p = cases.at_length(PAPER, T)
+    seen = torch.arange(1, p.N)
+    each = p.S * (p.K / seen).clamp(max=1)  # pairs that the tokens of a chunk give each of those that they see
+    pairs = each.flip(0).cumsum(0).flip(0).repeat_interleave(shares := BwdChunkConfig().shares(p)) / shares
+    busy = [0.0] * 132
+    for n in pairs.tolist():
+        heapq.heapreplace(busy, busy[0] + n)
+    assert max(busy) < 1.03 * sum(busy) / 132
 
 
 @pytest.mark.parametrize("shape", SHAPES)
