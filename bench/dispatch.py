@@ -56,11 +56,13 @@ class Dispatch(Suite):
         """By hand, since it stands inside what is timed: takes 5 us."""
         from hsa_tl.impl import tilelang
         from hsa_tl.kernels_tilelang import compile
+        from hsa_tl.kernels_tilelang.config_base import ChunkConfig
 
         stubs = (
             (compile, "_KERNELS", self.kernels), (compile, "emulator", self.emulated),
             (compile, "build", lambda program, *_: program), (compile, "lower_ir", lambda *_: None),
             (ops, "sort_pairs", tilelang.sort_pairs), (api, "validates", lambda *_: False),
+            (ChunkConfig, "shares", lambda *_: 1),  # more partial sums are more zeros, which a device writes
         )  # fmt: skip
         before = [getattr(module, name) for module, name, _ in stubs]
         for module, name, stub in stubs:

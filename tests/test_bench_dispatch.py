@@ -11,6 +11,7 @@ from hsa_tl import api, cases, ops
 from hsa_tl.bench.dispatch import Dispatch
 from hsa_tl.cli import app
 from hsa_tl.kernels_tilelang import compile
+from hsa_tl.kernels_tilelang.config_base import ChunkConfig
 
 PROBLEM = cases.on_cpu(cases.at_length(cases.case("k16-d128").problem, 128))
 LAUNCHES = {
@@ -29,6 +30,7 @@ def untouched():
         (compile, "lower_ir"),
         (ops, "sort_pairs"),
         (api, "validates"),
+        (ChunkConfig, "shares"),
     )
     before, kernels = [getattr(module, name) for module, name in names], dict(compile._KERNELS)
     yield
