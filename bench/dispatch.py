@@ -62,7 +62,7 @@ class Dispatch(Suite):
             (compile, "_KERNELS", self.kernels), (compile, "emulator", self.emulated),
             (compile, "build", lambda program, *_: program), (compile, "lower_ir", lambda *_: None),
             (ops, "sort_pairs", tilelang.sort_pairs), (api, "validates", lambda *_: False),
-            (ChunkConfig, "shares", lambda *_: 1),  # more partial sums are more zeros, which a device writes
+            (ChunkConfig, "splits", lambda *_: 1),  # more partial sums are more zeros, which a device writes
         )  # fmt: skip
         before = [getattr(module, name) for module, name, _ in stubs]
         for module, name, stub in stubs:

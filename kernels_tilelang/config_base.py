@@ -114,13 +114,11 @@ class Config:
 
 
 CHUNK_CTAS = 6 * 132  # six for each SM
-SHARE_PAIRS = 64  # in the mean at least
+SPLIT_PAIRS = 64  # in the mean at least
 
 
 class ChunkConfig(Config):
-    """Of a program whose CTA owns a chunk, or a share of its pairs, and a key/value head and takes block_M rows at a
-    time.
-    """
+    """Of a program whose CTA owns a chunk, or a split of its pairs, and a head, and takes block_M rows at a time."""
 
     block_M: int
 
@@ -133,13 +131,13 @@ class ChunkConfig(Config):
     def chunk_reads(self, p):
         return 0.0  # once for all its pairs
 
-    def shares(self, p) -> int:
-        """CTAs that share a chunk's pairs, equally. Of few chunks the one that most tokens chose would outlast all."""
+    def splits(self, p) -> int:
+        """CTAs that split a chunk's pairs. Where chunks are few, the one that most tokens chose would outlast all."""
         chunks = max(1, p.B * p.H * p.N)
-        return max(1, min(-(-CHUNK_CTAS // chunks), p.B * p.T * p.H * p.K // (chunks * SHARE_PAIRS)))
+        return max(1, min(-(-CHUNK_CTAS // chunks), p.B * p.T * p.H * p.K // (chunks * SPLIT_PAIRS)))
 
     def ctas(self, p):
-        return p.B * p.H * p.N * self.shares(p)
+        return p.B * p.H * p.N * self.splits(p)
 
 
 class TokenConfig(Config):

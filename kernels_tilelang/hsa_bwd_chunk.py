@@ -28,7 +28,7 @@ from hsa_tl.kernels_tilelang.macros import (
     exp_rows,
     gather_rows,
     gradient_products,
-    share_begins,
+    split_begins,
     tile_products,
     weigh_rows,
 )
@@ -91,7 +91,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
     rows = config.block_M
     tile = rows // G  # pairs; rows past tile * G are padding
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
-    pairs, segments, partial_rows, shares = T.dynamic("pairs, segments, partial_rows, shares")
+    pairs, segments, partial_rows, splits = T.dynamic("pairs, segments, partial_rows, splits")
     divides = rows % G == 0
 
     def head(r, head_shared):
@@ -114,12 +114,12 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
         dout: T.Tensor((B, tokens, H, G, D), dtype),
         scale: T.float32,
         dq_partial: T.Tensor(dq_shape, "float32" if config.reduce_add else dtype),
-        dk: T.Tensor((shares, B, N, S, H, D), "float32"),
-        dv: T.Tensor((shares, B, N, S, H, D), "float32"),
+        dk: T.Tensor((splits, B, N, S, H, D), "float32"),
+        dv: T.Tensor((splits, B, N, S, H, D), "float32"),
         dweights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
     ):
-        with T.Kernel(N * shares, H, B, threads=config.threads) as (i_x, i_h, i_b):
-            i_c, share = i_x // shares, i_x % shares
+        with T.Kernel(N * splits, H, B, threads=config.threads) as (i_x, i_h, i_b):
+            i_c, i_s = i_x // splits, i_x % splits
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([rows, D], dtype)
             do_shared = T.alloc_shared([rows, D], dtype)
@@ -147,8 +147,8 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
             real = T.alloc_var("int32")
 
             segment = (i_b * H + i_h) * N + i_c
-            first = share_begins(begin, end, segment, share, shares)
-            last = share_begins(begin, end, segment, share + 1, shares)
+            first = split_begins(begin, end, segment, i_s, splits)
+            last = split_begins(begin, end, segment, i_s + 1, splits)
             if last > first:
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
                 T.copy(v[i_b, i_c, :, i_h, :], v_shared)
@@ -208,6 +208,6 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                                     r, d
                                 ]
 
-                add_gradients(acc_dk, acc_dv, dk, dv, share, i_b, i_c, i_h)
+                add_gradients(acc_dk, acc_dv, dk, dv, i_s, i_b, i_c, i_h)
 
     return hsa_bwd_chunk

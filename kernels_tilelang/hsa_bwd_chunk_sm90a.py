@@ -1,6 +1,6 @@
 """hsa_bwd_chunk hand-specialised for sm_90a.
 
-One CTA owns a share of a chunk and a key/value head: a producer warpgroup gathers rows of q and dout by TMA, num_stages
+One CTA owns a split of a chunk and a key/value head: a producer warpgroup gathers rows of q and dout by TMA, num_stages
 tiles of block_M rows ahead of two warpgroups that compute: 64 rows each of the scores, dP and dq, and half the columns
 each of dk and dv (at D = 64 all of one of them). dq leaves by TMA through the tiles of w P and dS (reduce_add: by
 atomics). Barriers. kv_full and full[st]: 128 arrivals of the producer, each behind its lane's slot and weight, and the
@@ -18,7 +18,7 @@ import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, at_least_one, registers_left
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, share_begins, weigh_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, split_begins, weigh_rows
 
 WRITTEN, READ, STAGED = 8, 9, 10  # named barriers; TileLang takes its own from 1 up
 BOX = 64  # columns of a TMA box: 128 bytes, one swizzle atom
@@ -69,7 +69,7 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
     tile, weights_tile = rows // G, rows // G * heads_w  # pairs, and their weights
     halves = D > BOX  # of dk and dv for each consumer; else dv is the first one's and dk the second's
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
-    pairs, segments, partial_rows, shares = T.dynamic("pairs, segments, partial_rows, shares")
+    pairs, segments, partial_rows, splits = T.dynamic("pairs, segments, partial_rows, splits")
     dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
 
     @T.prim_func
@@ -86,12 +86,12 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
         dout: T.Tensor((B, tokens, H, G, D), dtype),
         scale: T.float32,
         dq_partial: T.Tensor(dq_shape, "float32" if config.reduce_add else dtype),
-        dk: T.Tensor((shares, B, N, S, H, D), "float32"),
-        dv: T.Tensor((shares, B, N, S, H, D), "float32"),
+        dk: T.Tensor((splits, B, N, S, H, D), "float32"),
+        dv: T.Tensor((splits, B, N, S, H, D), "float32"),
         dweights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
     ):
-        with T.Kernel(N * shares, H, B, threads=config.total_threads()) as (i_x, i_h, i_b):
-            i_c, share = i_x // shares, i_x % shares
+        with T.Kernel(N * splits, H, B, threads=config.total_threads()) as (i_x, i_h, i_b):
+            i_c, i_s = i_x // splits, i_x % splits
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([stages, rows, D], dtype)
             do_shared = T.alloc_shared([stages, rows, D], dtype)
@@ -125,8 +125,8 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
 
             tx = T.get_thread_binding()
             segment = (i_b * H + i_h) * N + i_c
-            first = share_begins(begin, end, segment, share, shares)
-            count = T.Cast("int32", share_begins(begin, end, segment, share + 1, shares) - first)
+            first = split_begins(begin, end, segment, i_s, splits)
+            count = T.Cast("int32", split_begins(begin, end, segment, i_s + 1, splits) - first)
             if count > 0:
                 if tx >= consumers:
                     T.set_max_nreg(config.producer_registers, 0)
@@ -242,9 +242,9 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
                         T.tma_store_wait(0)  # shared memory must outlive the last stores
                     if halves or tx >= 128:
                         for s, d in T.Parallel(S, D):
-                            dk[share, i_b, i_c, s, i_h, d] = dk[share, i_b, i_c, s, i_h, d] + acc_dk[s, d]
+                            dk[i_s, i_b, i_c, s, i_h, d] = dk[i_s, i_b, i_c, s, i_h, d] + acc_dk[s, d]
                     if halves or tx < 128:
                         for s, d in T.Parallel(S, D):
-                            dv[share, i_b, i_c, s, i_h, d] = dv[share, i_b, i_c, s, i_h, d] + acc_dv[s, d]
+                            dv[i_s, i_b, i_c, s, i_h, d] = dv[i_s, i_b, i_c, s, i_h, d] + acc_dv[s, d]
 
     return hsa_bwd_chunk_sm90a

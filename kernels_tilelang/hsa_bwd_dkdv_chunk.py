@@ -39,7 +39,7 @@ class BwdDkdvChunkConfig(ChunkConfig):
         reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
         return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + reductions
 
-    def shares(self, p):
+    def splits(self, p):
         return 1  # it stores dk and dv for good
 
     def accumulators(self, p):

@@ -12,7 +12,7 @@ from typing import ClassVar
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, ChunkConfig, first_legal, row_bytes, warps_refusal
-from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, share_begins, store_pairs, weighted_output
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, split_begins, store_pairs, weighted_output
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
         pair: T.Tensor((pairs,), "int32"),
         begin: T.Tensor((segments,), "int64"),
         end: T.Tensor((segments,), "int64"),
-        shares: T.int32,
+        splits: T.int32,
         start: T.int32,
         chunk_len: T.Tensor((N,), "int32"),
         scale: T.float32,
         partial: T.Tensor(shape, out_dtype),
     ):
-        with T.Kernel(N * shares, H, B, threads=config.threads) as (i_x, i_h, i_b):
-            i_c = i_x // shares
+        with T.Kernel(N * splits, H, B, threads=config.threads) as (i_x, i_h, i_b):
+            i_c = i_x // splits
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([rows, D], dtype)
             k_shared = T.alloc_shared([S, D], dtype)
@@ -99,8 +99,8 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             count = T.alloc_var("int32")
 
             segment = (i_b * H + i_h) * N + i_c
-            first = share_begins(begin, end, segment, i_x % shares, shares)
-            count = T.cast(share_begins(begin, end, segment, i_x % shares + 1, shares) - first, "int32")
+            first = split_begins(begin, end, segment, i_x % splits, splits)
+            count = T.cast(split_begins(begin, end, segment, i_x % splits + 1, splits) - first, "int32")
             if count > 0:
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
                 T.copy(v[i_b, i_c, :, i_h, :], v_shared)

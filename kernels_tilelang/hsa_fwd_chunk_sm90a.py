@@ -24,7 +24,7 @@ from hsa_tl.kernels_tilelang.config_base import (
     registers_left,
 )
 from hsa_tl.kernels_tilelang.hsa_fwd_chunk import FwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, share_begins, store_pairs, weighted_output
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, split_begins, store_pairs, weighted_output
 
 BOX = 64  # columns of a TMA box: one 128-byte swizzle atom
 
@@ -86,14 +86,14 @@ def hsa_fwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
         pair: T.Tensor((pairs,), "int32"),
         begin: T.Tensor((segments,), "int64"),
         end: T.Tensor((segments,), "int64"),
-        shares: T.int32,
+        splits: T.int32,
         start: T.int32,
         chunk_len: T.Tensor((N,), "int32"),
         scale: T.float32,
         partial: T.Tensor(shape, out_dtype),
     ):
-        with T.Kernel(N * shares, H, B, threads=consumers + WARPGROUP) as (i_x, i_h, i_b):
-            i_c = i_x // shares
+        with T.Kernel(N * splits, H, B, threads=consumers + WARPGROUP) as (i_x, i_h, i_b):
+            i_c = i_x // splits
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([stages, rows, D], dtype)
             k_shared = T.alloc_shared([S, D], dtype)
@@ -121,8 +121,8 @@ def hsa_fwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
             thread = T.get_thread_binding()
 
             segment = (i_b * H + i_h) * N + i_c
-            first = share_begins(begin, end, segment, i_x % shares, shares)
-            count = T.cast(share_begins(begin, end, segment, i_x % shares + 1, shares) - first, "int32")
+            first = split_begins(begin, end, segment, i_x % splits, splits)
+            count = T.cast(split_begins(begin, end, segment, i_x % splits + 1, splits) - first, "int32")
             if count > 0:
                 if thread >= consumers:
                     T.set_max_nreg(config.producer_registers, 0)

@@ -5,9 +5,9 @@ import tilelang.language as T
 LOG2E = 1.4426950408889634
 
 
-def share_begins(begin, end, segment, share, shares):
-    """Where the share begins: one of so many equal ones of the segment's pairs, pair[begin : end]."""
-    return begin[segment] + (end[segment] - begin[segment]) * share // shares
+def split_begins(begin, end, segment, i_s, splits):
+    """Where split i_s of the segment's pairs begins, of so many equal ones of pair[begin : end]."""
+    return begin[segment] + (end[segment] - begin[segment]) * i_s // splits
 
 
 @T.macro
@@ -98,13 +98,13 @@ def gradient_products(acc_s, acc_dp, p_shared, ds_shared, q, dout, k, acc_dq, ac
 
 
 @T.macro
-def add_gradients(acc_dk, acc_dv, dk, dv, share, i_b, i_c, i_h):
-    """The chunk's rows of dk and dv [shares, B, N, S, H, D] += acc_dk, acc_dv."""
+def add_gradients(acc_dk, acc_dv, dk, dv, i_s, i_b, i_c, i_h):
+    """The chunk's rows of dk and dv [splits, B, N, S, H, D] += acc_dk, acc_dv."""
     S, D = acc_dk.shape
     for s, d in T.Parallel(S, D):
-        dk[share, i_b, i_c, s, i_h, d] = dk[share, i_b, i_c, s, i_h, d] + acc_dk[s, d]
+        dk[i_s, i_b, i_c, s, i_h, d] = dk[i_s, i_b, i_c, s, i_h, d] + acc_dk[s, d]
     for s, d in T.Parallel(S, D):
-        dv[share, i_b, i_c, s, i_h, d] = dv[share, i_b, i_c, s, i_h, d] + acc_dv[s, d]
+        dv[i_s, i_b, i_c, s, i_h, d] = dv[i_s, i_b, i_c, s, i_h, d] + acc_dv[s, d]
 
 
 @T.macro

@@ -15,7 +15,7 @@ from hsa_tl.kernels_tilelang.macros import (
     add_gradients,
     gather_rows,
     gradient_products,
-    share_begins,
+    split_begins,
     tile_products,
 )
 
@@ -32,7 +32,7 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
     rows = config.block_M
     tile = rows // G  # pairs; rows past tile * G are padding
     B, tokens, N, H = T.dynamic("B, tokens, N, H")
-    pairs, segments, partial_rows, shares = T.dynamic("pairs, segments, partial_rows, shares")
+    pairs, segments, partial_rows, splits = T.dynamic("pairs, segments, partial_rows, splits")
     dq_shape = (B, tokens, H, G, D) if config.reduce_add else (B, H, partial_rows, G, D)
 
     @T.prim_func
@@ -50,11 +50,11 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
         dout: T.Tensor((B, tokens, H, G, D), dtype),
         scale: T.float32,
         dq_partial: T.Tensor(dq_shape, "float32" if config.reduce_add else dtype),
-        dk: T.Tensor((shares, B, N, S, H, D), "float32"),
-        dv: T.Tensor((shares, B, N, S, H, D), "float32"),
+        dk: T.Tensor((splits, B, N, S, H, D), "float32"),
+        dv: T.Tensor((splits, B, N, S, H, D), "float32"),
     ):
-        with T.Kernel(N * shares, H, B, threads=config.threads) as (i_x, i_h, i_b):
-            i_c, share = i_x // shares, i_x % shares
+        with T.Kernel(N * splits, H, B, threads=config.threads) as (i_x, i_h, i_b):
+            i_c, i_s = i_x // splits, i_x % splits
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([rows, D], dtype)
             do_shared = T.alloc_shared([rows, D], dtype)
@@ -79,8 +79,8 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
             length = T.alloc_var("int32")
 
             segment = (i_b * H + i_h) * N + i_c
-            first = share_begins(begin, end, segment, share, shares)
-            last = share_begins(begin, end, segment, share + 1, shares)
+            first = split_begins(begin, end, segment, i_s, splits)
+            last = split_begins(begin, end, segment, i_s + 1, splits)
             length = chunk_len[i_c] if masked else S
             if last > first:
                 T.copy(k[i_b, i_c, :, i_h, :], k_shared)
@@ -128,6 +128,6 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
                                 row = slot_shared[r] - start * K
                                 dq_partial[i_b, i_h, row, head_shared[r], d] = q_shared[r, d]
 
-                add_gradients(acc_dk, acc_dv, dk, dv, share, i_b, i_c, i_h)
+                add_gradients(acc_dk, acc_dv, dk, dv, i_s, i_b, i_c, i_h)
 
     return selected_bwd_chunk

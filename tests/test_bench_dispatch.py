@@ -30,7 +30,7 @@ def untouched():
         (compile, "lower_ir"),
         (ops, "sort_pairs"),
         (api, "validates"),
-        (ChunkConfig, "shares"),
+        (ChunkConfig, "splits"),
     )
     before, kernels = [getattr(module, name) for module, name in names], dict(compile._KERNELS)
     yield

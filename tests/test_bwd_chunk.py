@@ -38,7 +38,7 @@ def _chunks(x: torch.Tensor, S: int) -> torch.Tensor:
     return padded.view(B, N, S, H, D)
 
 
-def backward(call: Inputs, S=16, window: int | None = None, shares=1, config: BwdChunkConfig | None = None, **fields):
+def backward(call: Inputs, S=16, window: int | None = None, splits=1, config: BwdChunkConfig | None = None, **fields):
     """dq, dk, dv, dweights of windows of tokens, then dk and dv by chunk; `fields` change the CPU's config."""
     B, T, HQ, D = call.q.shape
     T_kv, H = call.k.shape[1:3]
@@ -53,7 +53,7 @@ def backward(call: Inputs, S=16, window: int | None = None, shares=1, config: Bw
     program = "hsa_bwd_chunk_sm90a" if config.sm_90a_only else "hsa_bwd_chunk"
     kernel = compile.kernel(program, problem, config)
     dweights = torch.zeros_like(weights)
-    shared = [torch.zeros(shares, *k.shape, device=device) for _ in "kv"]
+    shared = [torch.zeros(splits, *k.shape, device=device) for _ in "kv"]
     dq = torch.zeros(B, T, H, G, D, device=device)
     valid = (call.indices >= 0) & (call.indices < N)
     for start in range(0, T, window or T):
@@ -82,13 +82,13 @@ def _gradients(call: Inputs, **options) -> dict[str, torch.Tensor]:
 @each_reduce_add
 @each_dims
 def test_every_gradient_agrees_with_the_oracle(d, reduce_add):
-    """Duplicates, empty slots and unselected chunks fall as they fall; any number of tokens, windows and shares."""
+    """Duplicates, empty slots and unselected chunks fall as they fall; any number of tokens, windows and splits."""
 
     @hypothesis.settings(max_examples=10)
-    @hypothesis.given(seed=seeds, T=st.integers(8, 18), window=st.none() | st.integers(5, 9), shares=st.integers(1, 4))
-    def holds(seed, T, window, shares):
+    @hypothesis.given(seed=seeds, T=st.integers(8, 18), window=st.none() | st.integers(5, 9), splits=st.integers(1, 4))
+    def holds(seed, T, window, splits):
         call = make_call(d._replace(T=T), seed)
-        actual = _gradients(call, reduce_add=reduce_add, window=window, shares=shares)
+        actual = _gradients(call, reduce_add=reduce_add, window=window, splits=splits)
         assert_attention(actual, call, chunk_size=16)
 
     holds()
@@ -142,8 +142,8 @@ def test_one_pair_and_one_duplicate(d):
         assert_attention(_gradients(call), call, chunk_size=16)
 
 
-def test_the_operator_sums_what_ctas_that_share_a_chunk_leave(monkeypatch):
-    monkeypatch.setattr(ChunkConfig, "shares", lambda config, problem: 3)
+def test_the_operator_sums_what_ctas_that_split_a_chunk_leave(monkeypatch):
+    monkeypatch.setattr(ChunkConfig, "splits", lambda config, problem: 3)
     call = make_call(WHOLE)
     config = {"hsa_fwd_chunk": {"block_M": 16}, "hsa_bwd_chunk": {"block_M": 16}}
     actual = run_with_gradients(attend("tilelang"), call, chunk_size=16, config=config)
@@ -253,8 +253,8 @@ def test_every_config_agrees_with_the_oracle_on_a_gpu(d, dtype):
     )
     problem = replace(PAPER, HQ=d.HQ, H=d.H, D=d.D, K=d.K, per_head=d.per_head, masked=d.T_kv % d.S != 0, dtype=dtype)
     for config in space("hsa_bwd_chunk", problem) + space("hsa_bwd_chunk_sm90a", problem):
-        for window, shares in ((None, 1), (64, 3)):
-            options = {"S": d.S, "config": config, "window": window, "shares": shares}
+        for window, splits in ((None, 1), (64, 3)):
+            options = {"S": d.S, "config": config, "window": window, "splits": splits}
             actual = _gradients(call, **options)
             assert_attention(actual, call, chunk_size=d.S)
             if not config.reduce_add:

@@ -227,7 +227,7 @@ MOVED = {
     "retrieve_combine": (dict.fromkeys(("l2", "hbm"), "best"),),
     "retrieve_dlandmarks": ({"l2": "each_q_slc each_pair each_weight", "hbm": "pair each_sector"},),
 }
-AT = {"B": 2, "tokens": 6144, "N": 2048, "H": 2, "R": 2, "P": 4096, "blocks": 3, "splits": 1, "shares": 1}
+AT = {"B": 2, "tokens": 6144, "N": 2048, "H": 2, "R": 2, "P": 4096, "blocks": 3, "splits": 1}
 MANY = replace(PAPER, B=AT["B"], T=AT["tokens"], N=AT["N"], HQ=16, H=AT["H"], D=64, K=16)  # G = 8: whole tiles
 PAIRS = MANY.B * MANY.T * MANY.H * MANY.K
 
@@ -279,25 +279,25 @@ def test_a_config_counts_the_ctas_of_its_launch():
             elif program == "retrieve_split":
                 dims["splits"] = -(-problem.N // c.block_N)
             elif isinstance(c, ChunkConfig):
-                dims["shares"] = c.shares(problem)
+                dims["splits"] = c.splits(problem)
             assert c.ctas(problem) == prod(evaluate(x, dims) for x in d.grid), (program, c)
 
 
-@pytest.mark.parametrize("T, shares", [(2048, 25), (4096, 13), (16384, 4), (32768, 2), (65536, 1)])
-def test_ctas_share_a_chunk_where_chunks_are_few(T, shares):
+@pytest.mark.parametrize("T, splits", [(2048, 25), (4096, 13), (16384, 4), (32768, 2), (65536, 1)])
+def test_ctas_split_a_chunk_where_chunks_are_few(T, splits):
     p = cases.at_length(PAPER, T)
-    assert BwdChunkConfig().shares(p) == shares and BwdChunkConfig().ctas(p) == p.N * shares
+    assert BwdChunkConfig().splits(p) == splits and BwdChunkConfig().ctas(p) == p.N * splits
     few = replace(p, T=p.S * p.N // p.K)  # a segment behind a long cache: 64 pairs for each chunk
-    assert BwdChunkConfig().shares(few) == 1 and BwdDkdvChunkConfig().shares(p) == 1
+    assert BwdChunkConfig().splits(few) == 1 and BwdDkdvChunkConfig().splits(p) == 1
 
 
 @pytest.mark.parametrize("T", (4096, 8192, 16384, 32768, 65536))
-def test_shares_keep_all_sms_busy_to_the_end(T):
+def test_splits_keep_all_sms_busy_to_the_end(T):
     """Of a prefill with random selections, whose first chunks most tokens see. One CTA an SM, in order of launch."""
     p = cases.at_length(PAPER, T)
     seen = torch.arange(1, p.N)
     each = p.S * (p.K / seen).clamp(max=1)  # pairs that the tokens of a chunk give each of those that they see
-    pairs = each.flip(0).cumsum(0).flip(0).repeat_interleave(shares := BwdChunkConfig().shares(p)) / shares
+    pairs = each.flip(0).cumsum(0).flip(0).repeat_interleave(splits := BwdChunkConfig().splits(p)) / splits
     busy = [0.0] * 132
     for n in pairs.tolist():
         heapq.heapreplace(busy, busy[0] + n)

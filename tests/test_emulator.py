@@ -114,8 +114,8 @@ def test_one_softmax(program):
 @pytest.mark.parametrize(
     "program", [x for x in PROGRAMS if "_chunk" in x and PROGRAMS[x] in ("fwd_chunk", "bwd_chunk")]
 )
-def test_ctas_share_a_chunk(monkeypatch, program):
-    monkeypatch.setattr(ChunkConfig, "shares", lambda config, problem: 3)
+def test_ctas_split_a_chunk(monkeypatch, program):
+    monkeypatch.setattr(ChunkConfig, "splits", lambda config, problem: 3)
     call = half(make_call(DIMS["paper-d128"]))
     if program.startswith("selected_"):
         check_one_softmax(call, S, {program: {}})

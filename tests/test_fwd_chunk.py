@@ -48,7 +48,7 @@ def poisoned(d: Dims, call: Inputs) -> Inputs:
 
 
 def partials(
-    d: Dims, call: Inputs, windows: list[tuple[int, int]], reduce_add: int, block_M: int, shares: int = 1
+    d: Dims, call: Inputs, windows: list[tuple[int, int]], reduce_add: int, block_M: int, splits: int = 1
 ) -> list[torch.Tensor]:
     """What the program leaves in `partial` for each window of tokens; buffers begin as NaN, or as 0 with reduce_add."""
     masked, G = d.T_kv % d.S > 0, d.HQ // d.H
@@ -69,7 +69,7 @@ def partials(
         begin = offsets[:-1] + before
         if not reduce_add:
             partial = torch.full((d.B, d.H, (stop - start) * d.K, G, d.D), torch.nan)
-        kernel(c.q, c.k, c.v, c.weights, pair, begin, begin + inside, shares, start, c.chunk_len, c.scale, partial)
+        kernel(c.q, c.k, c.v, c.weights, pair, begin, begin + inside, splits, start, c.chunk_len, c.scale, partial)
         results.append(partial)
     return results
 
@@ -83,12 +83,12 @@ def summed(d: Dims, call: Inputs, parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 @hypothesis.settings(max_examples=12)
-@hypothesis.given(drawn=calls(), reduce_add=st.integers(0, 1), split=st.floats(0, 1), shares=st.integers(1, 4))
-def test_sums_to_the_oracle(drawn, reduce_add, split, shares):
+@hypothesis.given(drawn=calls(), reduce_add=st.integers(0, 1), split=st.floats(0, 1), splits=st.integers(1, 4))
+def test_sums_to_the_oracle(drawn, reduce_add, split, splits):
     d, call = drawn
     middle = round(split * d.T)
     windows = [(0, middle), (middle, d.T)] if 0 < middle < d.T else [(0, d.T)]
-    parts = partials(d, poisoned(d, call), windows, reduce_add, block_M=16, shares=shares)
+    parts = partials(d, poisoned(d, call), windows, reduce_add, block_M=16, splits=splits)
     out = parts[-1].flatten(2, 3) if reduce_add else summed(d, call, parts)
     assert_attention({"out": out}, call, chunk_size=d.S)
 

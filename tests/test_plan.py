@@ -86,7 +86,7 @@ def test_deterministic_reaches_the_forward(monkeypatch):
 
 
 def test_prediction_counts_a_gpu_that_is_not_full():
-    """One CTA a chunk: 64 of them leave half of 132 SMs idle. Where more share a chunk they fill it."""
+    """One CTA a chunk: 64 of them leave half of 132 SMs idle. Where more split a chunk they fill it."""
     for program, least, most in (("hsa_bwd_dkdv_chunk", 1.8, 8.3), ("hsa_bwd_chunk", 1, 1.3)):
         (config, *_) = configs.space(program, PAPER)
         few, many = (cost.planned_ns(config, cases.at_length(PAPER, T), H200, 0.5) for T in (4096, 1 << 17))

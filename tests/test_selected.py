@@ -102,8 +102,8 @@ def test_dq_may_be_added_atomically():
     assert_attention(actual, call, chunk_size=S)
 
 
-def test_ctas_may_share_a_chunk(monkeypatch):
-    monkeypatch.setattr(ChunkConfig, "shares", lambda config, problem: 3)
+def test_ctas_may_split_a_chunk(monkeypatch):
+    monkeypatch.setattr(ChunkConfig, "splits", lambda config, problem: 3)
     call = without_weights(make_call(Dims()))
     assert_attention(run("tilelang", call, config={"selected_bwd_chunk": {}}), call, chunk_size=S)
 

@@ -200,7 +200,7 @@ def fwd_chunk(program: str, call: Call, config: Config) -> Launch:
     kernel = compiled(program, call.problem, config)
 
     def launch(w: Window, partial: Tensor):
-        selection = call.weights, w.pair, w.begin, w.end, config.shares(call.problem), w.start
+        selection = call.weights, w.pair, w.begin, w.end, config.splits(call.problem), w.start
         kernel(call.q, call.k, call.v, *selection, call.chunk_len, call.scale, partial)
 
     run, out = pair_sums(call, config, launch)
@@ -213,7 +213,7 @@ def bwd_chunk(program: str, call: Call, config: Config) -> Launch:
     rows, outputs = (call.lse, call.delta), {}
     if call.weights is not None:
         rows, outputs = (call.weights,), {"dweights": torch.empty_like(call.weights)}
-    shape = config.shares(call.problem), *dk.shape
+    shape = config.splits(call.problem), *dk.shape
     sums = [torch.empty(shape, dtype=torch.float32, device=dk.device) for _ in (dk, dv)]
 
     def launch(w: Window, partial: Tensor):
