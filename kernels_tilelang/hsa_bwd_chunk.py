@@ -24,7 +24,7 @@ from hsa_tl.kernels_tilelang.config_base import (
 )
 from hsa_tl.kernels_tilelang.macros import (
     LOG2E,
-    add_gradients,
+    add_gradient,
     exp_rows,
     gather_rows,
     gradient_products,
@@ -45,6 +45,7 @@ class BwdChunkConfig(ChunkConfig):
     threads: int = 128
     reduce_add: int = 0
     DIRECTION: ClassVar[str] = "backward"
+    weighs: ClassVar[bool] = True  # each pair, and has dweights
 
     def pair_bytes(self, p):
         dq = {"reduce": 4 * p.G * p.D, "hbm": 0} if self.reduce_add else {"hbm": 2 * row_bytes(p)}
@@ -69,8 +70,8 @@ class BwdChunkConfig(ChunkConfig):
     @classmethod
     def options(cls, p):
         plain = [cls(m, t) for t, m in product((128, 256), (128, 64))]
-        if p.S < 64:
-            plain.remove(cls(128, 128))  # spills
+        if p.S < 64 or (cls.weighs and p.S * p.D == 64 * 128):
+            plain.remove(cls(128 if p.S < 64 else 64, 128))  # spills
         adding = [replace(c, reduce_add=1) for c in plain[-2:]]
         # Less than a warpgroup is for shapes that nothing better fits.
         return first_legal(p, plain + adding, [cls(m, 64) for m in (64, 32, 16)])
@@ -208,6 +209,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                                     r, d
                                 ]
 
-                add_gradients(acc_dk, acc_dv, dk, dv, i_s, i_b, i_c, i_h)
+                add_gradient(acc_dk, dk, i_s, i_b, i_c, i_h)
+                add_gradient(acc_dv, dv, i_s, i_b, i_c, i_h)
 
     return hsa_bwd_chunk

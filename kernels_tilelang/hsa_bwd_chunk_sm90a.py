@@ -18,7 +18,7 @@ import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, at_least_one, registers_left
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
-from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, split_begins, weigh_rows
+from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradient, exp_rows, split_begins, weigh_rows
 
 WRITTEN, READ, STAGED = 8, 9, 10  # named barriers; TileLang takes its own from 1 up
 BOX = 64  # columns of a TMA box: 128 bytes, one swizzle atom
@@ -241,10 +241,8 @@ def hsa_bwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
                     if not config.reduce_add:
                         T.tma_store_wait(0)  # shared memory must outlive the last stores
                     if halves or tx >= 128:
-                        for s, d in T.Parallel(S, D):
-                            dk[i_s, i_b, i_c, s, i_h, d] = dk[i_s, i_b, i_c, s, i_h, d] + acc_dk[s, d]
+                        add_gradient(acc_dk, dk, i_s, i_b, i_c, i_h)
                     if halves or tx < 128:
-                        for s, d in T.Parallel(S, D):
-                            dv[i_s, i_b, i_c, s, i_h, d] = dv[i_s, i_b, i_c, s, i_h, d] + acc_dv[s, d]
+                        add_gradient(acc_dv, dv, i_s, i_b, i_c, i_h)
 
     return hsa_bwd_chunk_sm90a

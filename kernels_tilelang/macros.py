@@ -98,13 +98,12 @@ def gradient_products(acc_s, acc_dp, p_shared, ds_shared, q, dout, k, acc_dq, ac
 
 
 @T.macro
-def add_gradients(acc_dk, acc_dv, dk, dv, i_s, i_b, i_c, i_h):
-    """The chunk's rows of dk and dv [splits, B, N, S, H, D] += acc_dk, acc_dv."""
-    S, D = acc_dk.shape
-    for s, d in T.Parallel(S, D):
-        dk[i_s, i_b, i_c, s, i_h, d] = dk[i_s, i_b, i_c, s, i_h, d] + acc_dk[s, d]
-    for s, d in T.Parallel(S, D):
-        dv[i_s, i_b, i_c, s, i_h, d] = dv[i_s, i_b, i_c, s, i_h, d] + acc_dv[s, d]
+def add_gradient(acc, x, i_s, i_b, i_c, i_h):
+    """The chunk's rows of x [splits, B, N, S, H, D] += acc. First all loads: one behind a store would wait for it."""
+    for s, d in T.Parallel(*acc.shape):
+        acc[s, d] = acc[s, d] + x[i_s, i_b, i_c, s, i_h, d]
+    for s, d in T.Parallel(*acc.shape):
+        x[i_s, i_b, i_c, s, i_h, d] = acc[s, d]
 
 
 @T.macro

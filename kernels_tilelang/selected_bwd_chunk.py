@@ -12,7 +12,7 @@ import tilelang.language as T
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import (
     LOG2E,
-    add_gradients,
+    add_gradient,
     gather_rows,
     gradient_products,
     split_begins,
@@ -25,6 +25,7 @@ class SelectedBwdChunkConfig(BwdChunkConfig):
     """As BwdChunkConfig."""
 
     DIRECTION: ClassVar[str] = "selected_backward"
+    weighs: ClassVar[bool] = False
     KEY: ClassVar[tuple[str, ...]] = ("G", "D", "S", "K", "masked", "dtype")
 
 
@@ -128,6 +129,7 @@ def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: Selecte
                                 row = slot_shared[r] - start * K
                                 dq_partial[i_b, i_h, row, head_shared[r], d] = q_shared[r, d]
 
-                add_gradients(acc_dk, acc_dv, dk, dv, i_s, i_b, i_c, i_h)
+                add_gradient(acc_dk, dk, i_s, i_b, i_c, i_h)
+                add_gradient(acc_dv, dv, i_s, i_b, i_c, i_h)
 
     return selected_bwd_chunk
