@@ -11,7 +11,7 @@ from hsa_tl.model.needles import task
 def test_figures_of_the_recipe():
     values = partial(accuracies, needle_rows())
     for recipe, model, name in (
-        ("needle-hard", "hsa", "HSA, seeds 0 and 1"),
+        ("needle-hard", "hsa", "HSA, seeds 0 to 4"),
         ("needle-hard-mass", "hsa", "HSA without overlap, seeds 0 to 4"),
         ("needle-hard-16", "hsa", "HSA without overlap, 16 chunks by score alone, seeds 0 to 4"),
         ("needle-hard-before", "hsa", "HSA before, seeds 0 to 4"),
