@@ -104,13 +104,17 @@ def test_the_first_config_of_every_program_assembles(programs):
         assert not loads_in_turn(sass), program
 
 
+MEMORY = {"LDG.E.128": "W", "LDG": "L", "STS.128": "S", "STG": "G"}  # wide and other loads; stores
+
+
 def loads_in_turn(sass) -> bool:
-    """Whether four loads of 16 bytes stand each behind a store to shared memory of what the one before brought."""
-    letters = "".join("L" if op.startswith("LDG.E.128") else "S" for _, op, _ in sass if op.startswith(SIXTEEN))
-    return re.search("(LS+){4}", letters) is not None
+    """Whether loads wait for each other: four of 16 bytes, each behind a store to shared memory of what the one before
+    brought, or sixteen of any size, each behind a store to global memory.
+    """
+    order = "".join(next((x for name, x in MEMORY.items() if op.startswith(name)), "") for _, op, _ in sass)
+    return re.search("(WS+){4}|([WL]G){16}", order) is not None
 
 
-SIXTEEN = ("LDG.E.128", "STS.128")
 SMEM_SLACK = 4608  # bytes, and a tenth: what aligning tiles to each other may add
 
 
