@@ -70,8 +70,10 @@ class BwdChunkConfig(ChunkConfig):
     @classmethod
     def options(cls, p):
         plain = [cls(m, t) for t, m in product((128, 256), (128, 64))]
-        if p.S < 64 or (cls.weighs and p.S * p.D == 64 * 128):
-            plain.remove(cls(128 if p.S < 64 else 64, 128))  # spills
+        if p.S < 64:
+            plain.remove(cls(128, 128))  # spills
+        if cls.weighs and p.S * p.D == 64 * 128:
+            plain.remove(cls(64, 128))  # spills too
         adding = [replace(c, reduce_add=1) for c in plain[-2:]]
         # Less than a warpgroup is for shapes that nothing better fits.
         return first_legal(p, plain + adding, [cls(m, 64) for m in (64, 32, 16)])

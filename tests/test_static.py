@@ -80,6 +80,17 @@ def assert_sound(name, program, problem, configs):
         assert row["roofline_ns"] <= row["ns_per_pair"] < 100 * row["roofline_ns"], row
 
 
+MEMORY = {"LDG.E.128": "W", "LDG": "L", "STS.128": "S", "STG": "G"}  # wide and other loads; stores
+
+
+def loads_in_turn(sass) -> bool:
+    """Whether loads wait for each other: four of 16 bytes, each behind a store to shared memory of what the one before
+    brought, or sixteen of any size, each behind a store to global memory.
+    """
+    order = "".join(next((x for name, x in MEMORY.items() if op.startswith(name)), "") for _, op, _ in sass)
+    return re.search("(WS+){4}|([WL]G){16}", order) is not None
+
+
 # Selections lower slowly, 3 to 5 s of a core each.
 SELECTIONS = [p for p in config.PROGRAMS if p.startswith(("union_", "retrieve_"))]
 KINDS = {"attention": [p for p in config.PROGRAMS if p not in SELECTIONS], "selections": SELECTIONS}
@@ -102,17 +113,6 @@ def test_the_first_config_of_every_program_assembles(programs):
         claim = c.tensor_core()
         assert made.spill_bytes == 0 and (not claim or cost.count(sass, claim.upper())), program
         assert not loads_in_turn(sass), program
-
-
-MEMORY = {"LDG.E.128": "W", "LDG": "L", "STS.128": "S", "STG": "G"}  # wide and other loads; stores
-
-
-def loads_in_turn(sass) -> bool:
-    """Whether loads wait for each other: four of 16 bytes, each behind a store to shared memory of what the one before
-    brought, or sixteen of any size, each behind a store to global memory.
-    """
-    order = "".join(next((x for name, x in MEMORY.items() if op.startswith(name)), "") for _, op, _ in sass)
-    return re.search("(WS+){4}|([WL]G){16}", order) is not None
 
 
 SMEM_SLACK = 4608  # bytes, and a tenth: what aligning tiles to each other may add
