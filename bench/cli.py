@@ -142,11 +142,9 @@ def plot_command(
 def lengths(
     models: Annotated[str, typer.Option(help=f"any of {', '.join(MODELS)}")] = ",".join(MODELS),
     every: Annotated[
-        bool, typer.Option("--all", help="the fair table: 3 learning rates, of which the best counts; 5 or 3 seeds")
+        bool, typer.Option("--all", help="the fair table: the best of 3 learning rates; at most 5 or 3 seeds")
     ] = False,
-    seeds: Annotated[
-        Optional[int], number(low=1, high=1000, help="seeds 0, 1, ... of each model, by default 5")
-    ] = None,
+    seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each model; --all takes no more")] = 5,
     lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
     tasks: Annotated[str, typer.Option(help=f"any of {', '.join(TASKS)}")] = ",".join(TASKS),
     samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
@@ -164,13 +162,11 @@ def lengths(
     """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there.
 
     --all: with the learning rate of half, one or two times the recipe's whose seed 0 has the least validation loss; HSA
-    with a part taken out has 3 seeds, the others 5.
+    with a part taken out has 3 seeds at most, the others 5.
     """
-    if every and seeds is not None:
-        raise ValueError(f"--seeds must stand without --all, which has its own, got {seeds}")
     torch.set_num_threads(threads)
     run_lengths(
-        console, out, runs, models.split(","), list(range(seeds or 5)), parse_lengths(lengths), tasks.split(","),
+        console, out, runs, models.split(","), list(range(seeds)), parse_lengths(lengths), tasks.split(","),
         samples=samples, haystacks=haystacks, budget_s=budget, recipe=recipe, fair=every,
     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def test_the_fair_table_has_the_best_learning_rate(recipe, tmp_path, monkeypatch
         (("--models", "gpt"), "model must be one of hsa, full-rope"),
         (("--tasks", "x"), "task must be one of s-niah"),
         (("--lengths", "x"), "lengths must be numbers"),
-        (("--all", "--seeds", "2"), "--seeds must stand without --all"),
+        (("--all", "--seeds", "0"), "Invalid value for '--seeds'"),
     ),
 )
 def test_bad_lengths_input(args, words, tmp_path, monkeypatch):
