@@ -4,10 +4,31 @@ All are `tiny` with changes, of as many parameters as HSA within 3 %: instead of
 third layer or, by which NSA found more needles, wider ones. Embedding, convolution, window and training data are equal.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-THREE_LAYERS = {"layers": 3, "mlp_dim": 344}
+import torch
+
+from hsa_tl.model import Model, ModelConfig, baseline, preset
+
+
+def deeper(config: ModelConfig) -> dict[str, int]:
+    """Changes by which full attention has as many parameters as HSA: a layer for its chunk encoder, and the MLP's width
+    that makes up for the rest. ValueError: no width does."""
+
+    def parameters(config: ModelConfig) -> int:
+        with torch.device("meta"):
+            return Model(config).num_parameters()
+
+    layers, widths = config.layers + 1, (8, 16)
+    narrow, wide = (parameters(replace(baseline(config, "full"), layers=layers, mlp_dim=n)) for n in widths)
+    steps = round((parameters(config) - narrow) / (wide - narrow))
+    if steps < 0:
+        raise ValueError(f"a layer more must fit into {parameters(config)} parameters, got {narrow} with narrow MLPs")
+    return {"layers": layers, "mlp_dim": 8 * (steps + 1)}
+
+
+THREE_LAYERS = deeper(preset("tiny"))
 NSA = {"attention": "nsa", "mlp_dim": 456}
 TRAINED = 256  # tokens of the longest stage of needle-tiny
 

@@ -1,7 +1,8 @@
 """`hsa-tl bench model`: a training step, a prefill and a generated token of the model, beside it with full attention.
 
 The case is a preset of hsa_tl.model. "hsa" and its baselines ("full-attention", "swa") are one code and one config but
-for `attention`; weights and tokens are random, which changes no cost but the selection's overlap.
+for `attention`, and so have no chunk encoder; "full-matched" has a layer for it, as many parameters as HSA. Weights and
+tokens are random, which changes no cost but the selection's overlap.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import torch
 from hsa_tl import cases
 from hsa_tl.accuracy import complaints, expect
 from hsa_tl.bench.attention import scored_chunks
+from hsa_tl.bench.contenders import deeper
 from hsa_tl.bench.suite import Suite, Work
 from hsa_tl.cases import Case
 from hsa_tl.model import Model, ModelConfig, baseline, preset
@@ -21,9 +23,15 @@ from hsa_tl.model.config import PRESETS
 from hsa_tl.model.generate import prefill
 from hsa_tl.problem import Problem
 
-ATTENTIONS = {"hsa": "hsa", "full-attention": "full", "swa": "swa"}
+ATTENTIONS = {"hsa": "hsa", "full-attention": "full", "full-matched": "full", "swa": "swa"}
 LEARNING_RATE = 1e-4
 ROOM = 1024  # tokens that may be generated before the cache grows
+
+
+def config_of(name: str, config: ModelConfig) -> ModelConfig:
+    """What the model of one of ATTENTIONS is. ValueError: full attention cannot have as many parameters."""
+    other = baseline(config, ATTENTIONS[name])
+    return dataclasses.replace(other, **deeper(config)) if name == "full-matched" else other
 
 
 def model_case(name: str) -> Case:
@@ -47,7 +55,7 @@ class Pair:
     def model(self, name: str) -> Model:
         if name not in self.models:
             torch.manual_seed(0)
-            self.models[name] = Model(baseline(self.config, ATTENTIONS[name])).to(self.problem.device_type)
+            self.models[name] = Model(config_of(name, self.config)).to(self.problem.device_type)
         return self.models[name]
 
     def cast(self):
@@ -115,6 +123,12 @@ class ModelBench(Suite):
         dims = (p.HQ, p.H, p.D, p.S, p.K)
         return next(c for c in PRESETS.values() if (c.heads, c.kv_heads, c.head_dim, c.chunk_size, c.topk) == dims)
 
+    def unavailable(self, name, problem, mode):
+        try:
+            config_of(name, self.config(problem))
+        except ValueError as error:
+            return str(error)
+
     def gate_problem(self, problem):
         return cases.at_length(problem, 16 * problem.S)
 
@@ -146,7 +160,7 @@ class ModelBench(Suite):
 
     def work(self, name, problem, mode):
         """Matrix products with parameters, and attention by kind of layer, of the tokens that each layer runs on."""
-        p, c = problem, baseline(self.config(problem), ATTENTIONS[name])
+        p, c = problem, config_of(name, self.config(problem))
         upper, ends_in_windows = c.layers - c.lower_layers, c.attention in ("hsa", "swa")
         # A prefill's upper decoder runs on what its last token can look back to; see hsa_tl.model.cache.
         tail = min(p.T, upper * (c.window - 1) + 1) if mode == "read" and ends_in_windows else p.T

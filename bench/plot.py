@@ -24,6 +24,7 @@ LOOKS = {
     "dense-fa3": ("dense (FlashAttention 3)", "#7a3e00", "^"),
     "materialise": ("materialised scores + torch.topk", "#444444", "s"),
     "full-attention": ("full attention", "#444444", "o"),
+    "full-matched": ("full attention, as many parameters", "#888888", "s"),
     "hsa-auto": ("HSA", "#0b6fb8", "o"),
     "hsa-auto-two-level": ("HSA, retrieval in two levels", "#3aa6a0", "d"),
     "hsa-with-retrieval": ("HSA with its retrieval", "#0b3d66", "v"),

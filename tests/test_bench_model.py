@@ -24,7 +24,7 @@ def test_rows(tmp_path):
     rows = bench(tmp_path)
     assert sorted(rows, key=lambda r: r.key) == record.read_rows(tmp_path / "bench.csv")
     timed = {(r.provider, r.mode) for r in compare.times(rows) if r.p50 > 0}
-    assert timed == {(n, m) for n in ("hsa", "full-attention", "swa") for m in ("step", "read", "generate")}
+    assert timed == {(n, m) for n in model.ATTENTIONS for m in ("step", "read", "generate")}
     assert set(compare.fastest_baseline(rows)) == {("step", 64), ("read", 64), ("generate", 64)}
     assert compare.ratios(rows, "step")[0] == "hsa" and "dim=128 layers=2" in rows[0].config
 
@@ -77,6 +77,20 @@ def test_products_are_counted():
     for mode in suite.modes:
         assert suite.work("hsa", longer, mode).flops > suite.work("hsa", p, mode).flops
     assert suite.work("swa", longer, "generate") == suite.work("swa", p, "generate")
+
+
+def test_full_attention_of_as_many_parameters():
+    """The layer more costs what a layer does; a mixture's is larger than its encoder, and the sweep says so."""
+    suite, p = model.ModelBench(), cases.at_length(CASE.problem, 256)
+    ours, deep = (Model(model.config_of(name, preset("tiny"))) for name in ("hsa", "full-matched"))
+    assert abs(deep.num_parameters() / ours.num_parameters() - 1) < 0.01
+    assert deep.config.kinds == ("full",) * 3
+    for mode in suite.modes:
+        a, b = (suite.work(name, p, mode).flops for name in ("full-attention", "full-matched"))
+        assert 1.5 * a < b < 2 * a
+    moe = model.model_case("trm-moe").problem
+    assert "a layer more must fit" in suite.unavailable("full-matched", moe, "read")
+    assert suite.unavailable("full-attention", moe, "read") is None
 
 
 def test_the_command(tmp_path):
