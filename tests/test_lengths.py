@@ -8,11 +8,11 @@ from rich.console import Console
 from tiers import tiered
 from typer.testing import CliRunner
 
-from hsa_tl.bench import contenders, lengths, plot_eval
+from hsa_tl.bench import contenders, lengths, paper, plot_eval
 from hsa_tl.bench.contenders import MODELS
 from hsa_tl.bench.plot import interval
 from hsa_tl.cli import app
-from hsa_tl.model import Model, needles
+from hsa_tl.model import Model, needles, preset
 from hsa_tl.model.recipe import load_recipe
 
 RECIPE = """
@@ -105,6 +105,11 @@ def test_the_demos_last_act_may_train(recipe, tmp_path):
     assert "128 retrieved tokens" in text and "1K" in text
     rows = json.loads((tmp_path / "lengths.json").read_text())
     assert {(r["task"], r["length"]) for r in rows} == {(t, T) for t in lengths.DEMO_TASKS for T in (128, 1024)}
+
+
+def test_a_layer_more_is_as_wide_as_it_says():
+    assert contenders.deeper(preset("tiny")) == contenders.THREE_LAYERS
+    assert {"attention": "full", **contenders.deeper(preset("small"))} == paper.FULL
 
 
 @pytest.mark.parametrize("name", MODELS)
