@@ -162,70 +162,55 @@ def plot_lengths(rows: list, chance: float, path: Path, labels: dict[str, str] |
     return save(figure, path)
 
 
-def _plot_pairs(rows: list[dict], path: Path) -> list[Path]:
-    """plot_perplexity where the places are known: a line for each recipe, and its change with the length in pairs."""
-    figure, (left, right) = grid(2, 0, 5.2, 4.2, 0.6)
-    at = itemgetter("length")
-    by_model = grouped(sorted(rows, key=at), itemgetter("model"))
-    names = [name for name in dict.fromkeys(r["model"] for r in rows) if not name.endswith(WINDOWS)]
-    for name, color, marker in zip(names, itertools.cycle(COLORS), itertools.cycle("osD^vPX"), strict=False):
-        by_length = grouped(by_model[name], at)
-        bits = [[r["bits_per_token"] for r in found] for found in by_length.values()]
-        look = {"color": color, "marker": marker, "label": f"{name}, {len(bits[0])} seed{'s' * (len(bits[0]) > 1)}"}
-        band(left, list(by_length), *([f(b) for b in bits] for f in (min, mean, max)), **look)
-        if alone := [r["bits_per_token"] for r in by_model.get(name + WINDOWS, [])]:
+def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
+    """Bits per token against context length of write_rows' rows: of each recipe the mean of its seeds, a band of all.
+
+    Beside it, of each recipe whose rows have the bits of as many places at several lengths, the change from its
+    shortest length in pairs, whose intervals tell noise from a trend. Without any the axis begins at 0, and bars are of
+    the mean.
+    """
+    at, names = itemgetter("length"), list(dict.fromkeys(r["model"] for r in rows))
+    by_model = {name: grouped(sorted(found, key=at), at) for name, found in grouped(rows, itemgetter("model")).items()}
+    shown = [name for name in names if not name.endswith(WINDOWS)] or names
+    places = {}
+    for name in shown:
+        counts = {len(r.get("bits") or ()) for found in by_model[name].values() for r in found}
+        if len(by_model[name]) > 1 and len(counts) == 1 and max(counts) > 1:
+            places[name] = [np.mean([r["bits"] for r in found], 0) for found in by_model[name].values()]
+    figure, (left, *right) = grid(2 if places else 1, 7, 5.2, 4.2, 0.6)
+    looks = [(color, marker) for marker in MARKERS for color in COLORS]
+    for name, (color, marker) in zip(shown, itertools.cycle(looks), strict=False):
+        lengths, found = list(by_model[name]), by_model[name].values()
+        bits = [[r["bits_per_token"] for r in mine] for mine in found]
+        size, seeds = next(iter(found))[0]["parameters"], len({r["seed"] for mine in found for r in mine})
+        label = f"{model_name(name)}, {size / 1e6:.2f}M, {seeds} seed{'s' * (seeds > 1)}"
+        band(left, lengths, *([f(b) for b in bits] for f in (min, mean, max)), label, color, marker)
+        if alone := [r["bits_per_token"] for mine in by_model.get(name + WINDOWS, {}).values() for r in mine]:
             left.axhline(mean(alone), color=color, linewidth=1, linestyle="--")
-        places = [np.mean([r["bits"] for r in found], 0) for found in by_length.values()]
-        change, error = zip(*(paired(p, places[0]) for p in places), strict=True)
-        bars = [1.96 * e for e in error]
-        right.errorbar(list(by_length), change, bars, markersize=4, capsize=2, linewidth=1.2, **look)
-    lengths = sorted({r["length"] for r in rows})
-    trained = sorted({r["trained_length"] for r in rows})
-    for ax in (left, right):
-        length_axis(ax, lengths, trained)
+        if name in places:
+            change, error = zip(*(paired(p, places[name][0]) for p in places[name]), strict=True)
+            look = {"color": color, "marker": marker, "markersize": 4, "capsize": 2, "linewidth": 1.2}
+            right[0].errorbar(lengths, change, [1.96 * e for e in error], **look)
+        elif not places:
+            bars = [1.96 * mean(r.get("standard_error") or 0.0 for r in mine) for mine in found]
+            left.errorbar(lengths, list(map(mean, bits)), bars, fmt="none", capsize=2, color=color)
+    trained, windows, last = (sorted({r[name] for r in rows}) for name in ("trained_length", "windows", "tokens"))
+    for ax in (left, *right):
+        length_axis(ax, sorted({r["length"] for r in rows}), trained)
     left.set_ylabel("bits per token, lower is better")
     left.set_title("mean of the seeds, band of all; dashed: windows alone")
-    right.axhline(0, color=GREY, linewidth=0.8)
-    right.set_ylabel("change of bits per token")
-    right.set_title(f"from {length_label(lengths[0])}, in pairs; bars: 95 % interval over the places")
-    legend_below(figure, 3)
+    for ax in right:
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        ax.set_ylabel("change of bits per token")
+        ax.set_title("from the shortest, in pairs; bars: 95 % interval over the places")
+    if not places:
+        left.set_ylim(0, 1.1 * max(r["bits_per_token"] for r in rows))
+        left.set_title("mean of the seeds, band of all; bars: 95 % interval of the mean, where it is known")
+    legend_below(figure, 3 if places else 2)
     figure.suptitle(
         f"Held-out text by context, trained at {' and '.join(map(length_label, trained))} tokens (dotted); the last "
-        f"{rows[0]['tokens']} tokens of {rows[0]['windows']} places",
+        f"{' or '.join(map(str, last))} tokens of {' or '.join(map(str, windows))} places",
         fontsize=10,
-    )
-    return save(figure, path)
-
-
-def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
-    """Bits per token against context length of write_rows' rows, a line for each run; from 0: noise is no trend.
-
-    Where all have the bits of as many places and one has several lengths, a line for each recipe, and beside it the
-    change from its shortest length in pairs, whose intervals tell noise from a trend.
-    """
-    lengths = [{r["length"] for r in rows if r["model"] == name} for name in {r["model"] for r in rows}]
-    alike = len({(r["tokens"], len(r.get("bits") or ())) for r in rows}) == 1
-    if alike and len(rows[0].get("bits") or ()) > 1 and max(map(len, lengths)) > 1:
-        return _plot_pairs(rows, path)
-    figure, (ax,) = grid(1, 7, 0, 4.4, 0)
-    for i, (name, seed) in enumerate(dict.fromkeys((r["model"], r["seed"]) for r in rows)):
-        mine = sorted((r for r in rows if (r["model"], r["seed"]) == (name, seed)), key=lambda r: r["length"])
-        label = f"{model_name(name)}, {mine[0]['parameters'] / 1e6:.2f}M, seed {seed}"
-        bars = [1.96 * (r.get("standard_error") or 0.0) for r in mine]
-        x, y = [r["length"] for r in mine], [r["bits_per_token"] for r in mine]
-        color = COLORS[i % len(COLORS)]
-        ax.errorbar(x, y, bars if any(bars) else None, marker="o", markersize=4, capsize=2, color=color, label=label)
-    trained, windows, last = (sorted({r[name] for r in rows}) for name in ("trained_length", "windows", "tokens"))
-    length_axis(ax, sorted({r["length"] for r in rows}), trained)
-    ax.set_ylim(0, 1.1 * max(r["bits_per_token"] for r in rows))
-    ax.set_ylabel("bits per token, lower is better")
-    ax.legend(fontsize=8)
-    known = any(r.get("standard_error") for r in rows)
-    bars = "bars: 95 % interval of the mean" if known else "the rows have no intervals"
-    ax.set_title(
-        "Perplexity of held-out text by context; trained at "
-        f"{' and '.join(map(length_label, trained))} tokens (dotted)\nthe last "
-        f"{' or '.join(map(str, last))} tokens of {' or '.join(map(str, windows))} places; {bars}"
     )
     return save(figure, path)
 

@@ -140,7 +140,7 @@ def test_a_plot_of_perplexity_begins_at_0(tmp_path):
         for name in ("text-tiny", "mine") for T in (1024, 2048)
     ]  # fmt: skip
     text = plot_eval.plot_perplexity(found, tmp_path / "p.png")[1].read_text()
-    words = ("HSA (text-tiny), 0.60M, seed 0", "mine, 0.60M", "last 512 tokens of 64 places", "95 % interval", ">0.0")
+    words = ("HSA (text-tiny), 0.60M, 1 seed", "mine, 0.60M", "last 512 tokens of 64 places", "95 % interval", ">0.0")
     assert all(word in text for word in words)
 
 
@@ -155,7 +155,7 @@ def test_a_plot_of_perplexity_in_pairs(tmp_path, monkeypatch):
     pairs = []
     monkeypatch.setattr(plot_eval, "paired", lambda *x: pairs.append(paired(*x)) or pairs[-1])
     png, svg = plot_eval.plot_perplexity(found, tmp_path / "p.png")
-    words = ("mine, 2 seeds", "from 1K, in pairs", "dashed: windows alone", "last 512 tokens of 2 places")
+    words = ("mine, 0.00M, 2 seeds", "from the shortest", "dashed: windows alone", "last 512 tokens of 2 places")
     assert is_image(png) and all(word in svg.read_text() for word in words)
     assert pairs == [(0, 0), (0.25, 0.25)]
     assert "in pairs" not in plot_eval.plot_perplexity([*found[:1], found[4]], tmp_path / "p.png")[1].read_text()
