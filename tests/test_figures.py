@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hsa_tl.bench.contenders import MODELS
+from hsa_tl.bench.lengths import RATES, rate
+from hsa_tl.bench.plot_eval import NEEDLES
 from hsa_tl.bench.ruler import WINDOWS, paired
+from hsa_tl.model.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
@@ -115,10 +119,34 @@ def accuracies(rows: list[dict], recipe: str, model: str, task: str, T: int) -> 
 
 def test_figures_of_needles():
     rows = needle_rows()
-    for model, name in (("hsa", "HSA"), ("full-rope", "full attention, RoPE"), ("swa", "sliding window only")):
-        found = [accuracies(rows, "needle-tiny", model, "s-niah", T) for T in LENGTHS]
-        in_page("README.md", cells(name, *(percent(v) if v else "" for v in found)))
+    fair = {(r["model"], r["task"], r["length"]): r for r in rows if r["rates"] > 1}
+    assert {(r["recipe"], r["seed"]) for r in fair.values()} == {("needle-tiny", 0)}
+
+    def shown(model, task):
+        found = [fair.get((model, task, T)) for T in LENGTHS]
+        return [rate(r["accuracy"], r["answers"]) if r else "" for r in found]
+
+    for model in {model for model, *_ in fair}:
+        label = MODELS[model].label
+        if model not in ("full-pi", "full-ntk"):
+            in_page("README.md", cells(label, *shown(model, "s-niah")))
+        for task, name in NEEDLES.items():
+            if any(shown(model, task)):
+                in_page("docs/results.md", cells(label, name, *shown(model, task)))
     text = words("README.md") + words("docs/results.md")
+    every = [accuracies(rows, "needle-tiny", "hsa", "s-niah", T) for T in LENGTHS]
+    assert {(len(found), min(found)) for found in every} == {(5, 1.0)} and "all five seeds of HSA" in text
+    alone = [percent(accuracies(rows, "needle-tiny", "swa", "s-niah", T)) for T in (256, M)]
+    assert "of 0.36M parameters, five seeds, answers {} % at 256 tokens and {} % at 1M".format(*alone) in text
+    assert fair["nsa", "s-niah", 256]["lr"] == max(RATES) * load_recipe("needle-tiny").lr  # as the page says of NSA's
+
+    def at(model, task, T):
+        return round(100 * fair[model, task, T]["accuracy"])
+
+    seen = [at(model, f"s-niah-{noise}", 4 * K) for noise in ("keys", "all") for model in ("full-yarn", "hsa")]
+    assert "behind: {} % against {} and {} against {} at 4K".format(*seen) in text
+    far, near = at("hsa", "s-niah-keys", M), at("full-rope", "mk-niah-3", 256)
+    assert f"falls to {far} % by 1M" in text and f"full attention answers {near} %" in text
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
 
 
