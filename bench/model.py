@@ -28,6 +28,7 @@ LEARNING_RATE = 1e-4
 ROOM = 1024  # tokens that may be generated before the cache grows
 
 
+@functools.cache
 def config_of(name: str, config: ModelConfig) -> ModelConfig:
     """What the model of one of ATTENTIONS is. ValueError: full attention cannot have as many parameters."""
     other = baseline(config, ATTENTIONS[name])

@@ -3,7 +3,7 @@
 Segment (b * H + h) * N + c holds the pairs of a chunk; the last B * H segments hold the empty slots of each (b, h).
 One CTA owns a block of consecutive tokens of one batch and key/value head and adds 1 for each slot, in any order:
 integers, so the counts are exact and the same in every run. Empty slots, which may be all of the block's, it counts in
-shared memory: one place in global memory takes an addition every 40 ns. counts must be zero before.
+shared memory: global memory serves additions to one place one after the other. counts must be zero before.
 """
 
 from dataclasses import dataclass
