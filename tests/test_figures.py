@@ -145,6 +145,7 @@ def test_figures_of_needles():
 
     seen = [at(model, f"s-niah-{noise}", 4 * K) for noise in ("keys", "all") for model in ("full-yarn", "hsa")]
     assert "behind: {} % against {} and {} against {} at 4K".format(*seen) in text
+    assert (at("full-yarn", "s-niah", 32 * K), at("full-pi", "s-niah", 32 * K)) == (100, 75)  # in words there
     far, near = at("hsa", "s-niah-keys", M), at("full-rope", "mk-niah-3", 256)
     assert f"falls to {far} % by 1M" in text and f"full attention answers {near} %" in text
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
