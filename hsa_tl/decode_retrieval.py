@@ -47,7 +47,6 @@ def products(q, marks, dtype):
     return torch.cat([products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
 
 
-@workers.one_thread
 def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
     """See hsa_tl.api.retrieve_decode."""
     T, dtype = q_slc.shape[1], torch.promote_types(q_slc.dtype, torch.float32)

@@ -54,7 +54,6 @@ def _visible(position, chunk_size, exclude_window, N):
     return visible_chunks(position, chunk_size, exclude_window).clamp(max=N)
 
 
-@workers.one_thread
 def join(q_slc, scores, indices, landmarks, cu_seqlens, recency, span, chunk_size, q_start, exclude_window, scale):
     """retrieve_chunks with recency, in place of its far chunks' scores and indices [B, T, R, K]."""
     (B, T, R, D_r), N, S = q_slc.shape, landmarks.shape[1], chunk_size
@@ -85,7 +84,6 @@ def join(q_slc, scores, indices, landmarks, cu_seqlens, recency, span, chunk_siz
     return scores, indices
 
 
-@workers.one_thread
 def join_decode(
     q_slc, scores, indices, landmarks, lengths, chunks, recency, span, chunk_size, exclude_window, scale
 ):  # fmt: skip

@@ -6,6 +6,7 @@ other operators are in <name>_selected, <name>_decode and <name>_retrieval. One 
 `decode_unavailable(problem)` too, of decode alone.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Optional
@@ -13,7 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from hsa_tl import decode_retrieval, near, pairs, retrieval
+from hsa_tl import decode_retrieval, near, pairs, retrieval, workers
 from hsa_tl.pairs import Pairs, check_pages, check_range
 from hsa_tl.problem import Problem, Retrieval
 
@@ -22,6 +23,8 @@ LIBRARY = torch.library.Library("hsa_tl", "DEF")
 
 def operator(fake: Callable):
     """Registers a function of tensors, the first of them given, as hsa_tl::<its name>, without what autocast adds.
+
+    On the CPU its work is `hsa_tl.workers`'.
 
     fake: of the same arguments, results of the same shapes and types whose values mean nothing.
     torch.library.custom_op would do, but the first call of what it makes imports the compiler, for a second or two.
@@ -32,10 +35,11 @@ def operator(fake: Callable):
 
         def run(*args):
             device = args[0].device.type
+            call = functools.partial(workers.call, function) if device == "cpu" else function
             if not torch.is_autocast_enabled(device):
-                return function(*args)
+                return call(*args)
             with torch.autocast(device, enabled=False):
-                return function(*args)
+                return call(*args)
 
         LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from hsa_tl import workers
 from hsa_tl.problem import Problem
 from hsa_tl.validation import require, require_tensor
 
@@ -27,7 +26,6 @@ class Pairs(NamedTuple):
     offsets: torch.Tensor
 
 
-@workers.one_thread
 def sort_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     """Stable sort of every slot by (b, h, chunk); an index outside [0, num_chunks) counts as an empty slot."""
     B, T, H, K = indices.shape
@@ -42,7 +40,6 @@ def sort_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     return Pairs(order.int(), offsets)
 
 
-@workers.one_thread
 def distinct(indices: torch.Tensor, num_chunks: int) -> torch.Tensor:
     """Each row's chunks once, ascending; other slots are empty, also those of an index outside [0, num_chunks)."""
     chosen = torch.where((indices >= 0) & (indices < num_chunks), indices, num_chunks).sort(-1).values
@@ -50,7 +47,6 @@ def distinct(indices: torch.Tensor, num_chunks: int) -> torch.Tensor:
     return chosen.masked_fill_(repeated | (chosen == num_chunks), -1)
 
 
-@workers.one_thread
 def selection_overlap(indices: torch.Tensor) -> float:
     """The share of a token's chunks that its predecessor chose too: how much neighbours' selections are alike.
 
@@ -137,7 +133,6 @@ def within(x: torch.Tensor, least: int, limit: int) -> bool:
     return int(low) >= least and int(high) < limit
 
 
-@workers.one_thread
 def check_range(indices: torch.Tensor, limit: torch.Tensor | int) -> None:
     """Raises ValueError if an index is outside [-1, limit); limit is a number or broadcasts against indices."""
     if isinstance(limit, int) and within(indices, -1, limit):  # in one pass
@@ -150,7 +145,6 @@ def check_range(indices: torch.Tensor, limit: torch.Tensor | int) -> None:
         raise ValueError(f"indices must lie in [-1, {bound}), the chunks there are, got {value} at {where}")
 
 
-@workers.one_thread
 def check_pages(indices: torch.Tensor, page_table: torch.Tensor, num_pages: int) -> None:
     """Raises ValueError if an index [B, T, H, K] is outside [-1, max_chunks) of page_table [B, max_chunks], or if the
     page of a chosen chunk is outside [0, num_pages)."""

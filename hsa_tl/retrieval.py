@@ -141,7 +141,6 @@ def _blocks(tokens, chunks, q_start, chunk_size):
         begin = stop
 
 
-@workers.one_thread
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale):
     """See hsa_tl.api.retrieve_chunks."""
     B, T, R, _ = q_slc.shape
@@ -198,7 +197,6 @@ def _product(bounds, column, value, dense, out):
         workers.each(range(0, rows, step), multiply)
 
 
-@workers.one_thread
 def dq_slc(dscores, indices, q_slc, landmarks, scale):
     """dq_slc[t] = scale * sum_k dscores[t, k] landmarks[i]; indices: rows of landmarks."""
     B, T, R, D_r = q_slc.shape
@@ -224,7 +222,6 @@ def dq_slc(dscores, indices, q_slc, landmarks, scale):
     return dq
 
 
-@workers.one_thread
 def dlandmarks(dscores, pairs, q_slc, num_chunks, scale):
     """dlandmarks[i] = scale * sum of dscores[t, k] q_slc[t] over the pairs that chose chunk i, in the pairs' order."""
     B, _, R, D_r = q_slc.shape

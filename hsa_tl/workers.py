@@ -114,18 +114,6 @@ def call(function: Callable, *args, **kwargs):
         raise
 
 
-def one_thread(function: Callable) -> Callable:
-    """Makes calls of a function, whose first argument is a tensor, go through `call` on the CPU."""
-
-    @functools.wraps(function)
-    def run(first, *args, **kwargs):
-        if first.device.type != "cpu":
-            return function(first, *args, **kwargs)
-        return call(function, first, *args, **kwargs)
-
-    return run
-
-
 class _Blocks:
     """Items to work on, taken in order by any worker and finished in order by one at a time."""
 

@@ -101,6 +101,7 @@ ONLY = {
     ),
     "hsa_tl.ops": (
         "hsa_tl.problem",
+        "hsa_tl.workers",
         "hsa_tl.pairs",
         "hsa_tl.retrieval",
         "hsa_tl.decode_retrieval",

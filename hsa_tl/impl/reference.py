@@ -204,7 +204,6 @@ def add_rows(total, t, rows):
         total.index_put_((t.long(),), rows, accumulate=True)
 
 
-@workers.one_thread
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] of q [B, T, HQ, D], k and v [B, N, S, H, D], weights [B, T, HW, K], indices [B, T, H, K]."""
     check_config(config)
@@ -230,7 +229,6 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     return plan.tokens(out.to(q.dtype), q.shape)
 
 
-@workers.one_thread
 def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv, dweights), shaped and typed as q, k, v, weights; always deterministic."""
     if not pairs.offsets[-1]:

@@ -45,7 +45,6 @@ def gather(pages, row):
     return pages[row // H, :, row % H]
 
 
-@workers.one_thread
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
     if not q.numel():

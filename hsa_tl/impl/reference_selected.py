@@ -23,7 +23,6 @@ decode_unavailable = unavailable
 _LOG2E = math.log2(math.e)
 
 
-@workers.one_thread
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] and lse [B, T, HQ]; shapes as in `reference.forward`, a chunk once in a row of indices."""
     reference.check_config(config)
@@ -70,7 +69,6 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
     return plan.tokens(out.to(q.dtype), q.shape), plan.tokens(lse, q.shape[:3])
 
 
-@workers.one_thread
 def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv), shaped and typed as q, k, v; always deterministic."""
     if not pairs.offsets[-1]:
@@ -93,7 +91,6 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
     return gradients.results(scale, q.dtype)
 
 
-@workers.one_thread
 def decode(q, k_pages, v_pages, indices, page_table, scale):
     """out [B, T, HQ, D] and lse [B, T, HQ]; see hsa_tl.ops for the arguments."""
     dtype = torch.promote_types(q.dtype, torch.float32)
