@@ -187,16 +187,19 @@ def run_lengths(
 
     samples: contexts of each length and task; behind budget_s seconds only those that cost little, see
     evaluate.accuracy. haystacks: that they share, by default each has its own. fair: with the best of RATES for each
-    model, and no more seeds of it than MODELS says. A context that full attention cannot read, or that cannot hold a
-    task's needles, has no row. out/lengths.json grows row by row.
+    model, which its rows tell if there are any, and no more seeds of it than MODELS says. A context that full attention
+    cannot read, or that cannot hold a task's needles, has no row. out/lengths.json grows row by row.
     """
     haystacks = samples if haystacks is None else min(haystacks, samples)
     for task in tasks:
         one_of("task", task, TASKS)
     plans = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models if not fair or s < MODELS[m].seeds}
     rates = len(RATES) if fair else 1
-    path, trained_on = out / "lengths.json", load_recipe(recipe).name
+    base = load_recipe(recipe)
+    path, trained_on = out / "lengths.json", base.name
     rows = read_rows(path)
+    whose = {m: MODELS[m].weights_of or m for m in MODELS}
+    tried = {whose[r.model]: r.lr / base.lr for r in rows if (r.recipe, r.rates) == (trained_on, len(RATES))}
     key = lambda r: (r.model, r.seed, r.task, r.length)  # noqa: E731
     done = {key(r) for r in rows if (r.recipe, r.haystacks, r.rates) == (trained_on, haystacks, rates)}
     with progress_bar(console) as bar:
@@ -213,7 +216,7 @@ def run_lengths(
             if not todo:
                 continue
             if fair:
-                plan = recipe_of(name, seed, recipe, best_rate(MODELS[name].weights_of or name))
+                plan = recipe_of(name, seed, recipe, tried.get(whose[name]) or best_rate(whose[name]))
             model, seconds = _trained(plan, run_folder(runs, plan), on_step)
             about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on, "rates": rates}
             for task, T in todo:

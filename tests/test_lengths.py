@@ -58,9 +58,9 @@ def test_the_fair_table_has_the_best_learning_rate(recipe, tmp_path, monkeypatch
     monkeypatch.setitem(MODELS, "full-pi", replace(MODELS["full-pi"], seeds=1))
     console = Console(file=open("/dev/null", "w"))  # noqa: SIM115
 
-    def ask(**options):
+    def ask(seeds=(0, 1), runs="runs", **options):
         models = ["full-rope", "full-pi"]
-        args = console, tmp_path, tmp_path / "runs", models, [0, 1], [128], ["s-niah"]
+        args = console, tmp_path, tmp_path / runs, models, seeds, [128], ["s-niah"]
         rows = lengths.run_lengths(*args, samples=2, recipe=recipe, **options)
         return {(r.model, r.seed): (r.lr, r.rates) for r in rows}
 
@@ -72,6 +72,9 @@ def test_the_fair_table_has_the_best_learning_rate(recipe, tmp_path, monkeypatch
         log = (tmp_path / f"runs/toy-full-rope{name}-0/log.jsonl").read_text().splitlines()
         ends[rate] = json.loads(log[-1])["validation_loss"]
     assert len(set(ends.values())) == 3 and set(found.values()) == {(min(ends, key=ends.get), 3)}
+    ask(seeds=(2,), runs="elsewhere", fair=True)  # trains one model: the rows know the rate
+    folder = "toy-full-rope" + {5e-4: "-lr0.5", 1e-3: "", 2e-3: "-lr2"}[min(ends, key=ends.get)]
+    assert [x.name for x in (tmp_path / "elsewhere").iterdir()] == [f"{folder}-2"]
     monkeypatch.setattr(lengths, "train", None)
     assert ask(fair=True) == found  # nothing is run again
 
