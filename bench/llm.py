@@ -14,6 +14,7 @@ import math
 import pydoc_data.topics
 import random
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from hsa_tl.bench.plot import interval
 from hsa_tl.bench.record import origin
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
@@ -72,15 +74,24 @@ def pieces_of(tokenizer, number: int, length: int) -> list[list[int]]:
 
 @torch.no_grad()
 def ask(logits, contexts: list[Context]) -> dict:
-    """logits: [last, V] of tokens [1, T]. The contexts that are right, and the perplexity."""
-    right, losses = 0, []
+    """logits: [last, V] of tokens [1, T]. The contexts that are right, losses and perplexity, and seconds a context."""
+    right, losses, start = 0, [], time.perf_counter()
     for tokens, digits in contexts:
         x = torch.tensor([tokens])
         found = logits(x, LAST + digits)[:-1].float()  # that of the last token tells nothing
         target = x[0, -len(found) :]
         right += bool((found[-digits:].argmax(-1) == target[-digits:]).all())
-        losses.append(F.cross_entropy(found[:256], target[:256]).item())
-    return {"right": right, "contexts": len(contexts), "perplexity": math.exp(sum(losses) / len(losses))}
+        losses.append(round(F.cross_entropy(found[:256], target[:256]).item(), 5))
+    n = len(contexts)
+    seconds, mean = (time.perf_counter() - start) / n, sum(losses) / n
+    found = {"right": right, "contexts": n, "perplexity": math.exp(mean), "seconds": round(seconds, 2)}
+    return found | {"losses": losses}
+
+
+def read_found(path: Path, about: dict) -> dict:
+    """What a file holds of the same source, contexts and commit; a file of others counts as none."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if all(found.get(k) == about[k] for k in ("source", "contexts", "commit")) else {"rows": []}
 
 
 @torch.no_grad()
@@ -102,8 +113,11 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     import transformers
 
-    measured_by = origin("cpu")
-    measured_by["versions"] += f", transformers {transformers.__version__}"
+    about = {"source": given.source.name, "contexts": given.contexts, **origin("cpu")}
+    about["versions"] += f", transformers {transformers.__version__}"
+    path = given.out / f"llm-{given.length}.json"
+    found = read_found(path, about) | about
+    methods = [name for name in given.methods if name not in [row["method"] for row in found["rows"]]]
     options = {"gguf_file": given.source.name} if given.source.suffix == ".gguf" else {}
     where = given.source.parent if options else given.source
     source = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).eval()
@@ -116,28 +130,29 @@ def main() -> None:
     print(f"largest difference of logits at 256 tokens: {difference:.1e}, at most {ATOL}", flush=True)
     if not difference <= ATOL:
         raise SystemExit(1)
-    settings = {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
-    if "landmark of 16" in given.methods:
+    found |= {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
+    if "landmark of 16" in methods:
         *pieces, judge = pieces_of(model.tokenizer, 3, 4096)
         reconfigure(model, replace(config, **FINE))
         recalls = find_landmarks(model, pieces, [judge], anchors=ANCHORS)
         config = replace(config, anchors=ANCHORS, exact_heads=model.config.exact_heads)
         shares = {name: sum(map(sum, layers)) / sum(map(len, layers)) for name, layers in recalls.items()}
-        settings |= {"anchors": ANCHORS, "exact_heads": config.exact_heads, "recall": shares, "recall_by_head": recalls}
+        found |= {"anchors": ANCHORS, "exact_heads": config.exact_heads, "recall": shares, "recall_by_head": recalls}
         told = ", ".join(f"{100 * share:.1f} % by {name}" for name, share in shares.items())
         print(f"attention to all chunks of 16 that 64 hold: {told}; exact: {config.exact_heads}", flush=True)
-    rows, path = [], given.out / f"llm-{given.length}.json"
-    for name in given.methods:
+    for name in methods:
         if METHODS[name] is None:
             logits = lambda x, keep: source(x, logits_to_keep=keep).logits[0]  # noqa: E731
         else:
             reconfigure(model, replace(config, **METHODS[name]))
             logits = lambda x, keep: model(x, logits_to_keep=keep).logits[0]  # noqa: E731
-        rows.append({"method": name, "length": given.length, **ask(logits, contexts)})
-        row = rows[-1]
-        print(f"{name}: {row['right']} of {row['contexts']} right, perplexity {row['perplexity']:.2f}", flush=True)
-        found = {"source": given.source.name, **settings, **measured_by, "rows": rows}
+        row = {"method": name, "length": given.length, **ask(logits, contexts)}
+        found["rows"].append(row)
         write_atomic(path, json.dumps(found, indent=1) + "\n")
+        right, n = row["right"], row["contexts"]
+        low, high = (100 * x for x in interval(right, n))
+        told = f"{right} of {n} right ({low:.0f} to {high:.0f} %), perplexity {row['perplexity']:.2f}"
+        print(f"{name}: {told}, {row['seconds']:.1f} s a context", flush=True)
     print(f"wrote {path}")
 
 

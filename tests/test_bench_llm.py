@@ -35,7 +35,9 @@ def test_right_is_every_digit():
             after[-3] = (wrong + 1) % 257
         return torch.nn.functional.one_hot(torch.cat([after, after[-1:]]), 257)[-keep:] * 50.0
 
-    assert llm.ask(logits, contexts) == {"right": 1, "contexts": 2, "perplexity": pytest.approx(1.0)}
+    certain = llm.ask(logits, contexts)
+    assert certain.pop("seconds") >= 0 and certain.pop("losses") == pytest.approx([0, 0])
+    assert certain == {"right": 1, "contexts": 2, "perplexity": pytest.approx(1.0)}
     uniform = llm.ask(lambda x, keep: torch.zeros(keep, 257), contexts)
     assert uniform["right"] == 0 and uniform["perplexity"] == pytest.approx(257, rel=1e-4)
 
@@ -54,6 +56,9 @@ def test_the_whole_check_on_a_random_model(tmp_path, monkeypatch, capsys):
     perplexity = {row["method"]: row["perplexity"] for row in found["rows"]}
     assert len(set(perplexity.values())) >= 3  # a window alone, and every chunk (7 are there, so that 16 are all)
     assert perplexity["all"] == pytest.approx(perplexity["mass"]) and perplexity["all"] != perplexity["window"]
+    monkeypatch.setattr(llm, "ask", None)
+    llm.main()  # asks nothing again
+    assert json.loads((tmp_path / "out/llm-1024.json").read_text())["rows"] == found["rows"]
     monkeypatch.setattr(llm, "ATOL", 0.0)
     with pytest.raises(SystemExit):
         llm.main()
