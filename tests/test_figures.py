@@ -9,6 +9,7 @@ import numpy as np
 
 from hsa_tl.bench.contenders import MODELS
 from hsa_tl.bench.lengths import RATES, rate
+from hsa_tl.bench.paper import RUNS
 from hsa_tl.bench.plot_eval import NEEDLES
 from hsa_tl.bench.ruler import WINDOWS, paired
 from hsa_tl.model.recipe import load_recipe
@@ -149,6 +150,22 @@ def test_figures_of_needles():
     far, near = at("hsa", "s-niah-keys", M), at("full-rope", "mk-niah-3", 256)
     assert f"falls to {far} % by 1M" in text and f"full attention answers {near} %" in text
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
+
+
+def test_figures_of_the_papers_table_1():
+    rows, page = json.loads((RESULTS / "table-1-tiny.json").read_text()), "docs/results.md"
+    at = {(r["model"], r["task"], r["length"]): rate(r["accuracy"], r["answers"]) for r in rows}
+    for model, task in {key[:2] for key in at}:
+        shown = (at[model, task, T] for T in (256, 512, K, 2 * K, 4 * K))
+        in_page(page, cells(RUNS[model].label, NEEDLES[task].split(" (")[0], *shown))
+    far = [at[model, "s-niah", 4 * K].split()[0] for model in ("nsa-rope", "nsa")]
+    assert "with RoPE it finds {} % at 4K, without {}.".format(*far) in words(page)
+    (wide,) = (
+        r for r in needle_rows()
+        if r["rates"] > 1 and (r["model"], r["seed"], r["task"], r["length"]) == ("nsa", 0, "s-niah", 4 * K)
+    )  # fmt: skip
+    assert f"seed 0 of NSA without positions has {100 * wide['accuracy']:.0f} % there" in words(page)
+    assert {r["commit"] for r in rows} == {"ca924f633e37"} and "commit ca924f633e37" in words(page)
 
 
 def test_figures_of_linear_attention():
