@@ -12,6 +12,7 @@ def test_figures_of_the_recipe():
     values = partial(accuracies, needle_rows())
     for recipe, model, name in (
         ("needle-hard", "hsa", "HSA, seeds 0 to 4"),
+        ("needle-hard-short", "hsa", "HSA, shorter last stage, 256 chunks, seeds 0 to 4"),
         ("needle-hard-mass", "hsa", "HSA without overlap, seeds 0 to 4"),
         ("needle-hard-16", "hsa", "HSA without overlap, 16 chunks by score alone, seeds 0 to 4"),
         ("needle-hard-before", "hsa", "HSA before, seeds 0 to 4"),
@@ -19,9 +20,9 @@ def test_figures_of_the_recipe():
     ):
         found = [values(recipe, model, "mk-niah-3", T) for T in LENGTHS]
         in_page("docs/results.md", cells(name, *(", ".join(f"{100 * x:.0f}" for x in v) for v in found)))
-    page, recipes = words("docs/results.md"), ("needle-hard", "needle-hard-mass")
+    page, recipes = words("docs/results.md"), ("needle-hard", "needle-hard-short", "needle-hard-mass")
     far = ([100 * x for x in values(recipe, "hsa", "mk-niah-3", M)] for recipe in recipes)
-    assert "At 1M it is {:.0f} % in the mean, and was {:.0f}.".format(*(sum(x) / len(x) for x in far)) in page
+    assert "At 1M it is {:.0f} % in the mean, and was {:.0f} and {:.0f}.".format(*(sum(x) / len(x) for x in far)) in page
     least, most = (
         [f([round(100 * x) for T in LENGTHS[1:] for x in values(recipe, "hsa", name, T)])
          for recipe in recipes for name in ("s-niah", "mq-niah")]
@@ -29,7 +30,8 @@ def test_figures_of_the_recipe():
     )  # fmt: skip
     said = "in {} to {} % (S-NIAH) and {} to {} % (MQ-NIAH) from 4K to 1M"
     assert said.format(least[0], most[0], least[1], most[1]) in page
-    assert f"without overlap in {least[2]} to {most[2]} and {least[3]} to {most[3]} %." in page
+    assert f"shorter in {least[2]} to {most[2]} and {least[3]} to {most[3]} %" in page
+    assert f"without overlap in {least[4]} to {most[4]} and {least[5]} to {most[5]} %. (These" in page
 
 
 def test_figures_of_haystacks_of_needles_by_other_recipes():
@@ -100,7 +102,7 @@ def test_figures_of_borders():
     heaviest = recall["wide-embeddings", M]["heaviest"]
     assert heaviest.items() <= recall["wide-embeddings", M]["among"].items(), "wherever it is read"
     cost = [r[x] for x in ("softmax", "mass") for r in found["token_ms"]]
-    assert "takes {:.1f} ms with 16 chunks and {:.1f} with 256, by mass {:.1f} and {:.1f} (seed 1".format(*cost) in text
+    assert "takes {:.1f} ms with 16 chunks and {:.1f} with 512, by mass {:.1f} and {:.1f} (seed 1".format(*cost) in text
     assert all(f"commit {r['commit']})" in text for r in found["token_ms"])
     borders = {r["recipe"]: r for r in found["borders"]}
     trained, mixed, overlap = (borders[x] for x in ("wide-embeddings", "conv-matrices", "overlap"))
@@ -117,6 +119,23 @@ def test_figures_of_borders():
     assert f"lies {overlap['z_first']:.1f} standard deviations above the others, as all" in text
     among = [held["overlap"][n] for n in ("64", "256", "512")]
     assert "among 64, 256 and 512 in {}, {} and {} %".format(*among) in text
+
+
+def test_figures_of_keys_of_one_token():
+    """What more of their answers in the last stage gives and takes, by 256 chunks, and what 512 give back."""
+    found, text = json.loads((RESULTS / "hard_haystack.json").read_text()), words("docs/results.md")
+    right = {(r["recipe"], r["seed"], r["task"], r["length"]): 100 * r["accuracy"] for r in found["rows"]}
+    tasks = ("s-niah", "mq-niah", "mk-niah-3")
+    more = [right["one-token-14", 1, task, M] for task in tasks]
+    assert "seed 1 has {:.0f} % of S-NIAH and {:.1f} of MQ-NIAH at 1M, but {:.0f} of MK-NIAH 3".format(*more) in text
+    tenth = [right["one-token-10", 1, task, M] for task in tasks] + [right["one-token-10", 3, "mk-niah-3", M]]
+    assert "250 steps more {:.0f}, {:.0f} and {:.0f}, seed 3 {:.0f}.".format(*tenth) in text
+    by_512 = accuracies(needle_rows(), "needle-hard", "hsa", "mk-niah-3", M)
+    assert f"By 512 chunks these two are {100 * by_512[1]:.0f} and {100 * by_512[3]:.0f} %." in text
+    for name, percent in (("one-token-14", 14), ("one-token-10", 10)):
+        tasks = found["recipes"][name]["stages"][-1]["data"]["tasks"]
+        answers = [task.get("weight", 1) * task["queries"] for task in tasks]
+        assert round(100 * answers[0] / sum(answers)) == percent
 
 
 def test_figures_of_needles_alike():
