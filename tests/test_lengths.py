@@ -141,7 +141,7 @@ def test_reading_is_of_the_whole_model_alone():
     """A part that is taken out stays out; another attention has its own top-k."""
     names = "hsa", "hsa-uniform", "nsa"
     read = {name: lengths.recipe_of(name, 0, "needle-hard").config() for name in names}
-    assert (read["hsa"].fusion, read["hsa"].topk) == ("mass", 256)
+    assert (read["hsa"].fusion, read["hsa"].topk) == ("mass", 512)
     assert (read["hsa-uniform"].fusion, read["hsa-uniform"].topk, read["nsa"].topk) == ("uniform", 16, 16)
 
 
