@@ -400,3 +400,19 @@ def test_figures_of_long_contexts_of_text():
         at = [np.mean([bits[model, seed, T] for seed in (1, 2, 3)], 0) for T in (64 * K, K)]
         assert "{:+.4f} ({:.4f})".format(*paired(*at)) in text
     assert {r["commit"] for r in found["rows"]} <= set(re.findall(r"\b[0-9a-f]{12}\b", text))
+
+
+def test_figures_of_other_levers_of_text():
+    found, page = json.loads((RESULTS / "text_levers.json").read_text()), "docs/long-context.md"
+    bits = {(r["model"], r["length"]): r["bits"] for r in found["rows"]}
+    names = {
+        "both": "recency and 3 distractors", "joint": 'fusion "joint"', "softmax1": 'fusion "softmax1"',
+        "topk-4": "4 chunks instead of 8", "distractors-7": "7 distractors",
+    }  # fmt: skip
+    assert {model for model, _ in bits if not model.endswith(WINDOWS)} == set(names) <= set(found["recipes"])
+    for model, name in names.items():
+        at = [bits[model, T] for T in (K, 4 * K, 16 * K, 64 * K)]
+        shown = (f"{np.mean(x):.3f}" for x in (*at, bits[model + WINDOWS, K]))
+        changes = ("{:+.4f} ({:.4f})".format(*paired(*x)) for x in ((at[-1], at[0]), (at[0], bits["both", K])))
+        in_page(page, cells(name, *shown, *changes))
+    assert all(r["commit"] in words(page) for r in found["rows"])
