@@ -24,7 +24,7 @@ LIBRARY = torch.library.Library("hsa_tl", "DEF")
 def operator(fake: Callable):
     """Registers a function of tensors, the first of them given, as hsa_tl::<its name>, without what autocast adds.
 
-    On the CPU its work is `hsa_tl.workers`'.
+    On the CPU it runs in a worker, see hsa_tl.workers.
 
     fake: of the same arguments, results of the same shapes and types whose values mean nothing.
     torch.library.custom_op would do, but the first call of what it makes imports the compiler, for a second or two.
