@@ -1,11 +1,84 @@
-"""Figures of haystacks made of needles in docs/results.md are those of the files in bench/results."""
+"""Figures of needles in README.md and docs/results.md are those of the files in bench/results."""
 
 import json
+from collections import defaultdict
 from functools import partial
 
-from test_figures import LENGTHS, RESULTS, K, M, accuracies, cells, in_page, needle_rows, words
+from test_figures import LENGTHS, RESULTS, K, M, accuracies, cells, in_page, needle_rows, percent, words
 
-from hsa_tl.model.needles import task
+from hsa_tl.bench.contenders import MODELS
+from hsa_tl.bench.lengths import RATES, rate
+from hsa_tl.bench.paper import RUNS
+from hsa_tl.bench.plot_eval import NEEDLES
+from hsa_tl.model import needles
+from hsa_tl.model.recipe import load_recipe
+
+
+def test_figures_of_needles():
+    rows, fair = needle_rows(), defaultdict(list)
+    for r in rows:
+        if r["rates"] > 1:
+            fair[r["model"], r["task"], r["length"]].append(r)
+    assert {r["recipe"] for found in fair.values() for r in found} == {"needle-tiny"}
+
+    def share(model, task, T):
+        """Of all seeds' answers those that are right, and how many answers."""
+        mine = fair[model, task, T]
+        answers = sum(r["answers"] for r in mine)
+        return sum(r["accuracy"] * r["answers"] for r in mine) / answers, answers
+
+    def shown(model, task):
+        """How many seeds, and their share at each length."""
+        asked = [T if (model, task, T) in fair else None for T in LENGTHS]
+        seeds = {r["seed"] for T in asked if T for r in fair[model, task, T]}
+        return [len(seeds), *(rate(*share(model, task, T)) if T else "" for T in asked)]
+
+    for model in {model for model, *_ in fair}:
+        label = MODELS[model].label
+        if model not in ("full-pi", "full-ntk"):
+            in_page("README.md", cells(label, *shown(model, "s-niah")))
+        for task, name in NEEDLES.items():
+            if any(shown(model, task)):
+                in_page("docs/results.md", cells(label, name, *shown(model, task)))
+    text = words("README.md") + words("docs/results.md")
+    every = [accuracies(rows, "needle-tiny", "hsa", "s-niah", T) for T in LENGTHS]
+    assert {(len(found), min(found)) for found in every} == {(5, 1.0)} and "all five seeds of HSA" in text
+    alone = [percent(accuracies(rows, "needle-tiny", "swa", "s-niah", T)) for T in (256, M)]
+    assert "of 0.36M parameters, five seeds, answers {} % at 256 tokens and {} % at 1M".format(*alone) in text
+    (lr,) = {r["lr"] for r in fair["nsa", "s-niah", 256]}
+    assert lr == max(RATES) * load_recipe("needle-tiny").lr  # as the page says of NSA's
+
+    def at(*key):
+        return round(100 * share(*key)[0])
+
+    seen = [at(model, f"s-niah-{noise}", 4 * K) for noise in ("keys", "all") for model in ("full-yarn", "hsa")]
+    assert "behind: {} % against {} and {} against {} at 4K".format(*seen) in text
+    assert (at("full-yarn", "s-niah", 32 * K), at("full-pi", "s-niah", 32 * K)) == (100, 75)  # in words there
+    far, near = at("hsa", "s-niah-keys", M), at("full-rope", "mk-niah-3", 256)
+    keys, nsa = (
+        [round(100 * r["accuracy"]) for r in sorted(fair[key], key=lambda r: r["seed"])]
+        for key in (("hsa", "s-niah-keys", M), ("nsa", "s-niah", 4 * K))
+    )
+    assert "falls to {} % by 1M ({} and {} % by seed)".format(far, *keys) in text
+    assert "finds {} and {} % of the needles at 4K by seed".format(*nsa) in text
+    assert f"full attention answers {near} %" in text
+    assert {r["commit"] for r in rows if r["commit"] not in text} == set()
+
+
+def test_figures_of_the_papers_table_1():
+    rows, page = json.loads((RESULTS / "table-1-tiny.json").read_text()), "docs/results.md"
+    at = {(r["model"], r["task"], r["length"]): rate(r["accuracy"], r["answers"]) for r in rows}
+    for model, task in {key[:2] for key in at}:
+        shown = (at[model, task, T] for T in (256, 512, K, 2 * K, 4 * K))
+        in_page(page, cells(RUNS[model].label, NEEDLES[task].split(" (")[0], *shown))
+    far = [at[model, "s-niah", 4 * K].split()[0] for model in ("nsa-rope", "nsa")]
+    assert "with RoPE it finds {} % at 4K, without {}.".format(*far) in words(page)
+    (wide,) = (
+        r for r in needle_rows()
+        if r["rates"] > 1 and (r["model"], r["seed"], r["task"], r["length"]) == ("nsa", 0, "s-niah", 4 * K)
+    )  # fmt: skip
+    assert f"seed 0 of NSA without positions has {100 * wide['accuracy']:.0f} % there" in words(page)
+    assert {r["commit"] for r in rows} == {"ca924f633e37"} and "commit ca924f633e37" in words(page)
 
 
 def test_figures_of_the_recipe():
@@ -132,10 +205,10 @@ def test_figures_of_keys_of_one_token():
     assert "250 steps more {:.0f}, {:.0f} and {:.0f}, seed 3 {:.0f}.".format(*tenth) in text
     by_512 = accuracies(needle_rows(), "needle-hard", "hsa", "mk-niah-3", M)
     assert f"By 512 chunks these two are {100 * by_512[1]:.0f} and {100 * by_512[3]:.0f} %." in text
-    for name, percent in (("one-token-14", 14), ("one-token-10", 10)):
+    for name, share in (("one-token-14", 14), ("one-token-10", 10)):
         tasks = found["recipes"][name]["stages"][-1]["data"]["tasks"]
         answers = [task.get("weight", 1) * task["queries"] for task in tasks]
-        assert round(100 * answers[0] / sum(answers)) == percent
+        assert round(100 * answers[0] / sum(answers)) == share
 
 
 def test_figures_of_needles_alike():
@@ -145,7 +218,10 @@ def test_figures_of_needles_alike():
     wrong = first["wrong_by_shared"]
     said = "Still {:.0f} % are right there (seed 1). {} of the {} wrong values are of needles that share two"
     assert said.format(100 * first["accuracy"], wrong["2"], sum(wrong.values())) in text
-    assert f"as {alike['needles_that_share_2']:.0f} of {round(task('mk-niah-3', M).count, -3):,} needles do" in text
+    assert (
+        f"as {alike['needles_that_share_2']:.0f} of {round(needles.task('mk-niah-3', M).count, -3):,} needles do"
+        in text
+    )
     right = {(r["recipe"], r["seed"], r["score"], r["mass"]): round(100 * r["accuracy"]) for r in found["readings"]}
     both, mass = (
         [right[(*run, x, 4)] for run in (("overlap-alike", 1), ("overlap", 1), ("overlap", 0))] for x in (4, 1)
