@@ -161,8 +161,8 @@ def lengths(
 ) -> None:
     """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there.
 
-    --all: with the learning rate of half, one or two times the recipe's whose seed 0 has the least validation loss; HSA
-    with a part taken out has 3 seeds at most, the others 5.
+    --all: with the learning rate of half, one or two times the recipe's whose seed 0 has the least validation loss, or
+    that a model's rows in OUT have; HSA with a part taken out has 3 seeds at most, the others 5.
     """
     torch.set_num_threads(threads)
     run_lengths(

@@ -83,9 +83,8 @@ def ask(logits, contexts: list[Context]) -> dict:
         right += bool((found[-digits:].argmax(-1) == target[-digits:]).all())
         losses.append(round(F.cross_entropy(found[:256], target[:256]).item(), 5))
     n = len(contexts)
-    seconds, mean = (time.perf_counter() - start) / n, sum(losses) / n
-    found = {"right": right, "contexts": n, "perplexity": math.exp(mean), "seconds": round(seconds, 2)}
-    return found | {"losses": losses}
+    seconds, perplexity = round((time.perf_counter() - start) / n, 2), math.exp(sum(losses) / n)
+    return {"right": right, "contexts": n, "perplexity": perplexity, "seconds": seconds, "losses": losses}
 
 
 def read_found(path: Path, about: dict) -> dict:
