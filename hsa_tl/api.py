@@ -5,8 +5,6 @@ key/value head, D head dimension, S chunk size, N chunks, K selected chunks, R r
 Tensors are laid out [B, T, heads, dim]. Index -1 is an empty slot.
 """
 
-import math
-
 import torch
 
 from hsa_tl import ops, transforms
@@ -24,6 +22,7 @@ from hsa_tl.validation import (
     require_common,
     require_cu_seqlens,
     require_decode,
+    require_float,
     require_int,
     require_pairs,
     require_retrieval,
@@ -118,8 +117,7 @@ def retrieve_chunks(
     """
     require_retrieval(q_slc, landmarks, topk, exclude_window, recency, recency_span)
     require_int("q_start", q_start, 0, bits=62)
-    require_common(chunk_size, scale, impl)
-    T, D_r = q_slc.shape[1], q_slc.shape[3]
+    scale, T = require_common(chunk_size, scale, impl, q_slc.shape[3]), q_slc.shape[1]
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens, q_slc)
         require(q_start == 0, "q_start", "be 0 with cu_seqlens", q_start)
@@ -127,7 +125,6 @@ def retrieve_chunks(
         whole = (q_start + T - 1) // chunk_size
         rule = f"hold the {whole} whole chunks before the last token"
         require(landmarks.shape[1] >= whole, "landmarks", rule, landmarks.shape[1])
-    scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
     return transforms.retrieve(
         q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, recency, recency_span, scale, impl,
         validates(q_slc, validate),
@@ -181,6 +178,7 @@ def hsa_attention(
         validate (bool): True: indices must lie in range and name whole chunks in the past, the last query being the
             last key, and weights must be such as `fusion_weights` gives. False: nothing is checked, and an index out
             of range is an empty slot. Default: None, the range alone, on CUDA only where HSA_TL_VALIDATE=1 is set.
+            Under torch.compile True checks the range alone too.
 
     Returns:
         Tensor [B, T, HQ, D] in q's dtype, differentiable in q, k, v and weights. A chunk that nobody chose has
@@ -199,8 +197,7 @@ def hsa_attention(
     """
     require_attention(q, k, v, indices)
     require_weights(weights, q, indices)
-    require_common(chunk_size, scale, impl)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = require_common(chunk_size, scale, impl, q.shape[3])
     if validate and not torch.compiler.is_compiling():
         check_range(indices, -(-k.shape[1] // chunk_size))
         check_past(indices, k.shape[1], chunk_size, cu_seqlens)
@@ -249,7 +246,7 @@ def retrieve_decode(
         scale (float): default: 1 / sqrt(D_r).
         recency (Tensor [R], float32): as in `retrieve_chunks`. Default: None.
         recency_span (int): as there. Default: 16.
-        impl (str): "auto", "reference" or "tilelang". Default: "auto", the fastest that runs here.
+        impl (str): "auto", "reference", "tilelang" or "triton". Default: "auto", the fastest that runs here.
 
     Returns:
         scores [B, T, R, topk] float32 (float64 for float64 inputs) and indices [B, T, R, topk] int32.
@@ -264,8 +261,8 @@ def retrieve_decode(
         [[-1, -1], [0, 1]]
     """
     require_retrieval(q_slc, landmarks, topk, exclude_window, recency, recency_span)
-    require_common(chunk_size, scale, impl)
     B, _T, R, D_r = q_slc.shape
+    scale = require_common(chunk_size, scale, impl, D_r)
     for name, x in (("lengths", lengths), ("chunks", chunks)):
         if x is not None or name == "lengths":
             require_tensor(name, x, 1, q_slc)
@@ -273,10 +270,10 @@ def retrieve_decode(
             require_shape(name, x, (B,), "to match q_slc")
     if bounds is not None:
         require_tensor("bounds", bounds, 5, q_slc)
+        require_float("bounds", bounds, q_slc)
         blocks = (landmarks.shape[1] + BLOCK - 1) // BLOCK
         require_shape("bounds", bounds, (B, "N", 2, R, D_r), "to match q_slc")
         require(bounds.shape[1] >= blocks, "bounds", lambda: f"have {blocks} blocks", shape_of(bounds))
-    scale = 1.0 / math.sqrt(D_r) if scale is None else float(scale)
     return transforms.retrieve_decode(
         q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, recency, recency_span, scale, impl,
         validates(q_slc, None),
@@ -326,6 +323,5 @@ def hsa_decode(
     """
     require_decode(q, k_pages, v_pages, indices, page_table)
     require_weights(weights, q, indices)
-    require_common(k_pages.shape[1], scale, impl)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = require_common(k_pages.shape[1], scale, impl, q.shape[3])
     return transforms.decode(q, k_pages, v_pages, weights, indices, page_table, scale, impl, validates(q, None))

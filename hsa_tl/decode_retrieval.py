@@ -7,7 +7,8 @@ whose best possible score is below the topk-th of the blocks seen so far are not
 import torch
 
 from hsa_tl import workers
-from hsa_tl.retrieval import best_of_any, empty_slots, visible_chunks
+from hsa_tl.retrieval import best_of_any, empty_slots, visible_in_decode
+from hsa_tl.validation import require_float, require_tensor
 
 BLOCK = 64  # landmarks that share a bound
 _ROWS = 16  # MKL sums a score the same way, to the last bit, for a multiple of so many tokens and as many landmarks
@@ -23,11 +24,16 @@ def landmark_bounds(landmarks: torch.Tensor) -> torch.Tensor:
 
     Returns:
         Tensor [B, ceil(N / 64), 2, R, D_r]: the least and the greatest value of each coordinate in each block.
+
+    Raises:
+        ValueError, TypeError: landmarks of another number of dimensions or not of a floating dtype.
     """
+    require_tensor("landmarks", landmarks, 4)
+    require_float("landmarks", landmarks)
     missing = -landmarks.shape[1] % BLOCK
     if missing:  # the last landmark again moves no bound
         landmarks = torch.cat([landmarks, landmarks[:, -1:].expand(-1, missing, -1, -1)], 1)
-    landmarks = landmarks.unflatten(1, (-1, BLOCK) if landmarks.numel() else (0, BLOCK))
+    landmarks = landmarks.unflatten(1, (landmarks.shape[1] // BLOCK, BLOCK))
     return torch.stack([landmarks.amin(2), landmarks.amax(2)], 2)
 
 
@@ -50,9 +56,7 @@ def products(q, marks, dtype):
 def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
     """See hsa_tl.api.retrieve_decode."""
     T, dtype = q_slc.shape[1], torch.promote_types(q_slc.dtype, torch.float32)
-    position = lengths[:, None] + torch.arange(T, device=lengths.device)
-    held = landmarks.shape[1] if chunks is None else chunks[:, None]
-    visible = visible_chunks(position, chunk_size, exclude_window).clamp(max=held)  # [B, T]
+    visible = visible_in_decode(lengths, chunks, T, landmarks.shape[1], chunk_size, exclude_window)
     hides = True
     if visible.device.type == "cpu" and visible.numel():  # what no token sees need not be read
         ends = visible.flatten().tolist()
@@ -137,7 +141,7 @@ def _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype):
         seen = bound.topk(enough).indices
         s, i = _score_blocks(q_slc[b, t, r], landmarks[b, :n, r], seen, scale, dtype)
         least = s.topk(min(k, len(s))).values[-1] if len(s) >= k else -torch.inf
-        rest = (bound >= least) & (bound > -torch.inf)
+        rest = ~(bound < least) & (bound != -torch.inf)  # of a nan nobody knows
         rest[seen] = False
         if int(rest.sum()) > blocks // 4:  # a gather costs more than it saves
             i = torch.arange(n, device=q.device)

@@ -79,14 +79,15 @@ def fusion_weights(
     """
     if not isinstance(scores, torch.Tensor):
         raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}")
-    require(scores.ndim >= 1, "scores", "have a last dimension of slots", shape_of(scores))
+    require(scores.ndim and scores.shape[-1], "scores", "have a last dimension of at least one slot", shape_of(scores))
     require(scores.dtype in FLOATS, "scores", "have a floating dtype", scores.dtype)
-    require(kind in KINDS, "kind", f"be one of {', '.join(KINDS)}", repr(kind))
+    require(isinstance(kind, str) and kind in KINDS, "kind", f"be one of {', '.join(KINDS)}", repr(kind))
     require((swa_lse is not None) == (kind == "joint"), "swa_lse", 'be given for kind="joint" only', f"kind={kind!r}")
     if scores.dtype in (torch.bfloat16, torch.float16):
         scores = scores.float()
     if kind != "joint":
         return KINDS[kind](scores)
+    require(scores.ndim > 1 and scores.shape[-2], "scores", 'have heads and slots for "joint"', shape_of(scores))
     require_tensor("swa_lse", swa_lse, scores.ndim - 1, scores)
     heads, lse_heads = scores.shape[-2], swa_lse.shape[-1]
     require(
@@ -122,6 +123,7 @@ def top_p_chunks(scores: torch.Tensor, indices: torch.Tensor, p: float) -> tuple
     """
     require_tensor("scores", scores, 4)
     require_tensor("indices", indices, 4, scores)
+    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
     require(scores.shape == indices.shape, "indices", f"have scores' shape {list(scores.shape)}", shape_of(indices))
     require(0 < p <= 1, "p", "lie in (0, 1]", p)
     if p == 1:

@@ -12,7 +12,7 @@ import torch
 
 from hsa_tl import workers
 from hsa_tl.decode_retrieval import products
-from hsa_tl.retrieval import merge, sequences, visible_chunks
+from hsa_tl.retrieval import merge, sequences, visible_chunks, visible_in_decode
 
 BLOCK_ELEMENTS = 1 << 20  # of queries, landmarks and scores that are held at once, on a CPU
 
@@ -50,10 +50,6 @@ def _join(far, q, landmarks, own, visible, recency, span, scale):
     return [x.view_as(y) for x, y in zip(merge(*(x.flatten(0, 3) for x in both), K), far, strict=True)]
 
 
-def _visible(position, chunk_size, exclude_window, N):
-    return visible_chunks(position, chunk_size, exclude_window).clamp(max=N)
-
-
 def join(q_slc, scores, indices, landmarks, cu_seqlens, recency, span, chunk_size, q_start, exclude_window, scale):
     """retrieve_chunks with recency, in place of its far chunks' scores and indices [B, T, R, K]."""
     (B, T, R, D_r), N, S = q_slc.shape, landmarks.shape[1], chunk_size
@@ -70,7 +66,7 @@ def join(q_slc, scores, indices, landmarks, cu_seqlens, recency, span, chunk_siz
         pad = (0, 0, 0, 0, first % S, -(q_start + end) % S)  # to whole groups
         q, *far = (torch.nn.functional.pad(x[:, part], pad).unflatten(1, (-1, S)) for x in (q_slc, scores, indices))
         position = torch.arange(first - first % S, q_start + end + pad[-1], device=q_slc.device).view(1, -1, S)
-        visible = _visible(position, S, exclude_window, chunks.stop - chunks.start)
+        visible = visible_chunks(position, S, exclude_window).clamp(max=chunks.stop - chunks.start)
         own = position[..., 0].expand(B, -1) // S
         found = _join(far, q, landmarks[:, chunks], own, visible, recency, span, scale)
         scores[:, part], indices[:, part] = (x.flatten(1, 2)[:, pad[4] : pad[4] + end - begin] for x in found)
@@ -90,12 +86,11 @@ def join_decode(
     """As `join`, for retrieve_decode: each token is a group."""
     if not scores.numel() or not landmarks.shape[1]:
         return scores, indices
-    position = lengths.long()[:, None] + torch.arange(q_slc.shape[1], device=lengths.device)
-    visible = _visible(position, chunk_size, exclude_window, landmarks.shape[1])
-    if chunks is not None:
-        visible = torch.minimum(visible, chunks[:, None])
+    T = q_slc.shape[1]
+    visible = visible_in_decode(lengths, chunks, T, landmarks.shape[1], chunk_size, exclude_window)
+    own = (lengths.long()[:, None] + torch.arange(T, device=lengths.device)) // chunk_size
     far, q = [x.unsqueeze(2) for x in (scores, indices)], q_slc.unsqueeze(2)
-    found = _join(far, q, landmarks, position // chunk_size, visible.unsqueeze(2), recency, span, scale)
+    found = _join(far, q, landmarks, own, visible.unsqueeze(2), recency, span, scale)
     return tuple(x.squeeze(2) for x in found)
 
 

@@ -13,6 +13,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hsa_tl import decode_retrieval, near, pairs, retrieval, workers
 from hsa_tl.pairs import Pairs, check_pages, check_range
@@ -34,6 +35,8 @@ def operator(fake: Callable):
         name = function.__name__
 
         def run(*args):
+            if not args[0].numel():  # no token: kernels take no empty grid
+                return tree_map(Tensor.zero_, fake(*args))
             device = args[0].device.type
             call = functools.partial(workers.call, function) if device == "cpu" else function
             if not torch.is_autocast_enabled(device):
@@ -92,13 +95,6 @@ def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, de
         f"impl={impl!r} cannot retrieve {topk} chunks for {list(q_slc.shape)} of {q_slc.dtype} on {q_slc.device}: "
         f"{reason}; use 'auto' or 'reference'"
     )
-
-
-def resolve_dlandmarks(q_slc: Tensor, topk: int) -> str:
-    """Whose program sums the landmarks' gradient on CUDA."""
-    tilelang = implementation("tilelang_retrieval")
-    problem = Retrieval.of(q_slc, 1, topk)
-    return "triton" if tilelang.unavailable(problem) else "tilelang"
 
 
 def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
@@ -303,6 +299,8 @@ def retrieve_backward(
     chosen = retrieval.global_chunks(indices, cu_seqlens, N, chunk_size)
     run = retrieval
     if q_slc.is_cuda and q_slc.dtype != torch.float64:  # no program takes float64
-        run = implementation(f"{resolve_dlandmarks(q_slc, indices.shape[3])}_retrieval")
+        run = implementation("tilelang_retrieval")
+        if run.unavailable(Retrieval.of(q_slc, 1, indices.shape[3])):
+            run = implementation("triton_retrieval")
     dlandmarks = run.dlandmarks(dscores, sort_pairs(chosen, N), q_slc, N, scale)
     return retrieval.dq_slc(dscores, chosen, q_slc, landmarks, scale), dlandmarks

@@ -40,6 +40,13 @@ def visible_chunks(position: torch.Tensor, chunk_size: int, exclude_window: int)
     return (position - max(0, exclude_window - chunk_size)).clamp(min=0) // chunk_size
 
 
+def visible_in_decode(lengths, chunks, T: int, N: int, chunk_size: int, exclude_window: int) -> torch.Tensor:
+    """[B, T]: as visible_chunks, of T tokens behind `lengths` [B] and of N chunks, or of the `chunks` [B] there are."""
+    position = lengths.long()[:, None] + torch.arange(T, device=lengths.device)
+    held = N if chunks is None else chunks.clamp(0, N)[:, None]
+    return visible_chunks(position, chunk_size, exclude_window).clamp(max=held)
+
+
 def empty_slots(q_slc: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """scores [B, T, R, topk] and indices of slots that hold no chunk."""
     shape, dtype = (*q_slc.shape[:3], topk), torch.promote_types(q_slc.dtype, torch.float32)

@@ -3,8 +3,6 @@
 Dims as in hsa_tl.api. A pretrained layer whose window is merged with the chunks it chose computes with its own weights.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -64,7 +62,7 @@ def selected_attention(
         deterministic (bool): no program that adds atomically, as in `hsa_attention`. Default: False.
         validate (bool): True: indices must lie in range and name whole chunks in the past, the last query being the
             last key. False: nothing is checked, and an index out of range is an empty slot. Default: None, the range
-            alone, on CUDA only where HSA_TL_VALIDATE=1 is set.
+            alone, on CUDA only where HSA_TL_VALIDATE=1 is set. Under torch.compile True checks no more than that.
 
     Returns:
         out [B, T, HQ, D] in q's dtype and lse [B, T, HQ] float32 (float64 for float64 inputs), the natural logarithm,
@@ -82,8 +80,7 @@ def selected_attention(
         (torch.Size([1, 64, 4, 32]), torch.Size([1, 64, 4]), -inf)
     """
     require_attention(q, k, v, indices)
-    require_common(chunk_size, scale, impl)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = require_common(chunk_size, scale, impl, q.shape[3])
     if validate and not torch.compiler.is_compiling():
         check_range(indices, -(-k.shape[1] // chunk_size))
         check_past(indices, k.shape[1], chunk_size, cu_seqlens)
@@ -135,8 +132,7 @@ def selected_decode(
         [32.0, 32.0, 32.0, 32.0]
     """
     require_decode(q, k_pages, v_pages, indices, page_table)
-    require_common(k_pages.shape[1], scale, impl)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = require_common(k_pages.shape[1], scale, impl, q.shape[3])
     return transforms.selected_decode(q, k_pages, v_pages, indices, page_table, scale, impl, validates(q, None))
 
 

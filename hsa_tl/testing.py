@@ -188,7 +188,8 @@ def check_retrieval(
     if (indices >= visible.shape[3]).any() or not torch.equal((~empty).sum(-1), visible.sum(-1).clamp(max=K)):
         return ["indices: not as many chunks as are visible and wanted"]
     if empty.all():
-        return []
+        none = torch.full_like(scores, -torch.inf, dtype=torch.float64)
+        return complaints("scores", scores, Expected(none, torch.zeros_like(none), every.eps))
     at = indices.clamp(min=0).long()
     if not visible.gather(3, at)[~empty].all():
         return ["indices: a chunk that its token may not see"]

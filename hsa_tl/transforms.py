@@ -41,28 +41,13 @@ def _each_sample(function, info, in_dims, args):
 def _rule(name: str, operator, setup, backward):
     """An autograd.Function of the operator, which torch.func takes where it refuses torch.library's own."""
 
-    class Rule(torch.autograd.Function):
-        @staticmethod
-        def forward(*args):
-            return operator(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            setup(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            return backward(ctx, *gradients)
-
-        @staticmethod
-        def jvp(ctx, *tangents):
-            _refuse_forward_mode(name)
-
-        @staticmethod
-        def vmap(info, in_dims, *args):
-            return _each_sample(Rule.apply, info, in_dims, args)
-
-    return Rule.apply
+    methods = {
+        "forward": operator, "setup_context": setup, "backward": backward,
+        "jvp": lambda *_: _refuse_forward_mode(name),
+        "vmap": lambda info, in_dims, *args: _each_sample(rule.apply, info, in_dims, args),
+    }  # fmt: skip
+    rule = type("Rule", (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
+    return rule.apply
 
 
 def _transformable(name: str, operator, setup, backward):
@@ -85,10 +70,6 @@ def _transformable(name: str, operator, setup, backward):
     return call
 
 
-def _saves_nothing(ctx, inputs, output):
-    pass
-
-
 def _refusal(message: str):
     def refuse(*_):
         raise NotImplementedError(message)
@@ -104,14 +85,14 @@ def _differentiable(name: str, operator, setup, gradients, backward):
     )
     torch.library.register_autograd(backward, refuse)
     torch.library.register_autograd(operator, functools.partial(gradients, backward), setup_context=setup)
-    rule = _rule(name, backward, _saves_nothing, refuse)
+    rule = _rule(name, backward, lambda *_: None, refuse)
     return _transformable(name, operator, setup, functools.partial(gradients, rule))
 
 
 def _inference(name: str, operator, instead: str):
     refuse = _refusal(f"{name} is for inference and has no gradient: use {instead}")
     torch.library.register_autograd(operator, refuse)
-    return _transformable(name, operator, _saves_nothing, refuse)
+    return _transformable(name, operator, lambda *_: None, refuse)
 
 
 def _attention_setup(ctx, inputs, output):

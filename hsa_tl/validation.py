@@ -1,6 +1,7 @@
 """What the public functions require of their arguments: each check raises "name must rule, got value"."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 
@@ -95,7 +96,8 @@ def require_chunk_size(chunk_size: int) -> None:
     require(chunk_size in (16, 32, 64, 128), "chunk_size", "be 16, 32, 64 or 128", chunk_size)
 
 
-def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
+def require_common(chunk_size: int, scale: float | None, impl: str, dim: int) -> float:
+    """The scale, 1 / sqrt(dim) unless given."""
     require_chunk_size(chunk_size)
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -104,6 +106,7 @@ def require_common(chunk_size: int, scale: float | None, impl: str) -> None:
         require(0 <= scale <= largest, "scale", "be finite, in float32 too, and at least 0", scale)
     if impl not in IMPLS:
         require(False, "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
+    return 1.0 / math.sqrt(dim) if scale is None else float(scale)
 
 
 def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
@@ -145,18 +148,23 @@ def config_json(config: object) -> str:
         raise TypeError(f"config must be a dict from program name to its config, got {type(config).__name__}")
     x = config.get("overlap", 0)
     require(isinstance(x, (int, float)) and 0 <= x <= 1, "config['overlap']", "be a number in [0, 1]", repr(x))
-    return _json({k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()})
+    named = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()}
+    for k, v in named.items():
+        require(k == "overlap" or isinstance(v, dict), "config", "hold a dict for each program", f"{k!r}: {v!r}")
+    return _json(named)
 
 
 def _json(x: object) -> str:
     """Names and numbers as JSON; torch.compile cannot trace json.dumps."""
     if isinstance(x, dict):
+        for k in x:
+            require(isinstance(k, str), "config", "have names as keys", repr(k))
         return "{" + ", ".join([f"{_json(k)}: {_json(v)}" for k, v in x.items()]) + "}"
     if isinstance(x, bool):
         return "true" if x else "false"
-    if isinstance(x, (int, float)):
+    if isinstance(x, (int, float)) and abs(x) < math.inf:
         return repr(x)
-    require(isinstance(x, str) and x.isidentifier(), "config", "hold names and numbers", lambda: repr(x))
+    require(isinstance(x, str) and x.isidentifier(), "config", "hold names and finite numbers", lambda: repr(x))
     return f'"{x}"'
 
 
@@ -166,52 +174,40 @@ def require_pairs(indices: torch.Tensor) -> None:
     require(T * K < 2**31, "indices", "have less than 2^31 slots T * K", lambda: f"{T} * {K}")
 
 
-def require_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> None:
-    """Queries, keys, values and a selection that fit together."""
+def require_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, names: tuple[str, str] = ("k", "v"),
+    places: tuple = (),
+) -> None:  # fmt: skip
+    """Queries, keys, values and a selection that fit together. places: k's first dims if not B and T_kv."""
     require_tensor("q", q, 4)
-    for name, x in (("k", k), ("v", v), ("indices", indices)):
+    for name, x in (*zip(names, (k, v), strict=True), ("indices", indices)):
         require_tensor(name, x, 4, q)
-    B, _, HQ, D = q.shape
-    H = k.shape[2]
+    (B, T, HQ, D), H = q.shape, k.shape[2]
     require_float("q", q)
-    require_float("k", k, q)
-    require_float("v", v, q)
-    hint = laid_out(q, k, indices)
+    require_float(names[0], k, q)
+    require_float(names[1], v, q)
+    hint = str if places else laid_out(q, k, indices)
     require(D > 0, "q", "have a D of at least 1", shape_of(q))
-    require_shape("k", k, (B, "T_kv >= 1", "H >= 1", D), "to match q")
-    require_shape("v", v, tuple(k.shape), "like k")
-    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k's {H} heads", lambda: f"{HQ} heads{hint()}")
-    require_indices(q, H, indices, hint)
+    require_shape(names[0], k, (*(places or (B, "T_kv >= 1")), "H >= 1", D), "to match q")
+    require_shape(names[1], v, tuple(k.shape), f"like {names[0]}")
+    rule = lambda: f"have a multiple of {names[0]}'s {H} heads"  # noqa: E731
+    require(HQ % H == 0 and HQ > 0, "q", rule, lambda: f"{HQ} heads{hint()}")
+    require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k", hint)
+    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    require_pairs(indices)
 
 
 def require_decode(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, indices: torch.Tensor, page_table: torch.Tensor
 ) -> None:
     """As `require_attention`, of keys and values in pages."""
-    require_tensor("q", q, 4)
-    for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("indices", indices)):
-        require_tensor(name, x, 4, q)
+    require_tensor("k_pages", k_pages, 4)
+    rule = "have pages of 16, 32, 64 or 128 keys"
+    require(k_pages.shape[1] in (16, 32, 64, 128), "k_pages", rule, shape_of(k_pages))
+    require_attention(q, k_pages, v_pages, indices, ("k_pages", "v_pages"), ("num_pages >= 1", "S"))
     require_tensor("page_table", page_table, 2, q)
-    B, _, HQ, D = q.shape
-    S, H = k_pages.shape[1], k_pages.shape[2]
-    require_float("q", q)
-    require_float("k_pages", k_pages, q)
-    require_float("v_pages", v_pages, q)
-    require(D > 0, "q", "have a D of at least 1", shape_of(q))
-    require_shape("k_pages", k_pages, ("num_pages >= 1", "S", "H >= 1", D), "to match q")
-    require(S in (16, 32, 64, 128), "k_pages", "have pages of 16, 32, 64 or 128 keys", shape_of(k_pages))
-    require_shape("v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
-    require(HQ % H == 0 and HQ > 0, "q", lambda: f"have a multiple of k_pages' {H} heads", lambda: f"{HQ} heads")
-    require_indices(q, H, indices)
-    require_shape("page_table", page_table, (B, "max_chunks >= 1"), "to match q")
+    require_shape("page_table", page_table, (q.shape[0], "max_chunks >= 1"), "to match q")
     require(page_table.dtype == torch.int32, "page_table", "have dtype int32", page_table.dtype)
-
-
-def require_indices(q: torch.Tensor, H: int, indices: torch.Tensor, hint: Callable[[], str] = str) -> None:
-    B, T, _, _ = q.shape
-    require_shape("indices", indices, (B, T, H, "K >= 1"), "to match q and k", hint)
-    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
-    require_pairs(indices)
 
 
 def require_weights(weights: torch.Tensor, q: torch.Tensor, indices: torch.Tensor) -> None:
@@ -239,6 +235,7 @@ def check_past(indices: torch.Tensor, T_kv: int, chunk_size: int, cu_seqlens: to
     if cu_seqlens is None:
         position = position + max(0, T_kv - T)
     else:
+        require_cu_seqlens(cu_seqlens, indices)
         sequence = torch.searchsorted(cu_seqlens[1:], position.int(), right=True).clamp(max=len(cu_seqlens) - 2)
         position = position - cu_seqlens[sequence]
     whole = (position // chunk_size)[None, :, None, None]

@@ -15,7 +15,7 @@ from hsa_tl.model.attention import positions, rotate
 from hsa_tl.model.chunk_memory import ChunkMemory, Memory
 from hsa_tl.model.config import FUSIONS
 from hsa_tl.model.mlp import RMSNorm, SwiGLU
-from hsa_tl.validation import require, require_common, require_int, require_shape, require_tensor
+from hsa_tl.validation import require, require_chunk_size, require_int, require_shape, require_tensor
 
 # At first. AdamW moves it by at most the learning rate a step: from near 0 it would stay there (docs/long-context.md).
 RECENCY = 4.0
@@ -83,7 +83,7 @@ class ChunkEncoder(nn.Module):
         super().__init__()
         sizes = {"dim": dim, "kv_heads": kv_heads, "head_dim": head_dim, "retrieval_dim": retrieval_dim, "heads": heads}
         _require_sizes(**sizes, retrieval_heads=retrieval_heads)
-        require_common(chunk_size, None, "auto")
+        require_chunk_size(chunk_size)
         require_int("overlap", overlap, 0)
         require(dim % heads == 0, "dim", f"be a multiple of heads = {heads}", dim)
         self.chunk_size, self.overlap, self.kv_heads, self.rope_theta = chunk_size, overlap, kv_heads, rope_theta

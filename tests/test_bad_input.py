@@ -354,7 +354,7 @@ def test_unable_retrieval(impl, dtype, topk, words):
     [
         ("reference", {"hsa_fwd_token": {}}, r"config must name nothing for impl='reference'"),
         ("triton", {"hsa_fwd_token": {}}, r"config must name kernels among forward_kernel, .*got \['hsa_fwd_token'\]"),
-        ("triton", {"forward_kernel": {"threads": 4}}, r"config must have no fields but .*got 'threads'"),
+        ("triton", {"forward_kernel": {"threads": 4}}, r"must have no fields but .*got 'threads'"),
         ("triton", {"forward_kernel": {"num_warps": 3}}, r"config\['num_warps'\] must be a power of two, got 3"),
         ("tilelang", {"forward_kernel": {}}, r"config must name programs among hsa_fwd_token, .*got 'forward_kernel'"),
     ],

@@ -263,7 +263,7 @@ def int32(*shape, value=0):
         ({"k_pages": torch.zeros(0, S, 2, 16)}, r"k_pages must have shape \[num_pages >= 1, S, H >= 1, 16\]"),
         ({"k_pages": torch.zeros(4, 24, 2, 16)}, r"k_pages must have pages of 16, 32, 64 or 128 keys"),
         ({"v_pages": torch.zeros(4, S, 2, 16)}, r"v_pages must have shape .* like k_pages"),
-        ({"q": torch.zeros(3, 1, 5, 16)}, r"q must have a multiple of k_pages' 2 heads, got 5 heads"),
+        ({"q": torch.zeros(3, 1, 5, 16)}, r"q must have a multiple of k_pages's 2 heads, got 5 heads"),
         ({"weights": torch.zeros(3, 1, 3, 2)}, r"weights must have shape \[3, 1, 2 or 4, 2\]"),
         ({"weights": torch.zeros(3, 1, 2, 2).bfloat16()}, r"weights must have dtype torch.float32"),
         ({"indices": int32(3, 1, 4, 2)}, r"indices must have shape \[3, 1, 2, K >= 1\]"),

@@ -80,6 +80,7 @@ ONLY = {
         "hsa_tl.kernels_tilelang.*",
         "hsa_tl.problem",
         "hsa_tl.pairs",
+        "hsa_tl.retrieval",
     ),
     "hsa_tl.kernels_tilelang.config": ("hsa_tl.files", "hsa_tl.kernels_tilelang.*"),
     # A hand-specialised program extends the config of the tile-level one.

@@ -145,6 +145,11 @@ class Plan:
         rows = len(block.token) // len(block.segment) * self.G
         return x[block.head].index_select(0, block.token).view(len(block.segment), rows, -1)
 
+    def blank_(self, rows, block):
+        """rows, 0 in place for what fills the block up: an inf there times a weight of 0 would be nan."""
+        filler = (~self.real[block.part]).nonzero()[:, 0]
+        return rows.view(len(block.token), -1).index_fill_(0, filler, 0)
+
     def keys(self, x, block):
         """x [B * H * N, S, D] of the block's chunks: [C, keys, D]."""
         return x.index_select(0, block.segment)[:, : block.keys]
@@ -219,7 +224,7 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
         p, row_sum = plan.exp_(scores, 2, block)
         out_rows = plan.product(p, plan.keys(plan.v, block).mT)
         out_rows.view(n, plan.G, -1).mul_((block.weight / row_sum.view(n, -1))[..., None])
-        return block, out_rows.view(n, -1)
+        return block, plan.blank_(out_rows, block)
 
     def add(result):
         block, out_rows = result
@@ -242,6 +247,7 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
         n = len(block.token)
         k_scaled, v = (plan.keys(x, block) for x in (plan.k_scaled, plan.v))
         q_rows, do_rows = (plan.rows(x, block) for x in (q_heads, do_heads))
+        plan.blank_(do_rows, block)
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
         p, row_sum = plan.exp_(plan.product(k_scaled, q_rows), 1, block)  # [C, keys, rows]
         # w = early * late: a weight that is about zero cannot be divided out again.

@@ -47,8 +47,6 @@ def gather(pages, row):
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = torch.promote_types(q.dtype, torch.float32)
     row, valid, step = slots(q, k_pages, indices, page_table)
     H, K = indices.shape[2:]
@@ -64,7 +62,7 @@ def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
         p = torch.bmm(rows[part].to(dtype), k.flatten(1, 2).mT)
         p = p.mul_(scale).view(*p.shape[:2], *k.shape[1:3]).softmax(-1)  # [n, G, K, S]
         p.mul_(weights[part, ..., None])
-        return (p.transpose(1, 2) @ v).sum(1, dtype=q.dtype)
+        return (p.transpose(1, 2) @ v).sum(1).to(q.dtype)
 
     workers.each(range(0, len(row), step), attend, out.append)
     out = torch.cat(out) if len(out) > 1 else out[0]

@@ -81,8 +81,8 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
     def multiply(block):
         k_scaled, v = (plan.keys(x, block) for x in (plan.k_scaled, plan.v))
         q_rows, do_rows, delta, lse2 = (plan.rows(x, block) for x in (q_heads, do_heads, delta_heads, lse_heads))
-        for x in (do_rows, delta):  # 0 for what fills the block up
-            x.view(len(block.token), -1).mul_(block.weight)
+        plan.blank_(do_rows, block)
+        plan.blank_(delta, block)
         p = plan.product(k_scaled, q_rows).sub_(lse2.mT).exp2_()  # [1, keys, rows]
         ds = plan.product(v, do_rows).sub_(delta.mT).mul_(p)
         return gradients.products(block, p, ds, q_rows, do_rows)

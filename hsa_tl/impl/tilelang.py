@@ -256,8 +256,6 @@ def sort_pairs(indices: Tensor, num_chunks: int) -> Pairs:
     counts = torch.zeros(segments, blocks, dtype=torch.int32, device=indices.device)
     cursor = torch.zeros(segments * blocks + 1, dtype=torch.int64, device=indices.device)
     pair = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
-    if not indices.numel():
-        return Pairs(pair, cursor[: B * H * num_chunks + 1])
     problem = targeted(Selection(B, T, num_chunks, H, K, indices.device.type, indices.device.index))
     indices, tokens = indices.contiguous(), -(-T // blocks)
     compiled("pairs_count", problem)(indices, num_chunks, tokens, counts)
@@ -279,16 +277,12 @@ def run_plan(direction: str, call: Call, config: str, deterministic: bool) -> di
 
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
     call = Call.of(q, k, v, weights, indices, pairs, chunk_len, scale)
     return run_plan("forward", call, config, deterministic)["out"].flatten(2, 3)
 
 
 def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """dq, dk, dv, dweights. See hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
     call = Call.of(q, k, v, weights, indices, pairs, chunk_len, scale, do)
     gradients = run_plan("backward", call, config, deterministic)
     dq, dweights = gradients["dq"].flatten(2, 3), gradients["dweights"].flatten(2, 3)

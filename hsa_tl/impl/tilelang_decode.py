@@ -49,6 +49,4 @@ def split_and_combine(operator: str, q, k_pages, v_pages, weights, indices, page
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
     return split_and_combine("hsa_decode", q, k_pages, v_pages, weights, indices, page_table, scale)[0]

@@ -7,6 +7,12 @@ from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_base import MAX_TOPK
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Retrieval
+from hsa_tl.retrieval import empty_slots
+
+
+def _chunks(number: int) -> int:
+    """Within what a program's int32 can add to: 2^30 chunks are more than there are."""
+    return max(-(1 << 30), min(number, 1 << 30))
 
 
 def unavailable(problem: Retrieval, program: str = "retrieve_topk") -> str | None:
@@ -23,15 +29,12 @@ def decode_unavailable(problem: Retrieval) -> str | None:
 
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
     """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
-    B, T, R, _ = q_slc.shape
-    N = landmarks.shape[1]
-    scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
-    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    (scores, indices), N = empty_slots(q_slc, topk), landmarks.shape[1]
     if scores.numel() and N:
         problem = launchers.targeted(Retrieval.of(q_slc, N, topk))
         # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
         past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
-        bounds = *past, outside[0] + 1, outside[1]
+        bounds = _chunks(past[0]), past[1], _chunks(outside[0] + 1), outside[1]
         kernel = launchers.compiled("retrieve_topk", problem)
         kernel(q_slc.contiguous(), landmarks.contiguous(), scale, chunk_size, *bounds, scores, indices)
     return scores, indices
@@ -39,19 +42,16 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale)
 
 def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale):
     """scores, indices [B, T, R, topk] of a few tokens of each sequence; see hsa_tl.api.retrieve_decode."""
-    B, T, R, _ = q_slc.shape
-    N = landmarks.shape[1]
-    scores = torch.full((B, T, R, topk), -torch.inf, device=q_slc.device)
-    indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_slc.device)
+    (scores, indices), N = empty_slots(q_slc, topk), landmarks.shape[1]
     if scores.numel() and N:
         problem = launchers.targeted(Retrieval.of(q_slc, N, topk))
         config = configs.default("retrieve_split", problem)
         splits = -(-N // config.block_N)
-        best = torch.empty(B, T, R, splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
+        best = torch.empty(*q_slc.shape[:3], splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
         chunks = torch.full_like(lengths, N) if chunks is None else chunks
         launchers.compiled("retrieve_split", problem, config)(
             q_slc.contiguous(), landmarks.contiguous(), lengths.contiguous(), chunks.contiguous(), scale, chunk_size,
-            exclude_window, best,
+            min(exclude_window, 2**31 - 1), best,
         )  # fmt: skip
         launchers.compiled("retrieve_combine", problem)(best, scores, indices)
     return scores, indices

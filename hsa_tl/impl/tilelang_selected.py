@@ -7,7 +7,7 @@ import torch
 from hsa_tl.impl import tilelang as launchers
 from hsa_tl.impl.tilelang import Call
 from hsa_tl.impl.tilelang_decode import split_and_combine
-from hsa_tl.problem import Problem
+from hsa_tl.problem import Problem, power_of_two
 
 FORWARD_NEEDS_PAIRS = False
 DECODE = ("selected_decode_split",)
@@ -16,7 +16,7 @@ MOST_ELEMENTS = 64 * 128  # of a chunk's keys, whose gradients the backward keep
 
 def parts(problem: Problem) -> int:
     """Into how many a chunk is split for the backward: one softmax does not mind where a chunk ends."""
-    return max(1, problem.S * problem.D // MOST_ELEMENTS)
+    return power_of_two(max(1, problem.S * problem.D // MOST_ELEMENTS))
 
 
 def unavailable(problem: Problem) -> str | None:
@@ -34,8 +34,6 @@ def decode_unavailable(problem: Problem) -> str | None:
 
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] and lse [B, T, HQ]; see hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return torch.empty_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     call = Call.of(q, k, v, None, indices, pairs, chunk_len, scale)
     results = launchers.run_plan("selected_forward", call, config, deterministic)
     return results["out"].flatten(2, 3), results["lse"].flatten(2, 3)
@@ -43,8 +41,6 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
 
 def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, config="", deterministic=False):
     """dq, dk, dv. See hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = (do.float() * out.float()).sum(-1) - dlse
     shape, n = k.shape, parts(Problem.of(q, k, None, indices, chunk_len))
     if n > 1:
@@ -61,6 +57,4 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
 
 def decode(q, k_pages, v_pages, indices, page_table, scale):
     """out [B, T, HQ, D] and lse [B, T, HQ]; see hsa_tl.ops for the arguments."""
-    if not q.numel():
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     return split_and_combine("selected_decode", q, k_pages, v_pages, None, indices, page_table, scale)

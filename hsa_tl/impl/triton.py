@@ -17,7 +17,9 @@ from hsa_tl.impl.triton_launch import launch
 from hsa_tl.problem import power_of_two
 
 FORWARD_NEEDS_PAIRS = False
-_CONFIG_KEYS = ("block_M", "num_warps", "num_stages", "num_splits")
+_LAUNCH_KEYS = ("num_warps", "num_stages")
+_CONFIG_KEYS = {forward_kernel: _LAUNCH_KEYS, dq_kernel: _LAUNCH_KEYS}
+_CONFIG_KEYS[dkdv_kernel] = ("block_M", *_LAUNCH_KEYS, "num_splits")
 _HOPPER_SHARED_BYTES = 232448
 _REGISTER_AREA = 64 * 128  # S * D up to which ptxas keeps dk and dv of one chunk in registers together
 
@@ -67,14 +69,14 @@ def plan(kernel, G: int, D: int, S: int, itemsize: int, shared_limit: int = _HOP
 def _overrides(config: str, kernel, G: int) -> dict:
     """The fields of `config`, JSON of {kernel name: fields}, for one kernel; ValueError names what is wrong."""
     named = json.loads(config or "{}")
-    kernels = tuple(f.__name__ for f in (forward_kernel, dq_kernel, dkdv_kernel))
+    kernels, keys = tuple(f.__name__ for f in _CONFIG_KEYS), _CONFIG_KEYS[kernel]
     if unknown := named.keys() - {*kernels, "overlap"}:
         raise ValueError(f"config must name kernels among {', '.join(kernels)}, got {sorted(unknown)}")
     fields = named.get(kernel.__name__, {})
     least = power_of_two(max(16, G))
     for key, value in fields.items():
-        if key not in _CONFIG_KEYS:
-            raise ValueError(f"config must have no fields but {', '.join(_CONFIG_KEYS)}, got {key!r}")
+        if key not in keys:
+            raise ValueError(f"config[{kernel.__name__!r}] must have no fields but {', '.join(keys)}, got {key!r}")
         if type(value) is not int or value < 1:
             raise ValueError(f"config[{key!r}] must be a positive int, got {value!r}")
         if key in ("block_M", "num_warps") and value & (value - 1):
@@ -138,11 +140,6 @@ def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deter
     return run_forward(q, k, v, weights, indices, chunk_len, scale, config)[0]
 
 
-def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
-    """(dq, dk, dv, dweights). Always deterministic."""
-    return run_backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config)
-
-
 def run_forward(q, k, v, weights, indices, chunk_len, scale, config):
     """out [B, T, HQ, D], and where weights is None lse [B, T, HQ]."""
     B, T, HQ, _ = q.shape
@@ -150,24 +147,22 @@ def run_forward(q, k, v, weights, indices, chunk_len, scale, config):
     q, k, v, weights, indices = map(_contiguous, (q, k, v, weights, indices))
     out = torch.empty_like(q)
     lse = q.new_empty(B, T, HQ, dtype=torch.float32) if weights is None else None
-    if q.numel():
-        constants, _ = _setup(forward_kernel, q, k, weights, indices, config)
-        launch(
-            forward_kernel, (T, H, B), q, k, v, weights, indices, None, chunk_len, out, lse, T, N, None, None,
-            scale * math.log2(math.e), **constants,
-        )  # fmt: skip
+    constants, _ = _setup(forward_kernel, q, k, weights, indices, config)
+    launch(
+        forward_kernel, (T, H, B), q, k, v, weights, indices, None, chunk_len, out, lse, T, N, None, None,
+        scale * math.log2(math.e), **constants,
+    )  # fmt: skip
     return out, lse
 
 
-def run_backward(
-    do, q, k, v, weights, indices, pairs, chunk_len, scale, config, out=None, lse=None, dlse=None
+def backward(
+    do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False,
+    out=None, lse=None, dlse=None,
 ):  # fmt: skip
-    """dq, dk, dv, dweights; where weights is None it takes out, lse and dlse, and dweights is None."""
+    """dq, dk, dv, dweights, always deterministic; of one softmax (weights None) it takes out, lse and dlse too."""
     B, T, _, _ = q.shape
     _, N, S, H, _ = k.shape
     do, q, k, v, weights, indices, out, lse, dlse = map(_contiguous, (do, q, k, v, weights, indices, out, lse, dlse))
-    if 0 in (q.numel(), k.numel(), indices.numel()):
-        return tuple(x if x is None else torch.zeros_like(x) for x in (q, k, v, weights))
     scale_log2 = scale * math.log2(math.e)
 
     dq = torch.empty_like(q)

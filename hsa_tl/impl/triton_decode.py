@@ -44,11 +44,10 @@ def decode_ranges(q, k_pages, v_pages, weights, indices, page_table, scale):
     splits = default_splits(q.device, B * T * H, K)
     out = q.new_empty(B, T, H, splits, G, D, dtype=q.dtype if splits == 1 else torch.float32)
     lse = None if weights is not None else q.new_empty(out.shape[:-1], dtype=torch.float32)
-    if q.numel():
-        constants, _ = base._setup(forward_kernel, q, k_pages[None], weights, indices, "")
-        constants["SLOTS"] = -(-K // splits)
-        launch(
-            forward_kernel, (T * splits, H, B), q, k_pages, v_pages, weights, indices, page_table, None, out, lse, T,
-            page_table.shape[1], P, splits, scale * math.log2(math.e), **constants,
-        )  # fmt: skip
+    constants, _ = base._setup(forward_kernel, q, k_pages[None], weights, indices, "")
+    constants["SLOTS"] = -(-K // splits)
+    launch(
+        forward_kernel, (T * splits, H, B), q, k_pages, v_pages, weights, indices, page_table, None, out, lse, T,
+        page_table.shape[1], P, splits, scale * math.log2(math.e), **constants,
+    )  # fmt: skip
     return out, lse

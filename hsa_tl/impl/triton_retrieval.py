@@ -14,7 +14,7 @@ from hsa_tl.impl import triton_launch
 from hsa_tl.impl.triton_launch import launch, tl
 from hsa_tl.pairs import Pairs
 from hsa_tl.problem import Problem, power_of_two
-from hsa_tl.retrieval import empty_slots, merge, visible_chunks
+from hsa_tl.retrieval import empty_slots, merge, visible_chunks, visible_in_decode
 
 MAX_TOPK = 128
 SPLIT_CHUNKS = 256  # of a program's share in decode, at least
@@ -156,10 +156,7 @@ def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude
     (B, T, R, _), N = q_slc.shape, landmarks.shape[1]
     splits = next(n for n in (64, 32, 16, 8, 4, 2, 1) if n == 1 or (N % n == 0 and N // n >= SPLIT_CHUNKS))
     size = N // splits
-    position = lengths.long()[:, None] + torch.arange(T, device=lengths.device)
-    visible = visible_chunks(position, chunk_size, exclude_window)
-    if chunks is not None:
-        visible = torch.minimum(visible, chunks[:, None])
+    visible = visible_in_decode(lengths, chunks, T, N, chunk_size, exclude_window)
     first = torch.arange(splits, device=lengths.device)[:, None] * size
     visible = (visible[:, None] - first).flatten(0, 1)  # [B * splits, T]
     parts = landmarks.reshape(B * splits, size, *landmarks.shape[2:])

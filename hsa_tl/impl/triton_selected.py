@@ -7,12 +7,7 @@ from hsa_tl.impl import triton as base
 from hsa_tl.impl import triton_decode
 
 FORWARD_NEEDS_PAIRS = False
-decode_unavailable = triton_decode.unavailable
-
-
-def unavailable(problem) -> str | None:
-    """Why this implementation cannot run `problem` here; None if it can."""
-    return base.unavailable(problem) or triton_decode.unavailable(problem)
+unavailable, decode_unavailable = base.unavailable, triton_decode.unavailable
 
 
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):
@@ -22,7 +17,7 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
 
 def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, config="", deterministic=False):
     """(dq, dk, dv). Always deterministic."""
-    return base.run_backward(do, q, k, v, None, indices, pairs, chunk_len, scale, config, out, lse, dlse)[:3]
+    return base.backward(do, q, k, v, None, indices, pairs, chunk_len, scale, config, True, out, lse, dlse)[:3]
 
 
 def decode(q, k_pages, v_pages, indices, page_table, scale):
