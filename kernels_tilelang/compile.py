@@ -1,6 +1,7 @@
 """The one door that compiles: program + problem + config + target -> kernel. Targets: sm_90a and the CPU."""
 
 import functools
+import inspect
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -42,20 +43,22 @@ def _interruptible():
 def build(program: str, problem, config) -> tvm.tirx.PrimFunc:
     """The program's IR for a problem's static dims."""
     blocks = max(1, blocks_per_sm(config, problem))
-    return builder(program)(**_static_dims(problem, config), min_blocks=blocks, config=config)
+    return builder(program)(**_static_dims(program, problem), min_blocks=blocks, config=config)
 
 
 def _pass_configs(config) -> dict:
     return PASS_CONFIGS | ({"tl.disable_thread_storage_sync": True} if config.own_barriers else {})
 
 
-def _static_dims(problem, config) -> dict:
-    return {name: value for name, value in problem.static_key().items() if name in config.KEY}
+def _static_dims(program: str, problem) -> dict:
+    """Those that the program's builder takes."""
+    wanted = inspect.signature(builder(program)).parameters
+    return {name: value for name, value in problem.static_key().items() if name in wanted}
 
 
 @functools.lru_cache(maxsize=4096)
 def _key(program: str, problem, config) -> tuple:
-    return (program, problem.device_type, config, *_static_dims(problem, config).values())
+    return (program, problem.device_type, config, *_static_dims(program, problem).values())
 
 
 @functools.lru_cache(maxsize=8)

@@ -29,7 +29,6 @@ class Config:
     """A program's config: its fields, and what its tile takes. One frozen subclass for each program."""
 
     DIRECTION: ClassVar[str]  # what it computes: a key of hsa_tl.problem.GEMMS
-    KEY: ClassVar[tuple[str, ...]] = ("G", "D", "S", "K", "heads_w", "masked", "dtype")  # of static_key: its builder's
     sm_90a_only: ClassVar[bool] = False  # thread-level code, which the CPU target cannot run
     producer: ClassVar[bool] = False  # a warpgroup that only copies, the program's own or TileLang's
     moves_registers: ClassVar[bool] = False  # from the producer warpgroup to the consumers
@@ -92,7 +91,7 @@ class Config:
     @classmethod
     def options(cls, p: Problem) -> list:
         """What may run without a table, in order of preference, legal or not."""
-        raise NotImplementedError
+        return [cls()]
 
     @classmethod
     def variants(cls, p: Problem) -> list:
@@ -138,6 +137,13 @@ class ChunkConfig(Config):
 
     def ctas(self, p):
         return p.B * p.H * p.N * self.splits(p)
+
+    @classmethod
+    def on_cpu(cls, p):
+        return cls(block_M=max(16, p.G))
+
+    def tensor_core(self):
+        return "hgmma" if self.threads >= WARPGROUP else "hmma"
 
 
 class TokenConfig(Config):
@@ -199,7 +205,7 @@ class AuxiliaryConfig(Config):
     def chunk_reads(self, p):
         return 0.0
 
-    def smem_bytes(self, p):
+    def accumulators(self, p):
         return 0
 
     def refusal(self, p):
@@ -212,7 +218,6 @@ class AuxiliaryConfig(Config):
 class SelectConfig(AuxiliaryConfig):
     """Of a program that sorts keys in shared memory, and so places its own barriers."""
 
-    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
     own_barriers: ClassVar[bool] = True
 
     @staticmethod
@@ -288,7 +293,7 @@ def blocks_per_sm(config: Config, problem: Problem) -> int:
 
 def refused(config: Config, p: Problem) -> str | None:
     """Why this config cannot run this problem on Hopper, or None."""
-    if "D" in config.KEY and p.D % 16:
+    if getattr(p, "D", 0) % 16:  # a Selection has none
         return f"D must be a multiple of 16, got {p.D}"
     if config.threads % 32 or not 32 <= config.threads <= MAX_THREADS:
         return f"threads must be 32 to {MAX_THREADS} in whole warps, got {config.threads}"

@@ -58,13 +58,6 @@ class BwdDkdvChunkConfig(ChunkConfig):
     def variants(cls, p):
         return [cls(*x) for x in product((64, 128, 192, 256), (128, 256))]
 
-    @classmethod
-    def on_cpu(cls, p):
-        return cls(block_M=max(16, p.G))
-
-    def tensor_core(self):
-        return "hgmma" if self.threads >= WARPGROUP else "hmma"
-
 
 def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdDkdvChunkConfig):
     rows = config.block_M
@@ -88,25 +81,15 @@ def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config
     ):
         with T.Kernel(N, H, B, threads=config.threads) as (i_c, i_h, i_b):
             T.annotate_min_blocks_per_sm(min_blocks)
-            q_shared = T.alloc_shared([rows, D], dtype)
-            do_shared = T.alloc_shared([rows, D], dtype)
-            k_shared = T.alloc_shared([S, D], dtype)
-            v_shared = T.alloc_shared([S, D], dtype)
-            p_shared = T.alloc_shared([rows, S], dtype)
-            ds_shared = T.alloc_shared([rows, S], dtype)
+            q_shared, do_shared = (T.alloc_shared([rows, D], dtype) for _ in range(2))
+            k_shared, v_shared = (T.alloc_shared([S, D], dtype) for _ in range(2))
+            p_shared, ds_shared = (T.alloc_shared([rows, S], dtype) for _ in range(2))
             slot_shared = T.alloc_shared([T.ceildiv(rows, G)], "int32")
-            q_rows = T.alloc_fragment([rows, D], dtype)
-            do_rows = T.alloc_fragment([rows, D], dtype)
-            acc_s = T.alloc_fragment([rows, S], "float32")
-            acc_dp = T.alloc_fragment([rows, S], "float32")
-            acc_dk = T.alloc_fragment([S, D], "float32")
-            acc_dv = T.alloc_fragment([S, D], "float32")
-            row_max = T.alloc_fragment([rows], "float32")
-            row_sum = T.alloc_fragment([rows], "float32")
-            row_weight = T.alloc_fragment([rows], "float32")
-            delta = T.alloc_fragment([rows], "float32")
-            begin = T.alloc_var("int64")
-            end = T.alloc_var("int64")
+            q_rows, do_rows = (T.alloc_fragment([rows, D], dtype) for _ in range(2))
+            acc_s, acc_dp = (T.alloc_fragment([rows, S], "float32") for _ in range(2))
+            acc_dk, acc_dv = (T.alloc_fragment([S, D], "float32") for _ in range(2))
+            row_max, row_sum, row_weight, delta = (T.alloc_fragment([rows], "float32") for _ in range(4))
+            begin, end = (T.alloc_var("int64") for _ in range(2))
 
             begin = offsets[(i_b * H + i_h) * N + i_c]
             end = offsets[(i_b * H + i_h) * N + i_c + 1]

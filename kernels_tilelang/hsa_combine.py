@@ -27,7 +27,6 @@ class CombineConfig(AuxiliaryConfig):
     threads: int = 256
     num_stages: int = 4
     DIRECTION: ClassVar[str] = "combine"
-    KEY: ClassVar[tuple[str, ...]] = ("G", "D", "K", "dtype")
 
     def lanes(self, vectors: int) -> int:
         """A row's 16-byte vectors, padded to a power of two where whole rows do not share out among the threads."""
@@ -71,7 +70,7 @@ class CombineConfig(AuxiliaryConfig):
 
 
 def hsa_combine(*, G, D, K, dtype, min_blocks, config: CombineConfig):
-    vector = 4 if dtype == "float32" else 8  # 16 bytes
+    vector = gcd(G * D, 4 if dtype == "float32" else 8)  # 16 bytes, on a GPU
     vectors = G * D // vector
     lanes = config.lanes(vectors)
     tile = config.tile(vectors)  # tokens

@@ -20,7 +20,6 @@ class DecodeCombineConfig(AuxiliaryConfig):
     num_splits: int = 2
     threads: int = 256
     DIRECTION: ClassVar[str] = "combine"
-    KEY: ClassVar[tuple[str, ...]] = ("G", "D", "dtype")
 
     def pair_bytes(self, p):
         moved = (p.G * p.D * 4 * self.num_splits + row_bytes(p)) / p.K

@@ -54,10 +54,6 @@ class FwdChunkConfig(ChunkConfig):
     def variants(cls, p):
         return [cls(*x, add) for x in ((64, 128), (128, 128), (128, 256), (192, 128)) for add in (0, 1)]
 
-    @classmethod
-    def on_cpu(cls, p):
-        return cls(block_M=max(16, p.G))
-
 
 def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkConfig):
     rows = config.block_M
@@ -85,16 +81,13 @@ def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
             i_c = i_x // splits
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([rows, D], dtype)
-            k_shared = T.alloc_shared([S, D], dtype)
-            v_shared = T.alloc_shared([S, D], dtype)
+            k_shared, v_shared = (T.alloc_shared([S, D], dtype) for _ in range(2))
             slot_shared = T.alloc_shared([1, T.ceildiv(rows, G)], "int32")
             q_rows = T.alloc_fragment([rows, D], dtype)
             acc_s = T.alloc_fragment([rows, S], "float32")
             acc_p = T.alloc_fragment([rows, S], dtype)
             acc_o = T.alloc_fragment([rows, D], "float32")
-            row_max = T.alloc_fragment([rows], "float32")
-            row_sum = T.alloc_fragment([rows], "float32")
-            row_weight = T.alloc_fragment([rows], "float32")
+            row_max, row_sum, row_weight = (T.alloc_fragment([rows], "float32") for _ in range(3))
             first = T.alloc_var("int64")
             count = T.alloc_var("int32")
 

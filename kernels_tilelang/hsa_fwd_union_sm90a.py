@@ -42,10 +42,6 @@ class FwdUnionSm90aConfig(FwdUnionConfig):
     def options(cls, p):
         return [cls(*x) for x in product((192, 128), (2, 3))]
 
-    @classmethod
-    def variants(cls, p):
-        return [cls(*x) for x in product((192, 128), (2, 3, 4, 1), (0, 1), (0, 1, 2))]
-
 
 def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionSm90aConfig):
     stages, consumers, groups = config.num_stages, config.threads, config.block_M // ROWS
@@ -57,11 +53,11 @@ def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
         g, q_shared, k_shared, v_shared, union_shared, groups_shared, chunk_shared, weights_shared, full, empty,
         chunk_len, scale, length, first, i_h, i_b, out,
     ):  # fmt: skip
+        T.set_max_nreg(registers_left(config, min_blocks), 1)
         acc_s = T.alloc_fragment([ROWS, S], "float32")
         p = T.alloc_fragment([ROWS, S], dtype)
         acc_o = T.alloc_fragment([ROWS, D], "float32")
-        row_max = T.alloc_fragment([ROWS], "float32")
-        row_sum = T.alloc_fragment([ROWS], "float32")
+        row_max, row_sum = (T.alloc_fragment([ROWS], "float32") for _ in range(2))
         cursor = T.alloc_fragment([ROWS], "int32")
         needed = T.alloc_var("int32")
         if config.q_registers:
@@ -110,10 +106,8 @@ def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
         with T.Kernel(tiles, H, B, threads=consumers + WARPGROUP) as (i_tile, i_h, i_b):
             T.annotate_min_blocks_per_sm(min_blocks)
             q_shared = T.alloc_shared([groups, ROWS, D], dtype)
-            k_shared = T.alloc_shared([stages, S, D], dtype)
-            v_shared = T.alloc_shared([stages, S, D], dtype)
-            union_shared = T.alloc_shared([tile * K], "int32")
-            groups_shared = T.alloc_shared([tile * K], "int32")
+            k_shared, v_shared = (T.alloc_shared([stages, S, D], dtype) for _ in range(2))
+            union_shared, groups_shared = (T.alloc_shared([tile * K], "int32") for _ in range(2))
             chunk_shared = T.alloc_shared([tile, K], "int32")
             weights_shared = T.alloc_shared([tile * heads_w, K], "float32")
             full = T.alloc_barrier(arrive_count=[WARPGROUP] * stages)
@@ -133,6 +127,10 @@ def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
             load_slots(indices, weights, order, chunk_shared, weights_shared, first, tokens, tile, K, heads_w, i_h, i_b)
             T.fence_proxy_async()
             T.sync_threads()
+            arguments = (
+                q_shared, k_shared, v_shared, union_shared, groups_shared, chunk_shared, weights_shared, full, empty,
+                chunk_len, scale, length, first, i_h, i_b, out,
+            )  # fmt: skip
             if thread >= consumers:
                 T.set_max_nreg(PRODUCER_REGISTERS, 0)
                 for i_u in T.serial(length):
@@ -143,22 +141,10 @@ def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
                     T.tma_copy(v[i_b, chunk, :, i_h, :], v_shared[stage, :, :], barrier=full[stage])
                     T.barrier_arrive(full[stage])
             elif thread < WARPGROUP:
-                T.set_max_nreg(registers_left(config, min_blocks), 1)
-                consume(
-                    0, q_shared, k_shared, v_shared, union_shared, groups_shared, chunk_shared, weights_shared,
-                    full, empty, chunk_len, scale, length, first, i_h, i_b, out,
-                )  # fmt: skip
+                consume(0, *arguments)
             elif thread < 2 * WARPGROUP:
-                T.set_max_nreg(registers_left(config, min_blocks), 1)
-                consume(
-                    1, q_shared, k_shared, v_shared, union_shared, groups_shared, chunk_shared, weights_shared,
-                    full, empty, chunk_len, scale, length, first, i_h, i_b, out,
-                )  # fmt: skip
+                consume(1, *arguments)
             else:
-                T.set_max_nreg(registers_left(config, min_blocks), 1)
-                consume(
-                    groups - 1, q_shared, k_shared, v_shared, union_shared, groups_shared, chunk_shared, weights_shared,
-                    full, empty, chunk_len, scale, length, first, i_h, i_b, out,
-                )  # fmt: skip
+                consume(groups - 1, *arguments)
 
     return hsa_fwd_union_sm90a

@@ -160,9 +160,10 @@ def load_slots(indices, weights, order, chunk_shared, weights_shared, first, tok
     for t, i_k in T.Parallel(tile, K):
         i_t = T.min(first + t, tokens - 1)
         chunk_shared[t, i_k] = indices[i_b, i_t, i_h, order[i_b, i_t, i_h, i_k]]
-    for t, i_k in T.Parallel(tile * heads_w, K):
-        i_t = T.min(first + t // heads_w, tokens - 1)
-        weights_shared[t, i_k] = weights[i_b, i_t, i_h, t % heads_w, order[i_b, i_t, i_h, i_k]]
+    if weights is not None:
+        for t, i_k in T.Parallel(tile * heads_w, K):
+            i_t = T.min(first + t // heads_w, tokens - 1)
+            weights_shared[t, i_k] = weights[i_b, i_t, i_h, t % heads_w, order[i_b, i_t, i_h, i_k]]
 
 
 @T.macro

@@ -22,16 +22,12 @@ class PairsCountConfig(AuxiliaryConfig):
     block_M: int = 8
     threads: int = 256
     DIRECTION: ClassVar[str] = "index"
-    KEY: ClassVar[tuple[str, ...]] = ("K",)
 
     def pair_bytes(self, p):
         return {"hbm": 4, "reduce": 4}
 
     def smem_bytes(self, p):
         return 4 + SMEM_ALIGNMENT
-
-    def accumulators(self, p):
-        return 0
 
     @classmethod
     def options(cls, p):

@@ -22,7 +22,6 @@ class PairsPlaceConfig(AuxiliaryConfig):
     block_M: int = 8
     threads: int = 128
     DIRECTION: ClassVar[str] = "index"
-    KEY: ClassVar[tuple[str, ...]] = ("K",)
 
     def pair_bytes(self, p):
         return {"hbm": 4 + 4, "l2": 4 + 8 + 8 + 4}  # index, cursor read and written, pair
@@ -55,14 +54,10 @@ def pairs_place(*, K, min_blocks, config: PairsPlaceConfig):
     ):
         with T.Kernel(blocks, H, B, threads=config.threads) as (i_m, i_h, i_b):
             T.annotate_min_blocks_per_sm(min_blocks)
-            segment_shared = T.alloc_shared([tile, slots], "int32")
-            rank_shared = T.alloc_shared([tile, slots], "int32")
-            equal_shared = T.alloc_shared([tile, slots], "int32")
-            rank = T.alloc_fragment([tile, slots], "int32")
-            equal = T.alloc_fragment([tile, slots], "int32")
+            segment_shared, rank_shared, equal_shared = (T.alloc_shared([tile, slots], "int32") for _ in range(3))
+            rank, equal = (T.alloc_fragment([tile, slots], "int32") for _ in range(2))
             position = T.alloc_fragment([slots], "int64")
-            first = T.alloc_var("int32")
-            stop = T.alloc_var("int32")
+            first, stop = (T.alloc_var("int32") for _ in range(2))
 
             stop = T.min((i_m + 1) * block_tokens, tokens)
             for i_s in T.serial(T.ceildiv(block_tokens, tile)):

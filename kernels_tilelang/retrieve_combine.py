@@ -20,7 +20,6 @@ class RetrieveCombineConfig(SelectConfig):
 
     threads: int = 256
     DIRECTION: ClassVar[str] = "combine"
-    KEY: ClassVar[tuple[str, ...]] = ("K",)
 
     def rows_of(self, K: int) -> int:
         """Ranges' rows that the CTA holds at a time."""
@@ -33,18 +32,11 @@ class RetrieveCombineConfig(SelectConfig):
     def smem_bytes(self, p):
         return KEY_BYTES * self.places(p.K) * (self.rows_of(p.K) + 1) + SMEM_ALIGNMENT
 
-    def accumulators(self, p):
-        return 0
-
     def refusal(self, p):
         if reason := super().refusal(p):
             return reason
         threads = self.threads
         return f"threads must be a power of two, got {threads}" if threads & (threads - 1) else None
-
-    @classmethod
-    def options(cls, p):
-        return [cls()]
 
     @classmethod
     def on_cpu(cls, p):

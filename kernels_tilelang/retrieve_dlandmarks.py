@@ -20,7 +20,6 @@ class RetrieveDlandmarksConfig(AuxiliaryConfig):
     block_M: int = 32
     threads: int = 128
     DIRECTION: ClassVar[str] = "index"
-    KEY: ClassVar[tuple[str, ...]] = ("D", "K", "dtype")
 
     @staticmethod
     def problem_of(p):

@@ -94,9 +94,7 @@ def retrieve_split(*, D, K, dtype, min_blocks, config: RetrieveSplitConfig):
             held = T.alloc_local([8], "int64")
             spot = T.alloc_local([8], "int32")
             acc_s = T.alloc_fragment([tile, TOKENS], "float32")
-            first_t = T.alloc_var("int32")
-            first = T.alloc_var("int32")
-            seen = T.alloc_var("int32")
+            first_t, first, seen = (T.alloc_var("int32") for _ in range(3))
 
             first_t = i_y // R * TOKENS
             first = i_x * block_N

@@ -129,13 +129,9 @@ def retrieve_topk(*, D, K, dtype, min_blocks, config: RetrieveTopkConfig):
             held = T.alloc_local([8], "int64")
             spot = T.alloc_local([8], "int32")
             acc_s = T.alloc_fragment([block_M, block_N], "float32")
-            key = T.alloc_fragment([block_M, block_N], "int32")
-            place = T.alloc_fragment([block_M, block_N], "int32")
-            limit = T.alloc_fragment([block_M], "int32")
-            visible = T.alloc_fragment([block_M], "int32")
-            first_t = T.alloc_var("int32")
-            seen = T.alloc_var("int32")
-            overflow = T.alloc_var("int32")
+            key, place = (T.alloc_fragment([block_M, block_N], "int32") for _ in range(2))
+            limit, visible = (T.alloc_fragment([block_M], "int32") for _ in range(2))
+            first_t, seen, overflow = (T.alloc_var("int32") for _ in range(3))
 
             first_t = (T.ceildiv(tokens, block_M) - 1 - i_x) * block_M  # the longest walks first
             for m, d in T.Parallel(block_M, D):

@@ -1,7 +1,5 @@
 """Merges the num_splits parts of selected_decode_split by their log-sum-exps: out = sum exp(lse_i - lse) out_i."""
 
-from dataclasses import dataclass
-
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import power_of_two
@@ -9,12 +7,7 @@ from hsa_tl.kernels_tilelang.hsa_decode_combine import DecodeCombineConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E
 
 
-@dataclass(frozen=True)
-class SelectedDecodeCombineConfig(DecodeCombineConfig):
-    """As DecodeCombineConfig."""
-
-
-def selected_decode_combine(*, G, D, dtype, min_blocks, config: SelectedDecodeCombineConfig):
+def selected_decode_combine(*, G, D, dtype, min_blocks, config: DecodeCombineConfig):
     splits, columns = config.num_splits, power_of_two(D)
     B, tokens, H = T.dynamic("B, tokens, H")
 
@@ -29,8 +22,7 @@ def selected_decode_combine(*, G, D, dtype, min_blocks, config: SelectedDecodeCo
             T.annotate_min_blocks_per_sm(min_blocks)
             part = T.alloc_fragment([splits, columns], "float32")
             acc_o = T.alloc_fragment([columns], "float32")
-            largest = T.alloc_var("float32")
-            total = T.alloc_var("float32")
+            largest, total = (T.alloc_var("float32") for _ in range(2))
 
             i_t, i_g = i_x // G, i_x % G
             largest = -T.infinity("float32")
@@ -41,8 +33,8 @@ def selected_decode_combine(*, G, D, dtype, min_blocks, config: SelectedDecodeCo
                 total = total + T.exp2((partial_lse[i_b, i_t, i_h, i_s, i_g] - T.max(largest, -1e38)) * LOG2E)
             for i_s, d in T.Parallel(splits, columns):
                 share = T.exp2((partial_lse[i_b, i_t, i_h, i_s, i_g] - T.max(largest, -1e38)) * LOG2E)
-                part[i_s, d] = T.if_then_else(
-                    (d < D) & (total > 0), share * partial[i_b, i_t, i_h, i_s, i_g, T.min(d, D - 1)] / total, 0.0
+                part[i_s, d] = T.if_then_else(  # a nan total stays one
+                    (d >= D) | (total == 0), 0.0, share * partial[i_b, i_t, i_h, i_s, i_g, T.min(d, D - 1)] / total
                 )
             T.reduce_sum(part, acc_o, dim=0)
             for d in T.Parallel(columns):

@@ -27,7 +27,6 @@ class UnionIndexConfig(AuxiliaryConfig):
     block_M: int = 128
     threads: int = 128
     DIRECTION: ClassVar[str] = "index"
-    KEY: ClassVar[tuple[str, ...]] = ("G", "K")
 
     def padded_keys(self, G: int, K: int) -> int:
         """Slots of the tile, up to a power of two and one for each thread: else several threads would add for one."""
@@ -51,7 +50,7 @@ class UnionIndexConfig(AuxiliaryConfig):
 
     @classmethod
     def on_cpu(cls, p):
-        return cls(block_M=64)
+        return cls(block_M=max(64, p.G))
 
 
 def leads(key_shared, m, groups):
@@ -77,13 +76,8 @@ def union_index(*, G, K, min_blocks, config: UnionIndexConfig):
         union_len: T.Tensor((B, tiles, H), "int32"),
     ):
         with T.Kernel(tiles, H, B, threads=config.threads) as (i_tile, i_h, i_b):
-            chunk_shared = T.alloc_shared([padded], "int32")
-            key_shared = T.alloc_shared([padded], "int32")
-            sum_shared = T.alloc_shared([padded], "int32")
-            groups_shared = T.alloc_shared([padded], "int32")
-            place = T.alloc_fragment([padded], "int32")
-            occurrence = T.alloc_fragment([padded], "int32")
-            held = T.alloc_fragment([padded], "int32")
+            chunk_shared, key_shared, sum_shared, groups_shared = (T.alloc_shared([padded], "int32") for _ in range(4))
+            place, occurrence, held = (T.alloc_fragment([padded], "int32") for _ in range(3))
 
             for m in T.Parallel(padded):  # slot m % K of the tile's token m // K
                 i_t = i_tile * tile + m // K

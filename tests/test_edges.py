@@ -13,6 +13,7 @@ from hsa_tl import (
     retrieve_chunks,
     retrieve_decode,
     selected_attention,
+    selected_decode,
     top_p_chunks,
 )
 from hsa_tl.testing import Inputs, check_attention, check_retrieval
@@ -204,3 +205,37 @@ def test_weights_of_nothing(scores, options, words):
 def test_top_p_takes_indices():
     with pytest.raises(ValueError, match="indices must have dtype int32"):
         top_p_chunks(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), 0.5)
+
+
+@pytest.mark.parametrize("D, G", ((6, 1), (6, 3), (10, 3), (8, 1)))
+def test_rows_that_are_no_multiple_of_four_numbers(D, G):
+    q, k, v, weights, indices = calls(32)
+    q, k, v = (x[..., :D].contiguous().requires_grad_() for x in (q[:, :, :G], k, v))
+    for operator, given, config in (
+        (hsa_attention, (weights,), {"hsa_fwd_chunk": {}, "hsa_bwd_chunk": {}}),
+        (selected_attention, (), None),
+    ):
+        found = []
+        for impl, asked in (("reference", None), ("tilelang", config)):
+            out = operator(q, k, v, *given, indices, chunk_size=S, impl=impl, config=asked)
+            out = out if given else out[0]
+            found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("bad", (math.inf, math.nan))
+def test_a_bad_key_shows_where_decode_splits_the_slots(bad):
+    pages = draw(4, S, 1, 16)
+    pages[1, 3] = bad
+    table, indices = torch.arange(4, dtype=torch.int32)[None], torch.arange(4, dtype=torch.int32)[None, None, None]
+    for impl in IMPLS:
+        out, _ = selected_decode(draw(1, 1, 2, 16), pages, draw(4, S, 1, 16, seed=1), indices, table, impl=impl)
+        assert out.isnan().all()
+
+
+def test_more_query_heads_than_a_tile_has_rows():
+    q, k, v, weights, indices = calls(32)
+    q = draw(1, 32, 65, 64)
+    config = {"hsa_fwd_union": {}}
+    out = hsa_attention(q, k, v, weights, indices, chunk_size=S, impl="tilelang", config=config)
+    assert torch.allclose(out, hsa_attention(q, k, v, weights, indices, chunk_size=S), atol=1e-5)
