@@ -27,34 +27,40 @@ def decode_unavailable(problem: Retrieval) -> str | None:
     return unavailable(problem, "retrieve_split")
 
 
+def _slots(q_slc, topk):
+    """scores and indices [B, T, R, topk], of which a program writes every slot."""
+    scores = q_slc.new_empty(*q_slc.shape[:3], topk, dtype=torch.float32)
+    return scores, torch.empty_like(scores, dtype=torch.int32)
+
+
 def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale):
     """scores, indices [B, T, R, topk] of sequences that begin together; see hsa_tl.api.retrieve_chunks."""
-    (scores, indices), N = empty_slots(q_slc, topk), landmarks.shape[1]
-    if scores.numel() and N:
-        problem = launchers.targeted(Retrieval.of(q_slc, N, topk))
-        # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
-        past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
-        bounds = _chunks(past[0]), past[1], _chunks(outside[0] + 1), outside[1]
-        kernel = launchers.compiled("retrieve_topk", problem)
-        kernel(q_slc.contiguous(), landmarks.contiguous(), scale, chunk_size, *bounds, scores, indices)
-    return scores, indices
+    if not (N := landmarks.shape[1]):
+        return empty_slots(q_slc, topk)
+    problem, slots = launchers.targeted(Retrieval.of(q_slc, N, topk)), _slots(q_slc, topk)
+    # A chunk is seen if it ends before the token and begins no later than the last token left of its window.
+    past, outside = divmod(q_start, chunk_size), divmod(q_start - exclude_window, chunk_size)
+    bounds = _chunks(past[0]), past[1], _chunks(outside[0] + 1), outside[1]
+    kernel = launchers.compiled("retrieve_topk", problem)
+    kernel(q_slc.contiguous(), landmarks.contiguous(), scale, chunk_size, *bounds, *slots)
+    return slots
 
 
 def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale):
     """scores, indices [B, T, R, topk] of a few tokens of each sequence; see hsa_tl.api.retrieve_decode."""
-    (scores, indices), N = empty_slots(q_slc, topk), landmarks.shape[1]
-    if scores.numel() and N:
-        problem = launchers.targeted(Retrieval.of(q_slc, N, topk))
-        config = configs.default("retrieve_split", problem)
-        splits = -(-N // config.block_N)
-        best = torch.empty(*q_slc.shape[:3], splits, config.places(topk), dtype=torch.int64, device=q_slc.device)
-        chunks = torch.full_like(lengths, N) if chunks is None else chunks
-        launchers.compiled("retrieve_split", problem, config)(
-            q_slc.contiguous(), landmarks.contiguous(), lengths.contiguous(), chunks.contiguous(), scale, chunk_size,
-            min(exclude_window, 2**31 - 1), best,
-        )  # fmt: skip
-        launchers.compiled("retrieve_combine", problem)(best, scores, indices)
-    return scores, indices
+    if not (N := landmarks.shape[1]):
+        return empty_slots(q_slc, topk)
+    problem, slots = launchers.targeted(Retrieval.of(q_slc, N, topk)), _slots(q_slc, topk)
+    config = configs.default("retrieve_split", problem)
+    splits = -(-N // config.block_N)
+    best = q_slc.new_empty(*q_slc.shape[:3], splits, config.places(topk), dtype=torch.int64)
+    chunks = torch.full_like(lengths, N) if chunks is None else chunks
+    launchers.compiled("retrieve_split", problem, config)(
+        q_slc.contiguous(), landmarks.contiguous(), lengths.contiguous(), chunks.contiguous(), scale, chunk_size,
+        min(exclude_window, 2**31 - 1), best,
+    )  # fmt: skip
+    launchers.compiled("retrieve_combine", problem)(best, *slots)
+    return slots
 
 
 def dlandmarks(dscores, pairs: Pairs, q_slc, num_chunks, scale):
