@@ -109,10 +109,10 @@ def fit(samples: list[Sample], device: cost.Device) -> cost.Device:
 
 def text(device: cost.Device, fitted: cost.Device) -> str:
     """The constants file of a fitted device, four digits; what differs is marked fitted, or measured where not free."""
-    file = json.loads(cost.device_text(device.name))
-    for name, constant in file["constants"].items():
+    constants = cost.constants(device.name)
+    for name, constant in constants.items():
         new, source = float(f"{getattr(fitted, name):.4g}"), "fitted" if name in fitted.free else "measured"
         if getattr(fitted, name) != getattr(device, name) and new != constant["value"]:
             constant |= {"value": new, "source": source}
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in file["constants"].items())
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in constants.items())
     return f'{{"name": "{device.name}", "constants": {{\n{lines}\n}}}}\n'

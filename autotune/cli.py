@@ -14,11 +14,13 @@ from rich.console import Console
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate as calibration
-from hsa_tl.autotune import cost, explain, measure, plan, static_page, table, tuner
+from hsa_tl.autotune import cost, explain, measure, plan, table, tuner
 from hsa_tl.autotune import static as static_check
 from hsa_tl.autotune.journal import Journal
+from hsa_tl.bench.record import csv_text
+from hsa_tl.bench.suite import one_of
 from hsa_tl.cases import Case
-from hsa_tl.files import write_atomic
+from hsa_tl.files import write_atomic, write_together
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.terminal import make_console, minutes_option, number, parse_lengths, progress_bar, say, show_table
 
@@ -31,6 +33,38 @@ SHORT = {  # in a terminal's table
 DTYPES = ("bfloat16", "float16")
 DEFAULT = "paper-d128"
 JOURNAL = "candidates that are finished; by default the user's own. A run goes on from it"
+
+
+PAGE = """# Static check of the TileLang programs
+
+Every config of every program for the problems tagged ci, lowered for sm_90a, assembled by nvcc and read back: registers
+a thread at launch, spills, shared memory, CTAs for each SM, tensor-core instructions. ns/pair is a prediction for an
+{device} (`autotune/cost.py`; a pair is one token, key/value head and chunk; for the union tile all its tokens agree),
+beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --out` at commit {commit} with
+{versions}; all columns: [{name}]({name}).
+
+| case | program | config | registers | spills | smem | CTAs/SM | MMA | ns/pair | limiter | roofline |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def write_static(rows: list[dict], path: Path) -> None:
+    """The rows as CSV, static_check.COLUMNS first line, and as a Markdown table in README.md beside it."""
+    write_together({path: csv_text(rows, static_check.COLUMNS), path.with_name("README.md"): _page(rows, path.name)})
+
+
+def _page(rows: list[dict], name: str) -> str:
+    lines = [
+        f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['registers']} | {r['spill_bytes']} "
+        f"| {r['smem_bytes']} | {r['ctas_per_sm']} | {r['hgmma'] or r['hmma'] or ''} | {r['ns_per_pair']:.3g} "
+        f"| {r['limiter']} | {r['roofline_ns']:.3g} |"
+        if r["error"] is None
+        else f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['error']} |"
+        for r in rows
+    ]
+    first = rows[0]
+    head = PAGE.format(device=first["device"].upper(), name=name, **{k: first[k] for k in ("versions", "commit")})
+    return head + "\n".join(lines) + "\n"
 
 
 def short(config: str) -> str:
@@ -65,12 +99,6 @@ def show_static(console: Console, rows: list[dict], title: str) -> bool:
     return not notes
 
 
-def check_devices(names: list[str]) -> None:
-    for name in names:
-        if name not in cost.DEVICES:
-            raise ValueError(f"device must be one of {', '.join(cost.DEVICES)}, got {name!r}")
-
-
 def progress_of(bar, description: str) -> Callable[[int, int], None]:
     step = bar.add_task(description, total=None)
     return lambda done, total: bar.update(step, completed=done, total=total)
@@ -88,18 +116,17 @@ def static(
 
     Exit code 1 if a config spills, fails or misses its tensor-core instructions, 2 if nvcc or cuobjdump is missing.
     """
-    check_devices([device])
+    one_of("device", device, cost.DEVICES)
     chosen = tuple(map(cases.case, case_names)) if case_names else cases.find("ci")
     with progress_bar(console) as bar:
         progress = progress_of(bar, "lower, assemble, read")
         journal = tuner.default_journal()
         rows = static_check.table_rows(chosen, device=device, jobs=jobs, journal=journal, progress=progress)
-    if out:
-        static_page.write(rows, out)
     ok = show_static(
         console, rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)"
     )
     if out:
+        write_static(rows, out)
         console.print(f"wrote {out}", soft_wrap=True)
     if not ok:
         raise typer.Exit(1)
@@ -114,19 +141,12 @@ def given(base: Case, lengths: list[int] | None, dims: dict[str, int], dtype: st
     if S not in (16, 32, 64, 128):
         raise ValueError(f"S must be a power of two between 16 and 128, got {S}")
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        changes["dtype"] = getattr(torch, dtype)
+        changes["dtype"] = getattr(torch, one_of("dtype", dtype, DTYPES))
     made = []
     for T in lengths or [p.T]:
         problem = cases.at_length(cases.at_length(p, T, **changes), T)  # N and masked follow the new S
         made.append(Case(str(problem) if changes else base.name, problem, base.tags, base.why))
     return made
-
-
-def out_file(out: Path, device: str) -> Path:
-    """A table's file: out itself, or the device's in a folder."""
-    return out if out.suffix == ".json" else out / f"{device}.json"
 
 
 def autotune(
@@ -164,11 +184,8 @@ def autotune(
     An interrupted run goes on where it stopped. Exit code 2 if nvcc or cuobjdump is missing.
     """
     here = cost.device_name()
-    devices = device or [here or "h200"]
-    check_devices(devices)
-    programs = tuple(program or configs.tuned())
-    if unknown := set(programs) - set(configs.planned()):
-        raise ValueError(f"program must be one of {', '.join(configs.planned())}, got {min(unknown)!r}")
+    devices = [one_of("device", name, cost.DEVICES) for name in device or [here or "h200"]]
+    programs = tuple(one_of("program", name, configs.planned()) for name in program or configs.tuned())
     named = [cases.case(name) for name in case_names or ()] + list(cases.find(tag) if tag else ())
     if tag and not cases.find(tag):
         raise ValueError(f"tag must be one that a case has, got {tag!r}")
@@ -192,7 +209,7 @@ def autotune(
     minutes = 9.0 if measured and minutes is None else minutes
     chosen, shown = run(wanted, devices[0], programs, journal, jobs, minutes, measured)
     if measured:
-        path = out_file(out, here) if out else table.user_path(here)
+        path = table.user_path(here) if out is None else out if out.suffix == ".json" else out / f"{here}.json"
         table.merge(path, here, chosen)
         console.print(f"wrote {path}", soft_wrap=True)
     how = f"measured on {here}" if measured else f"static, predicted for {devices[0]}"
@@ -323,7 +340,7 @@ def calibrate(
 
     Exit code 2 if there is no measurement.
     """
-    check_devices([device])
+    one_of("device", device, cost.DEVICES)
     journal = Journal(journal_path) if journal_path else tuner.default_journal()
     found, old = calibration.samples(journal, device), cost.DEVICES[device]
     new = calibration.fit(found, old)

@@ -51,19 +51,18 @@ class Device:
         return 1e9 / (self.sms * self.clock)
 
 
-def parse_device(text: str) -> Device:
-    """The device of a constants file."""
-    file = json.loads(text)
-    free = tuple(name for name, c in file["constants"].items() if c["source"] in FREE)
-    return Device(file["name"], **{name: c["value"] for name, c in file["constants"].items()}, free=free)
+def constants(name: str) -> dict[str, dict]:
+    """Of the constants file that the package ships: its own, and those of the device that it names as its base."""
+    file = json.loads((resources.files("hsa_tl.autotune") / "devices" / f"{name}.json").read_text())
+    return (constants(file["base"]) if "base" in file else {}) | file["constants"]
 
 
-def device_text(name: str) -> str:
-    """The constants file that the package ships."""
-    return (resources.files("hsa_tl.autotune") / "devices" / f"{name}.json").read_text()
+def make_device(name: str, constants: dict[str, dict]) -> Device:
+    free = tuple(name for name, c in constants.items() if c["source"] in FREE)
+    return Device(name, **{name: c["value"] for name, c in constants.items()}, free=free)
 
 
-DEVICES = {name: parse_device(device_text(name)) for name in ("h100", "h200", "h800")}
+DEVICES = {name: make_device(name, constants(name)) for name in ("h100", "h200", "h800")}
 UNKNOWN = "h100"  # whose constants an unknown GPU borrows
 
 

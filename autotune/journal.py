@@ -1,7 +1,6 @@
 """What a tuning run has finished, one JSON object a line, so that an interrupted run goes on and never starts again."""
 
 import json
-import os
 from pathlib import Path
 
 
@@ -45,8 +44,5 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = (b"\n" if self.torn else b"") + json.dumps(entry).encode() + b"\n"
         self.torn = False
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(file, line)
-        finally:
-            os.close(file)
+        with self.path.open("ab", buffering=0) as file:  # unbuffered: one write
+            file.write(line)

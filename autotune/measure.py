@@ -37,11 +37,6 @@ MINUTES = 1.0  # HSA_TL_TUNING=tune spends on a direction
 SELECTED = "selected_"  # begins the names of what `selected_attention` runs
 
 
-@contextlib.contextmanager
-def _nothing_ahead(work: list[tuple]) -> Iterator[Callable[[int], None]]:
-    yield lambda i: None
-
-
 def _compile(problem: Problem, programs: tuple) -> None:
     from hsa_tl.kernels_tilelang import compile
 
@@ -72,7 +67,9 @@ class Rig:
     time_us: Callable[[Callable[[], object]], float]  # one round
     clock: Callable[[], float] = time.monotonic
     alive: Callable[[], bool] = lambda: True  # whether the device still answers after a failure
-    ahead: Callable[[list[tuple]], AbstractContextManager[Callable[[int], None]]] = _nothing_ahead
+    ahead: Callable[[list[tuple]], AbstractContextManager[Callable[[int], None]]] = lambda work: contextlib.nullcontext(
+        lambda i: None
+    )
 
 
 def _attend(direction: str, programs: tuple, chunk_size: int):

@@ -100,24 +100,19 @@ def _cache_file(source: str) -> Path:
     return cache_folder() / "static" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
-def assemble(source: str) -> Assembled:
-    """Compiles CUDA source of one kernel for sm_90a; cached by source and nvcc version in the user's cache folder."""
-    (made,) = assemble_all([source])
-    if isinstance(made, Exception):
-        raise made
-    return made
-
-
 def assemble_all(sources: list[str]) -> list[Assembled | Exception]:
-    """As assemble() each, what is not cached in one run of nvcc, which then reads the headers once."""
+    """Compiles CUDA sources of a kernel each for sm_90a, or why nvcc refuses one; cached by source and nvcc version.
+
+    What is not cached goes through one run of nvcc, which then reads the headers once.
+    """
     if reason := missing_tools():
         raise MissingTool(reason)
     todo = [x for x in dict.fromkeys(sources) if not _cache_file(x).is_file()]
     try:
         made = _nvcc(todo) if todo else []
     except RuntimeError as error:
-        if len(todo) == 1:
-            return [error if x == todo[0] else assemble(x) for x in sources]
+        if len(sources) == 1:
+            return [error]
         return [x for source in sources for x in assemble_all([source])]  # says which
     for source, result in zip(todo, made, strict=True):
         write_atomic(_cache_file(source), json.dumps(asdict(result)))
@@ -296,12 +291,6 @@ def source_digest(program: str) -> str:
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
-def _together(program: str, problem: Problem, options: list, compiler) -> list[dict]:
-    return analyse(program, problem, options) if compiler is None else [
-        compiler(program, problem, c) for c in options
-    ]  # fmt: skip
-
-
 def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict]]:
     """(place in todo, what analyse() finds) as they are ready. A process that dies costs only what killed it."""
     batches: dict[tuple, list[int]] = {}
@@ -311,8 +300,9 @@ def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict
     alone = []
 
     def submit(pool: Executor, batch: list[int]):
-        program, problem, _ = todo[batch[0]]
-        return pool.submit(_together, program, problem, [todo[i][2] for i in batch], compiler)
+        if compiler:
+            return pool.submit(lambda: [compiler(*todo[i]) for i in batch])
+        return pool.submit(analyse, *todo[batch[0]][:2], [todo[i][2] for i in batch])
 
     def pool(jobs: int) -> Executor:
         return ThreadPoolExecutor(1) if compiler else ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))

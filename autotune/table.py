@@ -85,8 +85,6 @@ def user_path(device: str) -> Path:
 def users(device: str) -> tuple[dict, ...]:
     """Rows of the user's own table; one that is poisoned is set aside."""
     path = user_path(device)
-    if not path.is_file():
-        return ()
     try:
         return tuple(read(path))
     except ValueError:

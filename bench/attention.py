@@ -99,7 +99,7 @@ class Attention(Suite):
         if key not in self.expected:
             self.expected[key] = p.expected(tensors, problem.S)
         results = p.compare(tensors, problem.S, self.expected[key])
-        return [r.message for r in results if not r.ok]
+        return [r.message for r in results if r.message]
 
     def inputs(self, problem: Problem, selection: str) -> Tensors:
         """Arguments of `hsa_attention` by name, do and dweights, and q_slc and landmarks with their own selection."""

@@ -62,10 +62,6 @@ def show_speed(console: Console, rows: list[record.Row], title: str) -> None:
     say(console, *(f"{name} has no time for {at}: {note}" for (name, note), at in compare.missing(rows).items()))
 
 
-def samples_option(help: str):
-    return number(low=1, high=1_000_000, help=help)
-
-
 def say_written(paths) -> None:
     console.print("wrote " + ", ".join(map(str, paths)))
 
@@ -147,7 +143,7 @@ def lengths(
     seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each model; --all takes no more")] = 5,
     lengths: Annotated[str, typer.Option(help="tokens, 256,4k or 4k..1m, which doubles")] = "256,4k,32k,256k,1m",
     tasks: Annotated[str, typer.Option(help=f"any of {', '.join(TASKS)}")] = ",".join(TASKS),
-    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    samples: Annotated[int, number(low=1, high=1_000_000, help="contexts of each length and task")] = 100,
     haystacks: Annotated[
         Optional[int], number(low=1, high=1 << 20, help="that these share, by default each has its own")
     ] = None,
@@ -175,7 +171,7 @@ def paper_command(
     table: Annotated[str, typer.Argument(help=f"one of {', '.join(paper.TABLES)}")],
     size: Annotated[str, typer.Option(help="tiny, about an hour of a CPU core, or small, for one GPU")] = "tiny",
     seeds: Annotated[int, number(low=1, high=1000, help="seeds 0, 1, ... of each run")] = 1,
-    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    samples: Annotated[int, number(low=1, high=1_000_000, help="contexts of each length and task")] = 100,
     data_folder: Annotated[Path, typer.Option("--data", help="what hsa-tl prepare wrote")] = Path("out/data"),
     tokenizer: Annotated[Optional[Path], typer.Option(help="that the text was prepared with, by default none")] = None,
     out: Annotated[Path, typer.Option(help="folder of the JSON and the plots")] = Path("out/paper"),
@@ -204,7 +200,7 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(help="in words: s-niah, mk-niah-1 to 3, mq-niah, mv-niah, vt, fwe, cwe, qa, babi-1 to 3")
     ] = "s-niah,mq-niah",
-    samples: Annotated[int, samples_option("contexts of each length, task and depth")] = 4,
+    samples: Annotated[int, number(low=1, high=1_000_000, help="contexts of each length, task and depth")] = 4,
     vocabulary: Annotated[
         Optional[str], typer.Option(help="words or needles; by default what the run was trained on")
     ] = None,
@@ -302,7 +298,7 @@ def evaluate(
 def weights(
     recipe: Annotated[str, typer.Argument(help="a recipe of needles")] = "needle-tiny",
     seed: Annotated[int, seed_option("of the training")] = 0,
-    samples: Annotated[int, samples_option("contexts of each length and task")] = 100,
+    samples: Annotated[int, number(low=1, high=1_000_000, help="contexts of each length and task")] = 100,
     out: Annotated[Path, typer.Option(help="folder; the package's own is model/weights")] = Path("out/weights"),
     threads: Annotated[int, threads_option()] = 1,
 ) -> None:

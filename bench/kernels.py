@@ -18,7 +18,6 @@ from hsa_tl.testing import make_inputs
 
 REPEATS = 5
 FUNCTIONS = 12
-OPERATORS = {"": hsa_attention, "selected_": selected_attention}
 
 
 def calls(problem: Problem) -> dict[str, Callable[[], object]]:
@@ -36,10 +35,9 @@ def calls(problem: Problem) -> dict[str, Callable[[], object]]:
         return torch.autograd.grad(out, leaves, do) if backward else out
 
     for direction in plan.DIRECTIONS:
-        operator, _, way = direction.rpartition("_")
+        attention = selected_attention if direction.startswith("selected_") else hsa_attention
         for programs in plan.strategies(direction):
-            attention = OPERATORS[operator + "_" if operator else ""]
-            arguments = attention, {name: {} for name in programs}, way == "backward"
+            arguments = attention, {name: {} for name in programs}, direction.endswith("backward")
             found[" ".join(programs)] = lambda arguments=arguments: attend(*arguments)
     q_slc, landmarks = q[:, :, : problem.H], k[:, :: problem.S]
     found["retrieve"] = lambda: retrieve_chunks(q_slc, landmarks, problem.K, chunk_size=problem.S)

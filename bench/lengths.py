@@ -70,10 +70,6 @@ class Row:
     lr: float | None = None
     rates: int = 1  # learning rates that were tried
 
-    @property
-    def rate(self) -> str:
-        return rate(self.accuracy, self.answers)
-
 
 def rate(accuracy: float, answers: int) -> str:
     """In percent with Wilson's 95 % interval; of fewer answers than say a rate, their count."""
@@ -97,11 +93,8 @@ def recipe_of(model: str, seed: int, name: str = RECIPE, faster: float = 1.0) ->
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a lengths.json, none if there is none. ValueError: it is not one."""
-    try:
-        return [Row(**x) for x in json.loads(path.read_text())] if path.exists() else []
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must hold the rows of hsa-tl lengths, got {error}") from None
+    """Rows of a lengths.json, none if there is none. ValueError, TypeError: it is not one."""
+    return [Row(**x) for x in record.read_json(path)]
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -163,7 +156,7 @@ def _show(console: Console, out: Path, mine: list[Row], rows: list[Row]) -> None
     lengths = sorted({r.length for r in mine})
     lines = []
     for (model, seed, task), found in grouped(mine, lambda r: (r.model, r.seed, r.task)).items():
-        shares, size = {r.length: r.rate for r in found}, found[-1].parameters
+        shares, size = {r.length: rate(r.accuracy, r.answers) for r in found}, found[-1].parameters
         near = f"{sum(r.near_right for r in found)} of {sum(r.near for r in found)}"
         size = "" if size is None else f"{size / 1e6:.2f}M"
         lines.append((model, size, seed, task, *(shares.get(T, "") for T in lengths), near))

@@ -66,12 +66,6 @@ def make_contexts(tokenizer, length: int, number: int) -> list[Context]:
     return made
 
 
-def pieces_of(tokenizer, number: int, length: int) -> list[list[int]]:
-    """Of Python's own sources, which the contexts are not of."""
-    tokens = tokenizer.encode(read_corpus(None, 8 * number * length).data)
-    return [tokens[i * len(tokens) // number :][:length] for i in range(number)]
-
-
 @torch.no_grad()
 def ask(logits, contexts: list[Context]) -> dict:
     """logits: [last, V] of tokens [1, T]. The contexts that are right, losses and perplexity, and seconds a context."""
@@ -91,13 +85,6 @@ def read_found(path: Path, about: dict) -> dict:
     """What a file holds of the same source, contexts and commit; a file of others counts as none."""
     found = json.loads(path.read_text()) if path.exists() else {}
     return found if all(found.get(k) == about[k] for k in ("source", "contexts", "commit")) else {"rows": []}
-
-
-@torch.no_grad()
-def largest_difference(source, model, tokens: list[int]) -> float:
-    """Between the logits of both, in a context that the window covers."""
-    ids = torch.tensor([tokens])
-    return (source(ids).logits - model(ids).logits).abs().max().item()
 
 
 def main() -> None:
@@ -125,13 +112,16 @@ def main() -> None:
         config = convert(given.source, run, window=WINDOW, sinks=SINKS, chunk_size=CHUNK_SIZE, topk=TOPK)
         model = load(run)
     contexts = make_contexts(model.tokenizer, given.length, given.contexts)
-    difference = largest_difference(source, model, contexts[0].tokens[:256])
+    with torch.no_grad():
+        ids = torch.tensor([contexts[0].tokens[:256]])  # which the window covers
+        difference = (source(ids).logits - model(ids).logits).abs().max().item()
     print(f"largest difference of logits at 256 tokens: {difference:.1e}, at most {ATOL}", flush=True)
     if not difference <= ATOL:
         raise SystemExit(1)
     found |= {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "difference": difference}
     if "landmark of 16" in methods:
-        *pieces, judge = pieces_of(model.tokenizer, 3, 4096)
+        tokens = model.tokenizer.encode(read_corpus(None, 8 * 3 * 4096).data)  # Python's sources; contexts are others
+        *pieces, judge = (tokens[i * len(tokens) // 3 :][:4096] for i in range(3))
         reconfigure(model, replace(config, **FINE))
         recalls = find_landmarks(model, pieces, [judge], anchors=ANCHORS)
         config = replace(config, anchors=ANCHORS, exact_heads=model.config.exact_heads)

@@ -35,15 +35,6 @@ def config_of(name: str, config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(other, **deeper(config)) if name == "full-matched" else other
 
 
-def model_case(name: str) -> Case:
-    """The preset's attention as a case. ValueError: no such preset, or one that has no fixed top-k."""
-    c = preset(name)
-    if not isinstance(c.topk, int):
-        raise ValueError(f"preset must have an int topk, got {c.topk!r} in {name}")
-    p = Problem(1, c.chunk_size, 1, c.heads, c.kv_heads, c.head_dim, c.chunk_size, c.topk)
-    return Case(name, p, frozenset(), "a preset of the model")
-
-
 class Pair:
     """Tokens of one length, and a model of each attention when it is first asked for."""
 
@@ -117,7 +108,12 @@ class ModelBench(Suite):
     multiple_of_chunk = True
 
     def find_case(self, name):
-        return model_case(name)
+        """The preset's attention. ValueError: no such preset, or one that has no fixed top-k."""
+        c = preset(name)
+        if not isinstance(c.topk, int):
+            raise ValueError(f"preset must have an int topk, got {c.topk!r} in {name}")
+        p = Problem(1, c.chunk_size, 1, c.heads, c.kv_heads, c.head_dim, c.chunk_size, c.topk)
+        return Case(name, p, frozenset(), "a preset of the model")
 
     def config(self, p: Problem) -> ModelConfig:
         """The preset whose dims these are."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hsa_tl.bench import ruler
+from hsa_tl.bench import record, ruler
 from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.contenders import THREE_LAYERS
 from hsa_tl.bench.lengths import rate
@@ -197,7 +197,7 @@ def run_table(
     """
     table, runs = TABLES[one_of("table", name, TABLES)], runs / one_of("size", size, SIZES)
     path = out / f"{name}-{size}.json"
-    rows = ruler.read_rows(path)
+    rows = record.read_json(path)
     with progress_bar(console) as bar:
         step = bar.add_task("train", total=None)
         for seed in range(seeds):

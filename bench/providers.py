@@ -33,10 +33,6 @@ class Accuracy(NamedTuple):
     rms_error: float  # RMS of actual - high over the RMS of high
     message: str  # what is wrong by the rule of `hsa_tl.accuracy`, "" if nothing
 
-    @property
-    def ok(self) -> bool:
-        return not self.message
-
 
 @dataclass(frozen=True)
 class Provider:
@@ -159,11 +155,6 @@ def with_retrieval_oracle(q, k, v, q_slc, landmarks, own, *, chunk_size):
 _one_softmax = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
 
 
-def _hsa(impl: str) -> Provider:
-    attention = functools.partial(api.hsa_attention, impl=impl)
-    return Provider(f"hsa-{impl}", attention, functools.partial(why_not, impl), config={})
-
-
 def _selected(impl: str) -> Provider:
     """One softmax over the chosen chunks, out alone."""
 
@@ -176,9 +167,8 @@ def _selected(impl: str) -> Provider:
     )  # fmt: skip
 
 
-_auto = functools.partial(why_not, "auto")
 _dense = functools.partial(Provider, oracle=baselines.dense_oracle, uses=DENSE, kernel="dense_attention")
-_retrieves = functools.partial(Provider, unavailable=_auto, note=f"D_r={D_R}")
+_retrieves = functools.partial(Provider, unavailable=functools.partial(why_not, "auto"), note=f"D_r={D_R}")
 PROVIDERS = {
     p.name: p
     for p in (
@@ -189,7 +179,10 @@ PROVIDERS = {
         _dense("dense-flash", baselines.flash2, baselines.needs_half_on_cuda),
         _dense("dense-flex", baselines.flex, baselines.flex_unavailable),
         _dense("dense-fa3", baselines.flash3, baselines.flash3_unavailable),
-        *map(_hsa, api.IMPLS),
+        *(
+            Provider(f"hsa-{x}", functools.partial(api.hsa_attention, impl=x), functools.partial(why_not, x), config={})
+            for x in api.IMPLS
+        ),
         *(_strategy(name) for name in configs.tuned() if name.startswith("hsa_fwd_")),
         *map(_selected, ("auto", "tilelang", "triton")),
         Provider("ramstorage-triton", baselines.ramstorage_triton, baselines.RAMSTORAGE_TRITON.unavailable),

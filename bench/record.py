@@ -56,9 +56,20 @@ def json_list(rows: Iterable[dict]) -> str:
     return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
+def read_json(path: Path) -> list[dict]:
+    """Rows of a JSON list, each of a model; none if there is no file. ValueError: another file."""
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        if all({"model"} <= row.keys() for row in rows):
+            return rows
+    except (TypeError, AttributeError, json.JSONDecodeError):
+        pass
+    raise ValueError(f"{path} must hold rows that hsa-tl wrote, each with its model")
+
+
 def merge_rows(path: Path, about: dict, rows: Iterable[dict]) -> None:
     """Rows of about["model"], with `about` in each, into a JSON list that keeps those of other models."""
-    kept = [row for row in json.loads(path.read_text()) if row["model"] != about["model"]] if path.exists() else []
+    kept = [row for row in read_json(path) if row["model"] != about["model"]]
     write_atomic(path, json_list([*kept, *(about | row for row in rows)]))
 
 

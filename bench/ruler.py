@@ -4,7 +4,6 @@ Exact match, teacher-forced: an answer counts when every token of it is the like
 Generated: the answers to a sample's questions are generated greedily, each after the model's own answers before it.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -133,21 +132,9 @@ def paired(bits: list[float], others: list[float]) -> tuple[float, float]:
     return float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Rows that write_rows wrote, none if there is no file. ValueError: not such a file."""
-    try:
-        found = json.loads(path.read_text()) if path.exists() else []
-        known = all({"model", "seed"} <= r.keys() for r in found)
-    except (TypeError, AttributeError, json.JSONDecodeError):
-        known = False
-    if not known:
-        raise ValueError(f"{path} must hold the rows of hsa-tl eval")
-    return found
-
-
 def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
     """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
-    kept = [r for r in read_rows(path) if (r["model"], r["seed"]) != (run.model, run.seed)]
+    kept = [r for r in record.read_json(path) if (r["model"], r["seed"]) != (run.model, run.seed)]
     kept += [asdict(run) | asdict(row) | record.origin(device) for row in rows]
     write_atomic(path, record.json_list(kept))
     return kept

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import ctypes.util
 import gc
 import subprocess
 import sys
@@ -105,7 +104,7 @@ def peak_extra_bytes(function: Callable[[], object], device: str = "cpu") -> int
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - base
     # Freed pages that malloc keeps would hide growth: hand them back first.
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
     base = _status_bytes("VmRSS")

@@ -1,5 +1,6 @@
 """The microbenchmarks: right in the emulator, and made of the instructions that they are to time."""
 
+import json
 from dataclasses import replace
 
 import emulator
@@ -52,7 +53,7 @@ def test_is_made_of_what_it_claims(name, monkeypatch):
     if reason := static.missing_tools():
         pytest.skip(reason)
     monkeypatch.setattr(compile, "compile_ir", lambda ir, device: compile.lower_ir(ir).kernel_source)
-    made = static.assemble(roofline.kernel_of.__wrapped__(name, 128, "bfloat16", 64))
+    (made,) = static.assemble_all([roofline.kernel_of.__wrapped__(name, 128, "bfloat16", 64)])
     sass, (there, absent) = cost.parse_sass(made.sass), CLAIMS[name]
     assert cost.count(sass, there) and not cost.count(sass, absent) and not made.spill_bytes
 
@@ -73,5 +74,5 @@ def test_measured_constants_are_no_longer_free():
     assert set(old.free) - set(new.free) == {"l2", "mma_sync"}
     adds = [row("reduce-add", "bandwidth", rate) for rate in (3000.0, 1000.0, 2000.0)]  # of small and of large sums
     assert calibrate.measured(adds, old).reduce == 1e12
-    file = cost.parse_device(calibrate.text(old, new))
+    file = cost.make_device(**json.loads(calibrate.text(old, new)))
     assert file.l2 == 8e12 and "l2" not in file.free and "reduce" in file.free

@@ -12,7 +12,7 @@ from hsa_tl.bench.sweep import Sweep
 from hsa_tl.cli import app
 from hsa_tl.model import Model, ModelConfig, baseline, preset
 
-CASE = model.model_case("tiny")
+CASE = model.ModelBench().find_case("tiny")
 
 
 def bench(folder=None, names=None, lengths=(64,), modes=None):
@@ -88,7 +88,7 @@ def test_full_attention_of_as_many_parameters():
     for mode in suite.modes:
         a, b = (suite.work(name, p, mode).flops for name in ("full-attention", "full-matched"))
         assert 1.5 * a < b < 2 * a
-    moe = model.model_case("trm-moe").problem
+    moe = suite.find_case("trm-moe").problem
     assert "a layer more must fit" in suite.unavailable("full-matched", moe, "read")
     assert suite.unavailable("full-attention", moe, "read") is None
 

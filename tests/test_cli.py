@@ -127,7 +127,7 @@ def test_calibrate_fits_what_was_measured(compiler, tmp_path):
     measure.measure(case, rows, device="h200", seconds=1e6, rig=FakeGpu().rig(), journal=journal)
     output = run("calibrate", "--device", "h200", "--out", tmp_path / "h200.json")
     assert "Spearman" in output and "l2" in output
-    assert cost.parse_device((tmp_path / "h200.json").read_text()).name == "h200"
+    assert cost.make_device(**json.loads((tmp_path / "h200.json").read_text())).name == "h200"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def test_rows_are_read_by_16_bytes(case):
     if reason := static.missing_tools():
         pytest.skip(reason)
     settings = config.space("hsa_combine", case.problem)[0]
-    sass = cost.parse_sass(static.assemble(compile.lower("hsa_combine", case.problem, settings).kernel_source).sass)
+    (made,) = static.assemble_all([compile.lower("hsa_combine", case.problem, settings).kernel_source])
+    sass = cost.parse_sass(made.sass)
     wide = [i for i, (_, op, _) in enumerate(sass) if op.startswith("LDG.E.128")]
     assert len(wide) == cost.count(sass, "LDG") - 1 >= settings.num_stages  # the other reads indices
     between = {op.split(".")[0] for _, op, _ in sass[wide[0] : wide[settings.num_stages - 1]]}

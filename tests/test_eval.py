@@ -90,7 +90,7 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     same = next(r for r in json.loads((tmp_path / "perplexity.json").read_text()) if r["model"] == "toy")
     assert same["tokens"] == 128 and same["bits_per_token"] == pytest.approx(rows[0]["bits_per_token"])
     (tmp_path / "perplexity.json").write_text("[1]")
-    assert "perplexity.json must hold the rows of hsa-tl eval" in invoke(
+    assert "perplexity.json must hold rows that hsa-tl wrote" in invoke(
         "perplexity", *common, "--lengths", "512", code=2
     )
 

@@ -96,7 +96,7 @@ def test_bad_lengths_input(args, words, tmp_path, monkeypatch):
 
 def test_a_foreign_file_is_named(tmp_path):
     (tmp_path / "lengths.json").write_text('[{"a": 1}]')
-    with pytest.raises(ValueError, match=r"lengths.json must hold the rows of hsa-tl lengths"):
+    with pytest.raises(ValueError, match=r"lengths.json must hold rows that hsa-tl wrote"):
         lengths.read_rows(tmp_path / "lengths.json")
 
 
@@ -157,8 +157,8 @@ def row(answers, right, **changes):
 
 
 def test_few_answers_are_no_rate():
-    assert row(29, 28).rate == "28 of 29"
-    assert row(100, 96).rate == "96 (90 to 98)"  # Wilson's, at 95 %
+    assert lengths.rate(28 / 29, 29) == "28 of 29"
+    assert lengths.rate(0.96, 100) == "96 (90 to 98)"  # Wilson's, at 95 %
 
 
 def test_rows_of_other_haystacks_are_measured_again(recipe, tmp_path):

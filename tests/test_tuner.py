@@ -330,7 +330,7 @@ def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path):
     measured = [x.ns_per_pair for x in found]
     before, after = (calibrate.spearman(calibrate.predictions(found, d), measured) for d in (old, fitted))
     assert after > before and after > 0.99
-    file = cost.parse_device(calibrate.text(old, fitted))
+    file = cost.make_device(**json.loads(calibrate.text(old, fitted)))
     assert file.l2 == pytest.approx(fitted.l2, rel=1e-3) and file.free == old.free and file.sms == old.sms
     with pytest.raises(ValueError, match="measurements of h100 must be in the journal, got none"):
         calibrate.fit([], cost.DEVICES["h100"])
