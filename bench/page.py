@@ -1,6 +1,7 @@
 """The results page: tables, verdicts and plots of every device's rows, and nothing that is not in the files."""
 
 import contextlib
+import re
 from pathlib import Path
 
 from hsa_tl.bench import compare, plot, record
@@ -40,11 +41,11 @@ def _table(rows: list[Row], mode: str) -> list[str]:
 
 
 def _partly(rows: list[Row]) -> list[str]:
-    """Rows that timed a part of the problem, or another arithmetic, say so in their notes behind the repeats."""
+    """Rows that timed a part of the problem, or another arithmetic, say so in their notes beside the repeats."""
     notes: dict[str, set[str]] = {}
     for r in compare.times(rows):
-        for part in r.note.split("; ")[1:]:
-            if not part.startswith(record.GPU_STATE[0]):
+        for part in r.note.split("; "):
+            if not re.fullmatch(r"\d+ repeats|", part) and not part.startswith(record.GPU_STATE[0]):
                 notes.setdefault(part, set()).add(f"`{r.provider}`")
     return [f"- {note} ({', '.join(sorted(names))})" for note, names in sorted(notes.items())]
 

@@ -4,7 +4,7 @@ import itertools
 import math
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def plot_lengths(rows: list, chance: float, path: Path, labels: dict[str, str] |
     tasks, trains = [t for t in NEEDLES if any(r.task == t for r in rows)], sorted({r.train_length for r in rows})
     figure, axes = grid(len(tasks), 0, 4.4, 3.6, 0, sharey=True)
     for ax, task in zip(axes, tasks, strict=True):
-        mine = sorted((r for r in rows if r.task == task), key=lambda r: (r.length, r.accuracy))
+        mine = sorted((r for r in rows if r.task == task), key=attrgetter("length"))
         for i, (model, label) in enumerate(labels.items()):
             seeds = len({r.seed for r in rows if r.model == model})
             found = (r for r in mine if r.model == model and r.answers >= FEWEST)
@@ -145,7 +145,7 @@ def plot_lengths(rows: list, chance: float, path: Path, labels: dict[str, str] |
                 continue
             ends = [[interval(r.accuracy * r.answers, r.answers) for r in own] for own in points.values()]
             low, high = [min(a for a, _ in x) for x in ends], [max(b for _, b in x) for x in ends]
-            middle = [own[len(own) // 2].accuracy for own in points.values()]
+            middle = [median(r.accuracy for r in own) for own in points.values()]
             look = colors[i], MARKERS[i % len(MARKERS)]
             band(ax, list(points), low, middle, high, f"{label}, {seeds} seed{'s' if seeds > 1 else ''}", *look)
         length_axis(ax, sorted({r.length for r in mine}), trains)

@@ -152,7 +152,7 @@ def with_retrieval_oracle(q, k, v, q_slc, landmarks, own, *, chunk_size):
     return attention_oracle(q, k, v, weights, own, chunk_size=chunk_size)
 
 
-_one_softmax = "different arithmetic: one softmax over the chosen chunks, no weights; the gate holds it against that"
+_one_softmax = "different arithmetic: one softmax over the chosen chunks, no weights, as its gate has it too"
 
 
 def _selected(impl: str) -> Provider:

@@ -183,7 +183,7 @@ def test_the_page(tmp_path):
     (tmp_path / "static").mkdir()
     (tmp_path / "static" / "h200.csv").write_text("case,program\n")
     missing = row("dense-fa3", "train", 1024, None, note="unavailable: needs CUDA tensors")
-    partly = row("hsa-triton", "train", 1024, 9.0, note="3 repeats; queries 0 to 9 only")
+    partly = row("hsa-triton", "train", 1024, 9.0, note="with the launches; 3 repeats; queries 0 to 9 only")
     record.write_rows([*rows(), missing, partly, row("copy", "rate", 64, 7.0, "bandwidth", "roofline")], folder)
     paths = page.write_page(tmp_path)
     text = (tmp_path / "README.md").read_text()
@@ -191,7 +191,7 @@ def test_the_page(tmp_path):
     assert "a CPU; commit abc; torch 2" in text and "measured copy: 7 GB/s" in text
     assert "| 1K | 1 (1.00), 10 MiB | 2 (2.00), 10 MiB | 9 (9.00) |" in text
     assert "`dense-fa3`, train 1K: unavailable: needs CUDA tensors" in text
-    assert "queries 0 to 9 only (`hsa-triton`)" in text
+    assert "- queries 0 to 9 only (`hsa-triton`)\n- with the launches (`hsa-triton`)" in text and "repeats (" not in text
     lost = text.split("## Where we lose")[1].split("## cpu")[0]
     assert "loses to the fastest baseline at 1K" in lost
     assert "![k16-d64](cpu/speed.png)" in text and "several commits" not in text

@@ -156,6 +156,10 @@ def test_flex_is_causal():
     torch.testing.assert_close(out, baselines.dense_oracle(q, k, v, chunk_size=16), rtol=1e-4, atol=1e-5)
 
 
+def test_a_note_is_one_part_of_a_rows():
+    assert not [p.name for p in providers.PROVIDERS.values() if "; " in p.note]
+
+
 def test_every_provider_of_the_cpu_passes_its_gate():
     suite = attention.Attention()
     small = suite.gate_problem(CPU)

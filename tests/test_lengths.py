@@ -176,7 +176,8 @@ def test_the_plot_has_intervals_and_no_point_of_few_answers(monkeypatch, tmp_pat
     monkeypatch.setattr(plot_eval, "band", lambda ax, x, low, middle, high, *_: drawn.append((x, low, middle, high)))
     rows = [row(100, n, seed=i) for i, n in enumerate((90, 96, 100))]
     rows += [row(29, 29, length=512), row(30, 30, length=1024), row(8, 8, task="mq-niah")]
+    rows += [row(100, n, length=2048, seed=n) for n in (90, 98)]
     plot_eval.plot_lengths(rows, 1 / 96, tmp_path / "x.png")
     ((x, low, middle, high),) = drawn
-    assert x == [256, 1024] and middle == [0.96, 1.0]
+    assert x == [256, 1024, 2048] and middle == [0.96, 1.0, 0.94]
     assert (low[0], high[0]) == (interval(90, 100)[0], 1.0) and low[1] == interval(30, 30)[0] < 0.9
