@@ -8,6 +8,7 @@ each.
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -87,8 +88,16 @@ def flash2(q, k, v, *, chunk_size):
 def flash3(q, k, v, *, chunk_size):
     from flash_attn_interface import flash_attn_func
 
-    out = flash_attn_func(q, k, v, causal=True)
+    splits = {"num_splits": 0} if q.shape[1] == 1 and flash3_splits() else {}  # 0: its heuristic; by default 1
+    out = flash_attn_func(q, k, v, causal=True, **splits)
     return out[0] if isinstance(out, tuple) else out
+
+
+def flash3_splits() -> bool:
+    """Whether it can share the keys of one query out among the SMs."""
+    from flash_attn_interface import flash_attn_func
+
+    return "num_splits" in inspect.signature(flash_attn_func).parameters
 
 
 def flash3_unavailable(problem: Problem) -> str | None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from hsa_tl import cases, fusion_weights, hsa_decode, landmark_bounds, retrieve_decode
+from hsa_tl import cases, fusion_weights, hsa_decode, landmark_bounds, ops, retrieve_decode
 from hsa_tl.accuracy import complaints, expect
 from hsa_tl.bench import baselines
 from hsa_tl.bench.providers import why_not
@@ -50,8 +50,8 @@ class Step:
     def attend(self, weights, indices, impl: str = "auto"):
         return hsa_decode(self.q, self.k, self.v, weights, indices, self.table, impl=impl)
 
-    def decode(self, retrieval: str = "auto", two_level: bool = False, impl: str = "auto"):
-        scores, indices = self.retrieve(retrieval, two_level)
+    def decode(self, impl: str = "auto", two_level: bool = False):
+        scores, indices = self.retrieve(impl, two_level)
         return self.attend(fusion_weights(scores), indices, impl)
 
 
@@ -77,12 +77,19 @@ class Decode(Suite):
     dims = f"{Suite.dims} D_r={{p.D}}"
 
     def does(self, name, mode, selection):
-        return mode == "decode" or name not in DENSE
+        if name in DENSE:
+            return mode == "decode"
+        return mode != "attend" or not name.endswith("two-level")  # which is hsa-auto's call
 
     def unavailable(self, name, problem, mode):
         if name == "dense-fa3":
             return baselines.flash3_unavailable(problem)
-        return None if name in DENSE else why_not(name.split("-")[1], problem)
+        if name in DENSE:
+            return None
+        impl = name.split("-")[1]
+        if (reason := why_not(impl, problem)) or impl == "auto":
+            return reason
+        return ops.implementation(f"{impl}_retrieval").decode_unavailable(problem.retrieval())
 
     def gate_problem(self, problem):
         return cases.at_length(problem, GATE_LENGTH, B=GATE_BATCH)
@@ -94,7 +101,7 @@ class Decode(Suite):
         if name in DENSE:
             oracle = functools.partial(baselines.dense_oracle, chunk_size=problem.S)
             return complaints("out", out, expect(oracle, step.q, k, v, dtype=k.dtype))
-        scores, indices = step.retrieve(two_level=name.endswith("two-level"))
+        scores, indices = step.retrieve(name.split("-")[1], name.endswith("two-level"))
         found = scores, indices, step.q_slc, step.landmarks
         wrong = check_retrieval(*found, chunk_size=problem.S, q_start=problem.T)
         inputs = Inputs(step.q, k, v, fusion_weights(scores), indices, torch.zeros_like(step.q))
@@ -109,9 +116,9 @@ class Decode(Suite):
             return lambda: DENSE[name](step.q, *step.cache(), chunk_size=problem.S)
         impl, two_level = name.split("-")[1], name.endswith("two-level")
         if mode == "retrieve":
-            return lambda: step.retrieve(two_level=two_level)
+            return lambda: step.retrieve(impl, two_level)
         if mode == "decode":
-            return lambda: step.decode(two_level=two_level, impl=impl)
+            return lambda: step.decode(impl, two_level)
         scores, indices = step.retrieve()
         weights = fusion_weights(scores)
         return lambda: step.attend(weights, indices, impl)
@@ -120,7 +127,9 @@ class Decode(Suite):
         p = problem
         cache = 2 * p.B * p.H * p.T * p.D * p.itemsize
         if name in DENSE:
-            return Work(4 * p.B * p.HQ * p.D * p.T, cache)
+            unsplit = name == "dense-fa3" and not baselines.flash3_splits()
+            note = "its keys are not split over the SMs" if unsplit else ""
+            return Work(4 * p.B * p.HQ * p.D * p.T, cache, note=note)
         keys, marks = p.S * min(p.K, p.T // p.S), p.T // p.S
         flops = {"attend": 4 * p.B * p.HQ * p.D * keys, "retrieve": 2 * p.B * p.H * p.D * marks}
         moved = {"attend": 2 * p.B * p.H * keys * p.D * p.itemsize, "retrieve": p.B * p.H * marks * p.D * p.itemsize}

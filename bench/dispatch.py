@@ -101,7 +101,7 @@ class Dispatch(Suite):
     def call(self, name, problem, inputs, mode):
         if mode == "decode":
             step = Step(cases.at_length(replace(problem, dtype=torch.bfloat16), CHUNKS * problem.S))
-            function = functools.partial(step.decode, retrieval="tilelang", impl="tilelang")
+            function = functools.partial(step.decode, impl="tilelang")
         else:
             train = mode != "forward"
             leaves = [x.detach().requires_grad_(train) for x in inputs[:4]]

@@ -1,14 +1,17 @@
 """The decode benchmark: rows of the one schema, a gate that refuses, what is missing says so."""
 
 import dataclasses
+import sys
+import types
 
 import pytest
+import torch
 from strategies import SWEEP
 from tiers import prove
 from typer.testing import CliRunner
 
 from hsa_tl import cases
-from hsa_tl.bench import compare, decode, record
+from hsa_tl.bench import baselines, compare, decode, record
 from hsa_tl.bench.sweep import Sweep
 from hsa_tl.cli import app
 
@@ -28,6 +31,7 @@ def test_rows(tmp_path):
     times = {(r.provider, r.mode, r.x) for r in rows if r.metric == "time" and r.p50 > 0}
     modes = decode.Decode.modes
     hsa = {(n, mode, T) for n in ("hsa-auto", "hsa-auto-two-level") for mode in modes for T in (64, 128)}
+    hsa -= {("hsa-auto-two-level", "attend", T) for T in (64, 128)}
     assert times == hsa | {(n, "decode", T) for n in ("dense", "dense-grouped") for T in (64, 128)}
     assert set(compare.fastest_baseline(rows)) == {("decode", 64), ("decode", 128)}
 
@@ -49,6 +53,49 @@ def test_unavailable_and_unknown():
         bench(names=("x",))
     with pytest.raises(ValueError, match="lengths must be multiples of the chunk size 16, got 40"):
         bench(lengths=(40,))
+
+
+@pytest.mark.parametrize("name", decode.HSA)
+def test_each_part_is_of_the_implementation_that_is_named(name, monkeypatch):
+    """And attention after a retrieval in two levels is no row: it is hsa-auto's."""
+    asked, suite, problem = [], decode.Decode(), cases.on_cpu(CASE.problem)
+    for part in ("retrieve_decode", "hsa_decode"):
+        call = getattr(decode, part)
+        monkeypatch.setattr(
+            decode, part, lambda *x, call=call, impl, **y: asked.append((call.__name__, impl)) or call(*x, **y)
+        )
+    step, impl = suite.inputs(problem, "random"), name.split("-")[1]
+    assert suite.does(name, "attend", "random") == (name != "hsa-auto-two-level")
+    for mode, parts in (("retrieve", ["retrieve_decode"]), ("decode", ["retrieve_decode", "hsa_decode"])):
+        asked.clear()
+        suite.call(name, problem, step, mode)()
+        assert asked == [(part, impl) for part in parts]
+
+
+def test_what_cannot_retrieve_says_why():
+    wide = dataclasses.replace(cases.on_cpu(CASE.problem), K=4096)
+    assert "topk must be at most" in decode.Decode().unavailable("hsa-triton", wide, "decode")
+
+
+@pytest.mark.parametrize("splits", (False, True))
+def test_one_querys_keys_are_split_where_flash_attention_can(splits, monkeypatch):
+    got = []
+
+    def old(q, k, v, causal=False):
+        got.append({})
+
+    def new(q, k, v, causal=False, num_splits=1):
+        got.append({"num_splits": num_splits})
+
+    module = types.SimpleNamespace(flash_attn_func=new if splits else old)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    suite, problem = decode.Decode(), cases.on_cpu(CASE.problem)
+    suite.call("dense-fa3", problem, suite.inputs(problem, "random"), "decode")()
+    x = torch.zeros(1, 2, 4, 16)
+    baselines.flash3(x, x, x, chunk_size=16)
+    assert got == ([{"num_splits": 0}, {"num_splits": 1}] if splits else [{}, {}])
+    note = suite.work("dense-fa3", problem, "decode").note
+    assert note == ("" if splits else "its keys are not split over the SMs")
 
 
 def test_the_command(tmp_path):

@@ -191,7 +191,9 @@ def test_the_page(tmp_path):
     assert "a CPU; commit abc; torch 2" in text and "measured copy: 7 GB/s" in text
     assert "| 1K | 1 (1.00), 10 MiB | 2 (2.00), 10 MiB | 9 (9.00) |" in text
     assert "`dense-fa3`, train 1K: unavailable: needs CUDA tensors" in text
-    assert "- queries 0 to 9 only (`hsa-triton`)\n- with the launches (`hsa-triton`)" in text and "repeats (" not in text
+    assert (
+        "- queries 0 to 9 only (`hsa-triton`)\n- with the launches (`hsa-triton`)" in text and "repeats (" not in text
+    )
     lost = text.split("## Where we lose")[1].split("## cpu")[0]
     assert "loses to the fastest baseline at 1K" in lost
     assert "![k16-d64](cpu/speed.png)" in text and "several commits" not in text
