@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from hsa_tl import hsa_attention, retrieve_chunks, selected_attention, selection_overlap
 from hsa_tl.autotune import plan
 from hsa_tl.bench import record
+from hsa_tl.files import write_atomic
 from hsa_tl.problem import Problem
 from hsa_tl.testing import make_inputs
 
@@ -78,21 +79,23 @@ def slowest(call: Callable[[], object]) -> dict[str, float]:
 
 
 def write(path: Path, problems: Iterable[Problem], seconds: float) -> dict:
-    """Appends to path a JSON line for each call of each problem, until the seconds are spent."""
+    """Adds to path a JSON line for each call of each problem that it has none of, until the seconds are spent."""
     end, lines = time.monotonic() + seconds, 0
-    with path.open("a") as file:
-        for problem in problems:
-            device = problem.device_type
-            about = record.origin(device)
-            for name, call in calls(problem).items():
-                if time.monotonic() > end:
-                    return {"lines": lines, "finished": False}
-                try:
-                    found = profiled(call, device)
-                except NotImplementedError as error:
-                    found = {"error": str(error)}
-                row = {"problem": str(problem), "pairs": problem.pairs, "call": name} | found | about
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                lines += 1
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for problem in problems:
+        device = problem.device_type
+        about = record.origin(device) | {"problem": str(problem)}
+        done = {row["call"] for row in rows if record.same_source(row, about)}
+        for name, call in calls(problem).items():
+            if name in done:
+                continue
+            if time.monotonic() > end:
+                return {"lines": lines, "finished": False}
+            try:
+                found = profiled(call, device)
+            except NotImplementedError as error:
+                found = {"error": str(error)}
+            rows.append({"pairs": problem.pairs, "call": name} | found | about)
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            lines += 1
     return {"lines": lines}

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from hsa_tl.bench.plot import interval
-from hsa_tl.bench.record import origin
+from hsa_tl.bench.record import origin, same_source
 from hsa_tl.files import write_atomic
 from hsa_tl.model import load
 from hsa_tl.model.convert import convert
@@ -82,9 +82,9 @@ def ask(logits, contexts: list[Context]) -> dict:
 
 
 def read_found(path: Path, about: dict) -> dict:
-    """What a file holds of the same source, contexts and commit; a file of others counts as none."""
+    """What a file holds of the same model, contexts, device, versions and commit; a file of others counts as none."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if all(found.get(k) == about[k] for k in ("source", "contexts", "commit")) else {"rows": []}
+    return found if same_source(found, about) else {"rows": []}
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ import torch
 from hsa_tl.files import write_atomic, write_together
 
 CGROUP = Path("/sys/fs/cgroup")
+UNKNOWN = "unknown"  # commit
+SOURCES = ("hsa_tl", "kernels_tilelang", "autotune", "model", "bench")  # folders of the package
 GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -177,25 +179,32 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """HSA_TL_COMMIT where it is set, else the checkout's commit, with -dirty and a digest of local changes."""
+    """HSA_TL_COMMIT where it is set, else the checkout's commit, with -dirty and a digest of what is changed or new."""
     root = Path(__file__).resolve().parent.parent
     if named := os.environ.get("HSA_TL_COMMIT"):
         return named
     if not (root / ".git").exists():
-        return "unknown"
+        return UNKNOWN
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", root, *args], check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         # Results are written while measuring: they are no change of what is measured.
-        changes = git("diff", "HEAD", "--", ".", ":!bench/results")
-        digest = "-dirty-" + hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
+        changes = git("diff", "HEAD", "--", ".", ":!bench/results").encode()
+        new = git("ls-files", "-z", "--others", "--exclude-standard", "--", *SOURCES, ":!bench/results").split("\0")
+        changes += b"".join(name.encode() + (root / name).read_bytes() for name in new if name)
+        digest = "-dirty-" + hashlib.sha256(changes).hexdigest()[:8] if changes else ""
         return git("rev-parse", "--short=12", "HEAD") + digest
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN
 
 
 def origin(device: str) -> dict[str, str]:
     """Where a figure comes from."""
     return {"device": device_name(device), "versions": versions(), "commit": commit()}
+
+
+def same_source(found: dict, source: dict) -> bool:
+    """Whether a figure comes from there too, so that it need not be measured again; never if the commit is unknown."""
+    return source["commit"] != UNKNOWN and source.items() <= found.items()

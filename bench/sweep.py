@@ -140,7 +140,8 @@ class Sweep:
     def is_measured(self, point: Point, name: str) -> bool:
         """A time of this device, versions and commit is there already."""
         old = self.rows.get(self.row(point, name, "time").key)
-        if old is None or old.p50 is None or (old.device, old.versions, old.commit) != self.source:
+        source = dict(zip(("device", "versions", "commit"), self.source, strict=True))
+        if old is None or old.p50 is None or not record.same_source(vars(old), source):
             return False
         self.learn(point, name, old.p20)
         return True

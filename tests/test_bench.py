@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import subprocess
 import time
 
 import pytest
@@ -57,7 +58,8 @@ def test_an_unavailable_provider_is_a_row_that_says_why(tmp_path):
     assert row.p50 is None and row.note == "unavailable: needs CUDA tensors, the problem is on cpu"
 
 
-def test_rows_have_the_schema_and_resume(tmp_path):
+def test_rows_have_the_schema_and_resume(monkeypatch, tmp_path):
+    monkeypatch.setenv("HSA_TL_COMMIT", "abc")
     first = attention(tmp_path)
     assert {r.metric for r in first} == METRICS
     for r in first:
@@ -82,6 +84,29 @@ def test_another_commit_is_measured_again(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "commit", lambda: "another")
     again = attention(tmp_path)
     assert {r.commit for r in again} == {"another"} and {r.key for r in again} == {r.key for r in first}
+
+
+def test_an_unknown_commit_is_measured_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "commit", lambda: record.UNKNOWN)
+    assert attention(tmp_path) != attention(tmp_path)
+
+
+def test_a_new_file_of_the_package_makes_the_tree_dirty(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "bench" / "record.py"))
+    monkeypatch.delenv("HSA_TL_COMMIT", raising=False)
+    assert record.commit() == record.UNKNOWN
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    for args in (("init",), ("-c", "user.name=x", "-c", "user.email=x@y", "commit", "--allow-empty", "-m", "first")):
+        subprocess.run(["git", "-C", tmp_path, *args], check=True, capture_output=True)
+    clean = record.commit()
+    for name in ("notes.txt", "bench/results/bench.csv"):
+        (tmp_path / name).write_text("x")
+    assert record.commit() == clean and "dirty" not in clean
+    found = {clean}
+    for text in ("x", "y"):
+        (tmp_path / "bench" / "new.py").write_text(text)
+        found.add(record.commit())
+    assert len(found) == 3 and all(x.startswith(clean) for x in found)
 
 
 def test_a_sweep_out_of_time_says_so(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from tiers import prove
 
 from hsa_tl.autotune import plan
-from hsa_tl.bench import kernels
+from hsa_tl.bench import kernels, record
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.problem import Problem
 
@@ -25,6 +25,17 @@ def test_every_strategy_has_a_line(tmp_path):
         if "error" not in row:
             assert 0 < len(row["python_us"]) <= kernels.FUNCTIONS and min(row["python_us"].values()) >= 0
             assert row["host_us"] > 0 and row["device_us"] > 0 and any("hsa_tl::" in name for name in row["kernels_us"])
+
+
+def test_calls_that_have_a_line_of_this_commit_are_not_run_again(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(kernels, "calls", lambda problem: {"a": lambda: ran.append("a"), "b": lambda: ran.append("b")})
+    monkeypatch.setattr(kernels, "profiled", lambda call, device: call() or {"host_us": 1.0})
+    for commit, new in (("abc", "ab"), ("abc", ""), ("def", "ab"), (record.UNKNOWN, "ab"), (record.UNKNOWN, "ab")):
+        monkeypatch.setenv("HSA_TL_COMMIT", commit)
+        ran.clear()
+        assert kernels.write(tmp_path / "kernels.jsonl", [SMALL], 1e9) == {"lines": len(new)} and "".join(ran) == new
+    assert len((tmp_path / "kernels.jsonl").read_text().splitlines()) == 8
 
 
 def test_late_calls_are_left_out(tmp_path):

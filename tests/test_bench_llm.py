@@ -42,6 +42,16 @@ def test_right_is_every_digit():
     assert uniform["right"] == 0 and uniform["perplexity"] == pytest.approx(257, rel=1e-4)
 
 
+def test_rows_of_another_machine_or_version_are_none(tmp_path):
+    about = {"source": "x", "contexts": 1, "device": "a", "versions": "1", "commit": "abc"}
+    path = tmp_path / "llm.json"
+    path.write_text(json.dumps(about | {"rows": [1]}))
+    assert llm.read_found(path, about)["rows"] == [1]
+    for change in ({"device": "b"}, {"versions": "2"}, {"commit": "unknown"}):
+        path.write_text(json.dumps(about | change | {"rows": [1]}))
+        assert llm.read_found(path, about | ({} if "commit" not in change else change)) == {"rows": []}
+
+
 @prove
 def test_the_whole_check_on_a_random_model(tmp_path, monkeypatch, capsys):
     source(tmp_path / "source", "llama 3")
