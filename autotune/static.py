@@ -309,11 +309,14 @@ def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict
 
     with pool(jobs) as workers:
         futures = {submit(workers, batch): batch for batch in batches}
-        for future in as_completed(futures):
-            try:
-                yield from zip(futures[future], future.result(), strict=True)
-            except BrokenProcessPool:
-                alone += futures[future]
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield from zip(futures[future], future.result(), strict=True)
+                except BrokenProcessPool:
+                    alone += futures[future]
+        finally:
+            workers.shutdown(cancel_futures=True)  # where the caller has enough
     for i in alone:
         with pool(1) as worker:
             try:

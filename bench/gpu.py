@@ -52,10 +52,10 @@ class Step:
 
 
 def read_state(path: Path, device: str, commit: str, versions: str) -> dict:
-    """What path says is done, under "steps"; of another device, commit or set of versions nothing."""
+    """What path says is done, under "steps"; of another device, set of versions or commit, or an unknown one, nothing."""
     new = {"device": device, "commit": commit, "versions": versions}
     old = json.loads(path.read_text()) if path.is_file() else {}
-    return new | {"steps": old["steps"] if old.items() >= new.items() else {}}
+    return new | {"steps": old["steps"] if record.same_source(old, new) else {}}
 
 
 def run_agenda(steps: list[Step], state: dict, path: Path, seconds: float, clock=time.monotonic) -> bool:
@@ -89,18 +89,33 @@ WORKERS = ["-n", "12"] if importlib.util.find_spec("xdist") else []  # most of a
 SANITIZED = "tilelang and (one-token or g3-per-head)"
 
 
-def _run(what: str, command: list[str], seconds: float) -> list[str]:
-    """Lines of what the command prints; RuntimeError with its last ones if it fails."""
+def _run(what: str, command: list[str], seconds: float, codes: tuple[int, ...] = (0,)) -> list[str]:
+    """Lines of what the command prints; RuntimeError with its last ones if it ends with another code."""
     run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     lines = run.stdout.splitlines()
-    if run.returncode:
-        raise RuntimeError(f"{what} failed:\n" + "\n".join(lines[-25:]))
+    if run.returncode not in codes:
+        raise RuntimeError(f"{what} failed:\n" + "\n".join([*lines[-25:], *run.stderr.splitlines()[-10:]]))
     return lines
 
 
-def run_tests(seconds: float) -> dict:
-    """The gpu tests; RuntimeError if they are not all green."""
-    return {"result": _run("gpu tests", [*GPU_TESTS, *WORKERS], seconds)[-1]}
+def run_tests(out: Path, seconds: float, command: tuple[str, ...] = (*GPU_TESTS, *WORKERS)) -> dict:
+    """The gpu tests but those that out/tests.txt says have passed, of this source; it grows test by test.
+
+    RuntimeError if one fails; those that there was no time for are left to the next run.
+    """
+    path, source = out / "tests.txt", record.origin("cuda")
+    first, *lines = path.read_text().splitlines() if path.is_file() else ["{}"]
+    failed = {x.removeprefix("failed ") for x in lines}
+    known = [x for x in lines if x.startswith("passed ") and x.removeprefix("passed ") not in failed]
+    known = known if record.same_source(json.loads(first), source) else []
+    write_atomic(path, "\n".join([json.dumps(source), *known, ""]))
+    try:  # code 5: none is left
+        return {"result": _run("gpu tests", [*command, f"--passed={path}"], seconds, (0, 5) if known else (0,))[-1]}
+    except subprocess.TimeoutExpired:
+        lines = path.read_text().splitlines()[1:]
+        if failed := [x for x in lines if x.startswith("failed ")]:
+            raise RuntimeError("gpu tests failed:\n" + "\n".join(failed)) from None
+        return {"passed": sum(x.startswith("passed ") for x in lines), "finished": False}
 
 
 def sanitize(seconds: float) -> dict:
@@ -151,8 +166,16 @@ def tune(out: Path, seconds: float) -> dict:
             journal.add(name, found)
     end, rows, chosen = time.monotonic() + seconds, [], []
     wanted = cases.find("tune")
+
+    def in_time(done: int, total: int) -> None:
+        if done < total and time.monotonic() > end:
+            raise TimeoutError
+
     for i, case in enumerate(wanted):
-        ranked = tuner.rank(case, device, journal=journal)
+        try:
+            ranked = tuner.rank(case, device, journal=journal, progress=in_time)
+        except TimeoutError:  # what is assembled is in the journal
+            break
         left = (end - time.monotonic()) / (len(wanted) - i)
         measured = measure.measure(case, ranked, device=device, seconds=left, journal=journal)
         rows += measured
@@ -160,6 +183,7 @@ def tune(out: Path, seconds: float) -> dict:
     write_atomic(out / "tuning.json", record.json_list(rows))
     table.write(out / "table.json", device, chosen)
     detail = {"candidates": len(rows), "failed": sum(bool(r["error"]) for r in rows), "chosen": len(chosen)}
+    detail["finished"] = bool(chosen)
     if importlib.util.find_spec("scipy") is None:
         detail["fitted"] = "no: scipy is not installed; hsa-tl calibrate --journal tuning.jsonl fits elsewhere"
     elif found := calibrate.samples(journal, device):
@@ -255,7 +279,10 @@ def profile(out: Path, seconds: float) -> dict:
 
 def agenda(folder: Path, device: str = "cuda", sweeps: tuple[Measure, ...] = SWEEPS) -> list[Step]:
     """What one lease does, in order; results go to folder."""
-    steps = [Step("tests", run_tests, 0.5, required=True), Step("kernels", functools.partial(profile, folder), 0.1)]
+    steps = [
+        Step("tests", functools.partial(run_tests, folder), 0.5, required=True),
+        Step("kernels", functools.partial(profile, folder), 0.1),
+    ]
     for plan in sweeps:
         steps.append(Step(plan.name, functools.partial(plan.run, folder, device), plan.share))
         if plan.name == TUNE_AFTER:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -81,6 +82,16 @@ def _emulated(request):
         yield
 
 
+def pytest_addoption(parser):
+    parser.addoption("--passed", help="a file: what it says has passed is left out; it grows test by test")
+
+
+def pytest_collection_modifyitems(config, items):
+    if path := config.getoption("--passed"):
+        passed = set(Path(path).read_text().splitlines())
+        items[:] = [item for item in items if f"passed {item.nodeid}" not in passed]
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and (reason := not_emulated(item) if EMULATED else no_hopper()):
         pytest.skip(reason)
@@ -92,6 +103,9 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and item.get_closest_marker("gpu") and torch.cuda.is_available():
         report.outcome = "failed"
         report.longrepr = f"a gpu test may not skip where there is a GPU: {report.longrepr}"
+    if (path := item.config.getoption("--passed")) and (call.when == "call" or report.failed):
+        with open(path, "a") as file:
+            file.write(f"{report.outcome} {item.nodeid}\n")
     return report
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,20 +125,67 @@ def test_the_whole_agenda_goes_on_from_one_machine_to_the_next(monkeypatch, tmp_
     assert "NVIDIA H200 (a fake)" in (tmp_path / "README.md").read_text()
 
 
+SLOW = """
+import time
+
+def test_quick(): pass
+
+def test_quick_too(): pass
+
+def test_slow(): time.sleep({seconds})
+"""
+
+
+def test_tests_that_time_ends_go_on_where_they_stopped(monkeypatch, tmp_path):
+    """A time limit is no failure, and what has passed at this commit is not run again; a failure is one."""
+    monkeypatch.setenv("HSA_TL_COMMIT", "abc")
+    monkeypatch.setattr(record, "device_name", lambda device: "a fake")
+    folder, out = tmp_path / "tests", tmp_path / "out"
+    folder.mkdir()
+    (folder / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(folder))
+
+    def lease(text, lines=None):
+        """Ended where tests.txt has so many lines."""
+
+        def run(command, timeout, **options):
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+                while process.poll() is None and (out / "tests.txt").read_text().count("\n") < lines:
+                    time.sleep(0.05)
+                process.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+
+        (folder / "test_it.py").write_text(text)
+        with monkeypatch.context() as patch:
+            if lines:
+                patch.setattr(gpu.subprocess, "run", run)
+            return gpu.run_tests(out, 600.0, command)
+
+    slow, quick = (SLOW.format(seconds=x) for x in (600, 0))
+    assert lease(slow, 3) == {"passed": 2, "finished": False}
+    assert "1 passed" in lease(quick)["result"] and "no tests ran" in lease(slow)["result"]
+    monkeypatch.setenv("HSA_TL_COMMIT", "def")
+    with pytest.raises(RuntimeError, match=r"gpu tests failed:\nfailed .*test_quick$"):
+        lease(slow.replace("pass", "assert False", 1), 3)
+    with pytest.raises(RuntimeError, match="1 failed, 1 passed"):
+        lease(quick.replace("pass", "assert False", 1))
+
+
 @pytest.mark.parametrize("code, errors", [(0, 0), (9, 2)])
 def test_sanitize_runs_each_check(code, errors, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(gpu.static, "find_tool", lambda name: None)
         assert gpu.sanitize(60.0) == {"note": "compute-sanitizer is not installed", "finished": False}
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho $2\necho '========= ERROR SUMMARY: {errors} errors'\nexit {code}\n")
+    lines = "#!/bin/sh", "echo no driver >&2", "echo $2", f"echo '== ERROR SUMMARY: {errors} errors'", f"exit {code}"
+    tool.write_text("\n".join(lines))
     tool.chmod(0o755)
     monkeypatch.setattr(gpu.static, "find_tool", lambda name: str(tool))
     if code:
-        with pytest.raises(RuntimeError, match=r"memcheck failed:\nmemcheck\n=+ ERROR SUMMARY: 2 errors"):
+        with pytest.raises(RuntimeError, match=r"memcheck failed:\nmemcheck\n== ERROR SUMMARY: 2 errors\nno driver"):
             gpu.sanitize(60.0)
     else:
-        assert gpu.sanitize(60.0) == dict.fromkeys(("memcheck", "racecheck"), "========= ERROR SUMMARY: 0 errors")
+        assert gpu.sanitize(60.0) == dict.fromkeys(("memcheck", "racecheck"), "== ERROR SUMMARY: 0 errors")
 
 
 def test_the_agenda_names_what_there_is():
@@ -214,7 +263,12 @@ def test_what_is_prepared_without_a_gpu_is_what_the_lease_measures(monkeypatch, 
     assert -1 <= detail["spearman"] <= 1
     assert gpu.cost.make_device(**json.loads((tmp_path / "out" / "device.json").read_text()))
     looked = len(fake.log)
-    assert gpu.tune(tmp_path / "out", 1e6) == detail and len(fake.log) == looked
+    assert gpu.tune(tmp_path / "out", 1e6) == detail and len(fake.log) == looked and detail["finished"]
+    late = gpu.tune(tmp_path / "late", 0.0)
+    assert not late["finished"] and late["chosen"] == 0, "nothing is measured"
+    monkeypatch.setattr(gpu, "PREPARED", tmp_path / "none")  # so that ranking would assemble
+    monkeypatch.setattr(gpu.tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=nothing_left))
+    assert gpu.tune(tmp_path / "unranked", -1.0)["candidates"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the run itself starts where there is a GPU")
