@@ -52,7 +52,7 @@ class Step:
 
 
 def read_state(path: Path, device: str, commit: str, versions: str) -> dict:
-    """What path says is done, under "steps"; of another device, set of versions or commit, or an unknown one, nothing."""
+    """What path says is done, under "steps"; of another device, commit or set of versions nothing."""
     new = {"device": device, "commit": commit, "versions": versions}
     old = json.loads(path.read_text()) if path.is_file() else {}
     return new | {"steps": old["steps"] if record.same_source(old, new) else {}}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs bench/gpu.py where the project may not be installed and there may be no network: what the machine lacks is taken
-# from .bundle/ (*.tar.xz and *.whl, each unpacked into .bundle/site), the project itself from this checkout.
+# from .bundle/ (*.tar.xz and *.whl, unpacked into .bundle/site, again where one is newer), the project itself from this
+# checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -x .venv/bin/python ]; then
@@ -8,14 +9,18 @@ if [ -x .venv/bin/python ]; then
 else
   python=${PYTHON:-python3}
   site=.bundle/site
-  if [ ! -d "$site" ]; then
-    mkdir -p "$site"
+  if [ ! -d "$site" ] || [ -n "$(find .bundle -maxdepth 1 -name '*.[tw]*[zl]' -newer "$site")" ]; then
+    rm -rf "$site.new"
+    mkdir -p "$site.new"
     for archive in .bundle/*.tar.xz; do
-      [ -e "$archive" ] && tar -xJf "$archive" -C "$site"
+      [ -e "$archive" ] && tar -xJf "$archive" -C "$site.new"
     done
     for wheel in .bundle/*.whl; do
-      [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$site"
+      [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$site.new"
     done
+    touch "$site.new" # an archive may hold a time of its folder
+    rm -rf "$site"
+    mv "$site.new" "$site"
   fi
   # The same package map as pyproject.toml, as links.
   package=.bundle/package/hsa_tl

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
+import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -269,6 +272,30 @@ def test_what_is_prepared_without_a_gpu_is_what_the_lease_measures(monkeypatch, 
     monkeypatch.setattr(gpu, "PREPARED", tmp_path / "none")  # so that ranking would assemble
     monkeypatch.setattr(gpu.tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=nothing_left))
     assert gpu.tune(tmp_path / "unranked", -1.0)["candidates"] == 0
+
+
+def test_the_bundle_is_unpacked_whole_and_again_when_it_changes(tmp_path):
+    (tmp_path / "bench").mkdir()
+    script, archive = tmp_path / "bench" / "gpu.sh", tmp_path / ".bundle" / "tilelang.tar.xz"
+    script.write_text((Path(gpu.__file__).parent / "gpu.sh").read_text())
+    archive.parent.mkdir()
+
+    def unpack(data, age):
+        archive.write_bytes(data)
+        os.utime(archive, (time.time() - age,) * 2)
+        run = subprocess.run(["bash", script], env=os.environ | {"PYTHON": "true"}, capture_output=True)
+        return run.returncode == 0, sorted(p.name for p in (archive.parent / "site").glob("*"))
+
+    def packed(name):
+        file, data = tarfile.TarInfo(name), io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w:xz") as tar:
+            tar.addfile(file)
+        return data.getvalue()
+
+    assert unpack(packed("a")[:-30], 100) == (False, []), "torn"
+    assert unpack(packed("a"), 100) == (True, ["a"])
+    assert unpack(packed("b"), 100) == (True, ["a"]), "no newer one"
+    assert unpack(packed("b"), -100) == (True, ["b"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the run itself starts where there is a GPU")
