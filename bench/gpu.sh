@@ -9,7 +9,7 @@ if [ -x .venv/bin/python ]; then
 else
   python=${PYTHON:-python3}
   site=.bundle/site
-  if [ ! -d "$site" ] || [ -n "$(find .bundle -maxdepth 1 -name '*.[tw]*[zl]' -newer "$site")" ]; then
+  if [ ! -d "$site" ] || [ -n "$(find .bundle -maxdepth 1 -regex '.*\.\(tar\.xz\|whl\)' -newer "$site")" ]; then
     rm -rf "$site.new"
     mkdir -p "$site.new"
     for archive in .bundle/*.tar.xz; do

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from hsa_tl import cases
 from hsa_tl.cases import Case
+from hsa_tl.files import sha256_of
 from hsa_tl.problem import Problem
 
 
@@ -95,10 +96,11 @@ def parse_selection(text: str) -> tuple[str, float]:
 
 
 def selection_label(text: str) -> str:
-    """ "overlap=0.8" for "overlap", "trained=NAME" for a file, else the kind."""
+    """ "overlap=0.8" for "overlap", "trained=NAME-CHECKSUM" for a file, else the kind. OSError: it cannot be read."""
     kind, overlap = parse_selection(text)
     if kind == "trained":
-        return f"trained={Path(text.partition('=')[2]).stem}"
+        file = Path(text.partition("=")[2])
+        return f"trained={file.stem}-{sha256_of(file)[:8]}"
     return f"overlap={overlap:g}" if kind == "overlap" else kind
 
 

@@ -87,6 +87,7 @@ class Sweep:
 
     def run(self) -> list[record.Row]:
         """The rows of this sweep."""
+        self.label = selection_label(self.selection)
         if self.out_dir is not None:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.rows = {r.key: r for r in record.read_rows(self.out_dir / "bench.csv")}
@@ -124,9 +125,8 @@ class Sweep:
         return self.made[1]
 
     def row(self, point: Point, name: str, metric: str, values=(None,) * 3, note="") -> record.Row:
-        kernel, label = self.suite.providers[name], selection_label(self.selection)
-        what = (kernel, name, point.mode, metric, METRICS[metric], "T", point.problem.T)
-        return record.Row(*what, *values, point.config, label, *self.source, note)
+        what = (self.suite.providers[name], name, point.mode, metric, METRICS[metric], "T", point.problem.T)
+        return record.Row(*what, *values, point.config, self.label, *self.source, note)
 
     def add(self, *args, **kwargs) -> None:
         row = self.row(*args, **kwargs)

@@ -114,7 +114,9 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
     file = tmp_path / "selections.safetensors"
     problem = Problem(2, 900, 57, 4, 2, 32, 16, 8, dtype=torch.float32, device_type="cpu")
     inputs = selection_inputs(problem, f"trained={file}")
-    assert inputs.indices.shape == (2, 900, 2, 8) and selection_label(f"trained={file}") == "trained=selections"
+    assert inputs.indices.shape == (2, 900, 2, 8)
+    label = selection_label(f"trained={file}")
+    assert label.startswith("trained=selections-") and label == selection_label(f"trained={file}")
     visible = torch.arange(900)[None, :, None, None] // 16
     assert (inputs.indices < visible).logical_or(inputs.indices == -1).all() and (inputs.indices[0, -1, 0] >= 0).all()
     model = load(run)
@@ -130,6 +132,7 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
         with pytest.raises(ValueError, match=words):
             selection_inputs(replace(problem, **changes), f"trained={file}")
     file.write_bytes(b"x")
+    assert selection_label(f"trained={file}") != label, "another selection of the same name"
     with pytest.raises(ValueError, match="must be a file that hsa-tl eval selections wrote"):
         selection_inputs(problem, f"trained={file}")
 
