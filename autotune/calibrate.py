@@ -39,13 +39,15 @@ def problem_of(name: dict) -> Problem:
 
 
 def samples(journal: Journal, device: str) -> list[Sample]:
-    """The measurements of a device that have a static record beside them."""
+    """The measurements of a device that have a static record of the same source beside them."""
     found = []
     for name, entry in journal.all(kind="measured", device=device):
         problem = problem_of(name)
         programs = [(program, configs.parse(program, config)) for program, config in name["programs"].items()]
         read = [journal.get({"kind": "static", **static.identity(x, problem, config)}) for x, config in programs]
         if entry.get("error") or None in read or any(x["error"] for x in read) or not entry["rounds"]:
+            continue
+        if [x["made_with"]["source"] for x in read] != list(name["source"].values()):
             continue
         parts = tuple((c, max(1, x["ctas_per_sm"]), x["work"]) for (_, c), x in zip(programs, read, strict=True))
         overlaps = measure.overlaps(problem)

@@ -2,7 +2,7 @@
 
 First every plan gets a look, in the order of the static rank: its check, and one round on each selection. Then
 the contenders of each strategy, those within NEAR of its fastest and the static pick, are timed in interleaved rounds.
-A round is the median of TileLang's profiler, which flushes the L2 cache before each run. All is journaled at once.
+A round is a median of the benchmarks' timer, which flushes the L2 cache before each run. All is journaled at once.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import functools
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -22,6 +23,7 @@ from hsa_tl.autotune import static, table, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.autotune.plan import strategies
 from hsa_tl.autotune.tuner import CLASSES, programs_of
+from hsa_tl.bench import timing
 from hsa_tl.bench.suite import error_line
 from hsa_tl.cases import Case, at_length
 from hsa_tl.pairs import selection_overlap
@@ -131,9 +133,11 @@ def _alive() -> bool:
 
 def gpu_rig() -> Rig:
     """The Hopper GPU here."""
-    from tilelang.profiler import do_bench
 
-    return Rig(check, launch, lambda run: 1e3 * do_bench(run, return_mode="median"), alive=_alive, ahead=compile_ahead)
+    def time_us(run: Callable[[], object]) -> float:
+        return 1e3 * timing.measure({"": run}, device="cuda", min_repeats=10, seconds=0.1)[""].p50
+
+    return Rig(check, launch, time_us, alive=_alive, ahead=compile_ahead)
 
 
 @functools.lru_cache(maxsize=64)
@@ -166,17 +170,21 @@ def _look(row: dict, problem: Problem, rig: Rig) -> dict:
         rig.check(*plan)
         runs = {x: rig.prepare(*plan, x) for x in CLASSES}
         return {"error": None, "rounds": {x: [rig.time_us(run)] for x, run in runs.items()}}
+    except (OSError, torch.OutOfMemoryError) as error:  # of the machine as it is now, not of the plan
+        warnings.warn(f"{row['programs']} is left to the next run: {error_line(error)}", stacklevel=2)
+        return unfinished(0)
     except FAILURES as error:
         return {"error": error_line(error), "rounds": {}}
 
 
 def summary(record: dict) -> dict:
-    """The median of each selection's rounds, and their geometric mean."""
+    """The median of each selection's rounds, how many they are, and the medians' geometric mean."""
     if record["error"]:
         return {"error": record["error"], "median_us": None}
     selections = {x: statistics.median(times) for x, times in record["rounds"].items()}
     median = statistics.geometric_mean(selections.values())
-    return {"error": None, "median_us": float(f"{median:.4g}"), "selections": selections}
+    rounds = {x: len(times) for x, times in record["rounds"].items()}
+    return {"error": None, "median_us": float(f"{median:.4g}"), "selections": selections, "rounds": rounds}
 
 
 Entry = tuple[dict, dict, dict]  # static row, identity in the journal, record

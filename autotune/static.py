@@ -1,5 +1,6 @@
 """The static check: lower for sm_90a, assemble, read ptxas and SASS, predict. Needs nvcc and cuobjdump, no GPU."""
 
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -120,7 +121,7 @@ def assemble_all(sources: list[str]) -> list[Assembled | Exception]:
 
 
 def _nvcc(sources: list[str]) -> list[Assembled]:
-    """RuntimeError if nvcc refuses one of them."""
+    """RuntimeError if nvcc refuses one of them, OSError if the disk is full."""
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
     names = [re.search(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", x).group(1) for x in sources]
@@ -134,7 +135,8 @@ def _nvcc(sources: list[str]) -> list[Assembled]:
             [find_tool("nvcc"), *NVCC_FLAGS, *includes, "-o", cubin, cu], capture_output=True, text=True
         )
         if run.returncode:
-            raise RuntimeError(f"nvcc refused the program: {run.stderr[-800:]}")
+            kind = OSError if os.strerror(errno.ENOSPC) in run.stderr else RuntimeError
+            raise kind(f"nvcc refused the program: {run.stderr[-800:]}")
         sass = subprocess.run(
             [find_tool("cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True
         )
@@ -204,6 +206,8 @@ def _lower(program: str, problem: Problem, config) -> tuple[str | Exception, int
         dynamic = int(function.attrs["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in function.attrs else 0
         if barrier_in_elected_branch(artifact.kernel_source):
             raise RuntimeError("a barrier stands inside a branch that one elected thread takes")
+    except OSError:  # such as a full disk: no property of the program
+        raise
     except Exception as error:
         return error, 0
     return artifact.kernel_source, dynamic

@@ -76,14 +76,19 @@ def rank(case: Case, device: str | cost.Device, *, programs: tuple[str, ...] | N
 def best(case: Case, rows: list[dict]) -> list[dict]:
     """Table rows: for each direction and class of selections the fastest measured plan without a fault.
 
+    Of the plans of a strategy, with atomics or without, only those of the most rounds count: one round may be luck.
     Where that adds atomically, the fastest that does not as well, for deterministic=True.
     """
     found, high = [], case.problem.bucketed().T
     for direction, selection in itertools.product(plan.DIRECTIONS, CLASSES):
         timed = [r for r in rows if r["direction"] == direction and r.get("median_us") and not r["faults"]]
-        timed.sort(key=lambda r: r["selections"][selection])
-        ordered = [r for r in timed if not adds(r)]
-        for row in (x[0] for x in (timed, ordered) if x and (x is ordered or adds(x[0]))):
+        most = {}
+        for r in timed:
+            most[group(r), adds(r)] = max(most.get((group(r), adds(r)), 0), r["rounds"][selection])
+        sure = [r for r in timed if r["rounds"][selection] == most[group(r), adds(r)]]
+        sure.sort(key=lambda r: r["selections"][selection])
+        ordered = [r for r in sure if not adds(r)]
+        for row in (x[0] for x in (sure, ordered) if x and (x is ordered or adds(x[0]))):
             us = row["selections"][selection]
             found.append(
                 {"direction": direction, **case.problem.static_key(), "deterministic": not adds(row)}

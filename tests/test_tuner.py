@@ -196,9 +196,9 @@ def test_contenders_are_timed_in_turns_and_margins_reported():
     assert len(times[fast]) == 3 * measure.ROUNDS and len(times[rest[-1]]) == 3
     best = seen[fast]
     assert best["median_us"] == pytest.approx(100.0 * 1.01, rel=0.02)  # geometric mean of 2, 1 and 1/2 times 100
-    assert best["over_runner_up"] == pytest.approx(1.05, rel=0.02) and best["over_static"] == pytest.approx(
-        1.3, rel=0.02
-    )
+    assert [best["over_runner_up"], best["over_static"]] == pytest.approx([1.05, 1.3], rel=0.02)
+    assert seen[rest[-1]]["rounds"] == dict.fromkeys(tuner.CLASSES, 1)
+    seen[rest[-1]]["selections"] = dict.fromkeys(tuner.CLASSES, 1.0)  # a lucky round is none of seven
     rows = tuner.best(CASE, list(seen.values()))
     assert [r["overlap"] for r in rows] == [[0.0, 0.4], [0.5, 0.8], [0.9, 1.0]]
     assert all(table.programs(r) == tuner.programs_of(best) and r["T"] == [8193, 16384] for r in rows)
@@ -305,7 +305,7 @@ def test_spearman():
     assert math.isnan(calibrate.spearman([1, 1], [1, 2]))
 
 
-def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path):
+def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path, monkeypatch):
     """Times made by other constants: the fit predicts them, and its file reads back."""
     old = cost.DEVICES["h200"]
     true = replace(old, l2=4.4e12, hbm=3.9e12, reduce=3.1e12)
@@ -324,6 +324,10 @@ def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path):
             journal.add(name, {"error": None, "rounds": rounds})
     found = calibrate.samples(journal, "h200")
     assert len(found) > 100 and not calibrate.samples(journal, "h100")
+    with monkeypatch.context() as patch:
+        patch.setattr(static, "source_digest", lambda program: "newer")
+        ranked(("hsa_fwd_token",), case, journal)
+    assert 100 < len(calibrate.samples(journal, "h200")) < len(found)
     fitted = calibrate.fit(found, old)
     assert fitted.l2 == pytest.approx(true.l2, rel=0.05) and fitted.reduce == pytest.approx(true.reduce, rel=0.05)
     assert fitted.hbm == old.hbm, "published, so not free"

@@ -1,0 +1,69 @@
+"""What the machine does to the tuner is no result: full disks and memory, a time that is up; and whose timer it has."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from test_tuner import CASE, UNION, no_machine, ranked, run  # noqa: F401
+from tuning import FakeGpu, fake_compiler
+
+from hsa_tl.autotune import measure, static, tuner
+from hsa_tl.autotune.journal import Journal
+from hsa_tl.bench import timing
+from hsa_tl.kernels_tilelang import config as configs
+
+
+@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA")), ids=repr)
+def test_a_full_machine_is_no_result(tmp_path, error):
+    """However often: what it kept from being measured is measured later."""
+    rows, path = ranked(), tmp_path / "j.jsonl"
+    for _ in range(3):
+        gpu = FakeGpu()
+
+        def full(*x, error=error, check=gpu.check):
+            check(*x)
+            raise error
+
+        rig = replace(gpu.rig(), check=full)
+        with pytest.warns(UserWarning, match="is left to the next run"):
+            seen = measure.measure(CASE, rows[:2], device="h200", seconds=1e6, rig=rig, journal=Journal(path))
+        assert seen == []
+    assert len(run(FakeGpu(), rows[:2], journal=Journal(path))) == 2
+
+
+def test_a_full_disk_is_no_property_of_a_program(monkeypatch):
+    def full(*x):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hsa_tl.kernels_tilelang.compile.lower", full)
+    with pytest.raises(OSError, match="No space left"):
+        static.analyse("hsa_fwd_token", CASE.problem, configs.space("hsa_fwd_token", CASE.problem)[:1])
+
+
+def test_ranking_ends_where_its_caller_has_enough():
+    compiled = []
+
+    def compiler(*x):
+        compiled.append(x)
+        time.sleep(0.02)
+        return fake_compiler(*x)
+
+    def enough(done, total):
+        if done:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        tuner.rank(CASE, "h200", programs=UNION, compiler=compiler, progress=enough)
+    assert 0 < len(compiled) < len(ranked())
+
+
+def test_a_round_is_of_the_benchmarks_timer(monkeypatch):
+    asked = []
+
+    def timed(functions, **options):
+        asked.append(options["device"])
+        return {name: timing.Timing(1.0, 2.0, 3.0, 10) for name in functions}
+
+    monkeypatch.setattr(timing, "measure", timed)
+    assert measure.gpu_rig().time_us(lambda: None) == 2000.0 and asked == ["cuda"]
