@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from hsa_tl import api, cases, selection_overlap
+from hsa_tl import api, cases
 from hsa_tl.bench.providers import D_R, DEFAULT_PROVIDERS, PROVIDERS, provider, selection_complaints
 from hsa_tl.bench.selections import load_selection
 from hsa_tl.bench.suite import Suite, Work, parse_selection
@@ -56,8 +56,8 @@ def flops_of(kernel: str, problem: Problem, direction: str) -> int:
     if kernel == "dense_attention":
         return p.dense_flops(direction)
     # Every score of the forward; the backward goes over the chosen chunks, for the queries and for the landmarks.
-    products = scored_chunks(p) if direction == "forward" else 2 * p.T * p.K
-    retrieval = 2 * p.B * p.H * D_R * products
+    products = p.B * p.H * scored_chunks(p) if direction == "forward" else 2 * p.pairs
+    retrieval = 2 * D_R * products
     if kernel == "retrieval":
         return retrieval
     return p.flops(direction) + (retrieval if kernel == "hsa_with_retrieval" else 0)
@@ -113,9 +113,6 @@ class Attention(Suite):
     def call(self, name, problem, inputs, mode):
         p = provider(name)
         tensors, attend = {n: inputs[n] for n in p.uses}, functools.partial(p.attention, chunk_size=problem.S)
-        if p.config is not None:
-            overlap = selection_overlap(inputs["own" if "own" in p.uses else "indices"])
-            attend = functools.partial(attend, config=p.config | {"overlap": overlap})
         if mode == "forward":
             return torch.no_grad()(lambda: attend(**tensors))
         leaves = {n: tensors[n].detach().requires_grad_() for n in p.leaves}

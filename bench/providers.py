@@ -46,7 +46,6 @@ class Provider:
     kernel: str = "hsa_attention"
     backward: bool = True
     note: str = ""  # in each of its rows
-    config: dict | None = None  # of hsa_attention, to which a sweep adds its selection's overlap; None if it takes none
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -127,7 +126,7 @@ def _strategy(forward: str) -> Provider:
         lacking = [p for p in programs if not configs.space(p, problem)]
         return reason or (f"no config of {' and '.join(lacking)} suits {problem}" if lacking else None)
 
-    return Provider(f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}", attention, unavailable, config=config)
+    return Provider(f"hsa-tilelang-{forward.removeprefix('hsa_fwd_')}", attention, unavailable)
 
 
 def retrieve(q_slc, landmarks, own, *, chunk_size):
@@ -142,9 +141,9 @@ def retrieve_oracle(q_slc, landmarks, own, *, chunk_size):
     return api.fusion_weights(s.to(torch.promote_types(torch.float32, s.dtype)))
 
 
-def with_retrieval(q, k, v, q_slc, landmarks, own, *, chunk_size, config=None):
+def with_retrieval(q, k, v, q_slc, landmarks, own, *, chunk_size):
     scores, chosen = api.retrieve_chunks(q_slc, landmarks, own.shape[3], chunk_size=chunk_size)
-    return api.hsa_attention(q, k, v, api.fusion_weights(scores), chosen, chunk_size=chunk_size, config=config)
+    return api.hsa_attention(q, k, v, api.fusion_weights(scores), chosen, chunk_size=chunk_size)
 
 
 def with_retrieval_oracle(q, k, v, q_slc, landmarks, own, *, chunk_size):
@@ -158,12 +157,12 @@ _one_softmax = "different arithmetic: one softmax over the chosen chunks, no wei
 def _selected(impl: str) -> Provider:
     """One softmax over the chosen chunks, out alone."""
 
-    def attention(q, k, v, indices, *, chunk_size, config=None):
-        return selected.selected_attention(q, k, v, indices, chunk_size=chunk_size, impl=impl, config=config)[0]
+    def attention(q, k, v, indices, *, chunk_size):
+        return selected.selected_attention(q, k, v, indices, chunk_size=chunk_size, impl=impl)[0]
 
     return Provider(
         f"selected-{impl}", attention, functools.partial(why_not, impl, suffix="_selected"), selected_oracle,
-        (*DENSE, "indices"), "selected_attention", note=_one_softmax, config={},
+        (*DENSE, "indices"), "selected_attention", note=_one_softmax,
     )  # fmt: skip
 
 
@@ -180,7 +179,7 @@ PROVIDERS = {
         _dense("dense-flex", baselines.flex, baselines.flex_unavailable),
         _dense("dense-fa3", baselines.flash3, baselines.flash3_unavailable),
         *(
-            Provider(f"hsa-{x}", functools.partial(api.hsa_attention, impl=x), functools.partial(why_not, x), config={})
+            Provider(f"hsa-{x}", functools.partial(api.hsa_attention, impl=x), functools.partial(why_not, x))
             for x in api.IMPLS
         ),
         *(_strategy(name) for name in configs.tuned() if name.startswith("hsa_fwd_")),
@@ -202,7 +201,7 @@ PROVIDERS = {
         _retrieves("retrieve", retrieve, oracle=retrieve_oracle, uses=RETRIEVAL, kernel="retrieval"),
         _retrieves(
             "hsa-with-retrieval", with_retrieval, oracle=with_retrieval_oracle, uses=(*DENSE, *RETRIEVAL),
-            kernel="hsa_with_retrieval", config={},
+            kernel="hsa_with_retrieval",
         ),
     )
 }  # fmt: skip

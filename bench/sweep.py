@@ -233,14 +233,11 @@ class Sweep:
                     reason = f"failed: {error_line(error)}"
             if reason is not None:
                 self.missing(point, name, reason)
-        try:
-            times = timing.measure(
-                runnable, device=self.device, min_repeats=self.min_repeats, seconds=self.seconds, deadline=self.deadline
-            )
-        except Exception as error:
-            for name in runnable:
-                self.missing(point, name, f"failed: {error_line(error)}")
-            return
+        failed: dict[str, Exception] = {}
+        options = {"min_repeats": self.min_repeats, "seconds": self.seconds, "deadline": self.deadline}
+        times = timing.measure(runnable, device=self.device, failed=failed, **options)
+        for name, error in failed.items():
+            self.missing(point, name, f"failed: {error_line(error)}")
         state = record.device_state(self.device)
         for name, t in times.items():
             work = self.suite.work(name, point.problem, point.mode)

@@ -62,12 +62,14 @@ def measure(
     min_repeats: int = 3,
     seconds: float = 3.0,
     deadline: float = float("inf"),
+    failed: dict[str, Exception] | None = None,
 ) -> dict[str, Timing]:
     """Times each function; rounds visit all of them in turn, so that a slow spell of the machine hits all alike.
 
     Every other round goes backwards, so that none always follows the same one.
     A function repeats until `seconds` are spent on it or MAX_REPEATS are done, min_repeats at least; past `deadline`
     (time.monotonic) after one repeat. On CUDA between events after an L2 flush, else by the wall clock.
+    failed: takes what a function raises, which then has no times; by default it ends all.
     """
     once = _time_cpu
     if torch.device(device).type == "cuda":
@@ -81,7 +83,13 @@ def measure(
             if not spent or (not late and (len(spent) < min_repeats or sum(spent) < seconds * 1e3))
         ]  # fmt: skip
         for name in pending if i % 2 == 0 else reversed(pending):
-            times[name].append(once(functions[name]))
+            try:
+                times[name].append(once(functions[name]))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+                del times[name]
     return {name: Timing(*np.quantile(spent, (0.2, 0.5, 0.8)).tolist(), len(spent)) for name, spent in times.items()}
 
 

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from hsa_tl import cases, selection_overlap
+from hsa_tl import cases
 from hsa_tl.bench import providers, record, sweep, timing
-from hsa_tl.bench.attention import Attention
+from hsa_tl.bench.attention import Attention, flops_of
+from hsa_tl.bench.providers import D_R
 from hsa_tl.bench.sweep import Sweep
 
 CASE = dataclasses.replace(
@@ -51,6 +52,20 @@ def test_a_provider_that_raises_is_a_row(monkeypatch, tmp_path):
     monkeypatch.setitem(providers.PROVIDERS, "hsa-reference", dataclasses.replace(right, attention=late))
     row = times(attention(tmp_path))["hsa-reference"]
     assert row.p50 is None and row.note == "failed: RuntimeError: no such length"
+
+
+def test_a_provider_that_raises_while_it_is_timed_costs_no_others_time(monkeypatch, tmp_path):
+    right, called = providers.PROVIDERS["hsa-reference"], []
+
+    def later(q, **tensors):
+        called.append(q.shape[1])
+        if called.count(64) == 2:
+            raise RuntimeError("out of memory")
+        return right.attention(q=q, **tensors)
+
+    monkeypatch.setitem(providers.PROVIDERS, "hsa-reference", dataclasses.replace(right, attention=later))
+    rows = times(attention(tmp_path))
+    assert rows["hsa-reference"].note == "failed: RuntimeError: out of memory" and rows["dense"].p50 > 0
 
 
 def test_an_unavailable_provider_is_a_row_that_says_why(tmp_path):
@@ -179,16 +194,22 @@ def test_metrics_name_their_units():
 
 
 @pytest.mark.parametrize("name", ["hsa-reference", "hsa-with-retrieval"])
-def test_a_sweep_says_how_alike_its_selection_is(name, monkeypatch, tmp_path):
-    """By which TileLang's programs are chosen: what the layer's default says of a model is not true of random rows."""
+def test_a_sweep_calls_as_users_do(name, monkeypatch):
+    """Without an overlap, which was found outside the time."""
     asked, run = [], providers.api.hsa_attention
     right = providers.PROVIDERS[name]
-    record = lambda *x, **y: asked.append(y["config"]) or run(*x, **y)  # noqa: E731
+    record = lambda *x, **y: asked.append(y.get("config")) or run(*x, **y)  # noqa: E731
     monkeypatch.setattr(providers.api, "hsa_attention", record)
     if name == "hsa-reference":
         monkeypatch.setitem(providers.PROVIDERS, name, dataclasses.replace(right, attention=record))
     suite, problem = Attention(), cases.on_cpu(cases.at_length(CASE.problem, 256))
-    inputs = suite.inputs(problem, "random")
-    suite.call(name, problem, inputs, "train")()
-    chosen = inputs["indices" if name == "hsa-reference" else "own"]
-    assert asked == [{"overlap": selection_overlap(chosen)}] and 0 < asked[0]["overlap"] <= 1
+    suite.call(name, problem, suite.inputs(problem, "random"), "train")()
+    assert asked == [None]
+
+
+def test_backward_of_retrieval_counts_pairs():
+    """Queries and landmarks, of the slots that hold a chunk."""
+    p = cases.at_length(CASE.problem, 100, H=2, HQ=2, B=3)
+    pairs = sum(min(p.K, t // p.S) for t in range(100))
+    assert flops_of("retrieval", p, "backward") == 2 * 2 * D_R * 3 * 2 * pairs
+    assert flops_of("retrieval", p, "forward") == 2 * D_R * 3 * 2 * sum(t // p.S for t in range(100))
