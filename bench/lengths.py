@@ -186,6 +186,8 @@ def run_lengths(
     haystacks = samples if haystacks is None else min(haystacks, samples)
     for task in tasks:
         one_of("task", task, TASKS)
+    for model in models:
+        one_of("model", model, MODELS)
     plans = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models if not fair or s < MODELS[m].seeds}
     rates = len(RATES) if fair else 1
     base = load_recipe(recipe)
@@ -194,7 +196,8 @@ def run_lengths(
     whose = {m: MODELS[m].weights_of or m for m in MODELS}
     tried = {whose[r.model]: r.lr / base.lr for r in rows if (r.recipe, r.rates) == (trained_on, len(RATES))}
     key = lambda r: (r.model, r.seed, r.task, r.length)  # noqa: E731
-    done = {key(r) for r in rows if (r.recipe, r.haystacks, r.rates) == (trained_on, haystacks, rates)}
+    enough = (r for r in rows if r.samples >= samples or r.seconds >= budget_s)
+    done = {key(r) for r in enough if (r.recipe, r.haystacks, r.rates) == (trained_on, haystacks, rates)}
     with progress_bar(console) as bar:
         step = bar.add_task("train", total=None)
 
@@ -214,7 +217,7 @@ def run_lengths(
             about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on, "rates": rates}
             for task, T in todo:
                 row = _ask(LongReader(model), plan, task, T, samples, budget_s, haystacks, **about)
-                rows = [r for r in rows if (r.recipe, *key(r)) != (trained_on, *key(row))] + [row]
+                rows = [r for r in rows if (r.recipe, r.rates, *key(r)) != (trained_on, rates, *key(row))] + [row]
                 write_rows(path, rows)
                 bar.update(step, description=f"{name} {seed}: {task} {length_label(T)}")
     rows = [r for r in rows if (r.recipe, r.rates) == (trained_on, rates)]

@@ -77,12 +77,14 @@ def test_the_fair_table_has_the_best_learning_rate(recipe, tmp_path, monkeypatch
     assert [x.name for x in (tmp_path / "elsewhere").iterdir()] == [f"{folder}-2"]
     monkeypatch.setattr(lengths, "train", None)
     assert ask(fair=True) == found  # nothing is run again
+    assert set(ask().values()) == {(1e-3, 1)}, "the plain rows stay beside the fair ones"
 
 
 @pytest.mark.parametrize(
     "args, words",
     (
         (("--models", "gpt"), "model must be one of hsa, full-rope"),
+        (("--all", "--models", "gpt"), "model must be one of hsa, full-rope"),
         (("--tasks", "x"), "task must be one of s-niah"),
         (("--lengths", "x"), "lengths must be numbers"),
         (("--all", "--seeds", "0"), "Invalid value for '--seeds'"),
@@ -169,6 +171,18 @@ def test_rows_of_other_haystacks_are_measured_again(recipe, tmp_path):
     assert [r.haystacks for r in ask(1)] == [1]
     assert [r.haystacks for r in ask(None)] == [3]
     assert [r["haystacks"] for r in json.loads((tmp_path / "lengths.json").read_text())] == [3]
+
+
+def test_rows_of_fewer_samples_are_measured_again(recipe, tmp_path):
+    """But where the budget had ended them."""
+    console = Console(file=open("/dev/null", "w"))  # noqa: SIM115
+
+    def ask(samples, budget_s=600.0):
+        args = console, tmp_path, tmp_path / "runs", ["hsa"], [0], [128], ["s-niah"]
+        (found,) = lengths.run_lengths(*args, samples=samples, haystacks=1, recipe=recipe, budget_s=budget_s)
+        return found.samples
+
+    assert [ask(2), ask(3), ask(2), ask(5, 1e-9)] == [2, 3, 3, 3]
 
 
 def test_the_plot_has_intervals_and_no_point_of_few_answers(monkeypatch, tmp_path):
