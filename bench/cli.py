@@ -1,6 +1,7 @@
 """The commands of hsa-tl that measure speed, and what a trained model can do."""
 
 import dataclasses
+import inspect
 import math
 import os
 from pathlib import Path
@@ -100,6 +101,8 @@ def bench(
     nothing has a time.
     """
     one_of("what to bench", what, WHATS)
+    if mode and what in DIRECTIONS:
+        raise ValueError(f"mode must be left out of bench {what}, got {', '.join(mode)}")
     suite = SUITES.get(what, Attention)()
     modes = [what] if what in DIRECTIONS else mode
     device = pick_device(device)
@@ -128,6 +131,8 @@ def plot_command(
 ) -> None:
     """PNG and SVG of what `hsa-tl bench` wrote: time, memory and rates by length, with crossover and roofline."""
     if whole_page:
+        if out:
+            raise ValueError(f"out must be left out with --page, whose plots stand beside their rows, got {out}")
         say_written(page.write_page(folder or Path("bench/results")))
         return
     folder = folder or Path("out/bench")
@@ -185,6 +190,14 @@ def paper_command(
     paper.run_table(console, table, size, seeds, **options, device=pick_device(device))
 
 
+TAKES = {  # of the options of eval those that not every measurement takes
+    "ruler": ("tasks", "samples", "depths", "depth_steps", "vocabulary", "memory", "haystack", "generate"),
+    "perplexity": ("data_file", "memory", "windows", "before"),
+    "selections": ("data_file",),
+    **dict.fromkeys(("noise", *tradeoff.SETTINGS), ("tasks", "samples", "data_file")),
+}
+
+
 def evaluate(
     what: Annotated[
         str,
@@ -231,7 +244,14 @@ def evaluate(
     last chunk's tokens what each chunk that was read adds. ruler and perplexity on many ranks, which share each
     context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
     """
-    one_of("what to evaluate", what, ("ruler", "perplexity", "selections", "noise", *tradeoff.SETTINGS))
+    given = {name: x for name, x in locals().items() if x != inspect.signature(evaluate).parameters[name].default}
+    one_of("what to evaluate", what, TAKES)
+    if others := given.keys() & set().union(*TAKES.values()) - {*TAKES[what]}:
+        raise ValueError(f"{min(others)} must be left out of eval {what}, got {given[min(others)]}")
+    if what == "selections" and "lengths" in given and len(parse_lengths(lengths)) > 1:
+        raise ValueError(f"lengths must be one for selections, got {lengths}")
+    if what != "selections":
+        record.read_json(out / f"{what}.json")  # what cannot be added to is known before
     device = pick_device(device)
     torch.set_num_threads(threads)
     points = parse_lengths(lengths)

@@ -204,6 +204,7 @@ def needles(
     The detail has the seconds and the peak memory of a prefill of each length. An unfinished training goes on in the
     next run from the folder of runs, and what there is is evaluated.
     """
+    record.read_json(out / "ruler.json")  # what cannot be added to is known before
     plan = load_recipe(recipe)
     run = runs / plan.name
     model = train(plan, run, device=device, seconds=0.75 * seconds)

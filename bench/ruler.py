@@ -134,7 +134,7 @@ def paired(bits: list[float], others: list[float]) -> tuple[float, float]:
 
 def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
     """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
-    kept = [r for r in record.read_json(path) if (r["model"], r["seed"]) != (run.model, run.seed)]
+    kept = [r for r in record.read_json(path) if (r["model"], r.get("seed")) != (run.model, run.seed)]
     kept += [asdict(run) | asdict(row) | record.origin(device) for row in rows]
     write_atomic(path, record.json_list(kept))
     return kept

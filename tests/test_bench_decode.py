@@ -103,3 +103,5 @@ def test_the_command(tmp_path):
     assert run.exit_code == 0 and (tmp_path / "bench.csv").exists() and "dense-grouped" in run.output
     run = CliRunner().invoke(app, ["bench", "x"])
     assert run.exit_code == 2 and "must be one of attention, retrieve, decode," in run.output and "'x'" in run.output
+    run = CliRunner().invoke(app, ["bench", "forward", "--mode", "train"])
+    assert run.exit_code == 2 and "mode must be left out of bench forward, got train" in run.output

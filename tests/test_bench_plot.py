@@ -215,3 +215,5 @@ def test_the_command(tmp_path):
     assert run.exit_code == 0 and (tmp_path / "results" / "README.md").exists(), run.output
     run = CliRunner().invoke(app, ["plot", str(tmp_path)])
     assert run.exit_code == 2 and "folder must hold rows of a benchmark, got none" in run.output
+    run = CliRunner().invoke(app, ["plot", "--page", str(tmp_path / "results"), "--out", "x"])
+    assert run.exit_code == 2 and "out must be left out with --page" in run.output

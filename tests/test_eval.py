@@ -220,6 +220,28 @@ def test_bad_depths(text, steps):
         cli.parse_depths(text, steps)
 
 
+@pytest.mark.parametrize(
+    "args, words",
+    (
+        (("noise", "--depths", "0.5"), "depths must be left out of eval noise, got 0.5"),
+        (("noise", "--generate"), "generate must be left out of eval noise"),
+        (("budget", "--memory", "x"), "memory must be left out of eval budget, got x"),
+        (("perplexity", "--tasks", "vt"), "tasks must be left out of eval perplexity, got vt"),
+        (("selections", "--lengths", "4k,64k"), "lengths must be one for selections, got 4k,64k"),
+    ),
+)
+def test_what_a_measurement_does_not_take_is_refused(args, words):
+    assert words in invoke(*args, code=2)
+
+
+@pytest.mark.parametrize("what", ("ruler", "perplexity", "noise", "topp"))
+def test_a_file_that_cannot_be_added_to_is_known_before(what, tmp_path, monkeypatch):
+    (tmp_path / f"{what}.json").write_text("[1]")
+    monkeypatch.setattr(cli, "load", None)  # nothing is measured
+    output = invoke(what, "--out", tmp_path, code=2)
+    assert f"{what}.json must hold rows that hsa-tl wrote" in output and len(output.strip().splitlines()) == 1
+
+
 def test_no_run_is_one_line(tmp_path):
     output = invoke("ruler", "--run", tmp_path / "none", code=2)
     assert (
