@@ -19,7 +19,7 @@ import torch
 from hsa_tl.kernels_tilelang.config_base import Config, blocks_per_sm
 from hsa_tl.problem import Problem
 
-FREE = ("assumed", "fitted")  # sources of constants that measurements may change
+FREE = ("assumed", "fitted")  # how the sources of constants begin that measurements may change
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def constants(name: str) -> dict[str, dict]:
 
 
 def make_device(name: str, constants: dict[str, dict]) -> Device:
-    free = tuple(name for name, c in constants.items() if c["source"] in FREE)
+    free = tuple(name for name, c in constants.items() if c["source"].startswith(FREE))
     return Device(name, **{name: c["value"] for name, c in constants.items()}, free=free)
 
 

@@ -8,6 +8,7 @@ assembled of the same source and versions is not assembled again.
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,7 +134,7 @@ def test_the_published_table_is_of_todays_spaces():
                 seen.add(identity)
                 spaces[case.name, program, config.describe(c)] = problem, c
     assert spaces.keys() == published.keys()
-    device = cost.DEVICES["h200"]
+    device = replace(cost.DEVICES["h200"], l2=7.0e12, reduce=2.0e12)  # as at the table's commit, before the H100's
     for key, (problem, c) in spaces.items():
         row = published[key]
         smem, ctas = int(row["smem_bytes"]), int(row["ctas_per_sm"])
