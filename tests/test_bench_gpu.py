@@ -74,6 +74,13 @@ def test_red_tests_end_the_gpu_run_and_are_tried_again(tmp_path):
     assert [name for name, _ in log] == ["tests", "tests", "tune", "sweep"]
 
 
+def test_tests_that_time_ended_do_not_end_the_gpu_run(tmp_path):
+    late = gpu.Step("tests", lambda left: {"finished": False}, 0.5, required=True)
+    state, clock, log = {"steps": {}}, Clock(), []
+    assert gpu.run_agenda([late, *steps(clock, log)[1:]], state, tmp_path / "agenda.json", 100, clock)
+    assert [x["status"] for x in state["steps"].values()] == ["unfinished", "done", "done"]
+
+
 PLAN = (
     gpu.Measure("roofline", Roofline, ("k16-d64",), "64", 0.5),
     gpu.Measure("headline", gpu.Attention, ("k16-d64",), "64,128", 0.5, ("forward",)),
