@@ -137,6 +137,7 @@ class Cache:
         self.lengths, self.undo, self.budget = [0] * batch_size, undo, budget
         self.undoable = [0] * batch_size  # tokens that crop can take back now
         self.unread: list[torch.Tensor] | None = None
+        self.torn = False  # a segment was read in part: an exception or a signal ended it
         self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
         self.memory = self.chunk = None
         if c.attention == "hsa":
@@ -172,6 +173,7 @@ class Cache:
         See Model.hidden and Model.forward; lengths None: T. What belongs to no token is unspecified, and finite.
         """
         B, T = input_ids.shape[:2]
+        self._require_whole()
         self.unread = None
         if len(self.lengths) != B:
             raise ValueError(f"input_ids must have the cache's batch size {len(self.lengths)}, got shape {[B, T]}")
@@ -181,7 +183,7 @@ class Cache:
         x_BTC = input_ids if input_ids.is_floating_point() else model.embedding(input_ids)
         if not T:
             return x_BTC
-        self.counts[:] = counts
+        self.counts[:], self.torn = counts, True
         past = self.past
         if width := past.shape[1]:
             self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), counts, width)
@@ -195,7 +197,12 @@ class Cache:
         h_BTC = self._upper(model, h_BTC, first_v_BTHD, keep, states)
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
         self.undoable = [min(self.undo, a + b) for a, b in zip(self.undoable, counts, strict=True)]
+        self.torn = False
         return h_BTC
+
+    def _require_whole(self) -> None:
+        rule = "hold whole segments: read its tokens again, into a new one"
+        require(not self.torn, "cache", rule, "one whose last segment was interrupted")
 
     def crop(self, lengths: int | list[int]) -> None:
         """Forgets what each sequence holds behind its first `lengths` tokens.
@@ -204,8 +211,10 @@ class Cache:
             lengths (int or list [B]): tokens that each sequence still holds.
 
         Raises:
-            ValueError: more than it holds, or so few that more than `undo` tokens would go.
+            ValueError: more than it holds, so few that more than `undo` tokens would go, or an exception ended the last
+                segment.
         """
+        self._require_whole()
         B = len(self.lengths)
         kept = [lengths] * B if isinstance(lengths, int) else list(lengths)
         if len(kept) != B or not all(type(n) is int and 0 <= n <= m for n, m in zip(kept, self.lengths, strict=True)):
@@ -242,7 +251,11 @@ class Cache:
 
         Args:
             path (str or Path): the file.
+
+        Raises:
+            ValueError: an exception ended the last segment, so that the state is no text's.
         """
+        self._require_whole()
         tensors = {} if self.memory is None else memory_file.contents(self.memory)
         tensors["past"] = [self.past]
         for name, tail in self._tails():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -283,9 +284,11 @@ def chat(
             question = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        with contextlib.suppress(KeyboardInterrupt):
+        with training.signals(signal.SIGINT) as came:  # it comes between tokens: within one it would tear the cache
             for piece in talk.ask(question, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
                 typer.echo(piece, nl=False)
+                if came:
+                    break
         typer.echo()
 
 

@@ -192,8 +192,8 @@ def _start(recipe: Recipe, device: str) -> Model:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The numbers of SIGINT and SIGTERM as they come; the second of a kind ends the process as ever.
+def signals(*numbers: int) -> Iterator[list[int]]:
+    """Those of these signals as they come; the second of a kind ends the process as ever.
 
     Only in the main thread, which alone gets signals, and only where nobody else handles them.
     """
@@ -205,7 +205,7 @@ def _signals() -> Iterator[list[int]]:
         signal.signal(number, old[number])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 old[number] = signal.getsignal(number)
                 signal.signal(number, note)
@@ -242,7 +242,8 @@ def train(
             except InUse:
                 raise InUse(f"run must be a folder that no other process trains in, got {run}") from None
         ranks.sum(0.0)  # before another rank reads the run
-        return _train(recipe, run, ranks, end, on_step, stack.enter_context(_signals()))
+        came = stack.enter_context(signals(signal.SIGINT, signal.SIGTERM))
+        return _train(recipe, run, ranks, end, on_step, came)
 
 
 def _train(

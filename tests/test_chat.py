@@ -1,6 +1,7 @@
 """Conversations: turns that go on from the cache say what one long prompt would, documents are read once."""
 
 import dataclasses
+import signal
 
 import pytest
 import torch
@@ -68,6 +69,44 @@ def test_an_answer_that_is_left_is_gone_on_from(model):
     said = next(answer) + next(answer)
     answer.close()
     assert ask(talk, "more") == alone(model, f"?q|!{said}|?more|!")
+
+
+def interrupt(model, at, end):
+    """Calls `end` within the model's so many-th token of a text."""
+    read = []
+
+    def hook(*_):
+        read.append(1)
+        if len(read) == at:
+            end()
+
+    model.layers[1].register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, RuntimeError))
+def test_a_cache_that_an_error_tore_is_of_no_use(model, tmp_path, error):
+    def fail():
+        raise error
+
+    talk = chat.Chat(model, marked)
+    interrupt(model, 3, fail)
+    with pytest.raises(error):
+        ask(talk, "q")
+    for call in (
+        lambda: ask(talk, "more"), lambda: talk.cache.crop(1), lambda: talk.cache.save(tmp_path / "cache")
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="cache must hold whole segments: read its tokens again, into a new one"):
+            call()
+
+
+def test_ctrl_c_ends_an_answer_between_tokens(model, monkeypatch):
+    model.tokenizer.end = None
+    said = alone(model, "?q|!", 2)
+    interrupt(model, 2, lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("hsa_tl.model.pretrained.load", lambda *_: model)
+    monkeypatch.setattr(chat, "template", lambda run: marked)
+    first, second, _ = run("chat", "x", "--max-new-tokens", 12, given="q\nmore\n").split("\n")
+    assert first == said and second == alone(model, f"?q|!{said}|?more|!")
 
 
 def test_a_template_that_rewrites_turns(model):
