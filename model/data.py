@@ -42,6 +42,10 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         raise NotImplementedError
 
+    def special(self, text: str) -> int | None:
+        """The id of the special token of that name, which `decode` leaves out; None: there is none."""
+        return None
+
     def fast(self):
         """The same ids as a tokenizers.Tokenizer, which transformers reads. ImportError: no `tokenizers`."""
         raise NotImplementedError
@@ -96,6 +100,8 @@ class FileTokenizer(Tokenizer):
             self.inner = HFTokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {error}") from None
+        self.inner.no_truncation()
+        self.inner.no_padding()
         self.name = f"{Path(path).name} {hashlib.sha256(data).hexdigest()}"
         self.vocab_size = self.inner.get_vocab_size()
         special = _special_tokens(Path(path).with_name("tokenizer_config.json"))
@@ -115,6 +121,9 @@ class FileTokenizer(Tokenizer):
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self.inner.decode(np.asarray(tokens).tolist())
+
+    def special(self, text: str) -> int | None:
+        return self.inner.token_to_id(text)
 
     def fast(self):
         return self.inner

@@ -104,6 +104,7 @@ def _steps(
     rows = _rows(model, input_ids, cache)
     filler = eos_token if eos_token is not None else getattr(tokenizer, "end", None) or 0
     new: list[list[int]] = [[] for _ in rows]  # the last tokens of each, whose text may hold a stop string:
+    ends = {eos_token, *(tokenizer.special(s) for s in stop)}
     most = 8 + max((len(s.encode()) for s in stop), default=0)  # one may be a byte, and some have no text
 
     def ended(tokens: torch.Tensor) -> list[bool]:
@@ -111,7 +112,7 @@ def _steps(
             row.append(token)
             del row[:-most]
         texts = [tokenizer.decode(row) if stop else "" for row in new]
-        return [row[-1] == eos_token or any(s in x for s in stop) for row, x in zip(new, texts, strict=True)]
+        return [row[-1] in ends or any(s in x for s in stop) for row, x in zip(new, texts, strict=True)]
 
     def steps(cache):
         device = rows[0].device
@@ -120,6 +121,8 @@ def _steps(
         seen = torch.zeros(len(rows), V, dtype=torch.bool, device=device)
         for mine, row in zip(seen, rows, strict=True):
             mine[row] = True
+        if not max_new_tokens and cache is not None:
+            prefill(model, rows, cache, segment)
         for _ in range(max_new_tokens):
             if token is None:
                 logits, cache = prefill(model, rows, cache, segment, room=min(max_new_tokens, SEGMENT))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsa_tl.model import Model, preset
+from hsa_tl.model.data import Tokenizer
 from hsa_tl.model.generate import penalize, prefill, sample
 
 SMALL = replace(
@@ -126,19 +127,24 @@ def test_a_second_turn_reads_what_the_first_one_said(model):
     rows, more = prompts((20, 7)), prompts((9, 30))
     eos = int(greedy(model, rows[0], 3)[-1])
     cache = model.new_cache(2)
-    first = model.generate(rows, 6, eos_token=eos, cache=cache)
+    assert all(map(torch.equal, model.generate([row[:5] for row in rows], 0, cache=cache), (r[:5] for r in rows)))
+    first = model.generate([row[5:] for row in rows], 6, eos_token=eos, cache=cache)
+    first = [torch.cat([row[:5], x]) for row, x in zip(rows, first, strict=True)]
     second = model.generate(more, 4, cache=cache)
     for said, new, got in zip(first, more, second, strict=True):
         assert got.tolist() == greedy(model, torch.cat([said, new]), 4)[len(said) :].tolist()
 
 
-class Letters:
+class Letters(Tokenizer):
     """A tokenizer of one letter a token."""
 
     end = 49
 
     def decode(self, tokens):
         return "".join(chr(65 + i) for i in tokens)
+
+    def special(self, text):
+        return ord(text[1]) - 65 if text[0] == "<" else None
 
 
 def test_stop_strings(model):
@@ -151,6 +157,7 @@ def test_stop_strings(model):
         for row, want, x in zip(rows, free, got, strict=True):
             text, new = Letters().decode(want.tolist()), Letters().decode(x[len(row) :].tolist())
             assert new == (text[: text.index(stop) + len(stop)] if stop in text else text)
+    assert model.generate(rows[:1], 9, stop=f"<{stop[0]}>")[0].tolist() == torch.cat([rows[0], free[0][:3]]).tolist()
     tensor = model.generate(rows[0][None], 9, stop=stop)[0]
     assert tensor.tolist() == got[0].tolist()  # the stream ends with its last prompt
 
