@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from hsa_tl.model.optimizers import make_optimizers
 from hsa_tl.model.pretrained import load
 from hsa_tl.model.recipe import Recipe, Stage, recipe_of
 from hsa_tl.model.sources import IGNORE, Batch, Source, make_source, validation_source
+from hsa_tl.validation import require
 
 LOG, LOCK = "log.jsonl", ".lock"
 PART_TOKENS = 1024  # of a batch on a CPU, which a worker trains on at a time, alone; the same for any number of them
@@ -228,9 +229,9 @@ def train(
     Writes checkpoints, log.jsonl and, where tensorboard is installed, its events. on_step sees every step. At each
     checkpoint it validates, on what `sources.validation_source` has. Where another step would end behind `seconds`, it
     ends with a checkpoint, for another call to go on from; so it does on SIGINT (Ctrl-C) and SIGTERM.
-    ValueError: run holds checkpoints of another recipe; data or start that are not there. InUse, a ValueError: another
-    process trains in run. FloatingPointError: a gradient that is not finite. Interrupted, a KeyboardInterrupt: a
-    signal came, and the checkpoint is written.
+    ValueError: run holds checkpoints of another recipe; a stage, `reading` or start that cannot be. InUse, a
+    ValueError: another process trains in run. FloatingPointError: a gradient that is not finite. Interrupted, a
+    KeyboardInterrupt: a signal came, and the checkpoint is written.
     """
     end = time.perf_counter() + seconds
     ranks = Ranks(device, context_parallel)
@@ -249,12 +250,12 @@ def train(
 def _train(
     recipe: Recipe, run: Path, ranks: Ranks, end: float, on_step: Callable[[Step], None], signals: list[int]
 ) -> Model:
-    device = ranks.device
-    model = _start(recipe, device)
+    device, found = ranks.device, checkpoint.latest(run)
+    model = _start(recipe if found is None else replace(recipe, start=None), device)
     module = ranks.shard(model)
     optimizers = make_optimizers(model, recipe)
     values, first = json.loads(json.dumps(recipe.to_dict())), 0
-    if (found := checkpoint.latest(run)) is not None:
+    if found is not None:
         theirs = json.loads(json.dumps(recipe_of(found.recipe).to_dict()))  # defaults of fields that are newer
         if theirs != values:
             differ = sorted(k for k in values if theirs[k] != values[k])
@@ -267,6 +268,7 @@ def _train(
         if "cuda" in found.rng:
             torch.cuda.set_rng_state(found.rng["cuda"])
         first = found.step
+    sources = _sources(recipe, first, ranks)
     writes, writer = ranks.rank == 0, None
     if writes:
         # Lines of steps that the resumed run will do again go.
@@ -276,7 +278,6 @@ def _train(
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run) if writes else None
-    source: Source | None = None
     held_out: list[Batch] = []
     stage_number, stopped, saving_s = None, False, 0.0
     with (run / LOG if writes else Path(os.devnull)).open("a", buffering=1) as log:
@@ -285,11 +286,10 @@ def _train(
             number, within = recipe.stage_at(step)
             stage = recipe.stages[number]
             if number != stage_number:
-                stage_number, source = number, _source(recipe, stage, number)
-                held_out = _held_out(recipe, stage, ranks)
+                stage_number, held_out = number, _held_out(recipe, stage, ranks)
                 reconfigure(model, recipe.config(stage))
             at, (mine, size) = within * stage.batch * stage.accumulate, ranks.own(stage.batch)
-            batches = [source.batch(at + i * stage.batch + mine, size) for i in range(stage.accumulate)]
+            batches = [sources[number].batch(at + i * stage.batch + mine, size) for i in range(stage.accumulate)]
             lr = recipe.lr_at(step)
             loss, norm = train_step(module, optimizers, recipe, batches, lr, ranks)
             model.update_balance()
@@ -320,10 +320,7 @@ def _train(
     ranks.close()
     if stopped or signals:
         raise Interrupted(signals[0] if signals else signal.SIGTERM, first, recipe, run)
-    if ranks.world > 1:  # the parameters here are shards
-        return load(run, device)
-    reconfigure(model, recipe.config())
-    return model.eval()
+    return load(run, device)
 
 
 def _held_out(recipe: Recipe, stage: Stage, ranks: Ranks) -> list[Batch]:
@@ -335,6 +332,39 @@ def _held_out(recipe: Recipe, stage: Stage, ranks: Ranks) -> list[Batch]:
     except (ValueError, OSError) as error:
         warnings.warn(f"no validation in steps of {stage.length} tokens: {error}", NoValidation, stacklevel=2)
         return []
+
+
+@contextlib.contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Says which part of a recipe an error is of."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{part}: {error}") from error
+
+
+def _sources(recipe: Recipe, first: int, ranks: Ranks) -> dict[int, Source]:
+    """By number, of the stages that a step from `first` on belongs to.
+
+    ValueError: one of these, or `reading`, is none of this model, these ranks and the files there are. It would be
+    known after the stages before it, which take hours.
+    """
+    with torch.device("meta"):
+        model = Model(recipe.config(recipe.stages[0]))
+    sources = {}
+    for number in sorted({recipe.stage_at(step)[0] for step in range(first, recipe.steps)}):
+        stage, name = recipe.stages[number], f"of stage {number + 1}"
+        with _naming(f"model {name}"):
+            reconfigure(model, recipe.config(stage))
+        with _naming(f"batch {name}"):
+            _, size = ranks.own(stage.batch)
+            others = model.config.distractors if model.encoder is not None else 0
+            require(others < size, "distractors", f"be below the batch's {size} sequences", others)
+        with _naming(f"data {name}"):
+            sources[number] = _source(recipe, stage, number)
+    with _naming("reading"):
+        reconfigure(model, recipe.config())
+    return sources
 
 
 def _source(recipe: Recipe, stage: Stage, number: int) -> Source:

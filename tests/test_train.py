@@ -354,10 +354,29 @@ def test_a_wrong_recipe_is_named(changes, words):
         recipe_of(toy().to_dict() | changes)
 
 
-def test_a_stage_may_not_change_shapes(tmp_path):
-    stages = (*toy().stages[:1], replace(toy().stages[1], model={"dim": 64}))
-    with pytest.raises(ValueError, match="config must leave the parameters' shapes alone"):
-        training.train(toy(stages=stages), tmp_path)
+@pytest.mark.parametrize(
+    "changes, reading, words",
+    (
+        ({"model": {"dim": 64}}, {}, "model of stage 2: config must leave the parameters' shapes alone"),
+        ({"model": {"distractors": 4}}, {}, "batch of stage 2: distractors must be below the batch's 4 sequences"),
+        ({"data": {"kind": "pairs", "path": "none.jsonl"}}, {}, "data of stage 2: .*none.jsonl"),
+        ({}, {"dim": 64}, "reading: config must leave the parameters' shapes alone"),
+    ),
+)
+def test_what_a_later_stage_cannot_do_is_said_at_once(changes, reading, words, tmp_path):
+    stages = (*toy().stages[:1], replace(toy().stages[1], **changes))
+    with pytest.raises(ValueError, match=words):
+        training.train(toy(stages=stages, reading=reading), tmp_path, on_step=lambda step: pytest.fail("a step"))
+
+
+def test_the_run_to_start_from_is_read_once(tmp_path):
+    training.train(toy(steps=2), tmp_path / "first")
+    recipe = toy(start=str(tmp_path / "first"))
+    training.train(recipe, tmp_path / "run", seconds=0)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert_same(weights(training.train(recipe, tmp_path / "run")), weights(load(tmp_path / "run")))
+    with pytest.raises(ValueError, match="start must be a folder with a checkpoint"):
+        training.train(recipe, tmp_path / "other")
 
 
 def test_train_command(tmp_path):
