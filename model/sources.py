@@ -7,7 +7,10 @@ labels are input_ids where the loss counts, -100 elsewhere; the model shifts the
 """
 
 import inspect
+import math
+import warnings
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import torch
 from hsa_tl.model import needles, ruler
 from hsa_tl.model.data import ByteTokenizer, TokenFile, Tokenizer, make_tokenizer
 from hsa_tl.model.documents import json_lines
+from hsa_tl.validation import require
 
 IGNORE = -100
 HELD_OUT = 999  # where a recipe's seed makes one for each stage, those of validation
@@ -48,6 +52,15 @@ class Source:
         return Batch(tokens, labels)
 
 
+def _require_room(tasks, length: int, tokenizer: Tokenizer) -> None:
+    """ValueError: a RULER task that does not fit, by its name; samples differ by some tokens, which are left for it."""
+    for name in tasks:
+        try:
+            ruler.ruler_sample(name, length * 31 // 32, 0, 0, tokenizer=tokenizer)
+        except ValueError as error:
+            raise ValueError(f"length must leave room for samples of {name}, got {length}: {error}") from None
+
+
 class TextSource(Source):
     """Windows of a token file in random order, each once an epoch; the loss counts every token.
 
@@ -69,6 +82,8 @@ class TextSource(Source):
             raise ValueError(f"needles must lie in [0, 1], got {needles}")
         if self_copy and length % 2:
             raise ValueError(f"length must be even for self_copy, got {length}")
+        if needles:
+            _require_room(INSERTED, length, self.tokenizer)
         self.vocab_size = file.sidecar.vocab_size
         self.window = length // 2 if self_copy else length
         self.windows = len(file) // self.window
@@ -110,6 +125,8 @@ class PairSource(Source):
         self.pairs = [(tokens, first) for tokens, first in joined if len(tokens) <= length]
         if not self.pairs:
             raise ValueError(f"a prompt with its answer must have at most {length} tokens, got none of {len(pairs)}")
+        if long := len(pairs) - len(self.pairs):
+            warnings.warn(f"{long} of {len(pairs)} pairs are longer than {length} tokens and are left out", stacklevel=2)
         self.length, self.seed, self.vocab_size, self.fill = length, seed, vocab_size, 0 if end is None else end
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,29 +140,24 @@ class PairSource(Source):
             at += len(pair)
 
 
-class MixSource(Source):
-    """Samples of several sources by lot, by their weights."""
+class LotSource(Source):
+    """Samples by lot, of several sources or of tasks, by their weights. rows: each gives sample `index` of its own."""
 
-    def __init__(self, sources: list[Source], weights: list[float], seed: int):
-        self.sources, self.seed, self.share = sources, seed, np.array(weights) / sum(weights)
-        self.length, self.vocab_size = sources[0].length, max(x.vocab_size for x in sources)
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        chosen = np.random.default_rng([self.seed, 3, index]).choice(len(self.sources), p=self.share)
-        return self.sources[chosen].row(index)
-
-
-class TaskSource(Source):
-    """Samples of tasks in turn by lot; the loss counts the answers only."""
-
-    def __init__(self, tasks: list, weights: list[float], length: int, vocab_size: int, seed: int):
-        self.tasks, self.length, self.vocab_size, self.seed = tasks, length, vocab_size, seed
+    def __init__(self, rows: list, weights: list[float], length: int, vocab_size: int, seed: int, stream: int):
+        ok = min(weights, default=-1) >= 0 and 0 < sum(weights) < math.inf
+        require(ok, "weights", "be at least 0 and not all of them 0, one for each task or source", weights)
+        self.rows, self.length, self.vocab_size, self.lot = rows, length, vocab_size, (seed, stream)
         self.share = np.array(weights) / sum(weights)
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = np.random.default_rng([self.seed, 2, index]).choice(len(self.tasks), p=self.share)
-        sample = self.tasks[chosen](self.seed, index)
-        return sample.tokens, sample.targets()
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        chosen = np.random.default_rng([*self.lot, index]).choice(len(self.rows), p=self.share)
+        return self.rows[chosen](index)
+
+
+def _answers(sample, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """A task's sample, of which the loss counts the answers only."""
+    found = sample(seed, index)
+    return found.tokens, found.targets()
 
 
 def tokenizer_of(spec: dict[str, Any]) -> Tokenizer:
@@ -165,25 +177,23 @@ def _self_copy(length: int, seed: int, *, path, tokenizer=None, needles=0.0) -> 
     return TextSource(TokenFile(path), length, seed, needles=needles, self_copy=True, tokenizer=tokenizer)
 
 
-def _needles(length: int, seed: int, *, tasks) -> TaskSource:
+def _needles(length: int, seed: int, *, tasks) -> LotSource:
     """tasks: of NeedleTask's fields and a weight, 1 by default."""
     known = [f.name for f in fields(needles.NeedleTask) if f.name != "length"] + ["weight"]
     for name in (name for t in tasks for name in t if name not in known):
         raise ValueError(f"a task of needles must have the options {', '.join(known)}, got {name!r}")
     weights = [t.get("weight", 1.0) for t in tasks]
     options = [{k: v for k, v in t.items() if k != "weight"} for t in tasks]
-    samples = [needles.NeedleTask(length, **x).sample for x in options]
-    return TaskSource(samples, weights, length, needles.VOCAB, seed)
+    rows = [partial(_answers, needles.NeedleTask(length, **x).sample, seed) for x in options]
+    return LotSource(rows, weights, length, needles.VOCAB, seed, 2)
 
 
-def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> TaskSource:
+def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> LotSource:
     """tasks: names; tokenizer: a file, by default bytes."""
     tokenizer = make_tokenizer(tokenizer)
-    samples = [
-        lambda seed, index, name=name: ruler.ruler_sample(name, length, seed, index, tokenizer=tokenizer)
-        for name in tasks
-    ]
-    return TaskSource(samples, [1.0] * len(samples), length, tokenizer.vocab_size, seed)
+    _require_room(tasks, length, tokenizer)
+    rows = [partial(_answers, partial(ruler.ruler_sample, name, length, tokenizer=tokenizer), seed) for name in tasks]
+    return LotSource(rows, [1.0] * len(rows), length, tokenizer.vocab_size, seed, 2)
 
 
 def _pairs(length: int, seed: int, *, path, prompt="prompt", answer="answer", tokenizer=None) -> PairSource:
@@ -193,12 +203,15 @@ def _pairs(length: int, seed: int, *, path, prompt="prompt", answer="answer", to
     return PairSource(list(zip(*columns, strict=True)), length, seed, tokenizer.vocab_size, tokenizer.end)
 
 
-def _mix(length: int, seed: int, *, sources) -> MixSource:
-    """sources: the `data` of each, no mix itself, and a weight, 1 by default."""
+def _mix(length: int, seed: int, *, sources) -> LotSource:
+    """sources: the `data` of each, no mix itself, of one tokenizer besides needles, and a weight, 1 by default."""
     if not sources or any(x.get("kind") == "mix" for x in sources):
         raise ValueError(f"sources must be at least one that is no mix itself, got {sources}")
     made = [make_source({k: v for k, v in x.items() if k != "weight"}, length, seed) for x in sources]
-    return MixSource(made, [x.get("weight", 1.0) for x in sources], seed)
+    names = sorted({tokenizer_of(x).name for x in sources if x["kind"] != "needles"})
+    require(len(names) < 2, "sources", "be of one tokenizer", ", ".join(names))
+    weights = [x.get("weight", 1.0) for x in sources]
+    return LotSource([x.row for x in made], weights, length, max(x.vocab_size for x in made), seed, 3)
 
 
 KINDS = {

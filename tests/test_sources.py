@@ -66,7 +66,9 @@ def test_the_loss_counts_the_answers_of_pairs(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("\n".join([*PAIRS, json.dumps({"prompt": "x" * 90, "answer": "never"})]))
     spec = {"kind": "pairs", "path": str(file)}
-    batch = sources.make_source(spec, 90, 0).batch(0, 20)
+    with pytest.warns(UserWarning, match="1 of 51 pairs are longer than 90 tokens and are left out"):
+        source = sources.make_source(spec, 90, 0)
+    batch = source.batch(0, 20)
     for tokens, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
         text = "".join("|" if t == 256 else chr(t) for t in tokens)
         pairs = re.findall(r"What is (\d+) \+ \1\? (\d+)\|", text)
@@ -94,8 +96,8 @@ def test_a_mix_has_its_shares(file):
     assert 0.35 < sum(asked) / len(asked) < 0.65 and 0.35 < (marks == 2).float().mean() < 0.65
     assert isinstance(sources.tokenizer_of(mix), ByteTokenizer)
     held_out = write_tokens(file.path.with_name("held_out.bin"), [b"never trained on, " * 99], ByteTokenizer())
-    unseen = sources.validation_source(mix, 400, 1)
-    assert unseen.sources[0].file.path == held_out.path and unseen.sources[1].seed == 1999
+    text, needles = (row.__self__ for row in sources.validation_source(mix, 400, 1).rows)
+    assert text.file.path == held_out.path and needles.lot[0] == 1999
 
 
 def test_needles_are_inserted_into_their_share_of_samples(file):
@@ -113,6 +115,28 @@ def test_needles_are_inserted_among_copies_too(file):
     assert asked == (~copies).tolist() and 30 <= sum(asked) <= 70
     assert (batch.labels[~copies] == batch.input_ids[~copies]).all()
     assert (batch.labels[copies, :400] == sources.IGNORE).all()
+
+
+@pytest.mark.parametrize("kind", ("text", "self-copy"))
+def test_needles_that_do_not_fit_are_refused_at_once(kind, file):
+    """And what is taken has room for every sample."""
+    spec = {"kind": kind, "path": str(file.path), "needles": 1.0}
+    with pytest.raises(ValueError, match="length must leave room for samples of mq-niah, got 368"):
+        sources.make_source(spec, 368, 0)
+    assert len(sources.make_source(spec, 376, 0).batch(0, 400).input_ids) == 400
+
+
+def test_a_mix_is_of_one_tokenizer(file, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "answer": "a"}')
+    pairs = {"kind": "pairs", "path": str(tmp_path / "pairs.jsonl")}
+    mix = {"kind": "mix", "sources": [{"kind": "text", "path": str(file.path)}, pairs]}
+    assert sources.make_source(mix, 400, 0).length == 400
+    pairs["tokenizer"] = str(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"sources must be of one tokenizer, got bytes, tokenizer.json \w{64}"):
+        sources.make_source(mix, 400, 0)
 
 
 def test_the_loss_counts_the_text_around_inserted_needles(file):
@@ -137,6 +161,11 @@ def test_the_loss_counts_the_text_around_inserted_needles(file):
         ({"kind": "mix", "sources": []}, "sources must be at least one that is no mix"),
         ({"kind": "mix", "sources": [{"kind": "mix", "sources": []}]}, "sources must be at least one that is no mix"),
         ({"kind": "mix", "sources": ["text"]}, "data of kind mix must have options of the right types"),
+        ({"kind": "needles", "tasks": []}, r"weights must be at least 0 and not all of them 0, .*, got \[\]"),
+        ({"kind": "needles", "tasks": [{"weight": 0}]}, r"weights must be at least 0 and not all .*, got \[0\]"),
+        ({"kind": "mix", "sources": [{"kind": "needles", "tasks": [{}], "weight": -1}]}, "weights must be at least 0"),
+        ({"kind": "ruler", "tasks": ["s-niah", "mq-niah"]}, "length must leave room for samples of mq-niah, got 128"),
+        ({"kind": "ruler", "tasks": ["x"]}, "samples of x, got 128: task must be one of"),
     ),
 )
 def test_a_wrong_spec_is_named(spec, words):

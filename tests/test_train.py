@@ -265,7 +265,7 @@ def shrunk(recipe: Recipe, tmp_path) -> Recipe:
         for task in data.get("tasks", ()) if data["kind"] == "needles" else ():
             task |= {name: min(task[name], 24) for name in ("needles", "queries")}
         model = narrow(stage["model"])
-        size = {"steps": 1, "length": 320, "batch": 1 + model.get("distractors", 0), "accumulate": 2}
+        size = {"steps": 1, "length": 448, "batch": 1 + model.get("distractors", 0), "accumulate": 2}
         stages.append(stage | size | {"data": data, "model": model})
     return recipe_of(values | {"stages": stages})
 
