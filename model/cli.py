@@ -192,11 +192,12 @@ def train(
                 for kind in (checkpoint.TornCheckpoint, training.NoValidation):
                     warnings.simplefilter("always", kind)
                 seconds = math.inf if minutes is None else 60 * minutes - (time.perf_counter() - begin)
-                training.train(
-                    chosen, run, device=device, context_parallel=context_parallel, seconds=seconds, on_step=on_step
-                )
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        console.print(message, markup=False, highlight=False)
+                options = {"device": device, "context_parallel": context_parallel, "seconds": seconds}
+                try:
+                    training.train(chosen, run, on_step=on_step, **options)
+                finally:
+                    for message in dict.fromkeys(str(warning.message) for warning in caught):
+                        console.print(message, markup=False, highlight=False)
     if writes:
         _show_run(console, chosen, run, done)
     if os.environ.get("WORLD_SIZE", "1") != "1":

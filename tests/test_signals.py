@@ -48,6 +48,8 @@ def test_the_callers_own_handler_stays(tmp_path):
 
 
 def test_the_command_says_what_a_signal_left(tmp_path, monkeypatch):
+    """And what there was to warn of."""
+    (tmp_path / "step-00000009").mkdir()
     step = training.train_step
 
     def interrupted(*args):
@@ -59,3 +61,4 @@ def test_the_command_says_what_a_signal_left(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["train", "toy", "--out", str(tmp_path), "--device", "cpu", "--threads", "1"])
     assert result.exit_code == 128 + signal.SIGTERM
     assert "SIGTERM ended training with a checkpoint: 1 of 6 steps are in" in result.output
+    assert "skipped a torn checkpoint" in result.output
