@@ -16,12 +16,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from hsa_tl.files import TEMPORARY, atomic_files, locked, sha256_of
+from hsa_tl.files import TEMPORARY, atomic_files, locked, sha256_of, write_atomic
 from hsa_tl.model import documents
 from hsa_tl.model.documents import TextFile
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
+KEPT, CONFIG = "tokenizer.json", "tokenizer_config.json"
 BYTE_END = 256  # end of document of the byte-level tokenizer
 
 
@@ -95,16 +96,17 @@ class FileTokenizer(Tokenizer):
             from tokenizers import Tokenizer as HFTokenizer
         except ImportError:
             raise ImportError("a tokenizer file needs the tokenizers library: pip install 'hsa-tl[train]'") from None
-        data = Path(path).read_bytes()
+        self.path = Path(path)
+        data = self.path.read_bytes()
         try:
             self.inner = HFTokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {error}") from None
         self.inner.no_truncation()
         self.inner.no_padding()
-        self.name = f"{Path(path).name} {hashlib.sha256(data).hexdigest()}"
+        self.name = f"{self.path.name} {hashlib.sha256(data).hexdigest()}"
         self.vocab_size = self.inner.get_vocab_size()
-        special = _special_tokens(Path(path).with_name("tokenizer_config.json"))
+        special = _special_tokens(self.path.with_name(CONFIG))
         names = (special.get("eos_token"), "<|endoftext|>", "</s>", "<eos>")
         ends = (self.inner.token_to_id(t) for t in names if t is not None)
         self.end = next((i for i in ends if i is not None), None)
@@ -127,6 +129,12 @@ class FileTokenizer(Tokenizer):
 
     def fast(self):
         return self.inner
+
+    def keep(self, folder: Path) -> None:
+        """Copies its files into a folder that has none, where FileTokenizer(folder / KEPT) is the same."""
+        for name, file in ((CONFIG, self.path.with_name(CONFIG)), (KEPT, self.path)):
+            if file.is_file() and not (folder / KEPT).exists():
+                write_atomic(folder / name, file.read_bytes())
 
 
 def make_tokenizer(path: Path | str | None = None) -> Tokenizer:

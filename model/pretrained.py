@@ -81,7 +81,7 @@ def load(
 
     Returns:
         The Model; `model.tokenizer` (hsa_tl.model.data.Tokenizer) is the source's of a converted model, else the one of
-        the recipe's last stage.
+        the recipe's last stage, of which the run keeps a copy.
 
     Raises:
         ValueError: neither a run nor a name; shipped weights whose checksum is not what it was. ImportError: shipped
@@ -93,7 +93,7 @@ def load(
     model = _new(recipe.config(), device, dtype)
     fill(model)
     if recipe.source is None:
-        model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data)
+        model.tokenizer = sources.tokenizer_of(recipe.stages[-1].data, Path(run_or_name))
     else:
         model.tokenizer = sources.make_tokenizer(Path(run_or_name) / TOKENIZER / "tokenizer.json")
     return model.eval()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hsa_tl.model import needles, ruler
-from hsa_tl.model.data import ByteTokenizer, TokenFile, Tokenizer, make_tokenizer
+from hsa_tl.model.data import KEPT, ByteTokenizer, TokenFile, Tokenizer, make_tokenizer
 from hsa_tl.model.documents import json_lines
 from hsa_tl.validation import require
 
@@ -126,7 +126,7 @@ class PairSource(Source):
         if not self.pairs:
             raise ValueError(f"a prompt with its answer must have at most {length} tokens, got none of {len(pairs)}")
         if long := len(pairs) - len(self.pairs):
-            warnings.warn(f"{long} of {len(pairs)} pairs are longer than {length} tokens and are left out", stacklevel=2)
+            warnings.warn(f"{long} of {len(pairs)} pairs are left out, of more than {length} tokens", stacklevel=2)
         self.length, self.seed, self.vocab_size, self.fill = length, seed, vocab_size, 0 if end is None else end
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,12 +160,15 @@ def _answers(sample, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     return found.tokens, found.targets()
 
 
-def tokenizer_of(spec: dict[str, Any]) -> Tokenizer:
+def tokenizer_of(spec: dict[str, Any], run: Path | None = None) -> Tokenizer:
     """The tokenizer of a recipe's `data`: its file's, by default one token a byte; of needles, their words; of a mix,
-    its first source's."""
+    its first source's. run: whose copy of the file is taken, where it keeps one."""
     if spec["kind"] == "mix":
-        return tokenizer_of(spec["sources"][0])
-    return needles.NeedleTokenizer() if spec["kind"] == "needles" else make_tokenizer(spec.get("tokenizer"))
+        return tokenizer_of(spec["sources"][0], run)
+    if spec["kind"] == "needles":
+        return needles.NeedleTokenizer()
+    file = spec.get("tokenizer")
+    return make_tokenizer(run / KEPT if file and run and (run / KEPT).is_file() else file)
 
 
 def _text(length: int, seed: int, *, path, tokenizer=None, needles=0.0) -> TextSource:

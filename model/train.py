@@ -26,13 +26,14 @@ from hsa_tl import workers
 from hsa_tl.files import InUse, locked, write_atomic
 from hsa_tl.model import checkpoint
 from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.data import FileTokenizer
 from hsa_tl.model.distributed import Ranks
 from hsa_tl.model.mlp import MoE
 from hsa_tl.model.model import Model
 from hsa_tl.model.optimizers import make_optimizers
 from hsa_tl.model.pretrained import load
 from hsa_tl.model.recipe import Recipe, Stage, recipe_of
-from hsa_tl.model.sources import IGNORE, Batch, Source, make_source, validation_source
+from hsa_tl.model.sources import IGNORE, Batch, Source, make_source, tokenizer_of, validation_source
 from hsa_tl.validation import require
 
 LOG, LOCK = "log.jsonl", ".lock"
@@ -271,6 +272,8 @@ def _train(
     sources = _sources(recipe, first, ranks)
     writes, writer = ranks.rank == 0, None
     if writes:
+        if isinstance(tokenizer := tokenizer_of(recipe.stages[-1].data, run), FileTokenizer):
+            tokenizer.keep(run)
         # Lines of steps that the resumed run will do again go.
         lines = (run / LOG).read_text().splitlines(keepends=True) if (run / LOG).exists() else []
         write_atomic(run / LOG, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] < first))

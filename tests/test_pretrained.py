@@ -134,6 +134,28 @@ def test_the_tokenizer_is_the_datas():
         tokenizer_of({"kind": "text", "path": "x", "tokenizer": "/nonexistent/tokenizer.json"})
 
 
+def test_a_run_keeps_its_tokenizer(tmp_path, monkeypatch):
+    """With what stands beside it; neither a file that takes its place nor another working folder changes the run's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    file, words = Path("words/mine.json"), {"a": 0, "END": 1, "b": 2}
+    file.parent.mkdir()
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a")).save(str(file))
+    file.with_name("tokenizer_config.json").write_text('{"eos_token": "END"}')
+    Path("pairs.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    data = {"kind": "pairs", "path": "pairs.jsonl", "tokenizer": str(file)}
+    training.train(Recipe("toy", "tiny", (Stage(1, 32, 2, data),), 1e-3), tmp_path / "run")
+    file.rename("moved.json")
+    for folder in (tmp_path, tmp_path / "run"):
+        monkeypatch.chdir(folder)
+        tokenizer = load(tmp_path / "run").tokenizer
+        assert (tokenizer.end, tokenizer.encode("b")) == (1, [2])
+    (tmp_path / "run/tokenizer.json").unlink()  # a run from before
+    monkeypatch.chdir(tmp_path)
+    Path("moved.json").rename(file)
+    assert load("run").tokenizer.encode("b") == [2]
+
+
 def test_needles_are_words():
     tokenizer = NeedleTokenizer()
     everything = np.arange(tokenizer.vocab_size)

@@ -66,7 +66,7 @@ def test_the_loss_counts_the_answers_of_pairs(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("\n".join([*PAIRS, json.dumps({"prompt": "x" * 90, "answer": "never"})]))
     spec = {"kind": "pairs", "path": str(file)}
-    with pytest.warns(UserWarning, match="1 of 51 pairs are longer than 90 tokens and are left out"):
+    with pytest.warns(UserWarning, match="1 of 51 pairs are left out, of more than 90 tokens"):
         source = sources.make_source(spec, 90, 0)
     batch = source.batch(0, 20)
     for tokens, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
