@@ -98,7 +98,7 @@ def run_ruler(
         method, answer = "generated", partial(evaluate.answers_generated, reader.model, folder=reader.folder)
     for length in lengths:
         for task in tasks:
-            for depth in depths if vocabulary == "needles" or task in ruler.NIAH else [None]:
+            for depth in depths if vocabulary == "needles" or task in ruler.AT_DEPTH else [None]:
                 fixed = () if depth is None else (depth,)
                 found = evaluate.accuracy(answer, make(task, length, samples, 0, fixed))
                 counts = found.answers, found.samples, round(found.seconds, 3)

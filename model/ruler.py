@@ -61,6 +61,7 @@ NIAH = {
     "mq-niah": Niah(6, 2),
     "mv-niah": Niah(4, 4, values=4),
 }
+AT_DEPTH = tuple(name for name, kind in NIAH.items() if kind.values == 1)  # others are asked for all their needles
 FACTS = {"qa": facts.biographies, **{f"babi-{n}": partial(facts.story, needed=n) for n in (1, 2, 3)}}
 TASKS = (*NIAH, "vt", "fwe", "cwe", *FACTS)
 TRAINED = ("s-niah", "mk-niah-1", "mk-niah-2", "mk-niah-3", "mq-niah", "vt", "fwe")  # short enough for any length
@@ -74,13 +75,13 @@ def ruler_sample(
     """The sample of (seed, index): tokens [length] and its answers' spans [A, 2].
 
     name: one of TASKS. depth: of the first needle asked for, in [0, 1], by default
-    anywhere; niah only. haystack: tokens of real text, which repeat where they are too few; by default filler
+    anywhere; of AT_DEPTH only. haystack: tokens of real text, which repeat where they are too few; by default filler
     sentences. ValueError: an unknown name, or a length too short for the task.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    if depth is not None and (name not in NIAH or not 0 <= depth <= 1):
-        raise ValueError(f"depth must lie in [0, 1] and the task be a needle's, got {depth} for {name}")
+    if depth is not None and (name not in AT_DEPTH or not 0 <= depth <= 1):
+        raise ValueError(f"depth must lie in [0, 1] and the task be of {', '.join(AT_DEPTH)}, got {depth} for {name}")
     rng = np.random.default_rng([seed, index])
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     filler = tokenizer.encode_all([FILLER])[0] if haystack is None else haystack

@@ -59,10 +59,11 @@ def test_ruler_of_needles(tmp_path):
 def test_ruler_in_words_and_perplexity(tmp_path):
     write_tokens(tmp_path / "text.bin", [np.random.default_rng(0).bytes(3000)], ByteTokenizer())
     run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
-    invoke("ruler", "--run", run, "--lengths", "1k", "--depths", "0.5", "--samples", 1, "--tasks", "s-niah,vt",
+    invoke("ruler", "--run", run, "--lengths", "1k", "--depths", "0.5", "--samples", 1, "--tasks", "s-niah,vt,mv-niah",
            "--out", tmp_path, "--topk", 4)  # fmt: skip
     rows = json.loads((tmp_path / "ruler.json").read_text())
-    assert [(r["task"], r["depth"], r["haystack"]) for r in rows] == [("s-niah", 0.5, None), ("vt", None, None)]
+    asked = [("s-niah", 0.5, None), ("vt", None, None), ("mv-niah", None, None)]
+    assert [(r["task"], r["depth"], r["haystack"]) for r in rows] == asked
     (tmp_path / "book.txt").write_text("It was a dark night. " * 9)
     invoke("ruler", "--run", run, "--lengths", "2k", "--samples", 1, "--tasks", "babi-2", "--out", tmp_path / "book",
            "--haystack", tmp_path / "book.txt")  # fmt: skip

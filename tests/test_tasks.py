@@ -172,8 +172,9 @@ def test_tasks_by_name():
             make()
     with pytest.raises(ValueError, match="length must leave"):
         ruler_sample("mq-niah", 200, 0, 0)
-    with pytest.raises(ValueError, match="depth must lie in"):
-        ruler_sample("vt", 2000, 0, 0, depth=0.5)
+    for name in ("vt", "mv-niah"):
+        with pytest.raises(ValueError, match=f"depth must lie in .* mk-niah-3, mq-niah, got 0.5 for {name}"):
+            ruler_sample(name, 2000, 0, 0, depth=0.5)
     with pytest.raises(ValueError, match="needles must lie between queries and 14, got 15"):
         NeedleTask(48, needles=15, queries=2)
     with pytest.raises(ValueError, match="noise_ids must be one of noise, keys, all, got 'x'"):
