@@ -75,7 +75,7 @@ class Chat:
         self.stop = "\n" if render is None else ()  # where messages are lines, an answer is one
         self.cache = cache or model.new_cache(1)
         self.messages: list[dict[str, str]] = []
-        self.text = ""  # of the conversation, as the model has it
+        self.text, self.tail = "", ""  # of the conversation as it is rendered, and blanks that the model has behind it
 
     def ask(self, question: str, max_new_tokens: int, **options) -> Iterator[str]:
         """The answer's pieces. options: temperature, top_p and seed of `Generation.stream`.
@@ -87,7 +87,7 @@ class Chat:
         if not text.startswith(self.text):  # a template that writes earlier turns in another way than they were
             text = self.text + self.render(self.messages[-1:], True)
         tokenizer, unread = self.model.tokenizer, self.cache.unread
-        ids = tokenizer.encode(text[len(self.text) :])
+        ids = tokenizer.encode(text[len(self.text) :].removeprefix(self.tail))
         if unread is not None and unread[0].tolist() == [tokenizer.end] == ids[:1]:
             ids = ids[1:]  # the answer before has ended with it
         if self.render is lines and not any(self.cache.lengths):
@@ -101,4 +101,4 @@ class Chat:
                 yield piece
         finally:
             self.messages.append({"role": "assistant", "content": said.strip()})
-            self.text = text + said
+            self.text, self.tail = text + said.strip(), said[len(said.rstrip()) :]

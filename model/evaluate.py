@@ -116,7 +116,7 @@ def ruler_samples(
 ):  # fmt: skip
     """`count` samples of a task in words, see hsa_tl.model.ruler."""
     for i in range(count):
-        depth = depths[i % len(depths)] if depths and name in ruler.NIAH else None
+        depth = depths[i % len(depths)] if depths and name in ruler.AT_DEPTH else None
         yield ruler.ruler_sample(name, length, HELD_OUT + seed, i, depth=depth, tokenizer=tokenizer, haystack=haystack)
 
 

@@ -118,6 +118,23 @@ def test_a_template_that_rewrites_turns(model):
     assert ask(talk, "two") == alone(model, f"?one|!{first}?two|!")
 
 
+@pytest.mark.parametrize("render", (marked, chat.lines))
+def test_blanks_around_an_answer(render, model, monkeypatch):
+    """A template renders answers without them; what the model wrote stays, and nothing is read twice."""
+    system = lambda messages, answer: "system" + render(messages, answer)  # noqa: E731
+    talk, reads, answers = chat.Chat(model, system), [], iter((b" Four.\n", b"Six. ", b"Eight"))
+
+    def stream(ids, *_, **options):
+        reads.append(bytes(ids[0]).decode())
+        return map(torch.tensor, [[x] for x in next(answers)])
+
+    monkeypatch.setattr(model, "stream", stream)
+    for _ in range(3):
+        ask(talk, "q")
+    assert reads == (["system?q|!", "|?q|!", "|?q|!"] if render is marked else ["systemq\n", "q\n", "\nq\n"])
+    assert [m["content"] for m in talk.messages[1::2]] == ["Four.", "Six.", "Eight"]
+
+
 def test_a_memory_is_written_once_and_loaded(model, tmp_path):
     text, path = b"the document that is kept " * 7, tmp_path / "kept"
     read = []
