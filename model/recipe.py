@@ -6,6 +6,7 @@
 model/recipes holds the paper's stages, each a file that starts from the checkpoint of the one before.
 """
 
+import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import takewhile
 from math import cos, inf, pi
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa_tl.model.config import ModelConfig, preset, require_ints, require_rules
+from hsa_tl.validation import require
 
 FOLDER = Path(__file__).parent / "recipes"
 DTYPES = ("float32", "bfloat16")
@@ -164,9 +166,6 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
             _check_fields(Stage, stage)
         stages = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values["stages"])
         values |= {"stages": stages, "betas": tuple(values.get("betas", Recipe.betas))}
-        for name in ("lr", "decay", "final", "weight_decay", "clip"):
-            if isinstance(values.get(name), str):  # YAML 1.1 takes 1e-3 for a word
-                values[name] = float(values[name])
         return Recipe(**values)
     except TypeError as error:
         raise ValueError(f"a recipe must have the fields of Recipe and Stage, got {error}") from None
@@ -181,8 +180,8 @@ def load_recipe(name: str | Path) -> Recipe:
     return recipe_of(_read(name))
 
 
-def _read(name: str | Path) -> dict[str, Any]:
-    """The values of a recipe's file, over those of the recipe that it is like."""
+def _read(name: str | Path, *above: Path) -> dict[str, Any]:
+    """The values of a recipe's file, over those of the recipe that it is like. above: files that are like it."""
     try:
         import yaml
     except ImportError:
@@ -190,14 +189,18 @@ def _read(name: str | Path) -> dict[str, Any]:
     path = FOLDER / f"{name}.yaml" if str(name) in recipe_names() else Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"recipe must be a .yaml file or one of {', '.join(recipe_names())}, got {str(name)!r}")
+    require(path not in above, "like", "name a recipe that is not like this one", path)
+    loader = type("Loader", (yaml.SafeLoader,), {})  # YAML 1.1 takes 1e-3 for a word
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML, got {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold the fields of a recipe, got {values!r}")
     values = {"name": path.stem} | values
     if (like := values.pop("like", None)) is not None:
-        base = _read(like)
+        base = _read(like, path, *above)
         values = base | values | {"model": base.get("model", {}) | values.get("model", {})}
     return values

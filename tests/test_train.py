@@ -230,16 +230,6 @@ def test_a_part_of_a_batch_holds_its_distractors():
         training.train_step(model, optimizer, toy(), [source.batch(0, 2)], 1e-3, Ranks("cpu"))
 
 
-def test_learning_rate():
-    data = {"kind": "needles", "tasks": [{}]}
-    recipe = Recipe("x", "tiny", (Stage(100, 32, 1, data),), 1.0, warmup=10, decay=0.5, final=0.1)
-    rates = [recipe.lr_at(i) for i in range(100)]
-    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3]) and rates[10:51] == [1.0] * 41
-    assert rates[75] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=2e-3)
-    assert rates[50:] == sorted(rates[50:], reverse=True)
-    assert replace(recipe, decay=0).lr_at(99) == 1.0
-
-
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     model = Model(preset("tiny"))
     torch.nn.init.constant_(model.output.weight, float("nan"))
@@ -297,61 +287,6 @@ def test_every_recipe_at_toy_size(tmp_path):
     for warmup in ("warmup-short-window", "warmup-self-copy"):
         started = training._start(replace(pretrain, start=str(tmp_path / warmup)), "cpu")
         assert_same(weights(started), weights(load(tmp_path / warmup)))
-
-
-@pytest.mark.parametrize("name", [x for x in recipe_names() if x.startswith("needle")])
-def test_a_recipes_needles_fit(name):
-    for stage in load_recipe(name).stages:
-        batch = make_source(stage.data, stage.length, 0).batch(0, 2)
-        assert batch.input_ids.shape == (2, stage.length) and (batch.labels != -100).any(1).all()
-
-
-def test_a_recipe_like_another():
-    text, base = load_recipe("text-tiny"), load_recipe("text-tiny-baselm")
-    assert (base.config().attention, base.config().layers, base.config().window) == ("full", 4, text.config().window)
-    assert (base.stages, base.lr, base.decay) == (text.stages, text.lr, text.decay)
-    sizes = [Model(r.config()).num_parameters() for r in (text, base)]
-    assert abs(sizes[0] / sizes[1] - 1) < 0.06
-
-
-def test_the_papers_stages():
-    found = {name: load_recipe(name) for name in STAGES}
-    at = {n: (r.stages[0].length, *(r.config(r.stages[0]).__getattribute__(x) for x in ("window", "topk")))
-          for n, r in found.items()}  # fmt: skip
-    assert at["warmup-short-window"] == (16384, 512, "all")
-    assert at["warmup-self-copy"] == at["pretrain"] == (16384, 4096, 64)
-    assert at["mid-train"] == at["anneal"] == (32768, 4096, "all") and at["sft"][0] == 8192
-    for r in found.values():
-        assert (r.weight_decay, r.betas, r.clip) == (0.01, (0.9, 0.95), 1.0)
-        c = r.config()
-        assert c == found["pretrain"].config(), "what is asked after any stage"
-        assert (c.window, c.hsa_window, c.hsa_window_rope, c.topk * c.chunk_size) == (4096, 512, False, 4096)
-    for name in ("warmup-short-window", "warmup-self-copy", "pretrain", "mid-train", "anneal"):
-        assert found[name].stages[0].data["needles"] == 0.01
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    (
-        ({"stages": ()}, "stages must name at least one stage"),
-        ({"lr": -1.0}, "lr must be positive"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
-        ({"warmup": 0.5}, "warmup must be an int"),
-        ({"nonsense": 1}, "a recipe must have the fields name, preset, .* source, got 'nonsense'"),
-        ({"stages": [{"steps": 1, "lenght": 2}]}, "a stage must have the fields steps, length, .*, got 'lenght'"),
-        (
-            {"stages": [{"steps": 1, "length": 2}]},
-            "a stage must have the fields steps, length, batch, data, got no batch",
-        ),
-        ({"seed": 1 << 63}, "seed must be below"),
-        ({"model": {"widow": 1}}, "model must change fields of ModelConfig, got widow"),
-        ({"reading": {"topk": 0}}, "topk must be a positive int"),
-        ({"preset": "huge"}, "preset must be one of"),
-    ),
-)
-def test_a_wrong_recipe_is_named(changes, words):
-    with pytest.raises(ValueError, match=words):
-        recipe_of(toy().to_dict() | changes)
 
 
 @pytest.mark.parametrize(
