@@ -174,12 +174,9 @@ class BatchMemory:
         B = len(own.k)
         require(others < B, "distractors", f"be below the batch's {B} sequences", others)
         self.own, self.others, self.landmarks = own, others, with_rolled(own.landmarks, others)
+        self.chunk_size = own.chunk_size
 
-    def retrieve(self, q_slc, start: int, topk: int, **options):
-        return retrieve_chunks(q_slc, self.landmarks, topk, chunk_size=self.own.chunk_size, q_start=start, **options)
-
-    def scores(self, q_slc, start: int, **options):
-        return chunk_scores(q_slc, self.landmarks, start, self.own.chunk_size, **options)
+    retrieve, scores = ChunkMemory.retrieve, ChunkMemory.scores
 
     def attend(self, q, weights, indices, **options) -> torch.Tensor:
         return self._as_one("attend", q, weights, indices, **options)

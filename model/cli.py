@@ -372,11 +372,5 @@ def recipes(
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to hsa-tl."""
-    app.command()(prepare)
-    app.command()(train)
-    app.command()(generate)
-    app.command()(chat)
-    app.command()(convert)
-    app.command()(landmarks)
-    app.command()(export)
-    app.command()(recipes)
+    for command in (prepare, train, generate, chat, convert, landmarks, export, recipes):
+        app.command()(command)

@@ -22,6 +22,7 @@ from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.model import Model
 from hsa_tl.model.pretrained import TOKENIZER
 from hsa_tl.model.recipe import Recipe
+from hsa_tl.validation import require
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ROPES = ("default", "linear", "llama3")
@@ -34,11 +35,6 @@ INNER = {
     "mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.down": ("mlp.down_proj",),
 }  # fmt: skip
 Weights = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]  # shape, and what reads it
-
-
-def _require(ok: bool, name: str, rule: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name} of the source must {rule}, got {got!r}")
 
 
 def config_of(source, **options) -> ModelConfig:
@@ -61,7 +57,7 @@ def config_of(source, **options) -> ModelConfig:
         ("sliding_window", sliding, f"be at least --window = {options['window']}",
          sliding is None or sliding >= options["window"]),
     ):  # fmt: skip
-        _require(ok, name, rule, value)
+        require(ok, f"{name} of the source", rule, repr(value))
     theta, frequencies = float(rope["rope_theta"]), ()
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -204,4 +200,4 @@ def write(run: Path, model: Model, name: str, source: str) -> None:
     """The run's checkpoint: of a model as it is configured, which was not trained."""
     changed = {k: v for k, v in asdict(model.config).items() if v != asdict(ModelConfig())[k]}
     recipe = Recipe(name, "tiny", (), lr=1e-5, model=changed, source=source)
-    checkpoint.save(run, 0, recipe.to_dict(), model, (), {}, keep=1)
+    checkpoint.save(run, 0, asdict(recipe), model, (), {}, keep=1)

@@ -97,6 +97,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True
     _no_split_modules = ["Layer", "EncoderBlock"]  # noqa: RUF012
     _skip_keys_device_placement = CACHE_NAMES
+    _input_embed_layer = "embedding"
     _tied_weights_keys = {"model.output.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: HSAConfig):
@@ -108,12 +109,6 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         """Model has initialised itself, all but the embeddings that a resize adds."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.model.config.embedding_std)
-
-    def get_input_embeddings(self):
-        return self.model.embedding
-
-    def set_input_embeddings(self, value) -> None:
-        self.model.embedding = value
 
     def get_output_embeddings(self):
         return self.model.output

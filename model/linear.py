@@ -69,11 +69,6 @@ class LinearState:
         self.counts, dtype = counts, torch.promote_types(dtype, torch.float32)
         self.value = torch.zeros(len(counts), heads, head_dim, head_dim, dtype=dtype, device=device)
 
-    def real(self, T: int) -> torch.Tensor:
-        """[B, T, 1]: which are tokens, and no padding."""
-        device = self.value.device
-        return (torch.arange(T, device=device) < torch.tensor(self.counts, device=device)[:, None])[..., None]
-
     def state(self) -> list[torch.Tensor]:
         return [self.value]
 
@@ -103,7 +98,8 @@ class LinearAttention(SelfAttention):
         gate = self.gate(self.norm(x_BTC))
         log_g = -F.softplus(gate.to(torch.promote_types(gate.dtype, torch.float32))) - 1 / self.window
         if cache is not None and min(cache.counts) < x_BTC.shape[1]:
-            real = cache.real(x_BTC.shape[1])
+            ends = torch.tensor(cache.counts, device=x_BTC.device)[:, None, None]
+            real = torch.arange(x_BTC.shape[1], device=x_BTC.device)[:, None] < ends  # [B, T, 1]: no padding
             k, log_g = k * real[..., None], log_g * real  # what is no token leaves the state alone
         out, state = linear_attention(q, k, v, log_g, None if cache is None else cache.value)
         if cache is not None:

@@ -7,7 +7,7 @@ model/recipes holds the paper's stages, each a file that starts from the checkpo
 """
 
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import takewhile
 from math import cos, inf, pi
 from pathlib import Path
@@ -119,9 +119,6 @@ class Recipe:
             return self.lr * rising
         part = (step - first) / (self.steps - first)
         return self.lr * rising * (self.final + (1 - self.final) * 0.5 * (1 + cos(pi * part)))
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def _check_fields(kind: type, values: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -255,9 +255,9 @@ def _train(
     model = _start(recipe if found is None else replace(recipe, start=None), device)
     module = ranks.shard(model)
     optimizers = make_optimizers(model, recipe)
-    values, first = json.loads(json.dumps(recipe.to_dict())), 0
+    values, first = json.loads(json.dumps(asdict(recipe))), 0
     if found is not None:
-        theirs = json.loads(json.dumps(recipe_of(found.recipe).to_dict()))  # defaults of fields that are newer
+        theirs = json.loads(json.dumps(asdict(recipe_of(found.recipe))))  # defaults of fields that are newer
         if theirs != values:
             differ = sorted(k for k in values if theirs[k] != values[k])
             raise ValueError(

@@ -98,7 +98,7 @@ def test_the_command_runs_on_two_ranks(tmp_path):
     """One process prints; the recipe's file is the same on all. Muon takes whole matrices, of which each has a part,
     and magnifies rounding."""
     path, recipe = tmp_path / "recipe.yaml", dataclasses.replace(ranks.recipe(), optimizer="muon")
-    path.write_text(json.dumps({k: v for k, v in recipe.to_dict().items() if k != "name"}))
+    path.write_text(json.dumps({k: v for k, v in dataclasses.asdict(recipe).items() if k != "name"}))
     run = launch(2, "command", "train", path, "--out", tmp_path / "run", "--device", "cpu", "--context-parallel", 2)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("wrote ") == 1 and len(curve(tmp_path / "run")) == 6

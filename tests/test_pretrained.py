@@ -1,6 +1,7 @@
 """hsa_tl.model.load: by run and by name the same model, checksums verified; shipped weights still find needles."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_shipped_weights():
     about = pretrained.shipped("needle-tiny")
     named = load_recipe("needle-tiny")
     assert about.recipe["seed"] == 0 and about.steps == named.steps and about.commit and "torch" in about.versions
-    assert about.recipe["stages"] == json.loads(json.dumps(named.to_dict()))["stages"], "the recipe of today"
+    assert about.recipe["stages"] == json.loads(json.dumps(asdict(named)))["stages"], "the recipe of today"
     assert {(x["task"], x["length"]) for x in about.accuracy} == {
         (task, T) for task in lengths.DEMO_TASKS for T in lengths.DEMO_LENGTHS
     }

@@ -1,6 +1,6 @@
 """Recipes: what YAML files say, the paper's stages, learning rates, and errors that name the field."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from test_train import STAGES, toy
@@ -72,7 +72,7 @@ def test_the_papers_stages():
 )
 def test_a_wrong_recipe_is_named(changes, words):
     with pytest.raises(ValueError, match=words):
-        recipe_of(toy().to_dict() | changes)
+        recipe_of(asdict(toy()) | changes)
 
 
 @pytest.mark.parametrize("number", ("1e6", "1e-5", "2.5e-2", "1.5e3", "+1E+2", "0.5"))

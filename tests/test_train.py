@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     )
     run = tmp_path / "killed"
     threads = str(torch.get_num_threads())
-    child = subprocess.Popen([sys.executable, "-c", code, json.dumps(recipe.to_dict()), str(run), threads])
+    child = subprocess.Popen([sys.executable, "-c", code, json.dumps(asdict(recipe)), str(run), threads])
     deadline = time.monotonic() + 300
     while not list(run.glob("step-*")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -241,7 +241,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 def shrunk(recipe: Recipe, tmp_path) -> Recipe:
     """The recipe at toy size, on toy data."""
     narrow = lambda model: {k: v // 64 or v if k.endswith("window") else v for k, v in model.items()}  # noqa: E731
-    values = recipe.to_dict() | {"preset": "tiny", "checkpoint_every": 1, "log_every": 1}
+    values = asdict(recipe) | {"preset": "tiny", "checkpoint_every": 1, "log_every": 1}
     if recipe.preset != "tiny":
         values["model"] = narrow(values["model"])
     if recipe.start:
