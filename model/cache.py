@@ -42,6 +42,11 @@ def _dims(config) -> dict:
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ignored}))
 
 
+def _weights(model) -> torch.Tensor:
+    """A value of every parameter: what tells a model from others of its configuration, whatever its dtype."""
+    return torch.stack([p.detach().flatten()[p.numel() // 2].float() for p in model.parameters()])
+
+
 def take_rows(x: torch.Tensor, first: list[int], n: int) -> torch.Tensor:
     """x[b, first[b] : first[b] + n] of x [B, P, ...]; columns outside x repeat its first or last one."""
     if len(set(first)) == 1 and 0 <= first[0] <= x.shape[1] - n:
@@ -128,7 +133,8 @@ class Cache:
         self, model, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
         capacity: int = 1 << 14, undo: int | None = None, budget: int | tuple[int, ...] | None = None, **memory_options,
     ):  # fmt: skip
-        c = self.config = model.config
+        c, self.weights = model.config, _weights(model)
+        self.config = c
         linear = "linear" in c.kinds  # whose states know no way back
         undo = (0 if linear else 128) if undo is None else undo
         for name, value, low in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("undo", undo, 0)):
@@ -152,7 +158,7 @@ class Cache:
         for layer, kind, own in zip(model.layers, c.kinds, per_layer(budget, c.layers), strict=True):
             window = layer.attention.window
             if c.attention == "selected":
-                near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser, own, window + undo)
+                near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser, own, window + undo, dtype)
             elif kind == "linear":
                 near = LinearState(self.counts, c.heads, c.head_dim, dtype, device)
             else:
@@ -263,6 +269,7 @@ class Cache:
         state = {
             "config": _dims(self.config), "lengths": self.lengths, "undo": self.undo, "undoable": self.undoable,
             "budget": self.budget, "unread": None if self.unread is None else [x.tolist() for x in self.unread],
+            "weights": self.weights.tolist(),
         }  # fmt: skip
         spec = {} if self.memory is None else {"spec": self.memory.spec.to_json()}
         memory_file.write(Path(path), tensors, FORMAT, state=json.dumps(state), **spec)
@@ -275,6 +282,9 @@ class Cache:
             dims, saved = _dims(model.config), _dims(type(model.config)()) | state["config"]  # defaults of newer fields
             if wrong := [f"{k} = {v}" for k, v in saved.items() if dims.get(k) != v]:
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
+            mine, theirs = _weights(model).cpu(), torch.tensor(state.get("weights", []))  # older files have none
+            if len(theirs) and not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-6):
+                raise ValueError(f"{path} must hold a cache of this model, got one of a model with other weights")
             capacity = max(options.get("capacity", 1 << 14), *state["lengths"])
             options = options | {"undo": state["undo"], "budget": state.get("budget"), "capacity": capacity}
             self = cls(model, len(state["lengths"]), **options)

@@ -247,7 +247,7 @@ class Model(Generation, nn.Module):
         Args:
             batch_size (int): B, sequences of any lengths.
             options: of `hsa_tl.model.cache.Cache`: capacity, undo (tokens that `Cache.crop` can take back, by default
-                128; with linear layers, whose states know no way back, none), device, dtype, and PagedMemory's offload,
+                128; with linear layers, whose states know no way back, none), device, and PagedMemory's offload,
                 cache_pages, two_level, directory and budget; with attention "selected" only budget, an int or one for
                 each layer.
 
@@ -277,6 +277,8 @@ class Model(Generation, nn.Module):
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        got = options.get("dtype", dtype)
+        require(got == dtype, "dtype", f"be {dtype}, in which the model computes here", got)
         return {"device": device, "dtype": dtype, **options}
 
     def forward(

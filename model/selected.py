@@ -89,17 +89,18 @@ class OwnKeys:
 
     def __init__(
         self, counts: list[int], sinks: int, chunk_size: int, chooser: Landmarks | None, budget: int | None = None,
-        reach: int = 0,
+        reach: int = 0, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         """counts: tokens that each row of the segment holds; the owner updates it in place before `extend`. chooser:
-        whose landmarks of the chunks are kept. reach: tokens of the window, and those that `crop` may take back."""
+        whose landmarks of the chunks are kept. reach: tokens of the window, and those that `crop` may take back.
+        dtype: of what `restore` is given in another."""
         self.counts, self.sinks, self.chunk_size = counts, sinks, chunk_size
         self.first = -(-sinks // chunk_size)  # chunk, of pages
         self.before = self.first * chunk_size - sinks  # columns of no token
         self.held = [0] * len(counts)
         self.buffers: list[torch.Tensor] = []  # k and v [B, pages * S, H, D]
         self.chooser, self.landmarks = chooser, None  # [B, pages, H, E]
-        self.budget, self.reach = budget, reach
+        self.budget, self.reach, self.dtype = budget, reach, dtype
         self.evicted: list[list[int]] = [[] for _ in counts]
         self.mass = torch.zeros(len(counts), 0, dtype=torch.float64)  # of the chunks that are held, as they lie
 
@@ -215,7 +216,7 @@ class OwnKeys:
             self.evicted = [x[x >= 0].tolist() for x in gone]
         if buffers:
             end = self.before + max(self.held)
-            self._reserve(end, buffers)
+            self._reserve(end, tuple(x.to(self.dtype) for x in buffers))
             for mine, x in zip(self.buffers, buffers, strict=True):
                 mine[:, self.before : end] = x
             self._summarise(self.before, end)

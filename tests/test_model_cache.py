@@ -321,6 +321,7 @@ def test_errors_name_the_argument():
         (lambda: model(ids, lengths=[5, 5]), "lengths must come with a cache"),
         (lambda: model.new_cache(0), "batch_size must be at least 1, got 0"),
         (lambda: model.new_cache(1, capacity=0), "capacity must be at least 1, got 0"),
+        (lambda: model.new_cache(1, dtype=torch.bfloat16), r"dtype must be torch.float32, in which the model computes"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -364,6 +365,7 @@ def test_crop_and_load_refuse(tmp_path):
     for call, message in (
         (lambda: cache.crop(139), r"lengths must take back at most the last \[10, 10\] tokens, of undo = 10 for a new"),
         (lambda: cache.crop([150, 151]), r"lengths must be ints from 0 to \[150, 150\], what the cache holds, got"),
+        (lambda: Model(model.config).load_cache(tmp_path / "cache"), "got one of a model with other weights"),
         (lambda: other.load_cache(tmp_path / "cache"), "must hold a cache of this model, got one of window = 12"),
         (lambda: PagedMemory.load(tmp_path / "cache"), r"must be a chunk memory .*got hsa_tl.cache.1"),
     ):
@@ -375,10 +377,22 @@ def test_crop_and_load_refuse(tmp_path):
         model.load_cache(tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ("full", "selected", "selected by landmark"))
+def test_a_cache_goes_on_in_fewer_bits(name, tmp_path):
+    model, ids, _ = whole(name)
+    cache, half = model.new_cache(2), Model(model.config).eval().bfloat16()
+    half.load_state_dict(model.state_dict())
+    model(ids, cache=cache)
+    cache.save(tmp_path / "cache")
+    got, want = half(ids, cache=half.load_cache(tmp_path / "cache")).logits, model(ids, cache=cache).logits
+    assert (got - want).abs().median() < 2**-6 * want.std()  # not of the largest: some choose another chunk
+
+
 def test_a_cache_from_before_a_setting_has_its_default(tmp_path, monkeypatch):
     model, dims = whole("hsa")[0], caches._dims
     with monkeypatch.context() as older:
         older.setattr(caches, "_dims", lambda config: {k: v for k, v in dims(config).items() if k != "topp"})
+        older.setattr(caches, "_weights", lambda model: torch.zeros(0))
         model.new_cache(2).save(tmp_path / "cache")
     assert model.load_cache(tmp_path / "cache").lengths == [0, 0]
     other = Model(replace(model.config, topp=0.5))
