@@ -166,6 +166,10 @@ class HSACache(Cache):
         if unknown := memory_options.keys() - MEMORY_OPTIONS:
             raise TypeError(f"memory_options must be among {', '.join(MEMORY_OPTIONS)}, got {min(unknown)}")
         self.options = {"capacity": capacity, **memory_options}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every token, and how many sequences there were."""
         self.state, self.columns = None, 0  # columns: of the batch that were read
         self.unread = None  # what a forward with gradients saw: inputs [B, T], lengths
 

@@ -298,6 +298,9 @@ def test_a_cache_with_disk_and_offload(model, ids, tmp_path):
         {"two_level": True},
     ):
         cache = HSACache(capacity=64, **options)
+        model(ids[:1].flip(1), past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.lengths(2) == [0, 0]
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache), want)
         assert cache.state.memory.held == [2, 2]
 
