@@ -109,10 +109,10 @@ def recipe_from(
             raise ValueError(f"{mine[0]} must stand beside --data, got it beside a recipe, which has its own")
         recipe = load_recipe(name)
         return recipe, Path("out/train") / recipe.name if run is None else run
-    title = text.resolve().parent.name if text.stem == "train" else text.stem
+    path, named = text, Path(os.path.abspath(text))  # . and .. have no name
+    title = named.parent.name if named.stem == "train" else named.stem
     run = Path("out/train") / title if run is None else run
-    path = text
-    if not data.sidecar_path(text).is_file():
+    if not data.sidecar_path(named).is_file():
         path = run / "data" / "train.bin"
         made_of, source = path.parent / "source.json", _identity(text, tokenizer, run)
         if not path.exists():
@@ -235,6 +235,14 @@ Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cud
 Dtype = Annotated[str, typer.Option(help="of the weights: float32, or on a GPU bfloat16 or float16")]
 
 
+def _read(model, file: Path | None, memory: Path | None):
+    """What `chats.read` gives; a long text shows how far it is read, beside what the command prints."""
+    with progress_bar(Console(stderr=True)) as bar:
+        step = bar.add_task("tokens read", total=None)
+        text = None if file is None else file.read_bytes()
+        return chats.read(model, text, memory, progress=lambda done: bar.update(step, completed=done))
+
+
 def generate(
     run: Annotated[str, typer.Argument(help=RUN)],
     prompt: Annotated[str, typer.Argument(help="what the model writes on")],
@@ -252,7 +260,7 @@ def generate(
     torch.set_num_threads(threads)
     model = pretrained.load(run, pick_device(device), pick_dtype(dtype))
     tokenizer = model.tokenizer
-    cache = chats.read(model, None if file is None else file.read_bytes(), memory)
+    cache = _read(model, file, memory)
     ids = [[*(tokenizer.begin if cache is None else ()), *tokenizer.encode(prompt)]]
     options = {"eos_token": tokenizer.end, "cache": cache}
     for piece in chats.pieces(model, model.stream(ids, max_new_tokens, temperature, top_p, seed, **options)):
@@ -278,7 +286,7 @@ def chat(
     """
     torch.set_num_threads(threads)
     model = pretrained.load(run, pick_device(device), pick_dtype(dtype))
-    cache = chats.read(model, None if file is None else file.read_bytes(), memory)
+    cache = _read(model, file, memory)
     talk = chats.Chat(model, chats.template(run), cache)
     while True:
         try:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields, replace
 
+from hsa_tl.validation import IMPLS
+
 ATTENTIONS = ("hsa", "nsa", "moba", "swa", "full", "linear", "selected")
 SELECTIONS = ("mass", "mean", "landmark")
 BIASES = ("q", "k", "v", "out")
@@ -214,6 +216,7 @@ class ModelConfig:
             ("topp", 0 < self.topp <= 1, "lie in (0, 1]"),
             ("distractors", not self.distractors or "hsa" not in self.rope, 'be 0 where "hsa" is in rope'),
             ("retrieval_heads", self.kv_heads % self.retrieval_heads == 0, f"divide kv_heads = {self.kv_heads}"),
+            ("impl", self.impl in (*IMPLS, "dense"), f"be one of {', '.join(IMPLS)}, dense"),
             ("impl", self.impl != "dense" or self.topk == "all", 'not be "dense" unless topk is "all"'),
             ("recency", self.recency is None or (type(self.recency) is int and self.recency > 1), "be an int above 1"),
             ("selection_overlap", 0 <= self.selection_overlap <= 1, "lie in [0, 1]"),

@@ -258,5 +258,9 @@ class HSALayer(nn.Module):
 
         Returns:
             Tensor [B, T, C].
+
+        Raises:
+            ValueError: fusion "joint", which shares its weights with the window of a Model's layer.
         """
+        require(self.fusion != "joint", "fusion", 'not be "joint" without the window of a Model\'s layer', "'joint'")
         return self.mix(x_BTC, memory, start)[0]

@@ -156,11 +156,14 @@ def run(*arguments, code=0, given=None):
     return result.output
 
 
-def test_the_commands_keep_a_memory(tmp_path):
+def test_the_commands_keep_a_memory(tmp_path, monkeypatch):
     (tmp_path / "haystack.txt").write_text("MARK k3 v5 n1 n2 MARK k7 v9 n5")
     kept = ("--memory", tmp_path / "kept", "--max-new-tokens", 1)
     assert run("generate", "needle-tiny", "ASK k7", "--file", tmp_path / "haystack.txt", *kept) == "v9\n"
     assert run("generate", "needle-tiny", "ASK k3", *kept) == "v5\n"
+    monkeypatch.setattr("hsa_tl.terminal.EVERY_S", 0)
+    shown = run("generate", "needle-tiny", "ASK k7", "--file", tmp_path / "haystack.txt", "--max-new-tokens", 1)
+    assert sorted(shown.splitlines()) == ["tokens read: 9", "v9"]
     assert run("chat", "needle-tiny", *kept, given="ASK k7\nASK k3\n").split() == ["v9", "v5"]
     assert "file must be left out" in run(
         "generate", "needle-tiny", "ASK k3", "--file", tmp_path / "haystack.txt", *kept, code=2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import typing
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import typer
@@ -130,13 +131,16 @@ def test_a_text_trains_without_a_recipe(toy, tmp_path):
     assert "out of time after 1 of 2 steps: the same call goes on" in output and "data, 2 steps" in output
 
 
-def test_a_folder_trains_beside_its_own_run(tmp_path):
-    """What the run wrote into the folder is none of its text."""
+def test_a_folder_trains_beside_its_own_run(tmp_path, monkeypatch):
+    """What the run wrote into the folder is none of its text; "." has a name too."""
+    (tmp_path / "words").mkdir()
     for i in range(12):
-        (tmp_path / f"{i}.txt").write_text(f"file {i} hello world " * 60)
-    call = ("train", "--data", tmp_path, "--steps", 1, "--length", 64, "--batch", 2, "--device", "cpu", "--threads", 1)
-    invoke(*call, "--out", tmp_path / "run", code=0)
-    assert "nothing was left to do" in invoke(*call, "--out", tmp_path / "run", code=0)
+        (tmp_path / f"words/{i}.txt").write_text(f"file {i} hello world " * 60)
+    monkeypatch.chdir(tmp_path / "words")
+    assert cli.recipe_from(None, Path("."), tmp_path / "other", 1, "64", 2, None)[0].name == "words"
+    call = ("train", "--data", ".", "--steps", 1, "--length", 64, "--batch", 2, "--device", "cpu", "--threads", 1)
+    invoke(*call, "--out", "run", code=0)
+    assert "nothing was left to do" in invoke(*call, "--out", "run", code=0)
 
 
 def test_recipes_are_listed_and_explained():

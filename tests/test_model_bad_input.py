@@ -48,6 +48,7 @@ LAYERS = [
     (lambda: HSALayer(**LAYER, mass_power=2), 'mass_power must be 1 without fusion "mass", got 2'),
     (lambda: HSALayer(**LAYER, fusion="mass", mass_power=0), "mass_power must be positive, got 0"),
     (lambda: HSALayer(**LAYER, fusion="x"), "fusion must be one of softmax, .*, got 'x'"),
+    (lambda: HSALayer(**LAYER, fusion="joint")(H, None), 'fusion must not be "joint" without the window of a Model'),
     (lambda: HSALayer(**LAYER)(H[:, :0], ChunkEncoder(**ENCODER)(H)), r"x_BTC must have shape \[B, T >= 1, 32\]"),
 ]
 

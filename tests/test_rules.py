@@ -42,7 +42,7 @@ CONFIG = [  # a field, values at its edge, values beyond it, what stands beside 
     ("distractors", (0,), (1,), {"rope": ("hsa",)}),
     ("retrieval_heads", (1, 2, 4), (3,), {"kv_heads": 4}),
     ("impl", ("dense",), (), {"topk": "all"}),
-    ("impl", ("triton",), ("dense",), {}),
+    ("impl", ("triton", "auto"), ("dense", "cuda"), {}),
     ("recency", (None, 2), (1, 2.0), {}),
     ("selection_overlap", (0, 1), (-0.01, 1.01), {}),
     ("experts_per_token", (2,), (3,), {"experts": 2}),
