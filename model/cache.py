@@ -19,6 +19,7 @@ D head dim, M chunks, S chunk size, R retrieval heads, E retrieval dim, K select
 """
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -42,9 +43,9 @@ def _dims(config) -> dict:
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ignored}))
 
 
-def _weights(model) -> torch.Tensor:
+def _weights(model) -> list[float]:
     """A value of every parameter: what tells a model from others of its configuration, whatever its dtype."""
-    return torch.stack([p.detach().flatten()[p.numel() // 2].float() for p in model.parameters()])
+    return [p.detach().flatten()[p.numel() // 2].item() for p in model.parameters()]
 
 
 def take_rows(x: torch.Tensor, first: list[int], n: int) -> torch.Tensor:
@@ -133,8 +134,8 @@ class Cache:
         self, model, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
         capacity: int = 1 << 14, undo: int | None = None, budget: int | tuple[int, ...] | None = None, **memory_options,
     ):  # fmt: skip
-        c, self.weights = model.config, _weights(model)
-        self.config = c
+        c = self.config = model.config
+        self.model = weakref.ref(model)  # whose weights `save` notes; copying a cache copies no model
         linear = "linear" in c.kinds  # whose states know no way back
         undo = (0 if linear else 128) if undo is None else undo
         for name, value, low in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("undo", undo, 0)):
@@ -269,7 +270,7 @@ class Cache:
         state = {
             "config": _dims(self.config), "lengths": self.lengths, "undo": self.undo, "undoable": self.undoable,
             "budget": self.budget, "unread": None if self.unread is None else [x.tolist() for x in self.unread],
-            "weights": self.weights.tolist(),
+            "weights": None if (model := self.model()) is None else _weights(model),
         }  # fmt: skip
         spec = {} if self.memory is None else {"spec": self.memory.spec.to_json()}
         memory_file.write(Path(path), tensors, FORMAT, state=json.dumps(state), **spec)
@@ -282,8 +283,9 @@ class Cache:
             dims, saved = _dims(model.config), _dims(type(model.config)()) | state["config"]  # defaults of newer fields
             if wrong := [f"{k} = {v}" for k, v in saved.items() if dims.get(k) != v]:
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
-            mine, theirs = _weights(model).cpu(), torch.tensor(state.get("weights", []))  # older files have none
-            if len(theirs) and not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-6):
+            mine = torch.tensor(_weights(model))
+            theirs = mine if state.get("weights") is None else torch.tensor(state["weights"])  # older files have none
+            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-6):
                 raise ValueError(f"{path} must hold a cache of this model, got one of a model with other weights")
             capacity = max(options.get("capacity", 1 << 14), *state["lengths"])
             options = options | {"undo": state["undo"], "budget": state.get("budget"), "capacity": capacity}
