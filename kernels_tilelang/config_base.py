@@ -170,7 +170,7 @@ class TokenConfig(Config):
         rows = self.rows(p)
         tiles = 2 * self.num_stages * p.S * p.D + rows * p.S + self.TILES * rows * p.D
         weights = 4 * p.K * ((p.G if p.per_head else 1) + (rows if self.SCORES > 1 else 0))
-        reductions = 4 * self.threads * (1 + self.SCORES)
+        reductions = 8 * self.threads * (1 + self.SCORES)  # two rows a thread
         return tiles * p.itemsize + weights + reductions + SMEM_ALIGNMENT
 
     def accumulators(self, p):

@@ -2,7 +2,7 @@
 
 With P = softmax(q . K^T * scale) and dP = dout V^T of a pair: delta = rowsum(P * dP), dS = w * P * (dP - delta);
 dv += (w P)^T dout, dk += scale * dS^T q, dq = scale * dS K, dweights = delta, summed over the heads a weight serves.
-One CTA owns a chunk and a key/value head. Its keys and values stay in shared memory, dk and dv in registers; the
+One CTA owns a split of a chunk and key/value head. Keys and values stay in shared memory, dk and dv in registers; the
 (token, slot) pairs that chose it stream by, block_M // G at a time: block_M gathered rows of q and dout. A pair's dq
 goes to a row of its own, which a later program sums for each token (reduce_add: float32 atomics instead). dk and dv
 are added to what is there, so that windows of tokens accumulate in a fixed order.
@@ -35,7 +35,7 @@ from hsa_tl.kernels_tilelang.macros import (
 
 @dataclass(frozen=True)
 class BwdChunkConfig(ChunkConfig):
-    """A CTA owns one chunk and key/value head: dk and dv in its registers, block_M gathered rows at a time.
+    """A CTA owns a split of a chunk and key/value head: dk and dv in its registers, block_M gathered rows at a time.
 
     reduce_add: dq by float32 atomics, else a row for each pair.
     """
@@ -52,7 +52,7 @@ class BwdChunkConfig(ChunkConfig):
 
     def smem_bytes(self, p):
         tiles = 2 * (self.block_M * p.D + p.S * p.D + self.block_M * p.S)
-        reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
+        reductions = 24 * self.threads if self.threads > 2 * self.block_M else 0
         return tiles * p.itemsize + 4 * 3 * self.block_M + SMEM_ALIGNMENT + reductions  # slots, heads, delta
 
     def accumulators(self, p):

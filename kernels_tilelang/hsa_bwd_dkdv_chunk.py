@@ -36,7 +36,7 @@ class BwdDkdvChunkConfig(ChunkConfig):
 
     def smem_bytes(self, p):
         tiles = 2 * (self.block_M * p.D + p.S * p.D + self.block_M * p.S)
-        reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
+        reductions = 24 * self.threads if self.threads > 2 * self.block_M else 0
         return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + reductions
 
     def splits(self, p):

@@ -1,7 +1,7 @@
 """o = weights[t, k] * softmax(q[t] . K[c]^T * scale) V[c] for each pair (t, k) that chose c: chunk-stationary forward.
 
-One CTA owns a chunk and a key/value head, whose keys and values stay in shared memory; the (token, slot) pairs of its
-segment stream by, block_M // G at a time: block_M gathered rows of q. A pair's output is complete in one tile.
+One CTA owns a split of the pairs of a chunk and key/value head. Keys and values stay in shared memory; the pairs of its
+split stream by, block_M // G at a time: block_M gathered rows of q. A pair's output is complete in one tile.
 reduce_add = 0 stores it in `partial` at row (t - start) * K + k, for another program to sum over a token's K rows;
 reduce_add = 1 adds it to token t of a zeroed float32 `partial`.
 """
@@ -17,7 +17,7 @@ from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, split_begins, store
 
 @dataclass(frozen=True)
 class FwdChunkConfig(ChunkConfig):
-    """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads.
+    """A CTA owns a split of a chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads.
 
     reduce_add: float32 reduce-add into the output, not a partial for each pair.
     """
@@ -35,7 +35,7 @@ class FwdChunkConfig(ChunkConfig):
 
     def smem_bytes(self, p):
         tiles = 2 * p.S * p.D + self.block_M * p.D
-        reductions = 12 * self.threads if self.threads > 2 * self.block_M else 0
+        reductions = 24 * self.threads if self.threads > 2 * self.block_M else 0
         return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + reductions
 
     def accumulators(self, p):

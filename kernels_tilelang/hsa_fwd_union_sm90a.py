@@ -59,7 +59,7 @@ def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
         acc_o = T.alloc_fragment([ROWS, D], "float32")
         row_max, row_sum = (T.alloc_fragment([ROWS], "float32") for _ in range(2))
         cursor = T.alloc_fragment([ROWS], "int32")
-        needed = T.alloc_var("int32")
+        needed, keys = (T.alloc_var("int32") for _ in range(2))
         if config.q_registers:
             q_local = T.alloc_fragment([ROWS, D], dtype)
             T.copy(q_shared[g, :, :], q_local)
@@ -69,14 +69,15 @@ def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, confi
             stage = i_u % stages
             T.barrier_wait(full[stage], (i_u // stages) & 1)
             needed = (groups_shared[i_u] >> g) & 1
+            if masked:
+                keys = chunk_len[union_shared[i_u]]  # under way before the product
             if needed == 1:
                 T.clear(acc_s)
                 T.gemm(
                     q_local if config.q_registers else q_shared[g, :, :], k_shared[stage, :, :], acc_s,
                     transpose_B=True, policy=T.GemmWarpPolicy.FullRow,
                 )  # fmt: skip
-                keys = chunk_len[union_shared[i_u]] if masked else None
-                exp_rows(acc_s, row_max, row_sum, ROWS, S, scale * LOG2E, keys)
+                exp_rows(acc_s, row_max, row_sum, ROWS, S, scale * LOG2E, keys if masked else None)
                 union_weights(
                     row_sum, cursor, union_shared[i_u], chunk_shared, weights_shared, g * ROWS, ROWS, G, tile, heads_w
                 )

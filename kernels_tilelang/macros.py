@@ -3,6 +3,7 @@
 import tilelang.language as T
 
 LOG2E = 1.4426950408889634
+PAIR = 2  # rows that a thread has in each 16 of a product: where warps share rows, both meet at one barrier
 
 
 def split_begins(begin, end, segment, i_s, splits):
@@ -13,18 +14,18 @@ def split_begins(begin, end, segment, i_s, splits):
 @T.macro
 def exp_rows(acc_s, row_max, row_sum, rows, S, scale_log2, length):
     """acc_s = exp2((acc_s - row_max) * scale_log2) and row_sum, its sum over the chunk; length None: S real keys."""
-    if length is not None:
+    if length is not None and length < S:
         for r, s in T.Parallel(rows, S):
             acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], -T.infinity("float32"))
-    T.reduce_max(acc_s, row_max, dim=1, clear=True)
+    T.reduce_max(acc_s, row_max, dim=1, clear=True, batch=PAIR)
     for r in T.Parallel(rows):
         row_max[r] = row_max[r] * scale_log2
     for r, s in T.Parallel(rows, S):
         acc_s[r, s] = T.exp2(acc_s[r, s] * scale_log2 - row_max[r])  # one FFMA an element
-    if length is not None:  # again: -inf * 0 is no number
+    if length is not None and length < S:  # again: -inf * 0 is no number
         for r, s in T.Parallel(rows, S):
             acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], 0.0)
-    T.reduce_sum(acc_s, row_sum, dim=1)
+    T.reduce_sum(acc_s, row_sum, dim=1, batch=PAIR)
 
 
 @T.macro
@@ -114,7 +115,7 @@ def softmax_and_delta(acc_s, acc_dp, row_max, row_sum, delta, rows, S, scale_log
         acc_s[r, s] = acc_s[r, s] / row_sum[r]
     for r, s in T.Parallel(rows, S):
         acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
-    T.reduce_sum(acc_dp, delta, dim=1)
+    T.reduce_sum(acc_dp, delta, dim=1, batch=PAIR)
 
 
 @T.macro
@@ -125,7 +126,7 @@ def weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real, scale):
     """
     for r, s in T.Parallel(rows, S):
         acc_dp[r, s] = acc_dp[r, s] * acc_s[r, s]
-    T.reduce_sum(acc_dp, delta, dim=1)
+    T.reduce_sum(acc_dp, delta, dim=1, batch=PAIR)
     for r in T.Parallel(rows):
         delta[r] = delta[r] / row_sum[r]
     for r, s in T.Parallel(rows, S):
@@ -189,7 +190,7 @@ def running_rows(acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, row
         for r, s in T.Parallel(rows, S):
             acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], -T.infinity("float32"))
     T.copy(row_max, row_last)
-    T.reduce_max(acc_s, row_max, dim=1, clear=True)
+    T.reduce_max(acc_s, row_max, dim=1, clear=True, batch=PAIR)
     for r in T.Parallel(rows):
         row_max[r] = T.if_then_else(chosen[r] > 0, T.max(row_last[r], row_max[r] * scale_log2), row_last[r])
     for r, s in T.Parallel(rows, S):
@@ -197,7 +198,7 @@ def running_rows(acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, row
     if length is not None:  # again: -inf * 0 is no number
         for r, s in T.Parallel(rows, S):
             acc_s[r, s] = T.if_then_else(s < length, acc_s[r, s], 0.0)
-    T.reduce_sum(acc_s, row_part, dim=1)
+    T.reduce_sum(acc_s, row_part, dim=1, batch=PAIR)
     for r in T.Parallel(rows):  # the first chunk: -inf - -inf is no number, and there is nothing to scale
         row_last[r] = T.if_then_else(row_last[r] == row_max[r], 1.0, T.exp2(row_last[r] - row_max[r]))
     for r in T.Parallel(rows):
