@@ -9,6 +9,7 @@ from test_figures import LENGTHS, RESULTS, K, M, accuracies, cells, in_page, nee
 from hsa_tl.bench.contenders import MODELS
 from hsa_tl.bench.lengths import RATES, rate
 from hsa_tl.bench.paper import RUNS
+from hsa_tl.bench.plot import interval
 from hsa_tl.bench.plot_eval import NEEDLES
 from hsa_tl.model import needles
 from hsa_tl.model.recipe import load_recipe
@@ -21,16 +22,22 @@ def test_figures_of_needles():
             fair[r["model"], r["task"], r["length"]].append(r)
     assert {r["recipe"] for found in fair.values() for r in found} == {"needle-tiny"}
 
+    def pooled(found):
+        """As the tables have it: of all seeds' answers, and the seeds that lie outside the interval."""
+        answers = sum(r["answers"] for r in found)
+        accuracy, seeds = sum(r["accuracy"] * r["answers"] for r in found) / answers, [r["accuracy"] for r in found]
+        ends = (*interval(round(accuracy * answers), answers), min(seeds), max(seeds))
+        low, high, least, most = (round(100 * x) for x in ends)
+        return rate(accuracy, answers) + (f"; {least} to {most}" if least < low or most > high else "")
+
     def share(model, task, T):
-        """Of all seeds' answers those that are right, and how many answers."""
-        mine = fair[model, task, T]
-        answers = sum(r["answers"] for r in mine)
-        return sum(r["accuracy"] * r["answers"] for r in mine) / answers, answers
+        """Of all seeds' answers those that are right, in percent."""
+        return int(pooled(fair[model, task, T]).split()[0])
 
     def shown(model, task):
         """How many seeds, and their share at each length."""
         seeds = {r["seed"] for T in LENGTHS for r in fair.get((model, task, T), ())}
-        return [len(seeds), *(rate(*share(model, task, T)) if (model, task, T) in fair else "" for T in LENGTHS)]
+        return [len(seeds), *(pooled(fair[key]) if (key := (model, task, T)) in fair else "" for T in LENGTHS)]
 
     for model in {model for model, *_ in fair}:
         label = MODELS[model].label
@@ -47,19 +54,17 @@ def test_figures_of_needles():
     (lr,) = {r["lr"] for r in fair["nsa", "s-niah", 256]}
     assert lr == max(RATES) * load_recipe("needle-tiny").lr  # as the page says of NSA's
 
-    def at(*key):
-        return round(100 * share(*key)[0])
-
-    seen = [at(model, f"s-niah-{noise}", 4 * K) for noise in ("keys", "all") for model in ("full-yarn", "hsa")]
+    seen = [share(model, f"s-niah-{noise}", 4 * K) for noise in ("keys", "all") for model in ("full-yarn", "hsa")]
     assert "behind: {} % against {} and {} against {} at 4K".format(*seen) in text
-    assert (at("full-yarn", "s-niah", 32 * K), at("full-pi", "s-niah", 32 * K)) == (100, 75)  # in words there
-    far, near = at("hsa", "s-niah-keys", M), at("full-rope", "mk-niah-3", 256)
+    found = [(r["accuracy"], r["answers"]) for name in ("yarn", "pi") for r in fair[f"full-{name}", "s-niah", 32 * K]]
+    assert found == [(1.0, 22), (0.75, 20)]  # in words there
+    far, near = share("hsa", "s-niah-keys", M), share("full-rope", "mk-niah-3", 256)
     keys, nsa = (
         [round(100 * r["accuracy"]) for r in sorted(fair[key], key=lambda r: r["seed"])]
         for key in (("hsa", "s-niah-keys", M), ("nsa", "s-niah", 4 * K))
     )
-    assert "falls to {} % by 1M ({} and {} % by seed)".format(far, *keys) in text
-    assert "finds {} and {} % of the needles at 4K by seed".format(*nsa) in text
+    assert "falls to {} % by 1M ({}, {} and {} % by seed)".format(far, *keys) in text
+    assert "finds {}, {} and {} % of the needles at 4K by seed".format(*nsa) in text
     assert f"full attention answers {near} %" in text
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
 
