@@ -335,6 +335,11 @@ def test_figures_of_other_levers_of_text():
     names = {
         "both": "recency and 3 distractors", "joint": 'fusion "joint"', "softmax1": 'fusion "softmax1"',
         "topk-4": "4 chunks instead of 8", "distractors-7": "7 distractors",
+        "topk-4-from-the-first-stage": "4 chunks, from the first stage on",
+        "distractors-throughout": "3 distractors in the first stage too", "noise": "noise on the scores that choose",
+        "bypass": "HSA through the feed-forward layer alone", "4k": "samples of 4K, 1 distractor",
+        "4k-topk-4": "samples of 4K, 1 distractor, 4 chunks",
+        "long-files": "samples of 4K of long files, 1 distractor",
     }  # fmt: skip
     assert {model for model, _ in bits if not model.endswith(WINDOWS)} == set(names) <= set(found["recipes"])
     for model, name in names.items():
