@@ -42,7 +42,7 @@ class Declared:
     threads: int
     blocks: list[int]  # CTAs of an SM that ptxas hears of
     pipelined: bool
-    reductions: int
+    reductions: int  # words of a thread in them
 
 
 def size(buffer, dims=None) -> int:
@@ -78,7 +78,8 @@ def declared(program, problem, c) -> Declared:
                     d.fragments.setdefault(b.name, (size(b), tuple(map(int, b.shape))))
         elif getattr(node, "attr_key", None) == "tl.min_blocks_per_sm":
             d.blocks.append(int(node.value))
-        d.reductions += op(node) == "tl.tileop.reduce"
+        if op(node) == "tl.tileop.reduce":
+            d.reductions += int(node.annotations.get("batch", 1))
 
     def filled(node, number) -> dict[str, int]:
         """The buffer that a copy from a tensor fills."""
@@ -130,7 +131,7 @@ REUSED = ("o_shared", "dq_shared")  # of the programs of a token: written when t
 def shared_bytes(program, problem, c, d: Declared) -> tuple[int, int]:
     """What a CTA needs at least, and at most so much may a config say."""
     buffers = sum(n for name, n in d.shared.items() if not (isinstance(c, TokenConfig) and name in REUSED))
-    # A fragment's rows lie 16 to a warp. Where warps share rows, a reduction takes a word of each thread.
+    # A fragment's rows lie 16 to a warp. Where warps share rows, a reduction takes words of each thread.
     split = isinstance(c, TokenConfig) or c.rows(problem) < 16 * (c.threads // 32)
     least = ALIGNMENT + buffers + (4 * c.threads * d.reductions if split else 0)
     room = 0
@@ -139,7 +140,7 @@ def shared_bytes(program, problem, c, d: Declared) -> tuple[int, int]:
     elif program in ("hsa_bwd_chunk", "selected_bwd_chunk", "hsa_fwd_chunk"):
         tables = ("head_shared", "delta_shared") if "bwd" in program else ()  # counted also where it has none
         room = 4 * c.block_M * sum(d.shared.get(name, 0) < 4 * c.block_M for name in tables)
-        room += 4 * c.threads * (3 - d.reductions) if split else 0
+        room += 4 * c.threads * (6 - d.reductions) if split else 0
     elif program == "retrieve_dlandmarks":
         room = 4 * problem.D * c.threads // 32  # the warps' sums of each column
     elif "decode_split" in program or program.startswith("selected_fwd_"):
