@@ -64,7 +64,7 @@ def test_figures_of_needles():
         for key in (("hsa", "s-niah-keys", M), ("nsa", "s-niah", 4 * K))
     )
     assert "falls to {} % by 1M ({}, {} and {} % by seed)".format(far, *keys) in text
-    assert "finds {}, {} and {} % of the needles at 4K by seed".format(*nsa) in text
+    assert "finds {}, {}, {} and {} % of the needles at 4K by seed".format(*nsa) in text
     assert f"full attention answers {near} %" in text
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
 
