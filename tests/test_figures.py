@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hsa_tl.bench.plot import interval
 from hsa_tl.bench.ruler import WINDOWS, paired
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,13 @@ def test_figures_of_a_converted_model():
         rows = [at.get((method, length)) for length in lengths]
         values = [f"{r['right']} of {r['contexts']}, {r['perplexity']:.1f}" if r else "" for r in rows]
         in_page("docs/convert.md", cells(name, *values))
+    for right in {at[method, lengths[0]]["right"] for method in methods}:
+        low, high = (100 * x for x in interval(right, 20))
+        assert f"{low:.0f} to {high:.0f} %" in page
+    seconds = (f"{at[method, lengths[0]]['seconds']:.1f} s" for method in ("source", "window", "mass"))
+    assert "takes the source {} on one thread of a busy machine, a run {} (window alone) to {}".format(
+        *seconds
+    ) in words("docs/convert.md")
     sources = [word for found in files for word in (found["commit"], found["device"].split(",")[0])]
     assert sources and all(word in page for word in sources)
 
