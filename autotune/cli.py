@@ -14,13 +14,12 @@ from rich.console import Console
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate as calibration
-from hsa_tl.autotune import cost, explain, measure, plan, table, tuner
+from hsa_tl.autotune import cost, explain, measure, plan, static_page, table, tuner
 from hsa_tl.autotune import static as static_check
 from hsa_tl.autotune.journal import Journal
-from hsa_tl.bench.record import csv_text
 from hsa_tl.bench.suite import one_of
 from hsa_tl.cases import Case
-from hsa_tl.files import write_atomic, write_together
+from hsa_tl.files import write_atomic
 from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.terminal import make_console, minutes_option, number, parse_lengths, progress_bar, say, show_table
 
@@ -33,38 +32,6 @@ SHORT = {  # in a terminal's table
 DTYPES = ("bfloat16", "float16")
 DEFAULT = "paper-d128"
 JOURNAL = "candidates that are finished; by default the user's own. A run goes on from it"
-
-
-PAGE = """# Static check of the TileLang programs
-
-Every config of every program for the problems tagged ci, lowered for sm_90a, assembled by nvcc and read back: registers
-a thread at launch, spills, shared memory, CTAs for each SM, tensor-core instructions. ns/pair is a prediction for an
-{device} (`autotune/cost.py`; a pair is one token, key/value head and chunk; for the union tile all its tokens agree),
-beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --out` at commit {commit} with
-{versions}; all columns: [{name}]({name}).
-
-| case | program | config | registers | spills | smem | CTAs/SM | MMA | ns/pair | limiter | roofline |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-"""
-
-
-def write_static(rows: list[dict], path: Path) -> None:
-    """The rows as CSV, static_check.COLUMNS first line, and as a Markdown table in README.md beside it."""
-    write_together({path: csv_text(rows, static_check.COLUMNS), path.with_name("README.md"): _page(rows, path.name)})
-
-
-def _page(rows: list[dict], name: str) -> str:
-    lines = [
-        f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['registers']} | {r['spill_bytes']} "
-        f"| {r['smem_bytes']} | {r['ctas_per_sm']} | {r['hgmma'] or r['hmma'] or ''} | {r['ns_per_pair']:.3g} "
-        f"| {r['limiter']} | {r['roofline_ns']:.3g} |"
-        if r["error"] is None
-        else f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['error']} |"
-        for r in rows
-    ]
-    first = rows[0]
-    head = PAGE.format(device=first["device"].upper(), name=name, **{k: first[k] for k in ("versions", "commit")})
-    return head + "\n".join(lines) + "\n"
 
 
 def short(config: str) -> str:
@@ -126,7 +93,7 @@ def static(
         console, rows, f"sm_90a, predicted for {device}; smem in KiB, pair = (token, key/value head, chunk)"
     )
     if out:
-        write_static(rows, out)
+        static_page.write(rows, out)
         console.print(f"wrote {out}", soft_wrap=True)
     if not ok:
         raise typer.Exit(1)

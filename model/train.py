@@ -355,8 +355,9 @@ def _sources(recipe: Recipe, first: int, ranks: Ranks) -> dict[int, Source]:
     with torch.device("meta"):
         model = Model(recipe.config(recipe.stages[0]))
     sources = {}
-    for number in sorted({recipe.stage_at(step)[0] for step in range(first, recipe.steps)}):
-        stage, name = recipe.stages[number], f"of stage {number + 1}"
+    done = recipe.stage_at(first)[0] if first < recipe.steps else len(recipe.stages)
+    for number, stage in list(enumerate(recipe.stages))[done:]:
+        name = f"of stage {number + 1}"
         with _naming(f"model {name}"):
             reconfigure(model, recipe.config(stage))
         with _naming(f"batch {name}"):
