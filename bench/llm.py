@@ -1,11 +1,12 @@
 """What `hsa-tl convert` makes of a real model: the source's logits, and passkeys and perplexity without training.
 
     make llm                                # SmolLM2-135M-Instruct, 2K, 8 contexts
-    python -m hsa_tl.bench.llm FILE.gguf --length 8192 --contexts 3 --out FOLDER
+    python -m hsa_tl.bench.llm FILE.gguf --length 32768 --contexts 20 --haystacks 2 --out FOLDER
 
 A context is English documentation (pydoc_data.topics) with a code of five digits at its depth and the question behind
-it. right: contexts in which every digit is the likeliest token after those before it. perplexity: of the 256 tokens
-before the question.
+it. Contexts of one haystack differ from the code on, and a model reads what differs. right: contexts in which every
+digit is the likeliest token after those before it. perplexity: of the 256 tokens before the question, which are the
+same ones at every length.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import pydoc_data.topics
 import random
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,42 +45,102 @@ METHODS = {  # None: the source
     "mean of 16": FINE | {"selection": "mean"},
     "landmark of 16": FINE | {"selection": "landmark"},
 }
-LAST = 301  # tokens before the code's end whose logits are asked for, at least
+JUDGED = 256  # tokens before the question
+LONGEST = 1 << 16  # tokens of a context
+SEGMENT = 4096  # tokens read at once
 
 
 class Context(NamedTuple):
     tokens: list[int]
-    digits: int  # tokens of the answer, the last ones
+    asked: int  # tokens of question and answer, the last ones
+    digits: int  # tokens of the answer
 
 
-def make_contexts(tokenizer, length: int, number: int) -> list[Context]:
-    """Of `length` tokens with the answer, the code at `number` depths."""
+def make_contexts(tokenizer, length: int, number: int, haystacks: int) -> list[Context]:
+    """Of `length` tokens with question and answer, the code at `number` depths, the deepest of each haystack first.
+    ValueError: they are too long for the text, or too short for what they hold."""
     topics = pydoc_data.topics.topics
     text, rng, made = tokenizer.encode("\n\n".join(topics[k] for k in sorted(topics))), random.Random(7), []
+    longest = min(LONGEST, len(text))
+    ends = [rng.randrange(longest, len(text) + 1) for _ in range(haystacks)]
+    question = tokenizer.encode("\n\nThe secret code of the lantern is ")
     for n in range(number):
         code = tokenizer.encode(digits := str(rng.randrange(10000, 99999)))
         needle = tokenizer.encode(f"\n\nThe secret code of the lantern is {digits}. Remember it.\n\n")
-        question = tokenizer.encode("\n\nThe secret code of the lantern is ")
-        body = length - len(needle) - len(question) - len(code)
-        start, cut = rng.randrange(len(text) - body), int((n + 0.5) / number * (body - WINDOW - CHUNK_SIZE))
-        haystack = text[start : start + body]
-        made.append(Context([*haystack[:cut], *needle, *haystack[cut:], *question, *code], len(code)))
-    return made
+        body, end = length - len(needle) - len(question) - len(code), ends[n % haystacks]
+        deepest = body - JUDGED - WINDOW - CHUNK_SIZE  # behind which a window would hold the code
+        if not (length <= longest and deepest > 0):
+            least = length - deepest + 1
+            raise ValueError(f"length must lie in [{least}, {longest}], got {length}")
+        haystack, cut = text[end - body : end], int((n + 0.5) / number * deepest)
+        tokens = [*haystack[:cut], *needle, *haystack[cut:], *question, *code]
+        made.append((n % haystacks, -cut, Context(tokens, len(question) + len(code), len(code))))
+    return [context for *_, context in sorted(made)]
+
+
+@dataclass
+class Reader:
+    """Reads contexts one after the other, of each what follows the tokens that it shares with the one before.
+
+    forward: logits [keep, V] of the last `keep` >= 1 tokens of ids [1, T], given a cache. take_back: of a cache the
+    last so many tokens.
+    """
+
+    forward: Callable[[torch.Tensor, Any, int], torch.Tensor]
+    cache: Any
+    take_back: Callable[[Any, int], None]
+    tokens: Sequence[int] = ()  # that the cache holds
+    count: int = 0  # of tokens that were read
+
+    def read(self, tokens: list[int], keep: int) -> torch.Tensor:
+        """Logits [keep, V] of the last `keep` tokens."""
+        T, logits = len(tokens), []
+        differ = (i for i, (a, b) in enumerate(zip(self.tokens, tokens, strict=False)) if a != b)
+        shared = min(next(differ, len(self.tokens)), T - keep)
+        if shared < len(self.tokens):
+            self.take_back(self.cache, len(self.tokens) - shared)
+        for a in range(shared, T, SEGMENT):
+            part = tokens[a : a + SEGMENT]
+            kept = max(0, min(len(part), a + len(part) - T + keep))
+            logits.append(self.forward(torch.tensor([part]), self.cache, max(1, kept))[:kept])
+        self.tokens, self.count = tokens, self.count + T - shared
+        return torch.cat(logits)
+
+
+def reader_of_source(model) -> Reader:
+    """Of a model of transformers."""
+    from transformers import DynamicCache
+
+    def forward(ids, cache, keep):
+        return model(ids, past_key_values=cache, logits_to_keep=keep).logits[0]
+
+    return Reader(forward, DynamicCache(), lambda cache, n: cache.crop(-n))
+
+
+def reader_of_run(model, length: int) -> Reader:
+    """Of a model of ours, for contexts of `length` tokens."""
+
+    def forward(ids, cache, keep):
+        return model(ids, cache=cache, logits_to_keep=keep).logits[0]
+
+    cache = model.new_cache(1, undo=length, capacity=length)
+    return Reader(forward, cache, lambda cache, n: cache.crop(cache.lengths[0] - n))
 
 
 @torch.no_grad()
-def ask(logits, contexts: list[Context]) -> dict:
-    """logits: [last, V] of tokens [1, T]. The contexts that are right, losses and perplexity, and seconds a context."""
-    right, losses, start = 0, [], time.perf_counter()
-    for tokens, digits in contexts:
-        x = torch.tensor([tokens])
-        found = logits(x, LAST + digits)[:-1].float()  # that of the last token tells nothing
-        target = x[0, -len(found) :]
-        right += bool((found[-digits:].argmax(-1) == target[-digits:]).all())
-        losses.append(round(F.cross_entropy(found[:256], target[:256]).item(), 5))
-    n = len(contexts)
-    seconds, perplexity = round((time.perf_counter() - start) / n, 2), math.exp(sum(losses) / n)
-    return {"right": right, "contexts": n, "perplexity": perplexity, "seconds": seconds, "losses": losses}
+def ask(reader: Reader, contexts: list[Context]) -> dict:
+    """The contexts that are right, losses and perplexity, tokens that were read and the seconds that took."""
+    right, losses, start = [], [], time.perf_counter()
+    for tokens, asked, digits in contexts:
+        found = reader.read(tokens, JUDGED + asked + 1)[:-1].float()  # that of the last token tells nothing
+        target = torch.tensor(tokens[-JUDGED - asked :])
+        right.append(found[-digits:].argmax(-1).tolist() == tokens[-digits:])
+        losses.append(round(F.cross_entropy(found[:JUDGED], target[:JUDGED]).item(), 5))
+    seconds, perplexity = round(time.perf_counter() - start, 2), math.exp(sum(losses) / len(losses))
+    return {
+        "right": sum(right), "contexts": len(right), "perplexity": perplexity, "tokens": reader.count,
+        "seconds": seconds, "losses": losses, "found": right,
+    }  # fmt: skip
 
 
 def read_found(path: Path, about: dict) -> dict:
@@ -92,6 +154,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--contexts", type=int, default=8)
+    parser.add_argument("--haystacks", type=int, help="by default each context has its own")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/llm"))
@@ -99,7 +162,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     import transformers
 
-    about = {"source": given.source.name, "contexts": given.contexts, **origin("cpu")}
+    haystacks = given.contexts if given.haystacks is None else given.haystacks
+    about = {"source": given.source.name, "contexts": given.contexts, "haystacks": haystacks, **origin("cpu")}
     about["versions"] += f", transformers {transformers.__version__}"
     path = given.out / f"llm-{given.length}.json"
     found = read_found(path, about) | about
@@ -111,7 +175,7 @@ def main() -> None:
         run = Path(folder) / "run"
         config = convert(given.source, run, window=WINDOW, sinks=SINKS, chunk_size=CHUNK_SIZE, topk=TOPK)
         model = load(run)
-    contexts = make_contexts(model.tokenizer, given.length, given.contexts)
+    contexts = make_contexts(model.tokenizer, given.length, given.contexts, haystacks)
     with torch.no_grad():
         ids = torch.tensor([contexts[0].tokens[:256]])  # which the window covers
         difference = (source(ids).logits - model(ids).logits).abs().max().item()
@@ -131,17 +195,18 @@ def main() -> None:
         print(f"attention to all chunks of 16 that 64 hold: {told}; exact: {config.exact_heads}", flush=True)
     for name in methods:
         if METHODS[name] is None:
-            logits = lambda x, keep: source(x, logits_to_keep=keep).logits[0]  # noqa: E731
+            reader = reader_of_source(source)
         else:
             reconfigure(model, replace(config, **METHODS[name]))
-            logits = lambda x, keep: model(x, logits_to_keep=keep).logits[0]  # noqa: E731
-        row = {"method": name, "length": given.length, **ask(logits, contexts)}
+            reader = reader_of_run(model, given.length)
+        row = {"method": name, "length": given.length, **ask(reader, contexts)}
         found["rows"].append(row)
         write_atomic(path, json.dumps(found, indent=1) + "\n")
         right, n = row["right"], row["contexts"]
         low, high = (100 * x for x in interval(right, n))
         told = f"{right} of {n} right ({low:.0f} to {high:.0f} %), perplexity {row['perplexity']:.2f}"
-        print(f"{name}: {told}, {row['seconds']:.1f} s a context", flush=True)
+        speed = f"{1000 * row['seconds'] / row['tokens']:.1f} ms a token"
+        print(f"{name}: {told}, {speed}", flush=True)
     print(f"wrote {path}")
 
 
