@@ -11,6 +11,7 @@ from hsa_tl.bench.lengths import RATES, rate
 from hsa_tl.bench.paper import RUNS
 from hsa_tl.bench.plot import interval
 from hsa_tl.bench.plot_eval import NEEDLES
+from hsa_tl.bench.ruler import paired
 from hsa_tl.model import needles
 from hsa_tl.model.recipe import load_recipe
 
@@ -83,6 +84,22 @@ def test_figures_of_the_papers_table_1():
     )  # fmt: skip
     assert f"seed 0 of NSA without positions has {100 * wide['accuracy']:.0f} % there" in words(page)
     assert {r["commit"] for r in rows} == {"ca924f633e37"} and "commit ca924f633e37" in words(page)
+
+
+def test_figures_of_the_papers_table_2():
+    rows, page = json.loads((RESULTS / "table-2-tiny.json").read_text()), "docs/results.md"
+    bits = {(r["model"], r["length"]): r for r in rows if "bits" in r}
+    asked = {(r["model"], r["length"]): r for r in rows if "accuracy" in r}
+    for model in ("base", "copy", "short"):
+        text = (bits[model, T] for T in (64, 128, 256))
+        shown = [f"{r['bits_per_token']:.3f} ({r['standard_error']:.3f})" for r in text]
+        found = (asked[model, T] for T in (64, 128, K, 16 * K))
+        in_page(page, cells(RUNS[model].label, *shown, *(rate(r["accuracy"], r["answers"]) for r in found)))
+    costs = [paired(bits[m, 256]["bits"], bits["base", 256]["bits"]) for m in ("copy", "short")]
+    told = ["{:.3f} ({:.3f})".format(*x) for x in costs]
+    assert f"text costs {told[0]} bits more after self-copy and {told[1]} after the short window" in words(page)
+    about = {(r["commit"], r["trained_tokens"], r["trained_length"], r["finished"]) for r in rows}
+    assert about == {("26789cb6984c", 10854400, 256, True)} and "commit 26789cb6984c" in words(page)
 
 
 def test_figures_of_the_recipe():
