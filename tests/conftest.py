@@ -9,6 +9,7 @@ import collections
 import contextlib
 import os
 import signal
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -32,6 +33,15 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def _interruptible():
     """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_temporary_files(tmp_path_factory):
+    """Compilers and launchers leave temporary files behind: here with pytest's own, of which it keeps three runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)  # asks the environment again
+        yield
 
 
 @pytest.fixture(autouse=True)
