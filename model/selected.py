@@ -288,8 +288,9 @@ class Rule:
         hidden = (j > i) | (behind & (j < chunks))
         rope = (lambda x, position: x) if self.theta is None else lambda x, position: rotate(x, position, self.theta)
         score = scores(rope(q_BTAD, i[:, 0]), rope(k, j))
-        if low < last - W:  # the last query sees keys behind its window here
-            score = torch.where(behind, scores(q_cap, k), score)
+        if low < last - W:  # the last query sees keys behind its window here, up to column n
+            n = len(j) - W
+            score[..., :n] = torch.where(behind[:, :n], scores(q_cap, k[:, :n]), score[..., :n])
         score = score.masked_fill(hidden, -torch.inf)
         lse = score.logsumexp(-1)
         out = torch.exp(score - lse[..., None]).to(v.dtype).flatten(2, 3) @ v.transpose(1, 2)  # [B, H, G * T, D]
