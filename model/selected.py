@@ -28,7 +28,8 @@ from hsa_tl.model.attention import SelfAttention, positions, rotate
 from hsa_tl.model.config import ModelConfig
 
 FEW = 8  # tokens of a sequence that decode as one; more are a segment
-BLOCK = 512  # tokens that attend to their window at once
+BLOCK = {"cpu": 128}  # tokens that attend to their window at once: their scores should stay in a CPU's cache
+BLOCK_ACCELERATOR = 512  # which wants fewer launches
 SCORES = 1 << 24  # of every key behind the window, held at once
 
 
@@ -262,9 +263,8 @@ class Rule:
         T, W, S = q_BTAD.shape[1], self.window, self.chunk_size
         start = keys.k.shape[1] - T
         q_cap = q_BTAD if self.theta is None else rotate(q_BTAD, torch.tensor([W], device=q_BTAD.device), self.theta)
-        blocks = [
-            self._near(q_BTAD[:, a : a + BLOCK], q_cap[:, a : a + BLOCK], keys, start + a) for a in range(0, T, BLOCK)
-        ]
+        n = BLOCK.get(q_BTAD.device.type, BLOCK_ACCELERATOR)
+        blocks = [self._near(q_BTAD[:, a : a + n], q_cap[:, a : a + n], keys, start + a) for a in range(0, T, n)]
         near = [torch.cat(x, 1) for x in zip(*blocks, strict=True)]
         # Whole and behind the window: what a token so many positions earlier would see of its whole past.
         past = start + 1 - W - self.sinks

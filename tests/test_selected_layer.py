@@ -82,7 +82,7 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
     want = expect(lambda *x: results(lambda q, k, v: oracle(q, k, v, before, **told), *x), q, k, v, do)
     with pytest.MonkeyPatch.context() as patch:
         if blocks:
-            patch.setattr(layer, "BLOCK", 7)
+            patch.setitem(layer.BLOCK, "cpu", 7)
             patch.setattr(layer, "SCORES", 5000)
         got = results(lambda q, k, v: Rule(**options, chunk_size=16).attend(q, Keys(k, v), chooser)[0], q, k, v, do)
     assert_all_accurate(got, want)
