@@ -129,7 +129,7 @@ def autotune(
     k: Annotated[Optional[int], number("--K", low=1, high=65536, help="chunks that a token chooses")] = None,
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float16")] = None,
     device: Annotated[
-        Optional[list[str]], typer.Option(help="h100, h200 or h800: static, repeatable; by default the GPU here")
+        Optional[list[str]], typer.Option(help="h100, h200 or h800: predicts, repeatable; by default the GPU here")
     ] = None,
     program: Annotated[
         Optional[list[str]], typer.Option(help="hsa_fwd_union, ...; repeatable; by default all of hsa_attention")

@@ -34,7 +34,7 @@ DIRECTIONS = {
     "selected_forward": (("selected_forward",),),
     "selected_backward": (("selected_backward",),),
 }
-OVERLAP = 0.9  # of neighbouring tokens' selections where config= says nothing: trained models on text, K = 16
+OVERLAP = 0.9  # of neighbouring tokens' selections where config= says nothing: an assumption
 MODES = ("table", "heuristic", "tune", "error")
 
 

@@ -78,7 +78,7 @@ def bench(
     provider_names: Annotated[
         Optional[list[str]], typer.Option("--provider", help="dense, hsa-auto, hsa-triton, ...; repeatable")
     ] = None,
-    selection: Annotated[str, typer.Option(help="random, overlap=0.8, full or text")] = "random",
+    selection: Annotated[str, typer.Option(help="random, overlap=0.8, full, text or trained=FILE")] = "random",
     out: Annotated[Path, typer.Option(help="folder of bench.csv, bench.json and plots")] = Path("out/bench"),
     minutes: Annotated[Optional[float], minutes_option("stop measuring after so long")] = None,
     max_call_s: Annotated[
@@ -162,8 +162,8 @@ def lengths(
 ) -> None:
     """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there.
 
-    --all: with the learning rate of half, one or two times the recipe's whose seed 0 has the least validation loss, or
-    that a model's rows in OUT have; HSA with a part taken out has 3 seeds at most, the others 5.
+    Runs on a CPU. --all: with the learning rate of half, one or two times the recipe's whose seed 0 has the least
+    validation loss, or that a model's rows in OUT have; HSA with a part taken out has 3 seeds at most, the others 5.
     """
     torch.set_num_threads(threads)
     run_lengths(
@@ -211,13 +211,17 @@ def evaluate(
     depths: Annotated[str, typer.Option(help="first..last of the needle's depth in [0, 1]")] = "0..1",
     depth_steps: Annotated[int, number(low=1, high=1001, help="depths from first to last")] = 5,
     tasks: Annotated[
-        str, typer.Option(help="in words: s-niah, mk-niah-1 to 3, mq-niah, mv-niah, vt, fwe, cwe, qa, babi-1 to 3")
+        str,
+        typer.Option(
+            help=f"of needles: {', '.join(TASKS)}; in words: s-niah, mk-niah-1 to 3, mq-niah, mv-niah, vt, fwe, cwe, "
+            "qa, babi-1 to 3"
+        ),
     ] = "s-niah,mq-niah",
     samples: Annotated[int, number(low=1, high=1_000_000, help="contexts of each length, task and depth")] = 4,
     vocabulary: Annotated[
         Optional[str], typer.Option(help="words or needles; by default what the run was trained on")
     ] = None,
-    data_file: Annotated[Path, typer.Option("--data", help="token file, for perplexity and selections")] = Path(
+    data_file: Annotated[Path, typer.Option("--data", help="token file, of what reads text")] = Path(
         "out/data/held_out.bin"
     ),
     memory: Annotated[Optional[Path], typer.Option(help="folder that holds the chunk memory, off the heap")] = None,

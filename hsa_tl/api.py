@@ -171,8 +171,8 @@ def hsa_attention(
             that may be TileLang's union tile, in which an inf or NaN in v reaches other tokens of its tile; for such
             values name another program, config={"hsa_fwd_token": {}}.
         config (dict): {program name: its fields} in place of what `impl` would choose; {"overlap": x} says what
-            `selection_overlap` is about, by which TileLang's programs are chosen, 0.9 unless told: what trained models
-            show on text with K = 16. Default: None.
+            `selection_overlap` is about, by which TileLang's programs are chosen, unless told 0.9, an assumption.
+            Default: None.
         deterministic (bool): no program that adds atomically: the same bits on every call, which other programs may
             not give. Default: False.
         validate (bool): True: indices must lie in range and name whole chunks in the past, the last query being the

@@ -41,7 +41,7 @@ INFO_TOKENS = 128
 
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
 CaseName = Annotated[str, typer.Option("--case", help="a named problem, see hsa_tl/cases.py")]
-Selection = Annotated[str, typer.Option(help="random, overlap=0.8, full or text")]
+Selection = Annotated[str, typer.Option(help="random, overlap=0.8, full, text or trained=FILE")]
 
 
 def _show_version(wanted: bool) -> None:

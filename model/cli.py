@@ -148,19 +148,19 @@ def train(
     out: Annotated[Optional[Path], typer.Option(help="folder of the run; by default out/train/RECIPE")] = None,
     seed: Annotated[Optional[int], seed_option("instead of the recipe's")] = None,
     start: Annotated[Optional[Path], typer.Option(help="a run whose last weights are taken")] = None,
-    attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa, nsa or moba")] = None,
+    attention: Annotated[Optional[str], typer.Option(help="hsa, or a baseline: full, swa, linear, nsa or moba")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
     context_parallel: Annotated[int, number(low=1, high=4096, help="ranks that share each sequence's tokens")] = 1,
     minutes: Annotated[
-        Optional[float], minutes_option("ends with a checkpoint before they are over; the next call goes on")
+        Optional[float], minutes_option("ends with a checkpoint before, but finishes a step; the next call goes on")
     ] = None,
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Trains a recipe, or a small model on a text. Resumes from the newest whole checkpoint in the folder, to the bit.
 
-    Prints loss, validation loss and tokens per second at each checkpoint, and draws loss.png. With other settings it
-    begins anew: name another folder, and with --start the run whose weights it begins with.
-    On many ranks: torchrun --nproc-per-node 4 -m hsa_tl.cli train RECIPE. Parameters are sharded over all ranks. A
+    Prints loss, validation loss and tokens per second at each checkpoint, and draws loss.png. Other settings on
+    an old run are refused: name another folder, and with --start the run whose weights it begins with.
+    On many ranks: torchrun --nproc-per-node 4 -m -- hsa_tl.cli train RECIPE. Parameters are sharded over all ranks. A
     rank that dies ends the run; any number of ranks goes on with it.
     """
     begin = time.perf_counter()

@@ -26,6 +26,13 @@ def test_length():
     assert len(README.read_text().splitlines()) <= 110
 
 
+@pytest.mark.parametrize("path", [p for p in PAGES if "results" not in p.parts], ids=lambda p: p.stem)
+def test_width(path):
+    """Tables have a line for each row, however long."""
+    long = [n for n, x in enumerate(path.read_text().splitlines(), 1) if len(x) > 120 and not x.startswith("|")]
+    assert not long
+
+
 def test_every_variable_of_the_environment_is_listed():
     """In one table, with one prefix."""
     listed = set(re.findall(r"HSA_\w+", (ROOT / "docs" / "operator.md").read_text()))
