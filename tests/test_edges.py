@@ -67,6 +67,20 @@ def test_an_infinite_gradient_is_not_lost_in_what_fills_a_block_up(operator):
     assert (v.grad[0, :S, 0, 5] == math.inf).all() and not v.grad.isnan().any()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weight", (math.nan, math.inf, 1e38))
+def test_the_gradient_of_a_weight_does_not_depend_on_it(impl, weight):
+    q, k, v, weights, indices = calls(32)
+    for w in (weights, weights.where(torch.arange(32)[:, None, None] != 20, weight)):
+        w = w.detach().requires_grad_()
+        out = hsa_attention(q, k, v, w, indices, chunk_size=S, impl=impl)
+        out.backward(torch.full_like(out, 100.0))
+        found = check_attention(
+            {"dweights": w.grad}, Inputs(q, k, v, w, indices, torch.full_like(out, 100.0)), chunk_size=S
+        )
+        assert found == [] and w.grad.isfinite().all()
+
+
 def test_decode_sums_chunks_before_it_rounds():
     """Two chunks whose weighted outputs are each beyond float16's range and cancel in part."""
     k_pages, q = torch.zeros(2, S, 1, 16).half(), torch.zeros(1, 1, 1, 16).half()
@@ -195,6 +209,7 @@ def test_scores_of_empty_rows_are_checked_too():
         (torch.zeros(3), {"kind": "joint", "swa_lse": torch.tensor(0.0)}, "scores must have heads and slots"),
         (torch.zeros(1, 2, 0, 3), {"kind": "joint", "swa_lse": torch.zeros(1, 2, 0)}, "scores must have heads and"),
         (torch.zeros(1, 2, 1, 3), {"kind": ["softmax"]}, "kind must be one of "),
+        (torch.zeros(1, 2, 1, 3), {"kind": "joint", "swa_lse": torch.zeros(1, 2, 1).int()}, "swa_lse must have dtype "),
     ],
 )
 def test_weights_of_nothing(scores, options, words):
@@ -202,9 +217,14 @@ def test_weights_of_nothing(scores, options, words):
         fusion_weights(scores, **options)
 
 
-def test_top_p_takes_indices():
-    with pytest.raises(ValueError, match="indices must have dtype int32"):
-        top_p_chunks(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), 0.5)
+def test_top_p_takes_scores_and_indices():
+    x = torch.zeros(1, 1, 1, 2)
+    for scores, indices, words in (
+        (x, x, "indices must have dtype int32"),
+        (x.int(), x.int(), "scores must have dtype"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            top_p_chunks(scores, indices, 0.5)
 
 
 @pytest.mark.parametrize("D, G", ((6, 1), (6, 3), (10, 3), (8, 1)))

@@ -27,8 +27,8 @@ _BLOCK_ELEMENTS = {"cpu": 2**18}
 _BLOCK_ELEMENTS_ACCELERATOR = 2**23
 # Scores (as powers of two) within this bound need no row maximum: exp2 neither overflows nor flushes to zero.
 _MAX_UNSHIFTED = 40.0
-# Backward multiplies by the weight early and divides it out of dweights; one smaller than this is multiplied in last.
-_MIN_WEIGHT = 1e-12
+# Backward multiplies by the weight early and divides it out of dweights; one outside of these is multiplied in last.
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 # Rows of a block: a multiple of these, for which a product gives a row the same bits whatever is beside it.
 _ROWS = 16
 # oneDNN compiles a program for each number of rows, so that blocks have few: powers of two, or multiples of these.
@@ -119,12 +119,13 @@ class Plan:
         self.real = at < stop
         at = torch.minimum(at, stop - 1)
         token, self.slot = token[at], head * (T * self.K) + pairs.pair[at]  # the pair's place in [B, H, T, K]
-        weight, self.small = self.real[:, None].to(self.dtype), None  # [pairs, GW]
+        weight, self.extreme = self.real[:, None].to(self.dtype), None  # [pairs, GW]
         if weights is not None:
             split = weights.view(B, T, H, self.GW, self.K).permute(0, 2, 1, 4, 3).reshape(-1, self.GW)
             weight = split.index_select(0, self.slot).masked_fill_(~self.real[:, None], 0)
-            small = (weight.abs() < _MIN_WEIGHT) & self.real[:, None]
-            self.small = small if small.any() else None
+            size = weight.abs()
+            extreme = ~((size >= _MIN_WEIGHT) & (size <= _MAX_WEIGHT)) & self.real[:, None]  # also nan
+            self.extreme = extreme if extreme.any() else None
         segments, self.blocks = torch.tensor([x[1] for x in cuts], device=device), []
         for x in groups:
             (head, _, keys, *_), part = cuts[x.start], slice(ends[x.start], ends[x.stop])
@@ -250,10 +251,10 @@ def backward(do, q, k, v, weights, indices, pairs, chunk_len, scale, config="", 
         plan.blank_(do_rows, block)
         # p stays unnormalised: scaling the rows of do by w / row_sum normalises and weighs dP, dS and dv at once.
         p, row_sum = plan.exp_(plan.product(k_scaled, q_rows), 1, block)  # [C, keys, rows]
-        # w = early * late: a weight that is about zero cannot be divided out again.
+        # w = early * late: a weight that is about zero, or about infinite, cannot be divided out again.
         early, late = block.weight, None
-        if plan.small is not None and (small := plan.small[block.part]).any():
-            early, late = torch.where(small, 1, early), torch.where(small, early, 1)
+        if plan.extreme is not None and (extreme := plan.extreme[block.part]).any():
+            early, late = torch.where(extreme, 1, early), torch.where(extreme, early, 1)
         do_by_head = do_rows.view(n, G, -1).mul_((early / row_sum.view(n, G))[..., None])
         ds = plan.product(v, do_rows).mul_(p)  # P dP
         delta = ds.sum(1)
