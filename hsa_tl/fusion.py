@@ -2,7 +2,7 @@
 
 import torch
 
-from hsa_tl.validation import FLOATS, require, require_tensor, shape_of
+from hsa_tl.validation import FLOATS, require, require_float, require_tensor, shape_of
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:
@@ -89,6 +89,7 @@ def fusion_weights(
         return KINDS[kind](scores)
     require(scores.ndim > 1 and scores.shape[-2], "scores", 'have heads and slots for "joint"', shape_of(scores))
     require_tensor("swa_lse", swa_lse, scores.ndim - 1, scores)
+    require_float("swa_lse", swa_lse)
     heads, lse_heads = scores.shape[-2], swa_lse.shape[-1]
     require(
         all(a == b for a, b in zip(swa_lse.shape[:-1], scores.shape[:-2], strict=True)) and lse_heads % heads == 0,
@@ -122,6 +123,7 @@ def top_p_chunks(scores: torch.Tensor, indices: torch.Tensor, p: float) -> tuple
         [[[[-1, 5, 6]]]]
     """
     require_tensor("scores", scores, 4)
+    require_float("scores", scores)
     require_tensor("indices", indices, 4, scores)
     require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
     require(scores.shape == indices.shape, "indices", f"have scores' shape {list(scores.shape)}", shape_of(indices))
