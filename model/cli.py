@@ -311,16 +311,18 @@ def convert(
     chunk_size: Annotated[int, number(low=16, high=128, help="tokens of a chunk: 16, 32, 64 or 128")] = 64,
     topk: Annotated[str, typer.Option(help="chunks behind the window that a token sees: a number, or all")] = "16",
     selection: Annotated[str, typer.Option(help="mass: of the greatest attention, exact; mean: by mean key")] = "mass",
+    hsa_layers: Annotated[int, number(low=0, high=1 << 20, help="that choose chunks, evenly spread; 0 for all")] = 0,
 ) -> None:
     """Gives a pretrained model long memory, without training: a run whose layers see a window and chosen chunks."""
     if topk != "all" and not topk.isdecimal():
         raise ValueError(f"topk must be a number of chunks from 0 on or all, got {topk!r}")
     config = conversion.convert(
         source, run, window=window, sinks=sinks, chunk_size=chunk_size,
-        topk=topk if topk == "all" else int(topk), selection=selection,
+        topk=topk if topk == "all" else int(topk), selection=selection, hsa_layers=hsa_layers,
     )  # fmt: skip
     chunks = f"{topk} chunks" if topk == "all" or int(topk) else "no chunks"
-    seen = f"{sinks} first tokens, a window of {window} and {chunks} of {chunk_size} by {selection}"
+    where = f", chunks in {hsa_layers} of them" if hsa_layers else ""
+    seen = f"{sinks} first tokens, a window of {window} and {chunks} of {chunk_size} by {selection}{where}"
     console.print(f"wrote {run}: {config.layers} layers that see {seen}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -38,8 +38,8 @@ class ModelConfig:
     (BaseLM). "linear": linear attention only (`hsa_tl.model.linear`). "selected": every layer has one softmax over its
     window, the first tokens and chosen chunks of its own keys, as a pretrained model has it that `hsa-tl convert` made
     (`hsa_tl.model.selected`). No parameter's shape depends on window, topk, topp, exclude_window, fusion, mass_power,
-    distractors, rope, sinks or selection, so that a checkpoint goes from one training stage to the next. The defaults
-    are the preset "tiny".
+    distractors, rope, sinks, selection or hsa_layers, so that a checkpoint goes from one training stage to the next.
+    The defaults are the preset "tiny".
 
     Args:
         vocab_size (int): V. Default: 320.
@@ -67,6 +67,8 @@ class ModelConfig:
         selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "landmark"
             those of which `anchors` guess it, "mean" those whose mean key fits best. Default: "mass".
         anchors (int): M of each key/value head, see `hsa_tl.model.selected.Landmarks`. Default: 0, none.
+        hsa_layers (int): of "selected", layers that choose chunks, evenly spread, the last one among them; the others
+            see window and sinks. Default: 0, all.
         exact_heads (tuple of int): with selection "landmark", key/value heads, counted through all layers, that choose
             by the mass nevertheless. Default: ().
         score_scale (float): of the scores of "full". Default: 1.0.
@@ -142,6 +144,7 @@ class ModelConfig:
     sinks: int = 0
     selection: str = "mass"
     anchors: int = 0
+    hsa_layers: int = 0
     exact_heads: tuple[int, ...] = ()
     score_scale: float = 1.0
     log_length: int = 0
@@ -196,6 +199,7 @@ class ModelConfig:
             ("norm_eps", 0 <= self.norm_eps < 1, "lie in [0, 1)"),
             ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "hold q, k, v or out"),
             ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),
+            ("hsa_layers", self.hsa_layers <= self.layers, f"be at most layers = {self.layers}"),
             ("anchors", self.anchors or self.selection != "landmark", "be positive for selection landmark"),
             (
                 "exact_heads",
@@ -237,9 +241,14 @@ class ModelConfig:
         leads = {lower + g * upper // self.groups for g in range(self.groups)}
         return tuple(self.attention if i in leads else "linear" if self.linear else "swa" for i in range(self.layers))
 
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer of "selected" sees chosen chunks."""
+        n = self.hsa_layers or self.layers
+        return (layer + 1) * n // self.layers > layer * n // self.layers
+
 
 MAY_BE_ZERO = (
-    "hsa_window", "log_length", "sinks", "anchors", "distractors", "encoder_overlap", "conv", "experts",
+    "hsa_window", "log_length", "sinks", "anchors", "hsa_layers", "distractors", "encoder_overlap", "conv", "experts",
     "shared_experts", "dense_layers",
 )  # fmt: skip
 

@@ -30,7 +30,7 @@ def attend(
     config, T, P = module.config, query.shape[2], key.shape[2]
     position = torch.arange(P, device=query.device)
     own = config_of(config, **getattr(config, NAME, {}))
-    rule = Rule.of(own)
+    rule = Rule.of(own, module.layer_idx)
     for name, ok, must in (
         ("attention_mask", attention_mask is None, "hide nothing, so that each prompt stands alone or all are as long"),
         ("attention_dropout", not dropout, "be 0"),

@@ -63,7 +63,7 @@ class Layer(nn.Module):
         chosen = {"chunk_size": c.chunk_size, "topk": c.topk, "impl": "auto" if c.impl == "dense" else c.impl}
         if kind == "selected":
             exact = tuple(x % c.kv_heads for x in c.exact_heads if x // c.kv_heads == index)
-            self.attention = SelectedAttention(*heads, Rule.of(c), c.selection, c.anchors, exact, **options)
+            self.attention = SelectedAttention(*heads, Rule.of(c, index), c.selection, c.anchors, exact, **options)
         elif kind == "moba":
             self.attention = MixtureOfBlockAttention(*heads, **own, **chosen, **options)
         elif kind == "linear":

@@ -247,10 +247,10 @@ class Rule:
     impl: str = "auto"
 
     @classmethod
-    def of(cls, c: ModelConfig) -> "Rule":
+    def of(cls, c: ModelConfig, layer: int) -> "Rule":
         theta = (c.rope_frequencies or c.rope_theta) if "selected" in c.rope else None
         impl = "auto" if c.impl == "dense" else c.impl
-        return cls(c.window, c.sinks, c.chunk_size, c.topk, theta, impl)
+        return cls(c.window, c.sinks, c.chunk_size, c.topk if c.chooses(layer) else 0, theta, impl)
 
     def attend(
         self, q_BTAD: torch.Tensor, keys: Keys, chooser: Landmarks | None = None, count: Callable | None = None

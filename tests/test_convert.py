@@ -99,13 +99,31 @@ def test_options_reach_the_model(small, tmp_path):
     ids = torch.randint(257, (1, T), generator=torch.Generator().manual_seed(0))
     options = {"window": 16, "sinks": 2, "chunk_size": 16}
     logits = [load(small / "run")(ids).logits]
-    for i, more in enumerate(({"topk": "all"}, {"topk": 0}, {"topk": 1, "selection": "mean"}, {"sinks": 0, "topk": 1})):
+    others = {"topk": "all"}, {"topk": 0}, {"topk": 1, "selection": "mean"}, {"sinks": 0, "topk": 1}
+    for i, more in enumerate((*others, {"topk": 1, "hsa_layers": 2})):
         config = convert(small / "source", tmp_path / str(i), **options | more)
         assert {k: getattr(config, k) for k in options | more} == options | more
         logits.append(load(tmp_path / str(i))(ids).logits)
-    for a in range(5):
+    for a in range(6):
         for b in range(a):
             assert (logits[a] - logits[b]).abs().max() > 1e-2, (a, b)
+
+
+def test_so_many_layers_choose_chunks(small, tmp_path):
+    """Evenly spread, the last one among them; of the others nothing but window and sinks counts."""
+    run("convert", small / "source", tmp_path / "run", "--window", 16, "--chunk-size", 16, "--hsa-layers", 2)
+    model = load(tmp_path / "run")
+    assert [layer.attention.rule.topk for layer in model.layers] == [0, 16, 16]
+    for layers, chosen in ((0, range(30)), (1, [29]), (2, [14, 29]), (30, range(30))):
+        config = dataclasses.replace(model.config, layers=30, hsa_layers=layers)
+        assert [i for i in range(30) if config.chooses(i)] == list(chosen)
+    ids = torch.randint(257, (2, T), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache, whole = model.new_cache(2), model(ids).logits
+        parts = torch.cat([model(x, cache=cache).logits for x in ids.split([60, 1, 9, 20], 1)], 1)
+        torch.testing.assert_close(parts, whole, atol=1e-4, rtol=0)
+        reconfigure(model, dataclasses.replace(model.config, topk=0, hsa_layers=0))
+        assert (model(ids).logits - whole).abs().max() > 1e-2
 
 
 WEIGHT = "model.layers.1.mlp.gate_proj.weight"
@@ -321,6 +339,7 @@ def test_what_landmarks_need_is_told(small, tmp_path):
     (
         (("--topk", "some"), "topk must be a number of chunks from 0 on or all, got 'some'"),
         (("--selection", "best"), "selection must be one of mass, mean, landmark, got 'best'"),
+        (("--hsa-layers", 4), "hsa_layers must be at most layers = 3, got 4"),
         (("--chunk-size", 17), "chunk_size must be 16, 32, 64 or 128, got 17"),
     ),
 )

@@ -10,7 +10,7 @@ from hsa_tl.model.convert import convert
 transformers = pytest.importorskip("transformers")
 hf_attention = pytest.importorskip("hsa_tl.model.hf_attention")
 
-OPTIONS = {"window": 16, "sinks": 3, "chunk_size": 16, "topk": 2}
+OPTIONS = {"window": 16, "sinks": 3, "chunk_size": 16, "topk": 2, "hsa_layers": 2}
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "mistral"])

@@ -22,6 +22,7 @@ CONFIG = [  # a field, values at its edge, values beyond it, what stands beside 
     ("norm_eps", (0.0, 0.99), (-0.01, 1.0), {}),
     ("biases", (("q", "k", "v", "out"),), (("up",), "q"), {}),
     ("selection", ("mean",), ("best",), {}),
+    ("hsa_layers", (0, 1, 2), (3, -1), SELECTED),
     ("anchors", (1,), (0,), {"selection": "landmark"}),
     ("exact_heads", ((), (0, 3)), ((4,), (-1,), {1}), {"kv_heads": 2}),
     ("linear", (True,), (), {}),
