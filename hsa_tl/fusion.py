@@ -15,7 +15,9 @@ def _softmax(scores: torch.Tensor, *extra: torch.Tensor) -> tuple[torch.Tensor, 
     x = _finite(torch.cat([scores, *extra], -1) if extra else scores)
     none = x.amax(-1, keepdim=True) == -torch.inf  # their softmax, and its gradient, would be nan
     weights = x.masked_fill(none, 0.0).softmax(-1).masked_fill(none, 0.0)
-    return weights.split([scores.shape[-1], *(1 for _ in extra)], -1)
+    n = scores.shape[-1]
+    # No split: autograd lets nobody change its results in place.
+    return weights[..., :n], *(weights[..., i : i + 1] for i in range(n, weights.shape[-1]))
 
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:

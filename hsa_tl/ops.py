@@ -22,6 +22,11 @@ from hsa_tl.problem import Problem, Retrieval
 LIBRARY = torch.library.Library("hsa_tl", "DEF")
 
 
+def _own(x: Tensor) -> Tensor:
+    """x, as a tensor that is no view: autograd lets nobody change in place a view that an operator returned."""
+    return x.new_empty(0).set_(x) if x._is_view() else x
+
+
 def operator(fake: Callable):
     """Registers a function of tensors, the first of them given, as hsa_tl::<its name>, without what autocast adds.
 
@@ -39,10 +44,12 @@ def operator(fake: Callable):
                 return tree_map(Tensor.zero_, fake(*args))
             device = args[0].device.type
             call = functools.partial(workers.call, function) if device == "cpu" else function
-            if not torch.is_autocast_enabled(device):
-                return call(*args)
-            with torch.autocast(device, enabled=False):
-                return call(*args)
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    results = call(*args)
+            else:
+                results = call(*args)
+            return tuple(map(_own, results)) if isinstance(results, tuple) else _own(results)
 
         LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -68,6 +68,25 @@ def test_an_infinite_gradient_is_not_lost_in_what_fills_a_block_up(operator):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_results_may_be_changed_in_place(impl):
+    """As a gate or a mask does; selected_attention keeps its own for the backward, as PyTorch's softmax does."""
+    q, k, v, weights, indices = calls(40)
+    weights.requires_grad_()
+    scores, _ = retrieve_chunks(q[:, :, :1].requires_grad_(), k[:, :2], 2, chunk_size=S, impl=impl)
+    for cu_seqlens in (None, int32(0, 40)):
+        out = hsa_attention(q, k, v, weights, indices, chunk_size=S, cu_seqlens=cu_seqlens, impl=impl)
+        (twice,) = torch.autograd.grad(2 * out.sum(), weights, retain_graph=True)
+        (found,) = torch.autograd.grad(out.mul_(2).sum(), weights)
+        assert torch.equal(found, twice) and found.any()
+    for kind in ("softmax", "softmax1", "stick_breaking", "joint"):
+        given = fusion_weights(scores, kind, torch.zeros(1, 40, 1) if kind == "joint" else None)
+        for x in given if kind == "joint" else (given,):
+            x.mul_(2)
+        (given[0] if kind == "joint" else given).sum().backward(retain_graph=True)
+    scores.masked_fill_(scores == -math.inf, 0.0).sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("weight", (math.nan, math.inf, 1e38))
 def test_the_gradient_of_a_weight_does_not_depend_on_it(impl, weight):
     q, k, v, weights, indices = calls(32)
