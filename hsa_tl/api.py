@@ -22,6 +22,7 @@ from hsa_tl.validation import (
     require_common,
     require_cu_seqlens,
     require_decode,
+    require_flags,
     require_float,
     require_int,
     require_pairs,
@@ -117,6 +118,7 @@ def retrieve_chunks(
     """
     require_retrieval(q_slc, landmarks, topk, exclude_window, recency, recency_span)
     require_int("q_start", q_start, 0, bits=62)
+    require_flags(validate)
     scale, T = require_common(chunk_size, scale, impl, q_slc.shape[3]), q_slc.shape[1]
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens, q_slc)
@@ -197,6 +199,7 @@ def hsa_attention(
     """
     require_attention(q, k, v, indices)
     require_weights(weights, q, indices)
+    require_flags(validate, deterministic)
     scale = require_common(chunk_size, scale, impl, q.shape[3])
     if validate and not torch.compiler.is_compiling():
         check_range(indices, -(-k.shape[1] // chunk_size))

@@ -16,6 +16,7 @@ from hsa_tl.validation import (
     require_attention,
     require_common,
     require_decode,
+    require_flags,
     require_float,
     require_shape,
     require_tensor,
@@ -80,6 +81,7 @@ def selected_attention(
         (torch.Size([1, 64, 4, 32]), torch.Size([1, 64, 4]), -inf)
     """
     require_attention(q, k, v, indices)
+    require_flags(validate, deterministic)
     scale = require_common(chunk_size, scale, impl, q.shape[3])
     if validate and not torch.compiler.is_compiling():
         check_range(indices, -(-k.shape[1] // chunk_size))

@@ -75,6 +75,13 @@ def require_int(name: str, x: object, low: int, bits: int = 0) -> None:
         require(False, name, f"be less than 2^{bits}", lambda: x)
 
 
+def require_flags(validate: object, deterministic: object = False) -> None:
+    if validate is not None and not isinstance(validate, bool):
+        raise TypeError(f"validate must be a bool or None, got {type(validate).__name__}")
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic must be a bool, got {type(deterministic).__name__}")
+
+
 def require_integers(name: str, x: torch.Tensor, low: int, stop: int, ignored: int | None = None) -> torch.Tensor:
     """x of any integer type as int64. Where indices are validated, values must lie in [low, stop), or be `ignored`."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:

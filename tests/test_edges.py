@@ -205,6 +205,17 @@ def test_settings_that_mean_nothing(impl, config, words):
         hsa_attention(q, k, v, weights, indices, chunk_size=S, impl=impl, config=config)
 
 
+@pytest.mark.parametrize("name, value", (("validate", "yes"), ("validate", 1), ("deterministic", "yes")))
+def test_flags_are_bools(name, value):
+    q, k, v, weights, indices = calls(32)
+    functions = [(hsa_attention, (q, k, v, weights, indices)), (selected_attention, (q, k, v, indices))]
+    if name == "validate":
+        functions.append((retrieve_chunks, (q[:, :, :1], k[:, :2], 2)))
+    for function, given in functions:
+        with pytest.raises(TypeError, match=f"{name} must be a bool.*, got {type(value).__name__}"):
+            function(*given, chunk_size=S, **{name: value})
+
+
 @pytest.mark.parametrize("validate", (None, True))
 @pytest.mark.parametrize("cu_seqlens", ([0, 32], torch.tensor([[0, 32]]).int(), torch.tensor([0, 32])))
 def test_offsets_are_checked_before_they_are_used(cu_seqlens, validate):
