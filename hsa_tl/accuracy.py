@@ -43,9 +43,12 @@ def eps_of(dtype: torch.dtype) -> float:
 
 
 def least_of(dtype: torch.dtype) -> float:
-    """The rounding of a number that is too small for its relative one; float32's may be flushed to zero."""
+    """The rounding of a number that is too small for its relative one; float32's may be flushed to zero.
+
+    Float64's is one whose square float64 holds, since units are added as squares.
+    """
     info = torch.finfo(dtype)
-    return info.smallest_normal * (info.eps if dtype == torch.float16 else 1.0)
+    return max(info.smallest_normal * (info.eps if dtype == torch.float16 else 1.0), 1e-140)
 
 
 def complaints(name: str, actual: torch.Tensor, expected: Expected) -> list[str]:

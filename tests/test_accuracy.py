@@ -368,6 +368,18 @@ def test_scores_times_zero_have_the_units_of_zero_scores():
     assert all(x.unit.isfinite().all() for found in (times_zero, zero) for x in found.values())
 
 
+def test_gradients_whose_squares_vanish_in_float64():
+    """Of keys of probability exp(-400)."""
+    call = make_call(Dims(T=1, T_kv=S, HQ=1, H=1, D=16, S=S, K=1), 0)
+    call = call.to(torch.float64)._replace(indices=torch.zeros(1, 1, 1, 1, dtype=torch.int32))
+    call = call._replace(q=torch.ones_like(call.q), k=torch.zeros_like(call.k), weights=torch.ones_like(call.weights))
+    call.k[:, 1::2] = -100.0
+    results = run_with_gradients(hsa_attention, call, chunk_size=S)
+    assert 0 < results["dv"][:, 1::2].abs().max() < 1e-170 and check_attention(results, call, chunk_size=S) == []
+    results["dv"] *= 1.01
+    assert check_attention(results, call, chunk_size=S)
+
+
 def test_a_subnormal_result_is_rounded_to_its_types_step():
     """One product in float16: right to half a step, wrong by three of them; an exact 0 allows nothing."""
     a, b = (torch.tensor([[3e-4], [0.7], [0.0]], dtype=torch.float16), torch.tensor([[7.1e-3], [0.3], [1.0]]))
