@@ -50,10 +50,16 @@ def test_figures_of_needles():
     text = words("README.md") + words("docs/results.md")
     every = [accuracies(rows, "needle-tiny", "hsa", "s-niah", T) for T in LENGTHS]
     assert {(len(found), min(found)) for found in every} == {(5, 1.0)} and "all five seeds of HSA" in text
-    alone = [percent(accuracies(rows, "needle-tiny", "swa", "s-niah", T)) for T in (256, M)]
+    small = [r for r in rows if r["rates"] == 1]
+    alone = [percent(accuracies(small, "needle-tiny", "swa", "s-niah", T)) for T in (256, M)]
     assert "of 0.36M parameters, five seeds, answers {} % at 256 tokens and {} % at 1M".format(*alone) in text
     (lr,) = {r["lr"] for r in fair["nsa", "s-niah", 256]}
-    assert lr == max(RATES) * load_recipe("needle-tiny").lr  # as the page says of NSA's
+    (window,) = {r["lr"] for r in fair["swa", "s-niah", 256]}
+    assert lr == window == max(RATES) * load_recipe("needle-tiny").lr  # as the page says
+    nope = [share("full-nope", task, 4 * K) for task in ("s-niah", "s-niah-keys", "s-niah-all")]
+    rope = share("full-rope", "s-niah", 4 * K)
+    assert f"answers {nope[0]} % of S-NIAH at 4K, 16 times its training length, and {rope} % with rotary" in text
+    assert "made like a key {} %, in noise of all ids {}.".format(*nope[1:]) in text
 
     seen = [share(model, f"s-niah-{noise}", 4 * K) for noise in ("keys", "all") for model in ("full-yarn", "hsa")]
     assert "behind: {} % against {} and {} against {} at 4K".format(*seen) in text
