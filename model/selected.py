@@ -1,8 +1,9 @@
 """A pretrained layer's attention at any length: window, sinks and chosen chunks of its own keys, in one softmax.
 
-A token at position p sees the keys j of three disjoint sets:
+A token at position p sees the keys j of four disjoint sets:
 
-    near    p - window < j <= p, and j < sinks: both with their rotary positions, as the layer was trained
+    near    p - window < j <= p, with their rotary positions, as the layer was trained
+    sinks   j < sinks, behind the window
     chosen  whole chunks of S tokens that lie behind the window: topk of them for each key/value head
     between the keys from the last of these chunks to the window, fewer than S
 
@@ -283,13 +284,12 @@ class Rule:
         k, v = (torch.cat([x[:, : min(sinks, low)], x[:, low:last]], 1) for x in keys[:2])
         j = torch.cat([torch.arange(min(sinks, low)), torch.arange(low, last)]).to(k.device)
         i = torch.arange(start, last, device=k.device)[:, None]
-        behind = (j >= sinks) & (j <= i - W)
+        behind = j <= i - W
         chunks = sinks + (i + 1 - W - sinks).clamp(min=0) // S * S  # where they end
-        hidden = (j > i) | (behind & (j < chunks))
+        hidden = (j > i) | ((j >= sinks) & (j < chunks))
         rope = (lambda x, position: x) if self.theta is None else lambda x, position: rotate(x, position, self.theta)
         score = scores(rope(q_BTAD, i[:, 0]), rope(k, j))
-        if low < last - W:  # the last query sees keys behind its window here, up to column n
-            n = len(j) - W
+        if (n := len(j) - W) > 0:  # keys, the first ones, that the last query sees behind its window
             score[..., :n] = torch.where(behind[:, :n], scores(q_cap, k[:, :n]), score[..., :n])
         score = score.masked_fill(hidden, -torch.inf)
         lse = score.logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Attention "selected" against its rule in float64, key by key: window, sinks, chosen chunks at one capped distance."""
+"""Attention "selected" against its rule in float64, key by key: window, sinks and chosen chunks at one capped distance."""
 
 import math
 
@@ -26,8 +26,8 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, ex
     q_cap = at(q, torch.full((T,), window))
     for t in range(T):
         p = start + t
-        near = (j <= p) & ((j > p - window) | (j < sinks))
-        behind = (j >= sinks) & (j <= p - window)
+        near = (j <= p) & (j > p - window)
+        behind = j <= p - window
         N = max(0, p - window + 1 - sinks) // S
         for b in range(B):
             for h in range(H):
@@ -49,7 +49,7 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, ex
                     seen = seen.clone()
                     chosen = torch.zeros(N, dtype=torch.bool)
                     chosen[value.topk(min(topk, N)).indices] = True
-                    seen[sinks : sinks + N * S] &= chosen.repeat_interleave(S) | near[sinks : sinks + N * S]
+                    seen[sinks : sinks + N * S] &= chosen.repeat_interleave(S)
                 score = torch.where(near, score, capped).masked_fill(~seen, -torch.inf)
                 out[b, t, heads] = score.softmax(-1) @ v[b, :, h]
     return out
