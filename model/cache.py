@@ -181,7 +181,6 @@ class Cache:
         """
         B, T = input_ids.shape[:2]
         self._require_whole()
-        self.unread = None
         if len(self.lengths) != B:
             raise ValueError(f"input_ids must have the cache's batch size {len(self.lengths)}, got shape {[B, T]}")
         counts = [T] * B if lengths is None else [int(n) for n in lengths]
@@ -190,7 +189,7 @@ class Cache:
         x_BTC = input_ids if input_ids.is_floating_point() else model.embedding(input_ids)
         if not T:
             return x_BTC
-        self.counts[:], self.torn = counts, True
+        self.counts[:], self.torn, self.unread = counts, True, None
         past = self.past
         if width := past.shape[1]:
             self.past = take_rows(torch.cat([past, x_BTC.detach()], 1), counts, width)
@@ -230,6 +229,7 @@ class Cache:
         if any(n > m for n, m in zip(gone, self.undoable, strict=True)):
             rule = f"take back at most the last {self.undoable} tokens, of undo = {self.undo} for a new cache"
             raise ValueError(f"lengths must {rule}, got {lengths} of {self.lengths}")
+        self.unread = None  # it stands behind them all
         if not any(gone):
             return
         upper = gone  # of the tokens that the upper decoder has read
@@ -245,7 +245,7 @@ class Cache:
             self.chunk.crop(gone)
             for b, n in enumerate(kept):
                 self.memory.crop(b, n // self.config.chunk_size)
-        self.lengths, self.unread = kept, None
+        self.lengths = kept
         self.undoable = [n - m for n, m in zip(self.undoable, gone, strict=True)]
 
     def _tails(self) -> Iterator[tuple[str, Tail]]:

@@ -54,6 +54,24 @@ def test_a_stream_can_be_continued(model):
     assert torch.cat([row, first[0], more[0]]).tolist() == greedy(model, row, 11).tolist()
 
 
+def test_a_token_that_nobody_read_waits_until_it_is_read_or_taken_back(model):
+    (row,), (more,) = prompts((40,)), prompts((5,))
+    cache = model.new_cache(1)
+    said = model.generate([row], 1, cache=cache)[0]
+    with pytest.raises(ValueError, match="input_ids must have the cache's batch size 1"):
+        model(torch.zeros(2, 3, dtype=torch.int64), cache=cache)
+    model(torch.zeros(1, 0, dtype=torch.int64), cache=cache)
+    logits, _ = prefill(model, [more], cache)
+    assert cache.lengths == [46]
+    torch.testing.assert_close(logits, model(torch.cat([said, more])[None]).logits[:, -1])
+    cache = model.new_cache(1)
+    model.generate([row], 1, cache=cache)
+    cache.crop(40)  # without the answer, of which nothing was read
+    logits, _ = prefill(model, [more], cache)
+    assert cache.lengths == [45]
+    torch.testing.assert_close(logits, model(torch.cat([row, more])[None]).logits[:, -1])
+
+
 def test_the_stream_is_lazy(model):
     steps = []
     model.register_forward_hook(lambda *_: steps.append(1))
