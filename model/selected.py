@@ -127,22 +127,28 @@ class OwnKeys:
         for buffer, x in zip(self.buffers, (k_BTHD, v_BTHD), strict=True):
             for b, n in enumerate(old):
                 buffer[b, self.before + n : self.before + n + T] = x[b]
-        self._summarise(self.before + min(old), self.before + max(old) + T)
+        rows = [slice(None)] if len(set(old)) == 1 else [slice(b, b + 1) for b in range(len(old))]
+        for row, n in zip(rows, old, strict=False):
+            self._summarise(row, self.before + n, self.before + n + T)
         self.held = [n + more for n, more in zip(old, self.counts, strict=True)]
         self.mass = F.pad(
             self.mass.to(k_BTHD.device), (0, self.buffers[0].shape[1] // self.chunk_size - self.mass.shape[1])
         )
         return old
 
+    def _behind(self, sequence: int) -> int:
+        """How many chunks are held behind the window."""
+        return max(0, self.held[sequence] - self.sinks - self.reach) // self.chunk_size
+
     def _numbers(self, sequence: int) -> list[int]:
-        """Of the chunks behind the window, in their order."""
-        n, gone = (self.held[sequence] - self.sinks - self.reach) // self.chunk_size, self.evicted[sequence]
-        return sorted(set(range(max(0, n) + len(gone))) - set(gone))
+        """Of these chunks, in their order."""
+        gone = self.evicted[sequence]
+        return sorted(set(range(self._behind(sequence) + len(gone))) - set(gone))
 
     def _evict(self, sequence: int) -> None:
-        numbers, S = torch.tensor(self._numbers(sequence)), self.chunk_size
-        if (excess := len(numbers) - self.budget) <= 0:
+        if (excess := self._behind(sequence) - self.budget) <= 0:
             return
+        numbers, S = torch.tensor(self._numbers(sequence)), self.chunk_size
         worth = self.mass[sequence, : len(numbers)].cpu() / (numbers[-1] - numbers)
         worth[-1] = torch.inf  # no token may have read it yet
         worst = worth.argsort(stable=True)[:excess]
@@ -176,17 +182,17 @@ class OwnKeys:
         self.mass[rows].scatter_add_(1, indices_BTHK.clamp(min=0).flatten(1).long(), weights)
 
     @torch.no_grad()
-    def _summarise(self, start: int, stop: int) -> None:
+    def _summarise(self, rows: slice, start: int, stop: int) -> None:
         if self.chooser is not None:
-            first, last = start // self.chunk_size, -(-stop // self.chunk_size)
-            new = self.chooser.of(self.buffers[0][:, first * self.chunk_size : last * self.chunk_size], self.chunk_size)
+            S = self.chunk_size
+            first, last = start // S, -(-stop // S)
+            new = self.chooser.of(self.buffers[0][rows, first * S : last * S], S)
             if self.landmarks is None or self.landmarks.shape[1] < last:
-                pages = self.buffers[0].shape[1] // self.chunk_size
-                grown = new.new_zeros(len(new), pages, *new.shape[2:])
+                grown = new.new_zeros(len(self.held), self.buffers[0].shape[1] // S, *new.shape[2:])
                 if self.landmarks is not None:
                     grown[:, : self.landmarks.shape[1]] = self.landmarks
                 self.landmarks = grown
-            self.landmarks[:, first:last] = new
+            self.landmarks[rows, first:last] = new
 
     def keys(self, rows: slice, tokens: int) -> Keys:
         """Of these rows the first `tokens`."""
@@ -221,7 +227,7 @@ class OwnKeys:
             self._reserve(end, tuple(x.to(self.dtype) for x in buffers))
             for mine, x in zip(self.buffers, buffers, strict=True):
                 mine[:, self.before : end] = x
-            self._summarise(self.before, end)
+            self._summarise(slice(None), self.before, end)
 
 
 MEAN_KEYS = Landmarks()

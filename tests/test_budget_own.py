@@ -131,6 +131,22 @@ def test_rows_of_different_lengths_keep_what_each_keeps_alone():
         assert layer.evicted == [cache.layers[i].evicted[0] for cache in alone] and min(map(len, layer.evicted)) > 3
 
 
+def test_a_token_costs_the_same_at_any_length(monkeypatch):
+    """It looks at all chunks when one has come too many, and sums up those alone in which its row's tokens lie."""
+    chooser, looks, columns = Landmarks(2, 8, 4), [], []
+    numbers, of = OwnKeys._numbers, chooser.of
+    monkeypatch.setattr(OwnKeys, "_numbers", lambda self, b: looks.append(b) or numbers(self, b))
+    monkeypatch.setattr(chooser, "of", lambda k, n: columns.append(k.shape[0] * k.shape[1]) or of(k, n))
+    cache = keys_of(40, rows=2, chooser=chooser)
+    new = torch.randn(2, 50 * S, 2, 8)
+    cache.counts[:] = [50 * S, 3]
+    cache.extend(new, new)
+    looks.clear(), columns.clear()
+    for _ in range(2 * S):
+        store(cache, 1)
+    assert len(looks) <= 3 and len(columns) == 4 * S and max(columns) == S
+
+
 def test_bad_budgets():
     for budget in (0, (1, 2), (1, 2, 0), 1.5):
         with pytest.raises(ValueError, match="budget must be a positive int, or one of each of 3 layers, got"):
