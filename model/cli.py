@@ -342,10 +342,10 @@ def landmarks(
     options = {"anchors": anchors, "contexts": contexts, "length": tokens, "tolerance": tolerance, "seed": seed}
     config, found = add_landmarks(run, text.read_bytes(), **options)
     means = ([f"{100 * sum(heads) / len(heads):.1f}" for heads in layers] for layers in found.values())
-    rows = [(i + 1, *each) for i, each in enumerate(zip(*means, strict=True))]
+    rows = [(i + 1, *each) for i, each in enumerate(zip(*means, strict=True)) if config.chooses(i)]
     title = "Share of the attention to all chunks that the chosen ones hold, %"
     show_table(console, title, ("layer", *found), rows, right=(0, 1, 2, 3))
-    every, exact = config.layers * config.kv_heads, len(config.exact_heads)
+    every, exact = len(rows) * config.kv_heads, len(config.exact_heads)
     chosen = f"{every - exact} of {every} key/value heads choose by {anchors} anchors, {exact} by the exact mass"
     console.print(f"wrote {run}: {chosen}", soft_wrap=True, markup=False, highlight=False)
 

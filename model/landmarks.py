@@ -84,7 +84,8 @@ def find_landmarks(
 
     Returns:
         dict: for "mass", "landmark" and "mean" the recall on held_out, [layers][H]: the share of a query head's
-        attention to all chunks that the chosen ones hold; "landmark" before any head is made exact.
+        attention to all chunks that the chosen ones hold, 0 in a layer that chooses none; "landmark" before any head is
+        made exact.
 
     Raises:
         ValueError: a model of another attention or topk; contexts of too few queries; a text that is too short.

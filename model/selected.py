@@ -364,7 +364,7 @@ class SelectedAttention(SelfAttention):
 
     @property
     def chooser(self) -> Landmarks | None:
-        return chooser_of(self.selection, self.landmarks)
+        return chooser_of(self.selection, self.landmarks) if self.rule.topk else None
 
     def attend(
         self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: OwnKeys | None = None,

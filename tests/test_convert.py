@@ -316,6 +316,24 @@ def test_landmarks(small, tmp_path):
         torch.testing.assert_close(torch.cat(parts, 1), after(ids).logits, atol=1e-4, rtol=0)
 
 
+def test_landmarks_of_some_layers(small, tmp_path):
+    """What is printed is of the layers that choose, and a cache keeps landmarks for no others."""
+    made, text = tmp_path / "run", tmp_path / "text.txt"
+    options = ("--window", 16, "--sinks", 2, "--chunk-size", 16, "--topk", 2, "--hsa-layers", 2)
+    run("convert", small / "source", made, *options)
+    generator = torch.Generator().manual_seed(0)
+    text.write_bytes(bytes((97 + torch.randint(26, (450,), generator=generator)).tolist()))
+    output = run("landmarks", made, text, "--length", 150, "--anchors", 8, "--threads", 1)
+    assert re.search(r"\d of 4 key/value heads choose by 8 anchors, \d by the exact mass", output)
+    assert " 0.0 " not in output
+    model = load(made)
+    cache, ids = model.new_cache(1), torch.randint(257, (1, 90), generator=generator)
+    with torch.no_grad():
+        parts = [model(x, cache=cache).logits for x in ids.split([60, 1, 9, 20], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, atol=1e-4, rtol=0)
+    assert [own.landmarks is None for own in cache.layers] == [True, False, False]
+
+
 def test_what_landmarks_need_is_told(small, tmp_path):
     made, text = tmp_path / "run", tmp_path / "text.txt"
     options = ("--window", 16, "--sinks", 2, "--chunk-size", 16)
