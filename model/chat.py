@@ -36,15 +36,16 @@ def read(model, text: bytes | None, memory: Path | None = None, progress=None) -
 
 def pieces(model, stream: Iterator[torch.Tensor]) -> Iterator[str]:
     """The text of a stream of one prompt's tokens, as soon as its characters are whole."""
-    tokens, written, tokenizer = [], "", model.tokenizer
+    tokens, written, tokenizer = [], 0, model.tokenizer  # some tokenizers drop the first blank: one piece stays before
+    rest = lambda: tokenizer.decode(tokens)[len(tokenizer.decode(tokens[:written])) :]  # noqa: E731
     for token in stream:
         tokens += [t for t in token.tolist() if t != tokenizer.end]
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # else a character may be cut in two
-            yield text[len(written) :]
-            written = text
+        text = rest()
+        if text and not text.endswith("\ufffd"):  # else a character may be cut in two
+            yield text
+            tokens, written = tokens[written:], len(tokens) - written
     if tokens:
-        yield tokenizer.decode(tokens)[len(written) :]
+        yield rest()
 
 
 def lines(messages: list[dict[str, str]], answer: bool) -> str:

@@ -41,7 +41,7 @@ class NeedleTokenizer(Tokenizer):
         return [np.array([IDS[w] for w in words], np.uint16) for words in split]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        return " ".join(WORDS[np.asarray(tokens)])
+        return " ".join(WORDS[np.asarray(tokens, np.int64)])
 
     def fast(self):
         from tokenizers import Tokenizer, models, pre_tokenizers

@@ -135,6 +135,14 @@ def test_blanks_around_an_answer(render, model, monkeypatch):
     assert [m["content"] for m in talk.messages[1::2]] == ["Four.", "Six.", "Eight"]
 
 
+def test_pieces_are_the_text_and_few_tokens_are_decoded_for_each(model, monkeypatch):
+    text, read = " näh — 漢字 🙂 \n" * 50, []
+    decode = model.tokenizer.decode
+    monkeypatch.setattr(model.tokenizer, "decode", lambda tokens: read.append(len(tokens)) or decode(tokens))
+    found = list(chat.pieces(model, map(torch.tensor, [[x] for x in text.encode()])))
+    assert "".join(found) == text and all(len(piece) <= 1 for piece in found) and max(read) <= 8
+
+
 def test_a_memory_is_written_once_and_loaded(model, tmp_path):
     text, path = b"the document that is kept " * 7, tmp_path / "kept"
     read = []
