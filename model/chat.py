@@ -83,10 +83,10 @@ class Chat:
 
         A caller may leave it before the end: the next question comes behind what was written.
         """
-        self.messages.append({"role": "user", "content": question})
-        text = self.render(self.messages, True)
+        messages = [*self.messages, {"role": "user", "content": question}]
+        text = self.render(messages, True)
         if not text.startswith(self.text):  # a template that writes earlier turns in another way than they were
-            text = self.text + self.render(self.messages[-1:], True)
+            text = self.text + self.render(messages[-1:], True)
         tokenizer, unread = self.model.tokenizer, self.cache.unread
         ids = tokenizer.encode(text[len(self.text) :].removeprefix(self.tail))
         if unread is not None and unread[0].tolist() == [tokenizer.end] == ids[:1]:
@@ -95,7 +95,7 @@ class Chat:
             ids = [*tokenizer.begin, *ids]
         end = {"eos_token": tokenizer.end, "stop": self.stop}
         stream = self.model.stream([ids], max_new_tokens, cache=self.cache, **end, **options)
-        said = ""
+        self.messages, said = messages, ""
         try:
             for piece in pieces(self.model, stream):
                 said += piece

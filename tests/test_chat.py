@@ -143,6 +143,13 @@ def test_pieces_are_the_text_and_few_tokens_are_decoded_for_each(model, monkeypa
     assert "".join(found) == text and all(len(piece) <= 1 for piece in found) and max(read) <= 8
 
 
+def test_a_refused_question_is_no_turn(model):
+    talk = chat.Chat(model, marked)
+    with pytest.raises(ValueError, match="temperature must be finite"):
+        ask(talk, "q", temperature=-1.0)
+    assert talk.messages == [] and ask(talk, "more") == alone(model, "?more|!")
+
+
 def test_a_memory_is_written_once_and_loaded(model, tmp_path):
     text, path = b"the document that is kept " * 7, tmp_path / "kept"
     read = []
