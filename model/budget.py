@@ -87,7 +87,8 @@ def retrieve_kept(memory, q_slc, lengths: torch.Tensor, topk: int, *, impl: str 
     step = max(1, SCORES // (B * R * memory.longest))
     for a in range(0, T, step):
         scores = memory.scores(q_slc[:, a : a + step], lengths + a, **options)
-        scores = F.pad(scores, (0, max(0, topk - memory.longest)), value=-torch.inf)
+        # At least one more than topk: merge then moves the slots of evicted chunks behind the others.
+        scores = F.pad(scores, (0, max(0, topk + 1 - memory.longest)), value=-torch.inf)
         every = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
         parts.append(merge([(0, (scores, torch.where(scores == -torch.inf, -1, every)))], topk))
     return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))

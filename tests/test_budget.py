@@ -97,6 +97,17 @@ def test_what_is_evicted_is_never_chosen(options, form):
     assert [len(x) for x in memory.evicted] == [5, 5] and memory.pages == 12
 
 
+def test_empty_slots_come_last_however_many_chunks_are_asked_for():
+    memory = PagedMemory(replace(SPEC, batch=BATCH), budget=2)
+    for n in (5, 1):
+        memory.append(0, *chunks(n))
+    assert memory.evicted[0] == [0, 1, 2]
+    for topk in range(1, 9):
+        row = memory.retrieve(torch.randn(BATCH, 1, H, E), 6 * S, topk)[1][0, 0, 0].tolist()
+        n = min(topk, 3)
+        assert row == sorted(row[:n]) + [-1] * (topk - n) and set(row[:n]) <= {3, 4, 5}, topk
+
+
 @each_kind
 def test_evicted_chunks_stay_so_in_forks_crops_and_files(options, tmp_path):
     memory = PagedMemory(replace(SPEC, batch=BATCH), budget=4, **options)
