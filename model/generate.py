@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 
@@ -87,13 +88,14 @@ def _steps(
     """Checks all at once; then tokens [B], and of which prompts they are: those that have not ended before."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     V, tokenizer = model.config.vocab_size, model.tokenizer
+    is_token = isinstance(eos_token, Integral) and 0 <= eos_token < V  # a tensor would equal no token that is drawn
     for name, value, ok, rule in (
         ("max_new_tokens", max_new_tokens, type(max_new_tokens) is int and max_new_tokens >= 0, "be an int from 0 on"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "be finite and at least 0"),
         ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1"),
         ("top_k", top_k, type(top_k) is int and top_k >= 0, "be an int from 0 on, 0 for any number"),
         ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "be finite and above 0"),
-        ("eos_token", eos_token, eos_token is None or 0 <= eos_token < V, f"be a token, 0 to {V - 1}"),
+        ("eos_token", eos_token, eos_token is None or is_token, f"be a token, 0 to {V - 1}"),
         ("stop", stop, all(isinstance(s, str) and s for s in stop), "be strings of at least one character"),
         ("stop", stop, not stop or tokenizer is not None, "go to a model with a tokenizer (model.tokenizer)"),
     ):

@@ -181,8 +181,9 @@ def test_stop_strings(model):
 
 
 def test_an_end_that_cannot_come_is_refused(model):
-    with pytest.raises(ValueError, match="eos_token must be a token, 0 to"):
-        model.generate([[1, 2, 3]], 2, eos_token=model.config.vocab_size)
+    for eos in (model.config.vocab_size, torch.tensor(2), [2], 2.5):
+        with pytest.raises(ValueError, match="eos_token must be a token, 0 to"):
+            model.generate([[1, 2, 3]], 2, eos_token=eos)
 
 
 def test_top_k_and_repetition_penalty(model):
