@@ -267,7 +267,7 @@ class Model(Generation, nn.Module):
             Cache: it goes on where the saved one stood.
 
         Raises:
-            ValueError: a file that is no cache, damaged, or of another model.
+            ValueError: a file that is no cache, damaged, or of another model; undo or budget.
             OSError: it cannot be read.
         """
         return Cache.load(self, path, **self._cache_options(options))

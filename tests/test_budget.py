@@ -198,6 +198,9 @@ def test_a_cache_with_room_gives_the_same_bits_and_one_without_never_names_the_e
     assert [len(x) for x in tight.memory.evicted] == [8, 8] and len(asked) == 25
     tight.save(tmp_path / "c")
     loaded = model.load_cache(tmp_path / "c")
+    for name in ("budget", "undo"):
+        with pytest.raises(ValueError, match=f"{name} must be left out, it is as saved, got 9"):
+            model.load_cache(tmp_path / "c", **{name: 9})
     for cache in (tight, loaded):
         cache.crop(170)
     assert loaded.budget == 3 and loaded.memory.evicted == tight.memory.evicted
