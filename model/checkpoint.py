@@ -77,7 +77,8 @@ def save(
         write_atomic(temporary / META, json.dumps({"step": step, "recipe": recipe, "files": files}, indent=1) + "\n")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-        for old in [*sorted(run.glob("step-*"))[:-keep], *run.glob(".step-*")]:
+        done = sorted(p for p in run.glob("step-*") if p <= path)  # a newer one is torn, and none of those kept
+        for old in [*done[:-keep], *run.glob(".step-*")]:
             shutil.rmtree(old)
     _wait()
     return path

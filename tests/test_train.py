@@ -119,6 +119,16 @@ def test_a_torn_checkpoint_is_skipped(tmp_path, damage):
         assert_same(weights(training.train(recipe, tmp_path)), want)
 
 
+def test_a_newer_torn_checkpoint_is_none_of_those_kept(tmp_path):
+    """Else the one that was just written would go in its place."""
+    recipe = toy(keep=1, checkpoint_every=100)
+    (tmp_path / "step-00000004").mkdir()
+    with pytest.warns(checkpoint.TornCheckpoint):
+        training.train(recipe, tmp_path, seconds=0)
+    with pytest.warns(checkpoint.TornCheckpoint):
+        assert checkpoint.latest(tmp_path).step == 1
+
+
 def test_a_run_of_another_recipe_is_refused(tmp_path):
     training.train(toy(), tmp_path)
     with pytest.raises(ValueError, match=r"run must hold checkpoints of this recipe, got others in .*: lr, seed"):
