@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from hsa_tl.files import sha256_of, write_atomic
 
@@ -116,6 +116,11 @@ def load(found: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.O
         got = f"{differ[0]} {have.get(differ[0], 'missing')}, expected {want.get(differ[0], 'none')}"
         more = f", and {len(differ) - 1} more" if differ[1:] else ""
         raise ValueError(f"{found.path} must hold the weights of this model, got {got}{more}")
-    state = {"model": weights} | ({"optimizer": moments} if optimizers else {})
+    state = {"model": weights}
+    if optimizers:  # what never had a gradient has no moments
+        moved = {k.rpartition(".")[0] for k in stored}
+        moments["state"] = {k: v for k, v in moments["state"].items() if f"optimizer.state.{k}" in moved}
+        state["optimizer"] = moments
     _quietly(dcp.load, state, checkpoint_id=found.path)
-    _quietly(set_state_dict, model, optimizers, model_state_dict=weights, optim_state_dict=moments)
+    options = StateDictOptions(strict=False)
+    _quietly(set_state_dict, model, optimizers, model_state_dict=weights, optim_state_dict=moments, options=options)

@@ -282,6 +282,17 @@ def test_a_run_out_of_time_goes_on(tmp_path):
     assert list(lines) == [{k: v for k, v in x.items() if k != "seconds"} for x in log(tmp_path / "whole")]
 
 
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_a_run_goes_on_where_a_parameter_had_no_gradient(optimizer, tmp_path):
+    """The first stage's uniform weights teach retrieval nothing, the second stage's do."""
+    first, second = toy().stages
+    recipe = toy(stages=(replace(first, model={"fusion": "uniform"}), second), optimizer=optimizer)
+    whole = training.train(recipe, tmp_path / "whole")
+    for _ in range(recipe.steps):
+        cut = training.train(recipe, tmp_path / "cut", seconds=0.0)
+    assert_same(weights(cut), weights(whole))
+
+
 def test_every_recipe_at_toy_size(tmp_path):
     """Each in turn, from the checkpoint of the one before; bfloat16 too."""
     write_tokens(tmp_path / "train.bin", [b"words and more words, " * 999], ByteTokenizer())
