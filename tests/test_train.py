@@ -317,12 +317,16 @@ def test_every_recipe_at_toy_size(tmp_path):
         ({"model": {"distractors": 4}}, {}, "batch of stage 2: distractors must be below the batch's 4 sequences"),
         ({"data": {"kind": "pairs", "path": "none.jsonl"}}, {}, "data of stage 2: .*none.jsonl"),
         ({}, {"dim": 64}, "reading: config must leave the parameters' shapes alone"),
+        ({"model": {"attention": "moba"}}, {}, "model of stage 2: config must leave the layers' kinds alone, .*'moba'"),
+        ({}, {"attention": "selected"}, "reading: config must leave the layers' kinds alone, got attention 'selected'"),
     ),
 )
 def test_what_a_later_stage_cannot_do_is_said_at_once(changes, reading, words, tmp_path):
+    kind = {"attention": "full"} if "kinds" in words else {}
     stages = (*toy().stages[:1], replace(toy().stages[1], **changes))
+    recipe = toy(stages=stages, reading=reading, model=kind)
     with pytest.raises(ValueError, match=words):
-        training.train(toy(stages=stages, reading=reading), tmp_path, on_step=lambda step: pytest.fail("a step"))
+        training.train(recipe, tmp_path, on_step=lambda step: pytest.fail("a step"))
 
 
 def test_the_run_to_start_from_is_read_once(tmp_path):
