@@ -105,7 +105,7 @@ class FileTokenizer(Tokenizer):
         self.inner.no_truncation()
         self.inner.no_padding()
         self.name = f"{self.path.name} {hashlib.sha256(data).hexdigest()}"
-        self.vocab_size = self.inner.get_vocab_size()
+        self.vocab_size = max(self.inner.get_vocab().values(), default=-1) + 1  # some files leave ids out
         special = _special_tokens(self.path.with_name(CONFIG))
         names = (special.get("eos_token"), "<|endoftext|>", "</s>", "<eos>")
         ends = (self.inner.token_to_id(t) for t in names if t is not None)

@@ -246,6 +246,16 @@ def test_a_tokenizer_file(folder, tmp_path, tokenizer_file):
         FileTokenizer(tmp_path / "bad.json")
 
 
+def test_a_tokenizer_whose_ids_have_gaps(tmp_path):
+    """The vocabulary reaches to the last id, as some of OpenAI's do."""
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1 << 16}, unk_token="a"))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
+    file = write_tokens(tmp_path / "x.bin", ["a"], tokenizer)
+    assert file.tokens.tolist() == [0, 1 << 16] and file.sidecar.vocab_size == tokenizer.vocab_size == (1 << 16) + 1
+
+
 def test_short_documents_are_left_out(folder, tmp_path):
     every = {s: documents(f) for s, f in prepare([folder], tmp_path / "all").items()}
     long = {s: documents(f) for s, f in prepare([folder], tmp_path / "long", least=1000).items()}
