@@ -131,10 +131,12 @@ class FileTokenizer(Tokenizer):
         return self.inner
 
     def keep(self, folder: Path) -> None:
-        """Copies its files into a folder that has none, where FileTokenizer(folder / KEPT) is the same."""
+        """Copies its files into a folder, where FileTokenizer(folder / KEPT) is then the same."""
         for name, file in ((CONFIG, self.path.with_name(CONFIG)), (KEPT, self.path)):
-            if file.is_file() and not (folder / KEPT).exists():
+            if file.is_file():
                 write_atomic(folder / name, file.read_bytes())
+            else:
+                (folder / name).unlink(missing_ok=True)
 
 
 def make_tokenizer(path: Path | str | None = None) -> Tokenizer:

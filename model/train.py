@@ -276,7 +276,8 @@ def _train(
     sources = _sources(recipe, first, ranks)
     writes, writer = ranks.rank == 0, None
     if writes:
-        if isinstance(tokenizer := tokenizer_of(recipe.stages[-1].data, run), FileTokenizer):
+        kept = None if found is None else run  # without a checkpoint, what stands there may be another recipe's
+        if isinstance(tokenizer := tokenizer_of(recipe.stages[-1].data, kept), FileTokenizer):
             tokenizer.keep(run)
         # Lines of steps that the resumed run will do again go.
         lines = (run / LOG).read_text().splitlines(keepends=True) if (run / LOG).exists() else []

@@ -157,6 +157,21 @@ def test_a_run_keeps_its_tokenizer(tmp_path, monkeypatch):
     assert load("run").tokenizer.encode("b") == [2]
 
 
+def test_a_run_without_a_checkpoint_keeps_no_older_tokenizer(tmp_path):
+    """What a run that ended before its first checkpoint left there may be of other settings."""
+    tokenizers = pytest.importorskip("tokenizers")
+    for name, words in (("old", {"a": 0, "END": 1, "b": 2, "</s>": 3}), ("new", {"b": 0, "a": 1, "</s>": 2})):
+        (tmp_path / name).mkdir()
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+        inner.save(str(tmp_path / name / "tokenizer.json"))
+    (tmp_path / "old/tokenizer_config.json").write_text('{"eos_token": "END"}')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    data = {"kind": "pairs", "path": str(tmp_path / "pairs.jsonl"), "tokenizer": str(tmp_path / "new/tokenizer.json")}
+    training.train(Recipe("toy", "tiny", (Stage(1, 32, 2, data),), 1e-3), tmp_path / "old")
+    tokenizer = load(tmp_path / "old").tokenizer
+    assert (tokenizer.end, tokenizer.encode("b")) == (2, [0])
+
+
 def test_needles_are_words():
     tokenizer = NeedleTokenizer()
     everything = np.arange(tokenizer.vocab_size)
