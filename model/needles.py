@@ -74,6 +74,9 @@ class NeedleTask:
         require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1, apart=1)
         if self.key_symbols > KEY_COUNT:
             raise ValueError(f"key_symbols must be at most {KEY_COUNT}, got {self.key_symbols}")
+        if self.key_symbols**self.key_tokens >> 63:
+            most = f"give fewer than 2^63 keys of {self.key_symbols} symbols"
+            raise ValueError(f"key_tokens must {most}, got {self.key_tokens}")
         if self.apart > 1 and self.key_symbols < KEY_COUNT:
             raise ValueError(f"apart must be 1 where a sample's keys are spelt with few symbols, got {self.apart}")
         if self.noise_ids not in NOISE_IDS:

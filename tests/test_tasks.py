@@ -182,6 +182,9 @@ def test_tasks_by_name():
     assert needles.task("mq-niah-96", 300).count == 96 and not needles.fits("mq-niah-96", 299)
     with pytest.raises(ValueError, match="key_symbols must be at most 96, got 97"):
         NeedleTask(48, key_symbols=97)
+    with pytest.raises(ValueError, match=r"key_tokens must give fewer than 2\^63 keys of 96 symbols, got 10"):
+        NeedleTask(48, key_tokens=10)
+    assert len(NeedleTask(48, key_tokens=9).sample(0, 0).tokens) == 48
     with pytest.raises(ValueError, match="apart must be 1 where a sample's keys are spelt with few symbols, got 2"):
         NeedleTask(48, key_symbols=95, apart=2)
     with pytest.raises(ValueError, match="needles must lie between queries and 6, got 7"):
