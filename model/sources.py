@@ -24,6 +24,7 @@ from hsa_tl.validation import require
 
 IGNORE = -100
 HELD_OUT = 999  # where a recipe's seed makes one for each stage, those of validation
+PROBES, LONG = 32, 1024  # samples of a task that must fit, and tokens from which on one is enough
 INSERTED = ("s-niah", "mk-niah-1", "mq-niah", "vt")  # RULER tasks that are put into training samples
 
 
@@ -53,10 +54,12 @@ class Source:
 
 
 def _require_room(tasks, length: int, tokenizer: Tokenizer) -> None:
-    """ValueError: a RULER task that does not fit, by its name; samples differ by some tokens, which are left for it."""
+    """ValueError: a RULER task that does not fit, by its name. Samples differ by some tokens: many are tried where that
+    counts, and some tokens are left."""
     for name in tasks:
         try:
-            ruler.ruler_sample(name, length * 31 // 32, 0, 0, tokenizer=tokenizer)
+            for index in range(PROBES if length < LONG else 1):
+                ruler.ruler_sample(name, length * 31 // 32, 0, index, tokenizer=tokenizer)
         except ValueError as error:
             raise ValueError(f"length must leave room for samples of {name}, got {length}: {error}") from None
 

@@ -126,6 +126,17 @@ def test_needles_that_do_not_fit_are_refused_at_once(kind, file):
     assert len(sources.make_source(spec, 376, 0).batch(0, 400).input_ids) == 400
 
 
+@pytest.mark.parametrize(
+    "name, short, enough", (("s-niah", 102, 110), ("mk-niah-1", 224, 230), ("mk-niah-2", 106, 110))
+)
+def test_the_longest_samples_of_a_task_fit(name, short, enough):
+    """Their keys are words of many lengths: a length that has room for the first sample may have none for others."""
+    spec = {"kind": "ruler", "tasks": [name]}
+    with pytest.raises(ValueError, match=f"length must leave room for samples of {name}, got {short}"):
+        sources.make_source(spec, short, 0)
+    assert len(sources.make_source(spec, enough, 0).batch(0, 500).input_ids) == 500
+
+
 def test_a_mix_is_of_one_tokenizer(file, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
