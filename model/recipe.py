@@ -183,7 +183,7 @@ def _read(name: str | Path, *above: Path) -> dict[str, Any]:
         import yaml
     except ImportError:
         raise ImportError("recipes need PyYAML: pip install 'hsa-tl[train]'") from None
-    path = FOLDER / f"{name}.yaml" if str(name) in recipe_names() else Path(name)
+    path = FOLDER / f"{name}.yaml" if str(name) in recipe_names() else Path(str(name))
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"recipe must be a .yaml file or one of {', '.join(recipe_names())}, got {str(name)!r}")
     require(path not in above, "like", "name a recipe that is not like this one", path)
@@ -199,5 +199,6 @@ def _read(name: str | Path, *above: Path) -> dict[str, Any]:
     values = {"name": path.stem} | values
     if (like := values.pop("like", None)) is not None:
         base = _read(like, path, *above)
+        require(isinstance(values.get("model", {}), dict), "model", "be a mapping of fields", values.get("model"))
         values = base | values | {"model": base.get("model", {}) | values.get("model", {})}
     return values

@@ -228,6 +228,7 @@ KINDS = {
 def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
     """The source that a recipe's `data` names by its kind: text, self-copy, needles, ruler, pairs of prompt and answer,
     or a mix of these."""
+    require(isinstance(spec, dict), "data", "be a mapping with a kind", repr(spec))
     options = dict(spec)
     kind = options.pop("kind", None)
     if kind not in KINDS:

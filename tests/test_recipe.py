@@ -94,3 +94,16 @@ def test_a_recipe_like_itself_is_named(tmp_path):
     two.write_text(f"like: {one}\n")
     with pytest.raises(ValueError, match=r"like must name a recipe that is not like this one, got .*one.yaml"):
         load_recipe(one)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    (
+        ("like: 5", "recipe must be a .yaml file or one of .*, got '5'"),
+        ("like: needle-tiny\nmodel:", "model must be a mapping of fields, got None"),
+    ),
+)
+def test_a_file_with_values_of_other_types_is_named(text, words, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_recipe(tmp_path / "x.yaml")

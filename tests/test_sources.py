@@ -161,6 +161,8 @@ def test_the_loss_counts_the_text_around_inserted_needles(file):
 @pytest.mark.parametrize(
     "spec, words",
     (
+        (None, "data must be a mapping with a kind, got None"),
+        ("text", "data must be a mapping with a kind, got 'text'"),
         ({"kind": "nonsense"}, "kind must be one of text, self-copy, needles, ruler"),
         (
             {"kind": "needles", "tasks": [{"needle": 3}]},
