@@ -68,9 +68,10 @@ def documents(file: TextFile, field: str) -> Iterator[tuple[str, bytes]]:
                 yield f"{file.name}#{i}", text.encode(errors="replace")
         return
     with file.path.open("rb") as opened:
+        if any(b"\0" in block for block in iter(lambda: opened.read(LONG), b"")):
+            return
+        opened.seek(0)
         for part in cut(opened, LONG):
-            if b"\0" in part:
-                return
             yield file.name, part
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from hsa_tl.cli import app
 from hsa_tl.model import data, sources
 from hsa_tl.model.data import ByteTokenizer, FileTokenizer, TokenFile, distinct, prepare, write_tokens
-from hsa_tl.model.documents import cut, text_files
+from hsa_tl.model.documents import LONG, cut, text_files
+from hsa_tl.model.documents import documents as texts_of
 
 
 @pytest.fixture
@@ -131,6 +132,14 @@ def test_long_text_is_cut_between_characters(text):
     assert b"".join(parts) == text.encode() and max(map(len, parts)) <= 16 and len(parts) > 5
     assert [p.decode() for p in parts]
     assert "\n" not in text or all(p.endswith(b"\n") for p in parts[:-1])
+
+
+def test_a_long_binary_file_is_left_out_whole(tmp_path):
+    """Wherever its first byte of 0 is."""
+    (tmp_path / "x.bin").write_bytes(b"header " * (LONG // 6) + b"\0")
+    (tmp_path / "x.txt").write_bytes(b"words " * (LONG // 5))
+    found = [x for file in text_files([tmp_path], data.is_output) for x in texts_of(file, "text")]
+    assert {name for name, _ in found} == {"x.txt"} and len(b"".join(text for _, text in found)) == 6 * (LONG // 5)
 
 
 def test_a_part_is_held_out_by_its_middle(tmp_path):
