@@ -13,6 +13,7 @@ import math
 from dataclasses import replace
 
 from hsa_tl.model.config import ModelConfig
+from hsa_tl.validation import require
 
 SCALINGS = ("pi", "ntk", "yarn")
 SLOW, FAST = 1, 32  # turns
@@ -21,12 +22,13 @@ SLOW, FAST = 1, 32  # turns
 def extended(config: ModelConfig, kind: str, length: int, trained_length: int) -> ModelConfig:
     """The configuration of full attention that reads so many tokens; no longer than trained, it is as it was.
 
-    ValueError: another kind, or another attention.
+    ValueError: another kind, another attention, or frequencies that are no base's.
     """
     if kind not in SCALINGS:
         raise ValueError(f"kind must be one of {', '.join(SCALINGS)}, got {kind!r}")
     if config.attention != "full":
         raise ValueError(f"config must have attention 'full', got {config.attention!r}")
+    require(not config.rope_frequencies, "config", "have the frequencies of its rope_theta", config.rope_frequencies)
     if length <= trained_length:
         return config
     s, D, base = length / trained_length, config.head_dim, config.rope_theta
@@ -40,4 +42,4 @@ def extended(config: ModelConfig, kind: str, length: int, trained_length: int) -
     turns = [trained_length * f / (2 * math.pi) for f in frequencies]
     kept = [min(1.0, max(0.0, (n - SLOW) / (FAST - SLOW))) for n in turns]
     frequencies = tuple(f * (g + (1 - g) / s) for f, g in zip(frequencies, kept, strict=True))
-    return replace(config, rope_frequencies=frequencies, score_scale=(0.1 * math.log(s) + 1) ** 2)
+    return replace(config, rope_frequencies=frequencies, score_scale=config.score_scale * (0.1 * math.log(s) + 1) ** 2)

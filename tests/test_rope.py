@@ -49,6 +49,8 @@ def test_yarn_interpolates_slow_pairs_only():
     assert shares[0] == 1 and shares[-1] == 0 and any(0 < x < 1 for x in shares)
     # The paper's 1 / t of the softmax(q k / (t sqrt(D))): sqrt(1 / t) = 0.1 ln s + 1.
     assert config.score_scale == pytest.approx((0.1 * math.log(s) + 1) ** 2)
+    own = extended(replace(FULL, score_scale=3.0), "yarn", s * L, L)
+    assert own.score_scale == pytest.approx(3 * config.score_scale)
 
 
 @pytest.mark.parametrize("kind", ("pi", "ntk", "yarn"))
@@ -97,3 +99,5 @@ def test_bad_scalings():
         extended(FULL, "x", 512, 256)
     with pytest.raises(ValueError, match="config must have attention 'full', got 'hsa'"):
         extended(preset("tiny"), "pi", 512, 256)
+    with pytest.raises(ValueError, match=r"config must have the frequencies of its rope_theta, got \(0.5"):
+        extended(replace(FULL, rope_frequencies=(0.5,) * (D // 2)), "pi", 512, 256)
