@@ -22,14 +22,22 @@ SEGMENT = 4096  # queries of mode "segment"
 GATE_QUERIES = 128  # at the start and at the end of the gate's sequence
 
 
+def float32_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [n, T, D] times b [n, N, D], transposed: rounded to 16 bits, scores would choose other chunks."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b.mT, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float().mT)
+
+
 def materialise(q_slc, landmarks, topk, *, chunk_size, q_start=0):
     """All scores [B, T, R, N] in memory, then torch.topk: best first, ties as torch.topk has them."""
-    (_, T, _, D_r), N = q_slc.shape, landmarks.shape[1]
-    s = torch.einsum("btrd,bnrd->btrn", q_slc * D_r**-0.5, landmarks).float()
+    (B, T, R, D_r), N = q_slc.shape, landmarks.shape[1]
+    s = float32_products(*(x.transpose(1, 2).flatten(0, 1) for x in (q_slc, landmarks)))
+    s = s.view(B, R, T, N).transpose(1, 2)
     position = torch.arange(q_start, q_start + T, device=s.device)
     future = torch.arange(N, device=s.device) >= (position // chunk_size)[:, None]
     scores, indices = s.masked_fill_(future[None, :, None], -torch.inf).topk(min(topk, N), dim=-1)
-    return scores, indices.masked_fill_(scores == -torch.inf, -1).int()
+    return scores * D_r**-0.5, indices.masked_fill_(scores == -torch.inf, -1).int()  # of the chosen alone
 
 
 def first_query(problem: Problem, mode: str) -> int:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tiers import prove
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from hsa_tl import cases
@@ -63,6 +64,17 @@ def test_a_wrong_provider_is_refused(name, wrong, words, monkeypatch):
         assert row.p50, "the baseline's order is its own"
     else:
         assert row.p50 is None and row.note.startswith("refused by the gate") and words in row.note
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_baseline_passes_in_16_bits(dtype):
+    """On a GPU the cases are in bfloat16: scores that are rounded to it are refused, and HSA stands alone."""
+    suite = retrieve.Retrieve()
+    problem = suite.gate_problem(dataclasses.replace(CASE.problem, dtype=dtype, device_type="cpu"))
+    assert suite.gate("materialise", problem) == []
+    with FakeTensorMode():  # what CUDA tensors take
+        a, b = (torch.empty(2, n, 8, dtype=dtype, device="cuda") for n in (4, 5))
+        assert retrieve.float32_products(a, b).dtype == torch.float32
 
 
 @pytest.mark.parametrize("D", [32, 64])  # 1 / sqrt(32) is no power of two
