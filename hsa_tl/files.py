@@ -33,6 +33,8 @@ def _process_folder() -> Path:
 def writable(folder: Path, variable: str) -> Path:
     """The folder, or where it cannot be written one that goes with this process; a warning then names the variable."""
     try:
+        if folder.parts[:1] == ("~",):  # expanduser knows no home of this user
+            raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder

@@ -125,3 +125,13 @@ def test_a_file_system_without_locks_warns(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match="cannot be locked .No locks available.: use it from one"), locked(tmp_path):
         pass
+
+
+def test_a_user_without_a_home_gets_no_folder_of_that_name(tmp_path, monkeypatch):
+    """A container's user that no list of users holds: expanduser leaves ~ as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.os.path, "expanduser", lambda path: path)
+    with pytest.warns(UserWarning, match="there is no home folder.*set XDG_CACHE_HOME"):
+        assert files.cache_folder().is_absolute()
+    assert not (tmp_path / "~").exists()
