@@ -10,7 +10,7 @@ The order, in which the first that has a plan gives it:
 
 On the CPU target, where nothing but the arithmetic is of interest, the first strategy runs.
 HSA_TL_TUNING=table (the default) is this order; heuristic skips 2 and 3; error raises where they have no row; tune
-measures where they have none, on a GPU, and keeps the best in the user's table.
+measures where they have none, on a GPU, and keeps the best in the user's table, but for a device that the caller names.
 """
 
 import functools
@@ -96,7 +96,7 @@ def _choose(direction: str, p: Problem, config: str, deterministic: bool, device
         for origin, rows in (("user", table.users), ("shipped", table.shipped)) if known else ():
             if found := _fastest(origin, rows(known), direction, p, overlap, deterministic):
                 return found
-        if setting == "tune":
+        if setting == "tune" and device is None:
             return _tuned(direction, p, overlap, deterministic, known)
         if setting == "error":
             raise LookupError(

@@ -131,6 +131,14 @@ def test_tune_without_such_a_gpu_says_so(monkeypatch):
         choose()
 
 
+def test_tune_does_not_measure_for_a_device_by_name(monkeypatch):
+    """What the GPU here takes is no row of another one's table, and `hsa-tl autotune --device` runs without a GPU."""
+    monkeypatch.setenv("HSA_TL_TUNING", "tune")
+    monkeypatch.setattr(measure, "tune", lambda *args: pytest.fail("measured"))
+    plan.clear()
+    assert plan.choose("forward", PAPER, device="h100").origin == "predicted"
+
+
 @pytest.mark.parametrize(
     "poison",
     [
