@@ -193,8 +193,11 @@ Entry = tuple[dict, dict, dict]  # static row, identity in the journal, record
 def _looks(
     case: Case, ranked: list[dict], device: str, rig: Rig, journal: Journal, end: float, progress: Callable | None
 ) -> list[Entry]:
-    """A look at each candidate, best first, until the time is up; what the journal holds needs none."""
-    entries = [(row, name, journal.get(name)) for row in ranked for name in [name_of(row, case.problem, device)]]
+    """A look at each candidate, best first, until the time is up; none where the journal has one of these versions."""
+    made, entries = {"versions": tuner.versions()}, []
+    for row in ranked:
+        known = journal.get(name := name_of(row, case.problem, device))
+        entries.append((row, name, known if known and made.items() <= known.items() else None))
     new = [i for i, (*_, record) in enumerate(entries) if record is None or not (record["error"] or record["rounds"])]
     new = [i for i in new if not entries[i][0]["faults"]]
     work = [(case.problem, programs_of(entries[i][0])) for i in new]
@@ -203,9 +206,9 @@ def _looks(
             row, name, record = entries[i]
             if rig.clock() >= end:
                 break
-            journal.add(name, unfinished(record["starts"] + 1 if record else 1))
+            journal.add(name, unfinished(record["starts"] + 1 if record else 1) | made)
             ready(place)
-            entries[i] = row, name, _look(row, case.problem, rig)
+            entries[i] = row, name, _look(row, case.problem, rig) | made
             journal.add(*entries[i][1:])
             if progress:
                 progress(place + 1, len(new))
@@ -249,8 +252,8 @@ def measure(
     """The ranked rows that there was time for, with median_us; a failure is recorded in error.
 
     over_runner_up and over_static are the next fastest's and the static pick's time over a row's own, in its group.
-    What the journal holds of this device, problem and source is not measured again. progress(done, total) after each
-    look.
+    What the journal holds of this device, problem, source and versions is not measured again. progress(done, total)
+    after each look.
     """
     rig, journal = rig or gpu_rig(), Journal(None) if journal is None else journal
     begin = rig.clock()

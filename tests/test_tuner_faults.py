@@ -32,6 +32,19 @@ def test_a_full_machine_is_no_result(tmp_path, error):
     assert len(run(FakeGpu(), rows[:2], journal=Journal(path))) == 2
 
 
+def test_another_version_is_measured_anew(tmp_path, monkeypatch):
+    """A table's row says the versions of now: what older ones took, or refused, is not theirs."""
+    rows, path = ranked()[:2], tmp_path / "j.jsonl"
+    bad, old = tuner.programs_of(rows[0])[0][1], run(FakeGpu(), rows, journal=Journal(path))
+    refused = run(FakeGpu(refused=(bad,)), rows, journal=Journal(tmp_path / "refused.jsonl"))
+    assert refused[0]["error"] and not old[0]["error"]
+    monkeypatch.setattr(tuner, "versions", lambda: {"torch": "2.11", "tilelang": "0.2"})
+    for name in ("j.jsonl", "refused.jsonl"):
+        gpu = FakeGpu()
+        seen = run(gpu, rows, journal=Journal(tmp_path / name))
+        assert len(gpu.checked()) == len(rows) and not any(r["error"] for r in seen)
+
+
 def test_a_full_disk_is_no_property_of_a_program(monkeypatch):
     def full(*x):
         raise OSError(28, "No space left on device")
