@@ -86,6 +86,16 @@ def test_deterministic_passes_over_a_row_that_adds_atomically(h200):
     assert choose(deterministic=True)[0] == "predicted"
 
 
+def test_a_row_that_adds_atomically_leaves_with_a_new_one_that_was_faster(h200):
+    """Or its older time would win for ever; the ordered row of an older run stays beside a new one that adds."""
+    adds = FwdChunkConfig(reduce_add=1)
+    keep(make_row(config=adds, ns=1.0), make_row(ns=4.0))
+    keep(make_row(ns=2.0))
+    assert choose() == ("user", TOKEN)
+    keep(make_row(config=adds, ns=1.5))
+    assert choose() == ("user", adds) and choose(deterministic=True) == ("user", TOKEN)
+
+
 def test_settings(h200, monkeypatch):
     h200.append(make_row())
     monkeypatch.setenv("HSA_TL_TUNING", "heuristic")
