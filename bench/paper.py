@@ -193,7 +193,8 @@ def run_table(
 ) -> list[dict]:  # fmt: skip
     """Trains a table's runs, each behind what it starts from, and asks each; prints, draws and gives its rows.
 
-    out/NAME-SIZE.json grows run by run, and what it holds is not asked again; runs/SIZE resumes, for all tables.
+    out/NAME-SIZE.json grows run by run, and a run that it holds with as many samples is not asked again; runs/SIZE
+    resumes, for all tables.
     """
     table, runs = TABLES[one_of("table", name, TABLES)], runs / one_of("size", size, SIZES)
     path = out / f"{name}-{size}.json"
@@ -202,7 +203,8 @@ def run_table(
         step = bar.add_task("train", total=None)
         for seed in range(seeds):
             for last in table.runs:
-                if any((r["model"], r["seed"]) == (last, seed) for r in rows):
+                mine = [r for r in rows if (r["model"], r["seed"]) == (last, seed)]
+                if mine and all(r.get("samples", samples) >= samples for r in mine):
                     continue
                 plans = [plan(x, size, seed, runs, text, tokenizer) for x in chain(last)]
                 for recipe in plans:

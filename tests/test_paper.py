@@ -52,6 +52,11 @@ def test_a_table(name, folder, toy, monkeypatch):
     monkeypatch.setattr(paper, "train", None)  # a second call trains and asks nothing
     assert CliRunner().invoke(app, args).exit_code == 0
     assert json.loads((folder / f"out/{name}-tiny.json").read_text()) == rows
+    asked = []  # more samples than it holds
+    monkeypatch.setattr(paper, "train", lambda *args, **options: None)
+    monkeypatch.setattr(paper, "ask", lambda *args: asked.append(args[-1]) or [])
+    CliRunner().invoke(app, [*args, "--samples", "3"])
+    assert asked == [3] * len(table.runs)
 
 
 def test_small_is_asked_in_words(folder, toy, monkeypatch):
