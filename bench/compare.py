@@ -97,7 +97,9 @@ def ratios(rows: list[Row], mode: str) -> tuple[str, dict[int, float]]:
 
 
 def crossover(by_length: dict[int, float]) -> float | None:
-    """The length at which the ratio last falls through 1, between measured points on a log-log line; None if never."""
+    """The length at which the ratio falls through 1 for good, between points on a log-log line; None if never."""
+    if by_length[max(by_length)] > 1:
+        return None
     for a, b in reversed(list(itertools.pairwise(sorted(by_length)))):
         low, high = by_length[a], by_length[b]
         if low > 1 >= high:
@@ -122,5 +124,5 @@ def verdict(rows: list[Row], mode: str) -> str:
     if len(losing) == len(ratio):
         return f"**`{name}` loses to the fastest baseline at every length measured**: {ends}."
     at = crossover(ratio)
-    from_ = f"; it wins from about {length_label(round(at))}" if at is not None and ratio[max(ratio)] <= 1 else ""
+    from_ = f"; it wins from about {length_label(round(at))}" if at is not None else ""
     return f"**`{name}` loses to the fastest baseline at {', '.join(map(length_label, losing))}**: {ends}{from_}."

@@ -39,6 +39,7 @@ def test_ratios_and_the_crossover():
     assert compare.crossover(ratio) == pytest.approx(2048)
     assert compare.crossover({1024: 4.0, 4096: 0.25}) == pytest.approx(2048)
     assert compare.crossover({1024: 0.5, 2048: 0.4}) is None and compare.crossover({1024: 2.0}) is None
+    assert compare.crossover({1024: 2.0, 2048: 0.5, 4096: 1.2}) is None, "a plot would mark a length from which it wins"
     # The whole of what is paid comes before a part of it.
     both = [*rows(), row("hsa-with-retrieval", "train", 1024, 3.0, kernel="hsa_with_retrieval")]
     assert compare.ratios(both, "train") == ("hsa-with-retrieval", {1024: 3.0})
