@@ -128,10 +128,10 @@ class Attention(Suite):
         item, rows = t.itemsize, t.B * t.T
         size = {
             "q": rows * t.HQ * t.D * item, "k": rows * t.H * t.D * item, "v": rows * t.H * t.D * item,
-            "weights": 4 * rows * t.H * t.K, "indices": 4 * rows * t.H * t.K, "own": 0,
+            "weights": 4 * rows * (t.HQ if t.per_head else t.H) * t.K, "indices": 4 * rows * t.H * t.K, "own": 0,
             "q_slc": rows * t.H * D_R * item, "landmarks": t.B * t.N * t.H * D_R * item,
         }  # fmt: skip
-        forward = sum(size[n] for n in p.uses) + size["q" if "q" in p.uses else "weights"]
+        forward = sum(size[n] for n in p.uses) + size["q" if "q" in p.uses else "indices"]  # and the output
         moved = {"forward": forward, "backward": forward + sum(size[n] for n in p.leaves)}
         held = 12 * t.B * t.HQ * t.T**2 if name == "dense-math" else 0  # float32 scores, their softmax, a copy
         flops = sum(flops_of(p.kernel, t, d) for d in DIRECTIONS[mode])

@@ -213,3 +213,17 @@ def test_backward_of_retrieval_counts_pairs():
     pairs = sum(min(p.K, t // p.S) for t in range(100))
     assert flops_of("retrieval", p, "backward") == 2 * 2 * D_R * 3 * 2 * pairs
     assert flops_of("retrieval", p, "forward") == 2 * D_R * 3 * 2 * sum(t // p.S for t in range(100))
+
+
+@pytest.mark.parametrize("name", ["paper-d128", "tail-perhead"])
+def test_bytes_are_those_of_the_tensors(name):
+    """Weights of each query head are as many as there are query heads."""
+    suite, p = Attention(), cases.on_cpu(cases.at_length(cases.case(name).problem, 100))
+    tensors = suite.inputs(p, "random")
+    sizes = {n: x.numel() * x.element_size() for n, x in tensors.items()}
+    moved = sum(sizes[n] for n in (*providers.HSA, "q"))  # out is as large as q
+    assert suite.work("hsa-auto", p, "forward").moved_bytes == moved
+    gradients = sum(sizes[n] for n in ("q", "k", "v", "weights"))
+    assert suite.work("hsa-auto", p, "backward").moved_bytes == moved + gradients
+    weights = tensors["dweights"].numel() * 4
+    assert suite.work("retrieve", p, "forward").moved_bytes == sizes["q_slc"] + sizes["landmarks"] + weights
