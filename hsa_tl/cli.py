@@ -178,6 +178,8 @@ def demo(
 
     Exit code 1 if an implementation or a selection is inaccurate.
     """
+    if train and not needles:
+        raise ValueError("train must be left out with --no-needles, got both")
     device = pick_device(device)
     points = parse_lengths(lengths or ("1k,4k" if device == "cpu" else "4k..64k"))
     last = None if not needles else "train" if train else "ask"

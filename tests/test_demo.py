@@ -158,6 +158,8 @@ def test_bad_numbers_are_one_line(tmp_path, text):
     assert "minutes must suffice for every act, got 1e-09, over before accuracy" in late.stderr
     assert "Invalid value for '--minutes'" in refused(tmp_path, *common, "--minutes", "nan")
     assert "tokens must be at least 1104, got 64" in refused(tmp_path, *common, "--tokens", 64)
+    both = ("--train", "--no-needles", "--minutes", 1e-9)  # would end by its time otherwise
+    assert "train must be left out with --no-needles" in refused(tmp_path, *common, *both)
     assert "text must hold at least 1048576 bytes" in refused(tmp_path, *common, "--lengths", "1m")
 
 
