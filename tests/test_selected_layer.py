@@ -1,4 +1,4 @@
-"""Attention "selected" against its rule in float64, key by key: window, sinks and chosen chunks at one capped distance."""
+"""Attention "selected" against its rule in float64, key by key: window, sinks, chosen chunks at one capped distance."""
 
 import math
 
