@@ -325,7 +325,8 @@ class Rule:
         if (K < N or scored) and chooser is not None:
             landmarks = chooser.of(k, S) if landmarks is None else landmarks[:, :N]
             asked = chooser.ask(q_BTAD, H)
-            best, indices = retrieve_chunks(asked, landmarks, K, chunk_size=S, q_start=past, impl=self.impl)
+            options = {"chunk_size": S, "q_start": past, "impl": self.impl}
+            best, indices = retrieve_chunks(asked, landmarks, K, scale=H / A, **options)  # the mean of its query heads
             if heads := chooser.exact:
                 q_BTAD = q_BTAD.unflatten(2, (H, -1))[:, :, heads].flatten(2, 3)
                 found = self._choose(q_BTAD, k[:, :, heads], None, past, N, None, True)

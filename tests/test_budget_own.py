@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hsa_tl import chunk_means
 from hsa_tl.model import Model, preset
 from hsa_tl.model.selected import Keys, Landmarks, OwnKeys, Rule, chooser_of
 
@@ -145,6 +146,20 @@ def test_a_token_costs_the_same_at_any_length(monkeypatch):
     for _ in range(2 * S):
         store(cache, 1)
     assert len(looks) <= 3 and len(columns) == 4 * S and max(columns) == S
+
+
+@pytest.mark.parametrize("anchors", (0, 5))
+def test_scores_that_count_are_the_means_of_query_heads(anchors):
+    """Of what a chunk's mean key and the anchors say of its mass."""
+    T, A, H, D = 60, 6, 2, 8
+    q, k, found = torch.randn(1, T, A, D), torch.randn(1, T, H, D), []
+    chooser = Landmarks(H, D, anchors)
+    Rule(8, 0, S, 2).attend(q, Keys(k, k), chooser, lambda *x: found.extend(x))
+    scores, indices = (x[:, -1:] for x in found)
+    products = torch.einsum("bthd,bnhd->bthn", chooser.ask(q[:, -1:], H), chooser.of(k, S)) * (H / A)
+    torch.testing.assert_close(scores, products.gather(-1, indices.long()))
+    mean = torch.einsum("bthgd,bnhd->bthn", q[:, -1:].unflatten(2, (H, -1)), chunk_means(k, S)) / (D**0.5 * A / H)
+    assert anchors or torch.allclose(products, mean, atol=1e-5)
 
 
 def test_bad_budgets():
