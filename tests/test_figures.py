@@ -62,16 +62,20 @@ def test_figures_of_a_converted_model():
     heads = sum(map(len, fine["recall_by_head"]["mass"]))
     methods["landmark of 16"] = f"64 chunks of 16 by landmarks, {len(fine['exact_heads'])} of {heads} heads by mass"
     assert all(f"{100 * share:.1f} %" in page for share in fine["recall"].values())
-    at = {(row["method"], row["length"]): row for found in files for row in found["rows"]}
-    lengths = sorted({length for _, length in at})
+    at = {(row["method"], row["length"], row["contexts"]): row for found in files for row in found["rows"]}
+    columns = sorted({key[1:] for key in at})
     for method, name in methods.items():
-        rows = [at.get((method, length)) for length in lengths]
+        rows = [at.get((method, *column)) for column in columns]
         values = [f"{r['right']} of {r['contexts']}, {r['perplexity']:.1f}" if r else "" for r in rows]
         in_page("docs/convert.md", cells(name, *values))
-    for right in {at[method, lengths[0]]["right"] for method in methods}:
+    for right in {row["right"] for (*_, contexts), row in at.items() if contexts == 20}:
         low, high = (100 * x for x in interval(right, 20))
         assert f"{low:.0f} to {high:.0f} %" in page
-    seconds = (f"{at[method, lengths[0]]['seconds']:.1f} s" for method in ("source", "window", "mass"))
+    source, landmark = (at[method, 8 * K, 20] for method in ("source", "landmark of 16"))
+    told = "landmarks find all {} codes and the source {}**; what it reads there costs {:.0f} % of perplexity"
+    cost = 100 * (landmark["perplexity"] / source["perplexity"] - 1)
+    assert told.format(landmark["right"], source["right"], cost) in words("docs/convert.md")
+    seconds = (f"{at[(method, *columns[0])]['seconds']:.1f} s" for method in ("source", "window", "mass"))
     assert "takes the source {} on one thread of a busy machine, a run {} (window alone) to {}".format(
         *seconds
     ) in words("docs/convert.md")
