@@ -58,7 +58,9 @@ class Context(NamedTuple):
 
 def make_contexts(tokenizer, length: int, number: int, haystacks: int) -> list[Context]:
     """Of `length` tokens with question and answer, the code at `number` depths, the deepest of each haystack first.
-    ValueError: they are too long for the text, or too short for what they hold."""
+    ValueError: they are too long for the text or too short for what they hold, or fewer than haystacks."""
+    if not 1 <= haystacks <= number:
+        raise ValueError(f"haystacks must lie in [1, {number}], got {haystacks}")
     topics = pydoc_data.topics.topics
     text, rng, made = tokenizer.encode("\n\n".join(topics[k] for k in sorted(topics))), random.Random(7), []
     longest = min(LONGEST, len(text))

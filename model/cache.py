@@ -278,8 +278,8 @@ class Cache:
     @classmethod
     def load(cls, model, path: Path | str, **options) -> "Cache":
         """The cache that `save` wrote, see `Model.load_cache`."""
-        for name in {"undo", "budget"} & options.keys():
-            raise ValueError(f"{name} must be left out, it is as saved, got {options[name]}")
+        for name in ("undo", "budget"):
+            require(name not in options, name, "be left out: it is as saved", options.get(name))
         with memory_file.read(Path(path), FORMAT, ("past",)) as file:
             state = file.parse("state", json.loads)
             dims, saved = _dims(model.config), _dims(type(model.config)()) | state["config"]  # defaults of newer fields

@@ -33,6 +33,9 @@ def test_contexts_hold_the_code_where_it_is_said():
 def test_contexts_of_no_such_length_are_refused(length):
     with pytest.raises(ValueError, match=f"length must lie in .*got {length}"):
         llm.make_contexts(ByteTokenizer(), length, 1, 1)
+    for number, haystacks in ((2, 0), (2, 3), (0, 0)):
+        with pytest.raises(ValueError, match=rf"haystacks must lie in \[1, {number}\], got {haystacks}"):
+            llm.make_contexts(ByteTokenizer(), 2048, number, haystacks)
 
 
 def test_a_reader_reads_what_differs():

@@ -199,7 +199,7 @@ def test_a_cache_with_room_gives_the_same_bits_and_one_without_never_names_the_e
     tight.save(tmp_path / "c")
     loaded = model.load_cache(tmp_path / "c")
     for name in ("budget", "undo"):
-        with pytest.raises(ValueError, match=f"{name} must be left out, it is as saved, got 9"):
+        with pytest.raises(ValueError, match=f"{name} must be left out: it is as saved, got 9"):
             model.load_cache(tmp_path / "c", **{name: 9})
     for cache in (tight, loaded):
         cache.crop(170)
