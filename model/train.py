@@ -80,11 +80,11 @@ def reconfigure(model: Model, config: ModelConfig) -> None:
     """Changes the model's configuration in place; parameters stay as they are. ValueError: they would not fit, or
     belong to other layers."""
     with torch.device("meta"):
-        other = Model(config)
+        other, before = Model(config), Model(model.config)  # FSDP2 puts other classes into the model itself
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, other)]
     if shapes[0] != shapes[1]:
         raise ValueError("config must leave the parameters' shapes alone, got another model's")
-    kinds = [{k: type(v) for k, v in m.named_modules()} for m in (model, other)]
+    kinds = [{k: type(v) for k, v in m.named_modules()} for m in (before, other)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"config must leave the layers' kinds alone, got attention {config.attention!r}")
     for name, module in other.named_modules():
