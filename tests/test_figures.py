@@ -353,6 +353,7 @@ def test_figures_of_other_levers_of_text():
         "both": "recency and 3 distractors", "joint": 'fusion "joint"', "softmax1": 'fusion "softmax1"',
         "topk-4": "4 chunks instead of 8", "distractors-7": "7 distractors",
         "topk-4-from-the-first-stage": "4 chunks, from the first stage on",
+        "distractors-half": "3 distractors every second 10 steps",
         "distractors-throughout": "3 distractors in the first stage too", "noise": "noise on the scores that choose",
         "bypass": "HSA through the feed-forward layer alone", "4k": "samples of 4K, 1 distractor",
         "4k-topk-4": "samples of 4K, 1 distractor, 4 chunks",
