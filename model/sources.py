@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hsa_tl.model import needles, ruler
-from hsa_tl.model.data import KEPT, ByteTokenizer, TokenFile, Tokenizer, make_tokenizer
+from hsa_tl.model.data import KEPT, TokenFile, Tokenizer, make_tokenizer
 from hsa_tl.model.documents import json_lines
 from hsa_tl.validation import require
 
@@ -67,73 +67,75 @@ def _require_room(tasks, length: int, tokenizer: Tokenizer) -> None:
 class TextSource(Source):
     """Windows of a token file in random order, each once an epoch; the loss counts every token.
 
-    needles: share of the samples whose window becomes the haystack of a RULER task (the paper's 1 %). self_copy: of the
-    others the first half is repeated as the second, and only that counts.
+    path: the file. tokenizer: its file, by default bytes. needles: share of the samples whose window becomes the
+    haystack of a RULER task (the paper's 1 %).
     """
 
-    def __init__(
-        self, file: TokenFile, length: int, seed: int, *, needles: float = 0.0, self_copy: bool = False,
-        tokenizer: Tokenizer | None = None,
-    ):  # fmt: skip
-        self.file, self.length, self.seed, self.self_copy, self.needles = file, length, seed, self_copy, needles
-        self.tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-        if self.tokenizer.name != file.sidecar.tokenizer:
+    copies = 1
+
+    def __init__(self, length: int, seed: int, *, path, tokenizer=None, needles=0.0):
+        self.file, self.tokenizer = TokenFile(path), make_tokenizer(tokenizer)
+        self.length, self.seed, self.needles = length, seed, needles
+        self.window, rest = divmod(length, self.copies)
+        if self.tokenizer.name != self.file.sidecar.tokenizer:
             raise ValueError(
-                f"{file.path} must be of the tokenizer {self.tokenizer.name}, got {file.sidecar.tokenizer}"
+                f"{path} must be of the tokenizer {self.tokenizer.name}, got {self.file.sidecar.tokenizer}"
             )
-        if not 0 <= needles <= 1:
-            raise ValueError(f"needles must lie in [0, 1], got {needles}")
-        if self_copy and length % 2:
-            raise ValueError(f"length must be even for self_copy, got {length}")
+        require(0 <= needles <= 1, "needles", "lie in [0, 1]", needles)
+        require(not rest, "length", "be even for self-copy", length)
         if needles:
             _require_room(INSERTED, length, self.tokenizer)
-        self.vocab_size = file.sidecar.vocab_size
-        self.window = length // 2 if self_copy else length
-        self.windows = len(file) // self.window
+        self.vocab_size = self.file.sidecar.vocab_size
+        self.windows = len(self.file) // self.window
         if not self.windows:
-            raise ValueError(f"{file.path} must hold at least {self.window} tokens, got {len(file)}")
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))
+            raise ValueError(f"{path} must hold at least {self.window} tokens, got {len(self.file)}")
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))  # its number, and where its windows start
 
     def _tokens(self, index: int) -> np.ndarray:
         epoch, i = divmod(index, self.windows)
         if self._epoch[0] != epoch:
-            self._epoch = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.windows)
-        # Each epoch cuts the file elsewhere.
-        room = len(self.file) - self.windows * self.window
-        shift = int(np.random.default_rng([self.seed, 1, epoch]).integers(0, room + 1))
-        start = shift + int(self._epoch[1][i]) * self.window
+            order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.windows)
+            # Each epoch cuts the file elsewhere.
+            shift = np.random.default_rng([self.seed, 1, epoch]).integers(0, len(self.file) % self.window + 1)
+            self._epoch = epoch, shift + order * self.window
+        start = self._epoch[1][i]
         return np.asarray(self.file.tokens[start : start + self.window])
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         tokens, rng = self._tokens(index), np.random.default_rng([self.seed, 2, index])
         if rng.random() >= self.needles:
-            if self.self_copy:
-                return np.concatenate([tokens, tokens]), np.arange(self.window, self.length)
-            return tokens, None
+            return np.tile(tokens, self.copies), np.arange(self.window, self.length) if self.copies > 1 else None
         name = INSERTED[rng.integers(len(INSERTED))]
         sample = ruler.ruler_sample(name, self.length, self.seed, index, tokenizer=self.tokenizer, haystack=tokens)
         return sample.tokens, None
 
 
+class SelfCopySource(TextSource):
+    """A TextSource whose samples without needles are half a window's length twice: only the second half counts."""
+
+    copies = 2
+
+
 class PairSource(Source):
     """Prompts with answers, as many as fit one after the other, drawn by lot; the loss counts the answers only.
 
-    pairs: tokens of each prompt and each answer. end: of a document, behind each answer, where there is one; what is
-    left of a sample is filled with it.
+    path: JSON lines. prompt, answer: their fields. The document's end stands behind each answer, and fills what is left
+    of a sample.
     """
 
-    def __init__(self, pairs: list[tuple[np.ndarray, np.ndarray]], length: int, seed: int, vocab_size: int, end):
-        ends = np.array([] if end is None else [end], np.int64)
-        joined = [(np.concatenate([prompt, answer, ends]), len(prompt)) for prompt, answer in pairs]
+    def __init__(self, length: int, seed: int, *, path, prompt="prompt", answer="answer", tokenizer=None):
+        tokenizer = make_tokenizer(tokenizer)
+        self.length, self.seed, self.vocab_size, self.end = length, seed, tokenizer.vocab_size, tokenizer.end
+        columns = [tokenizer.encode_all(list(json_lines(Path(path), field))) for field in (prompt, answer)]
+        joined = [(np.concatenate([asked, said, [self.end]]), len(asked)) for asked, said in zip(*columns, strict=True)]
         self.pairs = [(tokens, first) for tokens, first in joined if len(tokens) <= length]
         if not self.pairs:
-            raise ValueError(f"a prompt with its answer must have at most {length} tokens, got none of {len(pairs)}")
-        if long := len(pairs) - len(self.pairs):
-            warnings.warn(f"{long} of {len(pairs)} pairs are left out, of more than {length} tokens", stacklevel=2)
-        self.length, self.seed, self.vocab_size, self.fill = length, seed, vocab_size, 0 if end is None else end
+            raise ValueError(f"a prompt with its answer must have at most {length} tokens, got none of {len(joined)}")
+        if long := len(joined) - len(self.pairs):
+            warnings.warn(f"{long} of {len(joined)} pairs are left out, of more than {length} tokens", stacklevel=2)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        rng, tokens, counted, at = np.random.default_rng([self.seed, 2, index]), np.full(self.length, self.fill), [], 0
+        rng, tokens, counted, at = np.random.default_rng([self.seed, 2, index]), np.full(self.length, self.end), [], 0
         while True:
             pair, first = self.pairs[rng.integers(len(self.pairs))]
             if at + len(pair) > self.length:
@@ -174,15 +176,6 @@ def tokenizer_of(spec: dict[str, Any], run: Path | None = None) -> Tokenizer:
     return make_tokenizer(run / KEPT if file and run and (run / KEPT).is_file() else file)
 
 
-def _text(length: int, seed: int, *, path, tokenizer=None, needles=0.0) -> TextSource:
-    return TextSource(TokenFile(path), length, seed, needles=needles, tokenizer=make_tokenizer(tokenizer))
-
-
-def _self_copy(length: int, seed: int, *, path, tokenizer=None, needles=0.0) -> TextSource:
-    tokenizer = make_tokenizer(tokenizer)
-    return TextSource(TokenFile(path), length, seed, needles=needles, self_copy=True, tokenizer=tokenizer)
-
-
 def _needles(length: int, seed: int, *, tasks) -> LotSource:
     """tasks: of NeedleTask's fields and a weight, 1 by default."""
     known = [f.name for f in fields(needles.NeedleTask) if f.name != "length"] + ["weight"]
@@ -202,13 +195,6 @@ def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> Lo
     return LotSource(rows, [1.0] * len(rows), length, tokenizer.vocab_size, seed, 2)
 
 
-def _pairs(length: int, seed: int, *, path, prompt="prompt", answer="answer", tokenizer=None) -> PairSource:
-    """path: JSON lines; prompt, answer: their fields."""
-    tokenizer = make_tokenizer(tokenizer)
-    columns = [tokenizer.encode_all(list(json_lines(Path(path), field))) for field in (prompt, answer)]
-    return PairSource(list(zip(*columns, strict=True)), length, seed, tokenizer.vocab_size, tokenizer.end)
-
-
 def _mix(length: int, seed: int, *, sources) -> LotSource:
     """sources: the `data` of each, no mix itself, of one tokenizer besides needles, and a weight, 1 by default."""
     if not sources or any(x.get("kind") == "mix" for x in sources):
@@ -221,7 +207,8 @@ def _mix(length: int, seed: int, *, sources) -> LotSource:
 
 
 KINDS = {
-    "text": _text, "self-copy": _self_copy, "needles": _needles, "ruler": _ruler, "pairs": _pairs, "mix": _mix,
+    "text": TextSource, "self-copy": SelfCopySource, "needles": _needles, "ruler": _ruler, "pairs": PairSource,
+    "mix": _mix,
 }  # fmt: skip
 
 

@@ -249,7 +249,7 @@ def test_a_tokenizer_file(folder, tmp_path, tokenizer_file):
     text = tokenizer.decode(first).strip()
     assert text in {f.read_text().strip() for f in folder.rglob("*.txt")} and len(first) < len(text.encode())
     with pytest.raises(ValueError, match=r"must be of the tokenizer bytes, got tokenizer\.json"):
-        sources.TextSource(file, 32, 0)
+        sources.TextSource(32, 0, path=file.path)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"must be a Hugging Face tokenizer.json, got .*bad.json"):
         FileTokenizer(tmp_path / "bad.json")
