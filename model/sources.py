@@ -25,6 +25,7 @@ from hsa_tl.validation import require
 IGNORE = -100
 HELD_OUT = 999  # where a recipe's seed makes one for each stage, those of validation
 PROBES, LONG = 32, 1024  # samples of a task that must fit, and tokens from which on one is enough
+BLOCK = 1024  # samples of a mix whose lots are drawn at once
 INSERTED = ("s-niah", "mk-niah-1", "mq-niah", "vt")  # RULER tasks that are put into training samples
 
 
@@ -148,15 +149,48 @@ class PairSource(Source):
 class LotSource(Source):
     """Samples by lot, of several sources or of tasks, by their weights. rows: each gives sample `index` of its own."""
 
-    def __init__(self, rows: list, weights: list[float], length: int, vocab_size: int, seed: int, stream: int):
+    stream = 2
+
+    def __init__(self, rows: list, weights: list[float], length: int, vocab_size: int, seed: int):
         ok = min(weights, default=-1) >= 0 and 0 < sum(weights) < math.inf
         require(ok, "weights", "be at least 0 and not all of them 0, one for each task or source", weights)
-        self.rows, self.length, self.vocab_size, self.lot = rows, length, vocab_size, (seed, stream)
+        self.rows, self.length, self.vocab_size, self.seed = rows, length, vocab_size, seed
         self.share = np.array(weights) / sum(weights)
 
+    def lots(self, index: int, size: int | None = None):
+        """Which of rows sample `index` is of, or each of the `size` samples of block `index`."""
+        return np.random.default_rng([self.seed, self.stream, index]).choice(len(self.rows), size, p=self.share)
+
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        chosen = np.random.default_rng([*self.lot, index]).choice(len(self.rows), p=self.share)
-        return self.rows[chosen](index)
+        return self.rows[self.lots(index)](index)
+
+
+class MixSource(LotSource):
+    """Samples of several sources, by lot and weight, each source's in its own order.
+
+    sources: the `data` of each, no mix itself, of one tokenizer besides needles, and a weight, 1 by default.
+    """
+
+    stream = 3
+
+    def __init__(self, length: int, seed: int, *, sources):
+        if not sources or any(x.get("kind") == "mix" for x in sources):
+            raise ValueError(f"sources must be at least one that is no mix itself, got {sources}")
+        made = [make_source({k: v for k, v in x.items() if k != "weight"}, length, seed) for x in sources]
+        names = sorted({tokenizer_of(x).name for x in sources if x["kind"] != "needles"})
+        require(len(names) < 2, "sources", "be of one tokenizer", ", ".join(names))
+        weights = [x.get("weight", 1.0) for x in sources]
+        super().__init__([x.row for x in made], weights, length, max(x.vocab_size for x in made), seed)
+        self.taken = [np.zeros(len(made), np.int64)]  # of each source, before each block of samples
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        block, i = divmod(index, BLOCK)
+        while len(self.taken) <= block:
+            lots = self.lots(len(self.taken) - 1, BLOCK)
+            self.taken.append(self.taken[-1] + np.bincount(lots, minlength=len(self.rows)))
+        lots = self.lots(block, BLOCK)
+        before = self.taken[block][lots[i]] + np.count_nonzero(lots[:i] == lots[i])
+        return self.rows[lots[i]](int(before))
 
 
 def _answers(sample, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +218,7 @@ def _needles(length: int, seed: int, *, tasks) -> LotSource:
     weights = [t.get("weight", 1.0) for t in tasks]
     options = [{k: v for k, v in t.items() if k != "weight"} for t in tasks]
     rows = [partial(_answers, needles.NeedleTask(length, **x).sample, seed) for x in options]
-    return LotSource(rows, weights, length, needles.VOCAB, seed, 2)
+    return LotSource(rows, weights, length, needles.VOCAB, seed)
 
 
 def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> LotSource:
@@ -192,23 +226,12 @@ def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> Lo
     tokenizer = make_tokenizer(tokenizer)
     _require_room(tasks, length, tokenizer)
     rows = [partial(_answers, partial(ruler.ruler_sample, name, length, tokenizer=tokenizer), seed) for name in tasks]
-    return LotSource(rows, [1.0] * len(rows), length, tokenizer.vocab_size, seed, 2)
-
-
-def _mix(length: int, seed: int, *, sources) -> LotSource:
-    """sources: the `data` of each, no mix itself, of one tokenizer besides needles, and a weight, 1 by default."""
-    if not sources or any(x.get("kind") == "mix" for x in sources):
-        raise ValueError(f"sources must be at least one that is no mix itself, got {sources}")
-    made = [make_source({k: v for k, v in x.items() if k != "weight"}, length, seed) for x in sources]
-    names = sorted({tokenizer_of(x).name for x in sources if x["kind"] != "needles"})
-    require(len(names) < 2, "sources", "be of one tokenizer", ", ".join(names))
-    weights = [x.get("weight", 1.0) for x in sources]
-    return LotSource([x.row for x in made], weights, length, max(x.vocab_size for x in made), seed, 3)
+    return LotSource(rows, [1.0] * len(rows), length, tokenizer.vocab_size, seed)
 
 
 KINDS = {
     "text": TextSource, "self-copy": SelfCopySource, "needles": _needles, "ruler": _ruler, "pairs": PairSource,
-    "mix": _mix,
+    "mix": MixSource,
 }  # fmt: skip
 
 

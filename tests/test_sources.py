@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from hsa_tl.model import sources
 from hsa_tl.model.data import ByteTokenizer, write_tokens
@@ -84,20 +85,35 @@ def test_the_loss_counts_the_answers_of_pairs(tmp_path):
 
 
 def test_a_mix_has_its_shares(file):
-    """Each by its weight, and all of a source's own samples."""
+    """Each by its weight, and all of a source's own samples, in its order."""
     tasks = [{"needles": 2}, {"needles": 3}]
     parts = [{"kind": "text", "path": str(file.path), "needles": 0.5}, {"kind": "needles", "tasks": tasks}]
     mix = {"kind": "mix", "sources": [parts[0] | {"weight": 3}, parts[1]]}
     batch = sources.make_source(mix, 400, 1).batch(0, 800)
-    text, needles = ((batch.input_ids == sources.make_source(x, 400, 1).batch(0, 800).input_ids).all(1) for x in parts)
-    assert (text ^ needles).all() and 0.7 < text.float().mean() < 0.8
+    needles = batch.input_ids[:, -3] == 1
+    text = ~needles
+    for part, spec in zip((text, needles), parts, strict=True):
+        assert (batch.input_ids[part] == sources.make_source(spec, 400, 1).batch(0, int(part.sum())).input_ids).all()
+    assert 0.7 < text.float().mean() < 0.8
     marks = (batch.input_ids[needles] == 0).sum(1)
     asked = [b"Question: " in bytes(row.clamp(max=255).tolist()) for row in batch.input_ids[text]]
     assert 0.35 < sum(asked) / len(asked) < 0.65 and 0.35 < (marks == 2).float().mean() < 0.65
     assert isinstance(sources.tokenizer_of(mix), ByteTokenizer)
     held_out = write_tokens(file.path.with_name("held_out.bin"), [b"never trained on, " * 99], ByteTokenizer())
     text, needles = (row.__self__ for row in sources.validation_source(mix, 400, 1).rows)
-    assert text.file.path == held_out.path and needles.lot[0] == 1999
+    assert text.file.path == held_out.path and needles.seed == 1999
+
+
+def test_a_mix_reads_each_window_of_a_text_once_an_epoch(tmp_path):
+    """However few of the samples are text, and wherever reading begins."""
+    file = write_tokens(tmp_path / "x.bin", [np.random.default_rng(0).bytes(64 * 40)], ByteTokenizer())
+    text = {"kind": "text", "path": str(file.path)}
+    mix = {"kind": "mix", "sources": [text, {"kind": "needles", "tasks": [{}], "weight": 40}]}
+    batch = sources.make_source(mix, 64, 3).batch(0, 4000).input_ids
+    windows = [bytes(x) for x in sources.make_source(text, 64, 3).batch(0, 80).input_ids.to(torch.uint8).numpy()]
+    found = [x for x in (bytes(row) for row in batch.to(torch.uint8).numpy()) if x in windows]
+    assert len(set(windows[:40])) == 40 and 60 < len(found) < 140 and found[:80] == windows[: len(found)]
+    assert (sources.make_source(mix, 64, 3).batch(3000, 3).input_ids == batch[3000:3003]).all()
 
 
 def test_needles_are_inserted_into_their_share_of_samples(file):
