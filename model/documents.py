@@ -92,10 +92,8 @@ def _end(text: bytes) -> int:
     for mark in (b"\n\n", b"\n", b" "):
         if (at := text.rfind(mark, len(text) // 2)) >= 0:
             return at + len(mark)
-    at = len(text)
-    while at > len(text) - 4 and text[at - 1] & 0xC0 == 0x80:
-        at -= 1
-    return at - 1 if at > 1 and text[at - 1] >= 0xC0 else len(text)
+    # Before the last character, of which the rest may be missing.
+    return next((i for i in range(len(text) - 1, max(len(text) - 4, 0), -1) if text[i] >= 0xC0), len(text))
 
 
 def json_lines(path: Path, field: str) -> Iterator[str]:

@@ -134,6 +134,13 @@ def test_long_text_is_cut_between_characters(text):
     assert "\n" not in text or all(p.endswith(b"\n") for p in parts[:-1])
 
 
+def test_a_file_of_a_few_bytes_is_split(tmp_path):
+    """Into parts of a byte, where a character may have several."""
+    (tmp_path / "x.txt").write_text("ïï€")
+    files = prepare([tmp_path / "x.txt"], tmp_path / "data")
+    assert b"".join(x for f in files.values() for x in documents(f)) == "ïï€".encode()
+
+
 def test_a_long_binary_file_is_left_out_whole(tmp_path):
     """Wherever its first byte of 0 is."""
     (tmp_path / "x.bin").write_bytes(b"header " * (LONG // 6) + b"\0")
