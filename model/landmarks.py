@@ -146,7 +146,7 @@ def add_landmarks(
         ValueError: a run of another kind; a text that is too short; what `find_landmarks` refuses.
     """
     model, found = pretrained.load(run), checkpoint.latest(run)
-    if found.recipe["source"] is None or found.recipe["stages"]:
+    if found.recipe["source"] is None:
         raise ValueError(f"run must be one that hsa-tl convert wrote, got {run}")
     tokens = model.tokenizer.encode(text)
     part = len(tokens) // (contexts + 1)

@@ -77,7 +77,7 @@ class Recipe:
         require_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
         require_rules(
             self,
-            ("stages", bool(self.stages) or self.source is not None, "name at least one stage"),
+            ("stages", bool(self.stages) == (self.source is None), "name at least one stage, and none beside a source"),
             ("seed", self.seed < 1 << 63, "be below 2^63"),
             ("lr", 0 < self.lr < inf, "be positive and finite"),
             ("weight_decay", 0 <= self.weight_decay < inf, "be at least 0 and finite"),
@@ -106,10 +106,7 @@ class Recipe:
     def config(self, stage: Stage | None = None) -> ModelConfig:
         """The model's configuration in a stage; by default after training, with the changes of `reading` alone."""
         changes = self.model | (self.reading if stage is None else stage.model)
-        known = [f.name for f in fields(ModelConfig)]
-        if unknown := set(changes) - set(known):
-            got = f"got {', '.join(sorted(unknown))}; they are {', '.join(sorted(known))}"
-            raise ValueError(f"model must change fields of ModelConfig, {got}")
+        _check_fields("changes of a model", ModelConfig, changes)
         return replace(preset(self.preset), **changes)
 
     def lr_at(self, step: int) -> float:
@@ -121,14 +118,14 @@ class Recipe:
         return self.lr * rising * (self.final + (1 - self.final) * 0.5 * (1 + cos(pi * part)))
 
 
-def _check_fields(kind: type, values: dict[str, Any]) -> None:
+def _check_fields(what: str, kind: type, values: dict[str, Any]) -> None:
     """ValueError: names a field that kind does not have, or that is missing, and those that it has."""
     known = [f.name for f in fields(kind)]
     if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"a {kind.__name__.lower()} must have the fields {', '.join(known)}, got {unknown[0]!r}")
+        raise ValueError(f"{what} must have the fields {', '.join(known)}, got {unknown[0]!r}")
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:
-        raise ValueError(f"a {kind.__name__.lower()} must have the fields {', '.join(needed)}, got no {missing[0]}")
+        raise ValueError(f"{what} must have the fields {', '.join(needed)}, got no {missing[0]}")
 
 
 def recipe_names() -> list[str]:
@@ -156,14 +153,12 @@ def text_recipe(
 
 def recipe_of(values: dict[str, Any]) -> Recipe:
     """A recipe from plain values. ValueError: a field that is missing, unknown or wrong."""
-    values = dict(values)
     try:
-        _check_fields(Recipe, values)
-        for stage in (s for s in values["stages"] if not isinstance(s, Stage)):
-            _check_fields(Stage, stage)
-        stages = tuple(s if isinstance(s, Stage) else Stage(**s) for s in values["stages"])
-        values |= {"stages": stages, "betas": tuple(values.get("betas", Recipe.betas))}
-        return Recipe(**values)
+        _check_fields("a recipe", Recipe, values)
+        for stage in values["stages"]:
+            _check_fields("a stage", Stage, stage)
+        stages, betas = tuple(Stage(**s) for s in values["stages"]), tuple(values.get("betas", Recipe.betas))
+        return Recipe(**values | {"stages": stages, "betas": betas})
     except TypeError as error:
         raise ValueError(f"a recipe must have the fields of Recipe and Stage, got {error}") from None
 

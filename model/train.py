@@ -119,8 +119,7 @@ def _labels(*batches: Batch) -> int:
 
 
 def _loss(module: nn.Module, part: Batch, recipe: Recipe, ranks: Ranks) -> torch.Tensor:
-    half = recipe.dtype == "bfloat16"
-    with torch.autocast(ranks.device, torch.bfloat16) if half else contextlib.nullcontext():
+    with torch.autocast(ranks.device, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
         return module(part.input_ids.to(ranks.device), labels=part.labels.to(ranks.device), logits_to_keep=0).loss
 
 
@@ -238,6 +237,7 @@ def train(
     ValueError: another process trains in run. FloatingPointError: a gradient that is not finite. Interrupted, a
     KeyboardInterrupt: a signal came, and the checkpoint is written.
     """
+    require(recipe.source is None, "source", "be None in training, where start names a run", recipe.source)
     end = time.perf_counter() + seconds
     ranks = Ranks(device, context_parallel)
     run.mkdir(parents=True, exist_ok=True)
@@ -370,16 +370,9 @@ def _sources(recipe: Recipe, first: int, ranks: Ranks) -> dict[int, Source]:
             others = model.config.distractors if model.encoder is not None else 0
             require(others < size, "distractors", f"be below the batch's {size} sequences", others)
         with _naming(f"data {name}"):
-            sources[number] = _source(recipe, stage, number)
+            source = sources[number] = make_source(stage.data, stage.length, recipe.seed * 1000 + number)
+            V = model.config.vocab_size
+            require(source.vocab_size <= V, "data", f"have at most the model's {V} token ids", source.vocab_size)
     with _naming("reading"):
         reconfigure(model, recipe.config())
     return sources
-
-
-def _source(recipe: Recipe, stage: Stage, number: int) -> Source:
-    source = make_source(stage.data, stage.length, recipe.seed * 1000 + number)
-    if source.vocab_size > recipe.config(stage).vocab_size:
-        raise ValueError(
-            f"data must have at most the model's {recipe.config(stage).vocab_size} token ids, got {source.vocab_size}"
-        )
-    return source

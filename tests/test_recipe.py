@@ -55,6 +55,7 @@ def test_the_papers_stages():
     "changes, words",
     (
         ({"stages": ()}, "stages must name at least one stage"),
+        ({"source": "elsewhere"}, "stages must name .* none beside a source"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
         ({"warmup": 0.5}, "warmup must be an int"),
@@ -65,7 +66,7 @@ def test_the_papers_stages():
             "a stage must have the fields steps, length, batch, data, got no batch",
         ),
         ({"seed": 1 << 63}, "seed must be below"),
-        ({"model": {"widow": 1}}, "model must change fields of ModelConfig, got widow"),
+        ({"model": {"widow": 1}}, "changes of a model must have the fields vocab_size, dim, .*, got 'widow'"),
         ({"reading": {"topk": 0}}, "topk must be a positive int"),
         ({"preset": "huge"}, "preset must be one of"),
     ),

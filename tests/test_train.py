@@ -192,15 +192,15 @@ def test_every_sample_is_read_once(tmp_path, monkeypatch):
     """In order, by stage: steps, accumulated batches and the samples of each take the next ones."""
     read = []
 
-    def source(recipe, stage, number):
-        made = make_source(stage.data, stage.length, number)
+    def source(data, length, number):
+        made = make_source(data, length, number)
         batch = made.batch
         made.batch = lambda index, size: (
             read.extend((number, i) for i in range(index, index + size)) or batch(index, size)
         )
         return made
 
-    monkeypatch.setattr(training, "_source", source)
+    monkeypatch.setattr(training, "make_source", source)
     recipe = toy()
     training.train(recipe, tmp_path)
     assert read == [(n, i) for n, s in enumerate(recipe.stages) for i in range(s.steps * s.batch * s.accumulate)]
@@ -327,6 +327,12 @@ def test_what_a_later_stage_cannot_do_is_said_at_once(changes, reading, words, t
     recipe = toy(stages=stages, reading=reading, model=kind)
     with pytest.raises(ValueError, match=words):
         training.train(recipe, tmp_path, on_step=lambda step: pytest.fail("a step"))
+
+
+def test_what_was_converted_is_not_trained(tmp_path):
+    recipe = Recipe("converted", "tiny", (), 1e-5, source="elsewhere")
+    with pytest.raises(ValueError, match="source must be None in training, where start names a run, got elsewhere"):
+        training.train(recipe, tmp_path)
 
 
 def test_the_run_to_start_from_is_read_once(tmp_path):
