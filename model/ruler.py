@@ -74,9 +74,9 @@ def ruler_sample(
 ) -> Sample:  # fmt: skip
     """The sample of (seed, index): tokens [length] and its answers' spans [A, 2].
 
-    name: one of TASKS. depth: of the first needle asked for, in [0, 1], by default
-    anywhere; of AT_DEPTH only. haystack: tokens of real text, which repeat where they are too few; by default filler
-    sentences. ValueError: an unknown name, or a length too short for the task.
+    name: one of TASKS. depth: of the first needle asked for, in [0, 1], by default anywhere; of AT_DEPTH only.
+    haystack: tokens of real text, which repeat where they are too few; by default filler sentences. ValueError: an
+    unknown name, or a length too short for the task.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
@@ -87,11 +87,9 @@ def ruler_sample(
     filler = tokenizer.encode_all([FILLER])[0] if haystack is None else haystack
     if name in NIAH:
         return _niah(NIAH[name], length, rng, depth, tokenizer, filler)
-    if name == "vt":
-        return _variables(length, rng, tokenizer, filler)
-    if name in FACTS:
-        return _facts(FACTS[name], length, rng, tokenizer, filler)
-    return (_frequent if name == "fwe" else _common)(length, rng, tokenizer)
+    if name in ("fwe", "cwe"):
+        return _words(name == "cwe", length, rng, tokenizer)
+    return _facts(_variables if name == "vt" else FACTS[name], length, rng, tokenizer, filler)
 
 
 def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.ndarray) -> Sample:
@@ -106,20 +104,17 @@ def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.
         place = round(depth * (count - 1))
         asked[asked == place], asked[0] = asked[0], place
     if kind.values > 1:  # in the order of the text
-        questions = [f"\nQuestion: what are all codes of {keys[0]}? Answer:", *[""] * (count - 1)]
-        tail, spans = _question(tokenizer, list(zip(questions, values, strict=True)))
+        questions = [("", value) for value in values]
+        questions[0] = (f"\nQuestion: what are all codes of {keys[0]}? Answer:", values[0])
     else:
         questions = [(f"\nQuestion: what is the code of {keys[i]}? Answer:", values[i]) for i in asked]
-        tail, spans = _question(tokenizer, questions)
+    tail, spans = _question(tokenizer, questions)
     body, needles = length - len(tail), tokenizer.encode_all(_sentences(keys, values))
     if not kind.needles:  # what does not fit goes, from the end; never one that is asked for
-        kept = np.ones(count, bool)
-        excess, i = sum(map(len, needles)) - body, count - 1
-        while excess > 0 and i >= 0:
-            if i not in asked:
-                kept[i], excess = False, excess - len(needles[i])
-            i -= 1
-        needles = [x for x, keep in zip(needles, kept, strict=True) if keep]
+        excess = sum(map(len, needles)) - body
+        for i in reversed(range(count)):
+            if excess > 0 and i not in asked:
+                excess -= len(needles.pop(i))
     starts = _places(rng, body, needles, "needles")
     if depth is not None and count == 1:
         starts[0] = round(depth * (body - len(needles[0])))
@@ -197,7 +192,7 @@ def _assemble(body: int, filler, pieces: list[np.ndarray], starts: np.ndarray, t
     return Sample(tokens, spans + body)
 
 
-def _variables(length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> Sample:
+def _variables(rng) -> tuple[list[str], str, str]:
     """Chains of assignments; asked is who holds the first chain's value, in the order of the text."""
     names = _letters(rng, CHAINS * (HOPS + 1), 3)
     values = _numbers(rng, CHAINS, 5)
@@ -205,45 +200,35 @@ def _variables(length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> Sa
     held, statements = [[] for _ in range(CHAINS)], []
     for chain, name in zip(chain_of, names, strict=True):
         source = f"VAR {held[chain][-1]}" if held[chain] else values[chain]
-        statements.append(f"\nVAR {name} = {source}\n")
+        statements.append(f"VAR {name} = {source}")
         held[chain].append(name)
-    question = f"\nQuestion: which variables hold {values[0]}? Answer:"
-    tail, spans = _question(tokenizer, [(question, " ".join(held[0]))])
-    pieces = tokenizer.encode_all(statements)
-    body = length - len(tail)
-    return _assemble(body, filler, pieces, _places(rng, body, pieces, "statements"), tail, spans)
+    return statements, f"which variables hold {values[0]}?", " ".join(held[0])
 
 
-def _frequent(length: int, rng, tokenizer: Tokenizer) -> Sample:
-    """A body of made-up words with Zipf frequencies; asked are the most frequent ones, in falling order."""
+def _words(common: bool, length: int, rng, tokenizer: Tokenizer) -> Sample:
+    """A body of made-up words, of which some are asked for: by Zipf frequencies the most frequent ones, in falling
+    order; or COMMON ones that come TIMES times as often as each other one, in alphabetical order."""
     words = [w.lower() for w in _letters(rng, LEXICON, 4)]
     pieces = tokenizer.encode_all([w + " " for w in words])
-    question = f"\nQuestion: which {FREQUENT} words are the most frequent? Answer:"
-    tail, spans = _question(tokenizer, [(question, " ".join(words[:FREQUENT]))])
+    sizes = np.array([len(p) for p in pieces])
+    if common:
+        asked, answer = f"{COMMON} words are the most common, from a to z", sorted(words[:COMMON])
+    else:
+        asked, answer = f"{FREQUENT} words are the most frequent", words[:FREQUENT]
+    tail, spans = _question(tokenizer, [(f"\nQuestion: which {asked}? Answer:", " ".join(answer))])
     body = length - len(tail)
-    words_in = body // max(len(p) for p in pieces)
-    if words_in < 64:
-        raise ValueError(f"length must leave room for 64 words, got {max(words_in, 0)}")
-    # Counts, not draws: the most frequent are then strictly so at every length.
-    share = np.arange(1, LEXICON + 1) ** -ZIPF
-    counts = (words_in * share / share.sum()).astype(np.int64)
+    # Counts, not draws: the words asked for are then strictly the most frequent at every length.
+    if common:
+        share = np.array([TIMES] * COMMON + [1] * (LEXICON - COMMON))
+        least = share @ sizes
+        counts = share * (body // least)
+    else:
+        share = np.arange(1, LEXICON + 1) ** -ZIPF
+        least = 64 * max(sizes)
+        counts = (body // max(sizes) * share / share.sum()).astype(np.int64)
+    if body < least:
+        raise ValueError(f"length must leave {least} tokens for the words, got {max(body, 0)}")
     text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), counts)))
-    rest = np.resize(tokenizer.encode_all([". "])[0], body - len(text))
-    return Sample(np.concatenate([text, rest, tail]), spans + body)
-
-
-def _common(length: int, rng, tokenizer: Tokenizer) -> Sample:
-    """A body of made-up words, of which COMMON come TIMES times as often as each other one, asked in alphabetical
-    order."""
-    words = [w.lower() for w in _letters(rng, LEXICON, 4)]
-    pieces = tokenizer.encode_all([w + " " for w in words])
-    question = f"\nQuestion: which {COMMON} words are the most common, from a to z? Answer:"
-    tail, spans = _question(tokenizer, [(question, " ".join(sorted(words[:COMMON])))])
-    body, share = length - len(tail), np.array([TIMES] * COMMON + [1] * (LEXICON - COMMON))
-    once = int((share * [len(p) for p in pieces]).sum())
-    if body < once:
-        raise ValueError(f"length must leave {once} tokens for the words, got {max(body, 0)}")
-    text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), share * (body // once))))
     rest = np.resize(tokenizer.encode_all([". "])[0], body - len(text))
     return Sample(np.concatenate([text, rest, tail]), spans + body)
 
