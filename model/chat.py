@@ -8,6 +8,7 @@ import torch
 from hsa_tl.model import pretrained
 from hsa_tl.model.cache import Cache
 from hsa_tl.model.generate import prefill
+from hsa_tl.validation import require
 
 Render = Callable[[list[dict[str, str]], bool], str]  # messages, whether an answer comes next -> text
 
@@ -19,13 +20,11 @@ def read(model, text: bytes | None, memory: Path | None = None, progress=None) -
     ValueError: a text beside a memory that holds one, or a memory that is to be loaded and is not there.
     """
     kept = memory is not None and memory.exists()
-    if kept and text is not None:
-        raise ValueError(f"file must be left out where the memory holds a text, got {memory}, which exists")
     if kept:
+        require(text is None, "file", "be left out where the memory holds a text", f"{memory}, which exists")
         return model.load_cache(memory)
     if text is None:
-        if memory is not None:
-            raise ValueError(f"memory must be a file that exists, or come with a text to be read, got {memory}")
+        require(memory is None, "memory", "be a file that exists, or come with a text to be read", memory)
         return None
     ids = [*model.tokenizer.begin, *model.tokenizer.encode(text)]
     _, cache = prefill(model, [ids], progress=progress)

@@ -94,8 +94,7 @@ def _folder_weights(folder: Path) -> Weights:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     weights: Weights = {}
     for file in (folder / name for name in files):
-        if not file.exists():
-            raise ValueError(f"source must hold its weights as safetensors, got no {file}")
+        require(file.exists(), "source", "hold its weights as safetensors", f"no {file}")
         try:
             opened = safe_open(file, "pt")
         except SafetensorError as error:
@@ -134,8 +133,7 @@ def _read(source: Path) -> tuple[Any, Callable[[Path], None], Callable[[], Weigh
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         return AutoConfig.from_pretrained(where, **options), tokenizer.save_pretrained, weights
     for name in ("config.json", "tokenizer.json"):
-        if not (source / name).is_file():
-            raise ValueError(f"source must be a .gguf file or a folder with {name}, got {source}")
+        require((source / name).is_file(), "source", f"be a .gguf file or a folder with {name}", source)
     config = AutoConfig.from_pretrained(str(source), local_files_only=True)
     return config, partial(_copy_tokenizer, source), partial(_folder_weights, source)
 
@@ -172,8 +170,7 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
         ValueError: a source of another kind, a setting or a weight of it that the model has no place for, by name; a
             run that holds something. ImportError: no transformers.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"run must be new or empty, got {run}")
+    require(not run.exists() or (run.is_dir() and not any(run.iterdir())), "run", "be new or empty", run)
     described, save_tokenizer, weights = _read(source)
     config = config_of(described, **options)
     with torch.device("meta"):
@@ -188,9 +185,8 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
             parts = [have[part][1]() for part in names_of(name)]
             state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     if config.tied and "lm_head.weight" in have:
-        rule = "equal to model.embed_tokens.weight, as tie_word_embeddings has it"
-        if not torch.equal(have["lm_head.weight"][1](), state["embedding.weight"]):
-            raise ValueError(f"{source} must hold lm_head.weight {rule}, got another one")
+        rule = "hold lm_head.weight equal to model.embed_tokens.weight, as tie_word_embeddings has it"
+        require(torch.equal(have["lm_head.weight"][1](), state["embedding.weight"]), source, rule, "another one")
     model.load_state_dict(state, assign=True)
     save_tokenizer(run / TOKENIZER)
     write(run, model, source.name.removesuffix(".gguf"), str(source))

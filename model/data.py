@@ -19,6 +19,7 @@ import numpy as np
 from hsa_tl.files import TEMPORARY, atomic_files, locked, sha256_of, write_atomic
 from hsa_tl.model import documents
 from hsa_tl.model.documents import TextFile
+from hsa_tl.validation import require
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
@@ -110,8 +111,7 @@ class FileTokenizer(Tokenizer):
         names = (special.get("eos_token"), "<|endoftext|>", "</s>", "<eos>")
         ends = (self.inner.token_to_id(t) for t in names if t is not None)
         self.end = next((i for i in ends if i is not None), None)
-        if self.end is None:
-            raise ValueError(f"tokenizer must have <|endoftext|>, </s> or <eos>, got {path}")
+        require(self.end is not None, "tokenizer", "have <|endoftext|>, </s> or <eos>", path)
         around = self.inner.encode("").ids
         if "bos_token" in special and around[:1] == [self.inner.token_to_id(special["bos_token"])]:
             self.begin = tuple(around[:1])
@@ -173,11 +173,9 @@ class TokenFile:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.sidecar = read_sidecar(self.path)
-        if self.sidecar.format != FORMAT:
-            raise ValueError(f"{self.path} must have format {FORMAT}, got {self.sidecar.format}")
+        require(self.sidecar.format == FORMAT, path, f"have format {FORMAT}", self.sidecar.format)
         size, want = self.path.stat().st_size, self.sidecar.tokens * np.dtype(self.sidecar.dtype).itemsize
-        if size != want:
-            raise ValueError(f"{self.path} must hold {want} bytes as its sidecar says, got {size}: prepare it again")
+        require(size == want, path, f"hold {want} bytes as its sidecar says", f"{size}: prepare it again")
         self.tokens = np.memmap(self.path, np.dtype(self.sidecar.dtype).newbyteorder("<"), "r")
 
     def __len__(self) -> int:
@@ -220,8 +218,7 @@ class _Writer:
 
     def sidecar(self, name: str, of: str = "") -> bytes:
         """Its text. ValueError: there was no document; of: what there were."""
-        if not self.documents:
-            raise ValueError(f"{name} must have at least one document, got none{of}")
+        require(self.documents > 0, name, "have at least one document", f"none{of}")
         t, digest = self.tokenizer, self.digest.hexdigest()
         sidecar = Sidecar(self.tokens, self.documents, self.dtype.name, t.vocab_size, t.name, t.end, digest)
         return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
@@ -258,8 +255,7 @@ def _one_file(file: TextFile, held_out: float) -> Iterator[tuple[str, bytes]]:
     done = 0
     with file.path.open("rb") as opened:
         for part in documents.cut(opened, long):
-            if b"\0" in part:
-                raise ValueError(f"a source of text must be text, got {file.path}, which has a byte of 0")
+            require(b"\0" not in part, "a source of text", "be text", f"{file.path}, which has a byte of 0")
             middle, done = done + len(part) / 2, done + len(part)
             yield SPLITS[middle > size * (1 - held_out) or done == size], part
 
@@ -275,8 +271,7 @@ def prepare(
     the rows. least: tokens of a document; shorter ones are left out. progress: called with files read and their total.
     ValueError: no text, or none for one of the splits; a row without the field. ImportError: Parquet without pyarrow.
     """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must lie in (0, 1), got {held_out}")
+    require(0 < held_out < 1, "held_out", "lie in (0, 1)", held_out)
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     files = documents.text_files(sources, is_output)
     alone = sources is not None and len(files) == len(sources) == 1 and sources[0].is_file()
@@ -316,8 +311,7 @@ class Sample:
     def unfinished(self, chunk_size: int) -> np.ndarray:
         """[A] bool: whether an answer's needle ends in a chunk that is not whole yet where the answer is asked for, so
         that HSA cannot retrieve it. ValueError: the task knows no needles."""
-        if self.needles is None:
-            raise ValueError("needles must be known, got a sample of another task")
+        require(self.needles is not None, "needles", "be known", "a sample of another task")
         return self.needles[:, 1] > (self.answers[:, 0] - 1) // chunk_size * chunk_size
 
     def targets(self) -> np.ndarray:

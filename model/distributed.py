@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from hsa_tl.model.chunk_memory import BatchMemory, ChunkMemory, with_rolled
 from hsa_tl.model.model import Model, ModelOutput
-
-IGNORE = -100
+from hsa_tl.model.sources import IGNORE
+from hsa_tl.validation import require
 
 
 def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -101,8 +101,7 @@ class ContextParallel(nn.Module):
     def part(self, T: int) -> slice:
         """The tokens of this rank."""
         ranks, S = self.mesh.size(), self.model.config.chunk_size
-        if T % (ranks * S):
-            raise ValueError(f"input_ids must have a multiple of {ranks} ranks * {S} tokens, got {T}")
+        require(T % (ranks * S) == 0, "input_ids", f"have a multiple of {ranks} ranks * {S} tokens", T)
         start = T // ranks * self.mesh.get_local_rank()
         return slice(start, start + T // ranks)
 
@@ -166,8 +165,7 @@ class Ranks:
     def __init__(self, device: str, context: int = 1):
         self.device, self.context = device, context
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world % context:
-            raise ValueError(f"context_parallel must divide the {self.world} ranks, got {context}")
+        require(self.world % context == 0, "context_parallel", f"divide the {self.world} ranks", context)
         self.data, self.rank, self.data_rank = self.world // context, 0, 0
         if self.world > 1:
             if device == "cuda":
@@ -205,8 +203,7 @@ class Ranks:
 
     def own(self, size: int) -> tuple[int, int]:
         """First and number of a batch's sequences that are this rank's. ValueError: they do not share out evenly."""
-        if size % self.data:
-            raise ValueError(f"batch must be a multiple of the {self.data} data-parallel ranks, got {size}")
+        require(size % self.data == 0, "batch", f"be a multiple of the {self.data} data-parallel ranks", size)
         return self.data_rank * (size // self.data), size // self.data
 
     def close(self) -> None:

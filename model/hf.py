@@ -22,7 +22,7 @@ from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import SEGMENT, prefill
 from hsa_tl.model.hf_inputs import CACHE_NAME, CACHE_NAMES, HSACache, Rows, one_cache, read_rows
 from hsa_tl.model.model import Model
-from hsa_tl.validation import require_integers
+from hsa_tl.validation import require, require_integers, shape_of
 
 # transformers' names of ModelConfig's fields
 ALIASES = {
@@ -133,8 +133,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
         kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation must be None, this model has its own, got {kind}")
+        require(kind in (None, "dynamic"), "cache_implementation", "be None, this model has its own", kind)
         cache = one_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is None and generation_config.use_cache is not False:
             cache = HSACache(max(1, max_cache_length))  # beams may widen the batch
@@ -148,8 +147,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False:
             # The reentrant form gives the chunk memory, a tuple of tensors, no gradient, and says nothing.
             raise ValueError("gradient_checkpointing_kwargs must hold use_reentrant=False, got another checkpoint")
-        if every_n_layers != 1:
-            raise ValueError(f"every_n_layers must be 1, got {every_n_layers}")
+        require(every_n_layers == 1, "every_n_layers", "be 1", every_n_layers)
         if enable:
             self.model.checkpoint = gradient_checkpointing_func
         self.model.config = replace(self.model.config, activation_checkpointing=enable)
@@ -296,12 +294,10 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
 def kept_columns(logits_to_keep: int | torch.Tensor, T: int) -> tuple[slice | torch.Tensor, int]:
     """The columns to keep, and how many they are if they are the last, 0 for all or others."""
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
-        if logits_to_keep.ndim != 1:
-            raise ValueError(f"logits_to_keep must be an int or 1-D, got shape {list(logits_to_keep.shape)}")
+        require(logits_to_keep.ndim == 1, "logits_to_keep", "be an int or 1-D", shape_of(logits_to_keep))
         return require_integers("logits_to_keep", logits_to_keep, -T, T), 0
     n = int(logits_to_keep)
-    if n < 0:
-        raise ValueError(f"logits_to_keep must be at least 0, got {n}")
+    require(n >= 0, "logits_to_keep", "be at least 0", n)
     return (slice(-n, None), n) if 0 < n < T else (slice(None), n)
 
 

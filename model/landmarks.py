@@ -19,6 +19,7 @@ from hsa_tl.model.convert import write
 from hsa_tl.model.model import Model
 from hsa_tl.model.selected import Landmarks, chooser_of, scores
 from hsa_tl.model.train import reconfigure
+from hsa_tl.validation import require
 
 BY = ("mass", "landmark", "mean")
 ASKED = 256  # tokens of a context whose queries are looked at, in every layer
@@ -94,8 +95,7 @@ def find_landmarks(
     if c.attention != "selected" or c.topk in (0, "all"):
         raise ValueError(f"model must be of attention selected with a topk, got {c.attention} and topk {c.topk}")
     queries = sum(min(ASKED, len(x)) for x in contexts) * (c.heads // c.kv_heads)
-    if queries < anchors:
-        raise ValueError(f"contexts must ask at least anchors = {anchors} queries, got {queries}")
+    require(queries >= anchors, "contexts", f"ask at least anchors = {anchors} queries", queries)
     first = c.sinks + c.window + (c.topk + 1) * c.chunk_size - 1  # token that sees more chunks than it takes
     if (shortest := min(map(len, held_out), default=0)) <= first:
         raise ValueError(f"held_out must be of more than {first} tokens, got {shortest}")
@@ -146,12 +146,10 @@ def add_landmarks(
         ValueError: a run of another kind; a text that is too short; what `find_landmarks` refuses.
     """
     model, found = pretrained.load(run), checkpoint.latest(run)
-    if found.recipe["source"] is None:
-        raise ValueError(f"run must be one that hsa-tl convert wrote, got {run}")
+    require(found.recipe["source"] is not None, "run", "be one that hsa-tl convert wrote", run)
     tokens = model.tokenizer.encode(text)
     part = len(tokens) // (contexts + 1)
-    if part < length:
-        raise ValueError(f"text must hold {contexts + 1} times length = {length} tokens, got {len(tokens)}")
+    require(part >= length, "text", f"hold {contexts + 1} times length = {length} tokens", len(tokens))
     rng = random.Random(seed)
     starts = [i * part + rng.randrange(part - length + 1) for i in range(contexts + 1)]
     *pieces, judge = (tokens[start : start + length] for start in starts)

@@ -15,6 +15,7 @@ import numpy as np
 
 from hsa_tl.model.config import require_ints
 from hsa_tl.model.data import Sample, Tokenizer, distinct
+from hsa_tl.validation import require
 
 VOCAB = 320
 MARK, ASK = 0, 1
@@ -72,15 +73,13 @@ class NeedleTask:
 
     def __post_init__(self):
         require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1, apart=1)
-        if self.key_symbols > KEY_COUNT:
-            raise ValueError(f"key_symbols must be at most {KEY_COUNT}, got {self.key_symbols}")
+        require(self.key_symbols <= KEY_COUNT, "key_symbols", f"be at most {KEY_COUNT}", self.key_symbols)
         if self.key_symbols**self.key_tokens >> 63:
             most = f"give fewer than 2^63 keys of {self.key_symbols} symbols"
             raise ValueError(f"key_tokens must {most}, got {self.key_tokens}")
         if self.apart > 1 and self.key_symbols < KEY_COUNT:
             raise ValueError(f"apart must be 1 where a sample's keys are spelt with few symbols, got {self.apart}")
-        if self.noise_ids not in NOISE_IDS:
-            raise ValueError(f"noise_ids must be one of {', '.join(NOISE_IDS)}, got {self.noise_ids!r}")
+        require(self.noise_ids in NOISE_IDS, "noise_ids", f"be one of {', '.join(NOISE_IDS)}", repr(self.noise_ids))
         if not self.queries <= self.count <= self.most:
             raise ValueError(f"needles must lie between queries and {self.most}, got {self.count} needles in {self}")
 
@@ -116,8 +115,7 @@ class NeedleTask:
         starts = np.sort(body.integers(0, self.body - n * w + 1, n)) + w * np.arange(n)
         asked = rng.permutation(n)[: self.queries] if n < 4096 else distinct(rng, n, self.queries)
         if depth is not None:
-            if not 0 <= depth <= 1:
-                raise ValueError(f"depth must lie in [0, 1], got {depth}")
+            require(0 <= depth <= 1, "depth", "lie in [0, 1]", depth)
             place = round(depth * (n - 1))
             if place in asked[1:]:
                 asked[np.flatnonzero(asked == place)] = asked[0]
@@ -144,8 +142,7 @@ class NeedleTask:
 
 def task(name: str, length: int) -> NeedleTask:
     """A task of TASKS at a length. ValueError: another name, or its needles do not fit."""
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    require(name in TASKS, "task", f"be one of {', '.join(TASKS)}", repr(name))
     return NeedleTask(length, **TASKS[name])
 
 

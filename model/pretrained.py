@@ -19,6 +19,7 @@ from hsa_tl.files import write_together
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import Recipe, recipe_of
+from hsa_tl.validation import require
 
 FOLDER = Path(__file__).parent / "weights"
 TOKENIZER = "tokenizer"  # of a converted run: its source's, as transformers saves it
@@ -45,8 +46,7 @@ def shipped_names() -> list[str]:
 
 def shipped(name: str) -> Shipped:
     """What is known of shipped weights. ValueError: another name, or a file that is damaged."""
-    if name not in shipped_names():
-        raise ValueError(f"name must be one of {', '.join(shipped_names())}, got {name!r}")
+    require(name in shipped_names(), "name", f"be one of {', '.join(shipped_names())}", repr(name))
     path = FOLDER / f"{name}.json"
     try:
         return Shipped(**json.loads(path.read_text()))
@@ -67,9 +67,7 @@ def trained(run_or_name: str | Path) -> tuple[Recipe, int, Callable[[Model], Non
     raise ValueError(f"run_or_name must be a folder with a checkpoint or one of {names}, got {str(run_or_name)!r}")
 
 
-def load(
-    run_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> Model:  # fmt: skip
+def load(run_or_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """A trained model in eval mode, configured as after training.
 
     Args:
@@ -143,8 +141,7 @@ def export(run_or_name: str | Path, folder: Path, dtype: torch.dtype = torch.flo
         from hsa_tl.model.hf import HSAConfig, HSAForCausalLM
     except ImportError:
         raise ImportError("a folder of transformers needs the package: pip install 'hsa-tl[hf]'") from None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder must be new or empty, got {folder}")
+    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), "folder", "be new or empty", folder)
     model = load(run_or_name, dtype=dtype)
     fast, end = model.tokenizer.fast(), model.tokenizer.end
     special = {} if end is None else dict.fromkeys(("eos_token", "pad_token"), fast.id_to_token(end))

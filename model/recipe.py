@@ -189,8 +189,7 @@ def _read(name: str | Path, *above: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(), loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML, got {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold the fields of a recipe, got {values!r}")
+    require(isinstance(values, dict), path, "hold the fields of a recipe", repr(values))
     values = {"name": path.stem} | values
     if (like := values.pop("like", None)) is not None:
         base = _read(like, path, *above)

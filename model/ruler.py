@@ -17,6 +17,7 @@ import numpy as np
 
 from hsa_tl.model import facts
 from hsa_tl.model.data import ByteTokenizer, Sample, Tokenizer, distinct
+from hsa_tl.validation import require
 
 FILLER = (
     "The ferry left before noon and nobody waved. Rain had fallen on the low fields all week. "
@@ -78,8 +79,7 @@ def ruler_sample(
     haystack: tokens of real text, which repeat where they are too few; by default filler sentences. ValueError: an
     unknown name, or a length too short for the task.
     """
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    require(name in TASKS, "task", f"be one of {', '.join(TASKS)}", repr(name))
     if depth is not None and (name not in AT_DEPTH or not 0 <= depth <= 1):
         raise ValueError(f"depth must lie in [0, 1] and the task be of {', '.join(AT_DEPTH)}, got {depth} for {name}")
     rng = np.random.default_rng([seed, index])
@@ -165,8 +165,7 @@ def _places(rng, body: int, pieces: list[np.ndarray], what: str) -> np.ndarray:
     """Ascending starts in [0, body) at which the pieces do not overlap."""
     sizes = np.array([len(x) for x in pieces])
     room = body - int(sizes.sum())
-    if room < 0:
-        raise ValueError(f"length must leave {int(sizes.sum())} tokens for the {what}, got {max(body, 0)}")
+    require(room >= 0, "length", f"leave {int(sizes.sum())} tokens for the {what}", max(body, 0))
     return np.sort(rng.integers(0, room + 1, len(sizes))) + np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
@@ -226,8 +225,7 @@ def _words(common: bool, length: int, rng, tokenizer: Tokenizer) -> Sample:
         share = np.arange(1, LEXICON + 1) ** -ZIPF
         least = 64 * max(sizes)
         counts = (body // max(sizes) * share / share.sum()).astype(np.int64)
-    if body < least:
-        raise ValueError(f"length must leave {least} tokens for the words, got {max(body, 0)}")
+    require(body >= least, "length", f"leave {least} tokens for the words", max(body, 0))
     text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), counts)))
     rest = np.resize(tokenizer.encode_all([". "])[0], body - len(text))
     return Sample(np.concatenate([text, rest, tail]), spans + body)

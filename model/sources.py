@@ -78,18 +78,15 @@ class TextSource(Source):
         self.file, self.tokenizer = TokenFile(path), make_tokenizer(tokenizer)
         self.length, self.seed, self.needles = length, seed, needles
         self.window, rest = divmod(length, self.copies)
-        if self.tokenizer.name != self.file.sidecar.tokenizer:
-            raise ValueError(
-                f"{path} must be of the tokenizer {self.tokenizer.name}, got {self.file.sidecar.tokenizer}"
-            )
+        name, of = self.tokenizer.name, self.file.sidecar.tokenizer
+        require(name == of, path, f"be of the tokenizer {name}", of)
         require(0 <= needles <= 1, "needles", "lie in [0, 1]", needles)
         require(not rest, "length", "be even for self-copy", length)
         if needles:
             _require_room(INSERTED, length, self.tokenizer)
         self.vocab_size = self.file.sidecar.vocab_size
         self.windows = len(self.file) // self.window
-        if not self.windows:
-            raise ValueError(f"{path} must hold at least {self.window} tokens, got {len(self.file)}")
+        require(self.windows > 0, path, f"hold at least {self.window} tokens", len(self.file))
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))  # its number, and where its windows start
 
     def _tokens(self, index: int) -> np.ndarray:
@@ -241,8 +238,7 @@ def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
     require(isinstance(spec, dict), "data", "be a mapping with a kind", repr(spec))
     options = dict(spec)
     kind = options.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(f"data's kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    require(kind in KINDS, "data's kind", f"be one of {', '.join(KINDS)}", repr(kind))
     known = {p.name: p for p in inspect.signature(KINDS[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY}
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"data of kind {kind} must have the options {', '.join(known)}, got {unknown[0]!r}")

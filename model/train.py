@@ -82,11 +82,9 @@ def reconfigure(model: Model, config: ModelConfig) -> None:
     with torch.device("meta"):
         other, before = Model(config), Model(model.config)  # FSDP2 puts other classes into the model itself
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, other)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("config must leave the parameters' shapes alone, got another model's")
+    require(shapes[0] == shapes[1], "config", "leave the parameters' shapes alone", "another model's")
     kinds = [{k: type(v) for k, v in m.named_modules()} for m in (before, other)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"config must leave the layers' kinds alone, got attention {config.attention!r}")
+    require(kinds[0] == kinds[1], "config", "leave the layers' kinds alone", f"attention {config.attention!r}")
     for name, module in other.named_modules():
         kept = model.get_submodule(name)
         for field, value in vars(module).items():
@@ -190,8 +188,7 @@ def _start(recipe: Recipe, device: str) -> Model:
     model = Model(recipe.config(recipe.stages[0])).to(device)
     if recipe.start is not None:
         found = checkpoint.latest(Path(recipe.start))
-        if found is None:
-            raise ValueError(f"start must be a folder with a checkpoint, got {recipe.start}")
+        require(found is not None, "start", "be a folder with a checkpoint", recipe.start)
         checkpoint.load(found, model)
     return model
 
