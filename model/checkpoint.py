@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from hsa_tl.files import sha256_of, write_atomic
+from hsa_tl.validation import require
 
 RNG, META = "rng.pt", "meta.json"
 
@@ -84,25 +85,17 @@ def save(
     return path
 
 
-def find(path: Path) -> Checkpoint:
-    """A checkpoint, its checksums verified; no weights are read. ValueError: torn or not one. OSError: unreadable."""
-    try:
-        meta = json.loads((path / META).read_text())
-        for name, want in meta["files"].items():
-            if (got := _digest(path / name)) != want:
-                raise ValueError(f"{path / name} must have {want}, got {got}")
-        return Checkpoint(meta["step"], meta["recipe"], torch.load(path / RNG, weights_only=True), path)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be a checkpoint, got {error!r} in {META}") from None
-
-
 def latest(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; a torn one is skipped with a warning. None: there is none."""
+    """The newest whole checkpoint of a run, its checksums verified; a torn one is skipped with a warning. None: there
+    is none."""
     for path in sorted(run.glob("step-*"), reverse=True):
         try:
-            return find(path)
-        except (ValueError, OSError) as error:
-            warnings.warn(f"skipped a torn checkpoint: {error}", TornCheckpoint, stacklevel=2)
+            meta = json.loads((path / META).read_text())
+            for name, want in meta["files"].items():
+                require((got := _digest(path / name)) == want, path / name, f"have {want}", got)
+            return Checkpoint(meta["step"], meta["recipe"], torch.load(path / RNG, weights_only=True), path)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            warnings.warn(f"skipped a torn checkpoint, {path}: {error}", TornCheckpoint, stacklevel=2)
     return None
 
 

@@ -9,7 +9,7 @@ An end-of-document token follows each document.
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -202,7 +202,7 @@ def read_sidecar(path: Path) -> Sidecar:
 class _Writer:
     """Tokens of documents into a file, and what its sidecar says of them."""
 
-    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, least: int = 0):
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, least: int):
         self.least, self.file, self.tokenizer, self.dtype = least, file, tokenizer, token_dtype(tokenizer.vocab_size)
         self.end = np.array([tokenizer.end], self.dtype)
         self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
@@ -216,7 +216,7 @@ class _Writer:
         self.digest.update(raw)
         self.tokens, self.documents = self.tokens + len(data), self.documents + 1
 
-    def sidecar(self, name: str, of: str = "") -> bytes:
+    def sidecar(self, name: str, of: str) -> bytes:
         """Its text. ValueError: there was no document; of: what there were."""
         require(self.documents > 0, name, "have at least one document", f"none{of}")
         t, digest = self.tokenizer, self.digest.hexdigest()
@@ -224,18 +224,8 @@ class _Writer:
         return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
 
 
-def write_tokens(path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenFile:
-    """Writes texts, each a document, as one token file and its sidecar; both replace old ones when all is written."""
-    with atomic_files(path, sidecar_path(path)) as (file, sidecar):
-        writer = _Writer(file, tokenizer)
-        for text in texts:
-            writer.add(text)
-        sidecar.write(writer.sidecar(path.stem))
-    return TokenFile(path)
-
-
 def is_output(path: Path) -> bool:
-    """Whether `write_tokens` wrote the file, or is writing it."""
+    """Whether `prepare` wrote the file, or is writing it."""
     tokens = path.with_suffix("") if path.suffix == ".json" else path
     try:
         return path.name.startswith(TEMPORARY) or (tokens.is_file() and bool(read_sidecar(tokens)))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hsa_tl.cli import app
 from hsa_tl.model import data, sources
-from hsa_tl.model.data import ByteTokenizer, FileTokenizer, TokenFile, distinct, prepare, write_tokens
+from hsa_tl.model.data import ByteTokenizer, FileTokenizer, TokenFile, distinct, prepare
 from hsa_tl.model.documents import LONG, cut, text_files
 from hsa_tl.model.documents import documents as texts_of
 
@@ -83,14 +83,16 @@ def test_damage_is_named(file):
         TokenFile(file.path)
 
 
-def test_a_failed_prepare_leaves_the_old_file(file):
-    def broken():
-        yield "text"
-        raise RuntimeError("the disk is gone")
+def test_a_failed_prepare_leaves_the_old_file(file, folder):
+    class Broken(ByteTokenizer):
+        def encode_all(self, texts):
+            if texts[0].startswith(b"file 30"):
+                raise RuntimeError("the disk is gone")
+            return super().encode_all(texts)
 
     before = file.path.read_bytes()
     with pytest.raises(RuntimeError):
-        write_tokens(file.path, broken(), ByteTokenizer())
+        prepare([folder], file.path.parent, Broken(), held_out=0.3)
     assert file.path.read_bytes() == before and len(list(file.path.parent.iterdir())) == 4
 
 
@@ -268,8 +270,9 @@ def test_a_tokenizer_whose_ids_have_gaps(tmp_path):
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1 << 16}, unk_token="a"))
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
-    file = write_tokens(tmp_path / "x.bin", ["a"], tokenizer)
-    assert file.tokens.tolist() == [0, 1 << 16] and file.sidecar.vocab_size == tokenizer.vocab_size == (1 << 16) + 1
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 9)
+    file = prepare([tmp_path / "a.jsonl"], tmp_path / "data", tokenizer, held_out=0.5)["train"]
+    assert file.tokens[:2].tolist() == [0, 1 << 16] and file.sidecar.vocab_size == tokenizer.vocab_size == (1 << 16) + 1
 
 
 def test_short_documents_are_left_out(folder, tmp_path):

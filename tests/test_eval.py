@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from token_files import write_tokens
 from typer.testing import CliRunner
 
 from hsa_tl.bench import cli, selections, tradeoff
@@ -17,7 +18,7 @@ from hsa_tl.cli import app
 from hsa_tl.model import Model, evaluate, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.chunk_memory import ChunkMemory
-from hsa_tl.model.data import ByteTokenizer, TokenFile, write_tokens
+from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.problem import Problem
@@ -57,7 +58,7 @@ def test_ruler_of_needles(tmp_path):
 
 
 def test_ruler_in_words_and_perplexity(tmp_path):
-    write_tokens(tmp_path / "text.bin", [np.random.default_rng(0).bytes(3000)], ByteTokenizer())
+    write_tokens(tmp_path / "text.bin", [np.random.default_rng(0).bytes(3000)])
     run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
     invoke("ruler", "--run", run, "--lengths", "1k", "--depths", "0.5", "--samples", 1, "--tasks", "s-niah,vt,mv-niah",
            "--out", tmp_path, "--topk", 4)  # fmt: skip
@@ -97,7 +98,7 @@ def test_ruler_in_words_and_perplexity(tmp_path):
 
 
 def test_selections_become_inputs_of_the_benchmark(tmp_path):
-    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400], ByteTokenizer())
+    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400])
     run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
     common = ("--run", run, "--data", tmp_path / "text.bin", "--out", tmp_path)
     output = invoke("selections", *common, "--lengths", "1k", "--topk", 8)
@@ -140,7 +141,7 @@ def test_selections_become_inputs_of_the_benchmark(tmp_path):
 
 def test_fewer_chunks_kept_or_read(tmp_path):
     """Setting 1 is the model as it is, fewer chunks are read with p, and the file keeps the rows of other models."""
-    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400], ByteTokenizer())
+    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400])
     run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
     common = ("--data", tmp_path / "text.bin", "--threads", 1, "--lengths", "512", "--samples", 1, "--tasks", "s-niah")
     found = {}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from test_eval import invoke, trained
+from token_files import write_tokens
 
 from hsa_tl.bench.noise import Prediction, run_noise
 from hsa_tl.model import Model, load, preset
-from hsa_tl.model.data import ByteTokenizer, write_tokens
 from hsa_tl.model.evaluate import needle_samples
 
 TARGETS = np.arange(150, 166)
@@ -69,7 +69,7 @@ def test_a_needle_helps_most():
 
 
 def test_command(tmp_path):
-    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400], ByteTokenizer())
+    write_tokens(tmp_path / "text.bin", [b"the same words, " * 400])
     run = trained(tmp_path / "run", {"kind": "text", "path": str(tmp_path / "text.bin")})
     common = ("noise", "--data", tmp_path / "text.bin", "--out", tmp_path, "--threads", 1, "--samples", 2)
     invoke(*common, "--run", "needle-tiny", "--lengths", "256", "--tasks", "s-niah")

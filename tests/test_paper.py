@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tiers import tiered
+from token_files import write_tokens
 from typer.testing import CliRunner
 
 from hsa_tl.bench import paper
 from hsa_tl.cli import app
 from hsa_tl.model import Model
-from hsa_tl.model.data import ByteTokenizer, write_tokens
 from hsa_tl.model.recipe import load_recipe
 
 
@@ -20,9 +20,7 @@ def folder(tmp_path_factory):
     """Text, and the runs that tables share."""
     root = tmp_path_factory.mktemp("paper")
     for split in ("train", "held_out"):
-        write_tokens(
-            root / "data" / f"{split}.bin", [f"{split} words and more words, ".encode() * 400], ByteTokenizer()
-        )
+        write_tokens(root / "data" / f"{split}.bin", [f"{split} words and more words, ".encode() * 400])
     return root
 
 

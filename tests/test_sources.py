@@ -6,20 +6,21 @@ import re
 import numpy as np
 import pytest
 import torch
+from token_files import write_tokens
 
 from hsa_tl.model import sources
-from hsa_tl.model.data import ByteTokenizer, write_tokens
+from hsa_tl.model.data import ByteTokenizer
 
 
 @pytest.fixture
 def file(tmp_path):
     """Of documents that do not repeat."""
     texts = [f"document {i}: " + "naïve words and more of them. " * (5 + i) for i in range(60)]
-    return write_tokens(tmp_path / "train.bin", texts, ByteTokenizer())
+    return write_tokens(tmp_path / "train.bin", texts)
 
 
 def test_windows_cover_an_epoch_once(tmp_path):
-    file = write_tokens(tmp_path / "x.bin", [np.random.default_rng(0).bytes(5000)], ByteTokenizer())
+    file = write_tokens(tmp_path / "x.bin", [np.random.default_rng(0).bytes(5000)])
     source = sources.make_source({"kind": "text", "path": str(file.path)}, 64, seed=3)
     rows = source.batch(0, source.windows).input_ids
     starts = {bytes(np.asarray(file.tokens[i : i + 64]).astype(np.uint16)): i for i in range(len(file) - 63)}
@@ -99,14 +100,14 @@ def test_a_mix_has_its_shares(file):
     asked = [b"Question: " in bytes(row.clamp(max=255).tolist()) for row in batch.input_ids[text]]
     assert 0.35 < sum(asked) / len(asked) < 0.65 and 0.35 < (marks == 2).float().mean() < 0.65
     assert isinstance(sources.tokenizer_of(mix), ByteTokenizer)
-    held_out = write_tokens(file.path.with_name("held_out.bin"), [b"never trained on, " * 99], ByteTokenizer())
+    held_out = write_tokens(file.path.with_name("held_out.bin"), [b"never trained on, " * 99])
     text, needles = (row.__self__ for row in sources.validation_source(mix, 400, 1).rows)
     assert text.file.path == held_out.path and needles.seed == 1999
 
 
 def test_a_mix_reads_each_window_of_a_text_once_an_epoch(tmp_path):
     """However few of the samples are text, and wherever reading begins."""
-    file = write_tokens(tmp_path / "x.bin", [np.random.default_rng(0).bytes(64 * 40)], ByteTokenizer())
+    file = write_tokens(tmp_path / "x.bin", [np.random.default_rng(0).bytes(64 * 40)])
     text = {"kind": "text", "path": str(file.path)}
     mix = {"kind": "mix", "sources": [text, {"kind": "needles", "tasks": [{}], "weight": 40}]}
     batch = sources.make_source(mix, 64, 3).batch(0, 4000).input_ids

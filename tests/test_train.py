@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from tiers import prove
+from token_files import write_tokens
 from typer.testing import CliRunner
 
 from hsa_tl import workers
@@ -18,7 +19,6 @@ from hsa_tl.cli import app
 from hsa_tl.files import InUse, locked
 from hsa_tl.model import Model, checkpoint, load, preset
 from hsa_tl.model import train as training
-from hsa_tl.model.data import ByteTokenizer, write_tokens
 from hsa_tl.model.distributed import Ranks
 from hsa_tl.model.recipe import Recipe, Stage, load_recipe, recipe_names, recipe_of
 from hsa_tl.model.sources import make_source
@@ -295,7 +295,7 @@ def test_a_run_goes_on_where_a_parameter_had_no_gradient(optimizer, tmp_path):
 
 def test_every_recipe_at_toy_size(tmp_path):
     """Each in turn, from the checkpoint of the one before; bfloat16 too."""
-    write_tokens(tmp_path / "train.bin", [b"words and more words, " * 999], ByteTokenizer())
+    write_tokens(tmp_path / "train.bin", [b"words and more words, " * 999])
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "more", "answer": "words"}\n')
     assert set(recipe_names()) == {*STAGES, *TOYS}
     for name in (*STAGES, *TOYS):
