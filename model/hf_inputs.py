@@ -18,7 +18,7 @@ from hsa_tl.model.model import Model
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the argument in 5.24
 CACHE_NAME = CACHE_NAMES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 
-MEMORY_OPTIONS = ("undo", "offload", "cache_pages", "two_level", "directory")
+MEMORY_OPTIONS = ("undo", "offload", "cache_pages", "two_level", "directory", "budget")
 
 
 class Rows(NamedTuple):
@@ -155,7 +155,7 @@ class HSACache(Cache):
 
     Args:
         capacity (int): tokens of a sequence to make room for at first. Default: 16384.
-        memory_options: of `Model.new_cache`: undo, offload, cache_pages, two_level, directory.
+        memory_options: of `Model.new_cache`: undo, offload, cache_pages, two_level, directory, budget.
     """
 
     is_compileable = is_croppable = False

@@ -296,6 +296,7 @@ def test_a_cache_with_disk_and_offload(model, ids, tmp_path):
         {"directory": str(tmp_path / "new" / "kv")},
         {"offload": True, "cache_pages": 4},
         {"two_level": True},
+        {"budget": 2},  # as many chunks as there are
     ):
         cache = HSACache(capacity=64, **options)
         model(ids[:1].flip(1), past_key_values=cache)
