@@ -207,12 +207,11 @@ def train(
 def _show_run(console: Console, recipe: Recipe, run: Path, done: list[training.Step]) -> None:
     """Prints a finished run's log and draws it."""
     lines = [json.loads(x) for x in (run / training.LOG).read_text().splitlines()]
-    kept = lines[:: max(1, len(lines) // 10)]
     rows = [
         (x["step"] + 1, x["stage"] + 1, f"{x['loss']:.4f}",
          f"{y:.4f}" if (y := x.get("validation_loss")) is not None else "", f"{x['lr']:.2e}",
          f"{x['tokens'] / x['seconds']:.0f}")
-        for x in (kept if not lines or kept[-1] is lines[-1] else [*kept, lines[-1]])
+        for x in lines[:: -max(1, len(lines) // 10)][::-1]
     ]  # fmt: skip
     names = ("step", "stage", "loss", "validation", "lr", "tokens/s")
     show_table(console, f"{recipe.name}, {recipe.steps} steps", names, rows, right=tuple(range(6)))
@@ -235,12 +234,14 @@ Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cud
 Dtype = Annotated[str, typer.Option(help="of the weights: float32, or on a GPU bfloat16 or float16")]
 
 
-def _read(model, file: Path | None, memory: Path | None):
-    """What `chats.read` gives; a long text shows how far it is read, beside what the command prints."""
+def _open(run: str, file: Path | None, memory: Path | None, device: str | None, dtype: str, threads: int):
+    """The model, and what `chats.read` gives; a long text shows how far it is read, beside what the command prints."""
+    torch.set_num_threads(threads)
+    model = pretrained.load(run, pick_device(device), pick_dtype(dtype))
     with progress_bar(Console(stderr=True)) as bar:
         step = bar.add_task("tokens read", total=None)
         text = None if file is None else file.read_bytes()
-        return chats.read(model, text, memory, progress=lambda done: bar.update(step, completed=done))
+        return model, chats.read(model, text, memory, progress=lambda done: bar.update(step, completed=done))
 
 
 def generate(
@@ -257,10 +258,8 @@ def generate(
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
     """Prints what a trained model writes on, token by token."""
-    torch.set_num_threads(threads)
-    model = pretrained.load(run, pick_device(device), pick_dtype(dtype))
+    model, cache = _open(run, file, memory, device, dtype, threads)
     tokenizer = model.tokenizer
-    cache = _read(model, file, memory)
     ids = [[*(tokenizer.begin if cache is None else ()), *tokenizer.encode(prompt)]]
     options = {"eos_token": tokenizer.end, "cache": cache}
     for piece in chats.pieces(model, model.stream(ids, max_new_tokens, temperature, top_p, seed, **options)):
@@ -284,9 +283,7 @@ def chat(
 
     A converted model reads its tokenizer's chat template, another one plain lines.
     """
-    torch.set_num_threads(threads)
-    model = pretrained.load(run, pick_device(device), pick_dtype(dtype))
-    cache = _read(model, file, memory)
+    model, cache = _open(run, file, memory, device, dtype, threads)
     talk = chats.Chat(model, chats.template(run), cache)
     while True:
         try:

@@ -80,8 +80,7 @@ def _special_tokens(config: Path) -> dict[str, str]:
     """bos_token and eos_token of a tokenizer_config.json; none where there is no such file."""
     values = json.loads(config.read_text()) if config.is_file() else {}
     named = {name: values.get(name) for name in ("bos_token", "eos_token")}
-    named = {name: x["content"] if isinstance(x, dict) else x for name, x in named.items()}
-    return {name: x for name, x in named.items() if isinstance(x, str)}
+    return {name: x["content"] if isinstance(x, dict) else x for name, x in named.items() if x is not None}
 
 
 class FileTokenizer(Tokenizer):

@@ -45,9 +45,8 @@ class Accuracy:
 def answers_right(reader: LongReader, sample: Sample) -> np.ndarray:
     """[A] bool: each answer predicted whole, every token from the true ones before it."""
     targets = sample.targets()
-    keep = len(sample.tokens) - int(targets[0]) + 1
-    predicted = reader.read(sample.tokens, keep).argmax(-1).cpu().numpy()
-    hit = predicted[targets - 1 - (len(sample.tokens) - keep)] == sample.tokens[targets]
+    predicted = reader.read(sample.tokens, len(sample.tokens) - int(targets[0]) + 1).argmax(-1).cpu().numpy()
+    hit = predicted[targets - targets[0]] == sample.tokens[targets]
     sizes = sample.answers[:, 1] - sample.answers[:, 0]
     return np.logical_and.reduceat(hit, np.cumsum(sizes) - sizes)
 

@@ -167,8 +167,7 @@ def save_weights(run: Path, folder: Path, name: str, **origin) -> list[Path]:
     from hsa_tl.model import checkpoint
 
     found = checkpoint.latest(run)
-    recipe: Recipe | None = None if found is None else recipe_of(found.recipe)
-    if recipe is None or found.step != recipe.steps:
+    if found is None or found.step != recipe_of(found.recipe).steps:
         raise ValueError(f"run must be finished, got {'no checkpoint' if found is None else found.step} in {run}")
     state = load(run).state_dict()
     data = save({k: v.clone() for k, v in state.items()})  # tied parameters share memory
