@@ -65,7 +65,7 @@ def documents(file: TextFile, field: str) -> Iterator[tuple[str, bytes]]:
         rows = _parquet(file.path, field) if suffix == ".parquet" else json_lines(file.path, field)
         for i, text in enumerate(rows):
             if text:
-                yield f"{file.name}#{i}", text.encode(errors="replace")
+                yield f"{file.name}#{i}", text.encode()
         return
     with file.path.open("rb") as opened:
         if any(b"\0" in block for block in iter(lambda: opened.read(LONG), b"")):
@@ -110,7 +110,7 @@ def json_lines(path: Path, field: str) -> Iterator[str]:
             if not isinstance(text, str):
                 got = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                 raise ValueError(f"{path}, line {number}, must have text in the field {field!r}, got {got}")
-            yield text
+            yield text.encode(errors="replace").decode()  # JSON may hold half of a character
 
 
 def _parquet(path: Path, field: str) -> Iterator[str | None]:

@@ -85,6 +85,13 @@ def test_the_loss_counts_the_answers_of_pairs(tmp_path):
     assert bytes(unseen[:3]) == b"Q A" and set(unseen[3:]) <= {256, *b"Q A"}
 
 
+def test_half_a_character_in_a_pair_is_a_question_mark(tmp_path):
+    """As in a row that `hsa-tl prepare` reads."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a\ud800", "answer": "b"}))
+    batch = sources.make_source({"kind": "pairs", "path": str(tmp_path / "train.jsonl")}, 4, 0).batch(0, 1)
+    assert batch.input_ids.tolist() == [[*b"a?b", 256]]
+
+
 def test_a_mix_has_its_shares(file):
     """Each by its weight, and all of a source's own samples, in its order."""
     tasks = [{"needles": 2}, {"needles": 3}]
