@@ -109,16 +109,13 @@ def _niah(kind: Niah, length: int, rng, depth, tokenizer: Tokenizer, filler: np.
     else:
         questions = [(f"\nQuestion: what is the code of {keys[i]}? Answer:", values[i]) for i in asked]
     tail, spans = _question(tokenizer, questions)
-    body, needles = length - len(tail), tokenizer.encode_all(_sentences(keys, values))
+    needles = tokenizer.encode_all(_sentences(keys, values))
     if not kind.needles:  # what does not fit goes, from the end; never one that is asked for
-        excess = sum(map(len, needles)) - body
+        excess = sum(map(len, needles)) + len(tail) - length
         for i in reversed(range(count)):
             if excess > 0 and i not in asked:
                 excess -= len(needles.pop(i))
-    starts = _places(rng, body, needles, "needles")
-    if depth is not None and count == 1:
-        starts[0] = round(depth * (body - len(needles[0])))
-    return _assemble(body, filler, needles, starts, tail, spans)
+    return _scatter(rng, length, filler, needles, "needles", tail, spans, depth if count == 1 else None)
 
 
 def _pairs(rng, count: int, long_keys: bool) -> tuple[list[str], list[str]]:
@@ -161,14 +158,6 @@ def _question(tokenizer: Tokenizer, asked: list[tuple[str, str]]) -> tuple[np.nd
     return np.concatenate(parts), np.array(spans)
 
 
-def _places(rng, body: int, pieces: list[np.ndarray], what: str) -> np.ndarray:
-    """Ascending starts in [0, body) at which the pieces do not overlap."""
-    sizes = np.array([len(x) for x in pieces])
-    room = body - int(sizes.sum())
-    require(room >= 0, "length", f"leave {int(sizes.sum())} tokens for the {what}", max(body, 0))
-    return np.sort(rng.integers(0, room + 1, len(sizes))) + np.concatenate([[0], np.cumsum(sizes)[:-1]])
-
-
 def join(pieces: list[np.ndarray], order: np.ndarray) -> np.ndarray:
     """pieces[order[0]], pieces[order[1]], ... as one array, without a loop over order."""
     sizes = np.array([len(p) for p in pieces])
@@ -178,17 +167,19 @@ def join(pieces: list[np.ndarray], order: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)[np.arange(end[-1]) + np.repeat(first[order] - end + lengths, lengths)]
 
 
-def _assemble(body: int, filler, pieces: list[np.ndarray], starts: np.ndarray, tail, spans) -> Sample:
-    """Filler with the pieces at their starts, then the tail."""
-    sizes = np.array([len(p) for p in pieces])
-    at = np.arange(int(sizes.sum())) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
-    tokens = np.empty(body + len(tail), tail.dtype)
-    free = np.ones(body, bool)
-    free[at] = False
-    tokens[at] = np.concatenate(pieces)
-    tokens[:body][free] = np.resize(filler, body - len(at))
-    tokens[body:] = tail
-    return Sample(tokens, spans + body)
+def _scatter(
+    rng, length: int, filler: np.ndarray, pieces: list[np.ndarray], what: str, tail, spans, depth: float | None = None
+) -> Sample:  # fmt: skip
+    """Filler with the pieces in their order, anywhere or the only one at its depth, then the tail."""
+    sizes = [len(p) for p in pieces]
+    body = length - len(tail)
+    room = body - sum(sizes)
+    require(room >= 0, "length", f"leave {sum(sizes)} tokens for the {what}", max(body, 0))
+    at = np.sort(rng.integers(0, room + 1, len(sizes)))
+    if depth is not None:
+        at[0] = round(depth * room)
+    text = np.insert(np.resize(filler, room), np.repeat(at, sizes), np.concatenate(pieces))
+    return Sample(np.concatenate([text, tail]), spans + body)
 
 
 def _variables(rng) -> tuple[list[str], str, str]:
@@ -236,5 +227,4 @@ def _facts(make, length: int, rng, tokenizer: Tokenizer, filler: np.ndarray) -> 
     sentences, question, answer = make(rng)
     pieces = tokenizer.encode_all([f"\n{x}\n" for x in sentences])
     tail, spans = _question(tokenizer, [(f"\nQuestion: {question} Answer:", answer)])
-    body = length - len(tail)
-    return _assemble(body, filler, pieces, _places(rng, body, pieces, "facts"), tail, spans)
+    return _scatter(rng, length, filler, pieces, "facts", tail, spans)
