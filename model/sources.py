@@ -144,22 +144,24 @@ class PairSource(Source):
 
 
 class LotSource(Source):
-    """Samples by lot, of several sources or of tasks, by their weights. rows: each gives sample `index` of its own."""
+    """Samples of several tasks, by lot and weight; the loss counts the answers only. parts: each gives the Sample of
+    (seed, index)."""
 
     stream = 2
 
-    def __init__(self, rows: list, weights: list[float], length: int, vocab_size: int, seed: int):
+    def __init__(self, parts: list, weights: list[float], length: int, vocab_size: int, seed: int):
         ok = min(weights, default=-1) >= 0 and 0 < sum(weights) < math.inf
         require(ok, "weights", "be at least 0 and not all of them 0, one for each task or source", weights)
-        self.rows, self.length, self.vocab_size, self.seed = rows, length, vocab_size, seed
+        self.parts, self.length, self.vocab_size, self.seed = parts, length, vocab_size, seed
         self.share = np.array(weights) / sum(weights)
 
     def lots(self, index: int, size: int | None = None):
-        """Which of rows sample `index` is of, or each of the `size` samples of block `index`."""
-        return np.random.default_rng([self.seed, self.stream, index]).choice(len(self.rows), size, p=self.share)
+        """Which of parts sample `index` is of, or each of the `size` samples of block `index`."""
+        return np.random.default_rng([self.seed, self.stream, index]).choice(len(self.parts), size, p=self.share)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        return self.rows[self.lots(index)](index)
+        sample = self.parts[self.lots(index)](self.seed, index)
+        return sample.tokens, sample.targets()
 
 
 class MixSource(LotSource):
@@ -177,23 +179,17 @@ class MixSource(LotSource):
         names = sorted({tokenizer_of(x).name for x in sources if x["kind"] != "needles"})
         require(len(names) < 2, "sources", "be of one tokenizer", ", ".join(names))
         weights = [x.get("weight", 1.0) for x in sources]
-        super().__init__([x.row for x in made], weights, length, max(x.vocab_size for x in made), seed)
+        super().__init__(made, weights, length, max(x.vocab_size for x in made), seed)
         self.taken = [np.zeros(len(made), np.int64)]  # of each source, before each block of samples
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         block, i = divmod(index, BLOCK)
         while len(self.taken) <= block:
             lots = self.lots(len(self.taken) - 1, BLOCK)
-            self.taken.append(self.taken[-1] + np.bincount(lots, minlength=len(self.rows)))
+            self.taken.append(self.taken[-1] + np.bincount(lots, minlength=len(self.parts)))
         lots = self.lots(block, BLOCK)
         before = self.taken[block][lots[i]] + np.count_nonzero(lots[:i] == lots[i])
-        return self.rows[lots[i]](int(before))
-
-
-def _answers(sample, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """A task's sample, of which the loss counts the answers only."""
-    found = sample(seed, index)
-    return found.tokens, found.targets()
+        return self.parts[lots[i]].row(int(before))
 
 
 def tokenizer_of(spec: dict[str, Any], run: Path | None = None) -> Tokenizer:
@@ -214,16 +210,15 @@ def _needles(length: int, seed: int, *, tasks) -> LotSource:
         raise ValueError(f"a task of needles must have the options {', '.join(known)}, got {name!r}")
     weights = [t.get("weight", 1.0) for t in tasks]
     options = [{k: v for k, v in t.items() if k != "weight"} for t in tasks]
-    rows = [partial(_answers, needles.NeedleTask(length, **x).sample, seed) for x in options]
-    return LotSource(rows, weights, length, needles.VOCAB, seed)
+    return LotSource([needles.NeedleTask(length, **x).sample for x in options], weights, length, needles.VOCAB, seed)
 
 
 def _ruler(length: int, seed: int, *, tasks=ruler.TRAINED, tokenizer=None) -> LotSource:
     """tasks: names; tokenizer: a file, by default bytes."""
     tokenizer = make_tokenizer(tokenizer)
     _require_room(tasks, length, tokenizer)
-    rows = [partial(_answers, partial(ruler.ruler_sample, name, length, tokenizer=tokenizer), seed) for name in tasks]
-    return LotSource(rows, [1.0] * len(rows), length, tokenizer.vocab_size, seed)
+    parts = [partial(ruler.ruler_sample, name, length, tokenizer=tokenizer) for name in tasks]
+    return LotSource(parts, [1.0] * len(parts), length, tokenizer.vocab_size, seed)
 
 
 KINDS = {

@@ -108,7 +108,7 @@ def test_a_mix_has_its_shares(file):
     assert 0.35 < sum(asked) / len(asked) < 0.65 and 0.35 < (marks == 2).float().mean() < 0.65
     assert isinstance(sources.tokenizer_of(mix), ByteTokenizer)
     held_out = write_tokens(file.path.with_name("held_out.bin"), [b"never trained on, " * 99])
-    text, needles = (row.__self__ for row in sources.validation_source(mix, 400, 1).rows)
+    text, needles = sources.validation_source(mix, 400, 1).parts
     assert text.file.path == held_out.path and needles.seed == 1999
 
 
