@@ -148,10 +148,9 @@ def _check(source: Path, model: Model, have: Weights) -> None:
         del want["lm_head.weight"]
     for name in sorted(want.keys() | have.keys()):
         shape = have[name][0] if name in have else "none"
-        if shape != want.get(name, "none") and not name.endswith("rotary_emb.inv_freq"):  # which old files hold
-            raise ValueError(
-                f"{source} must hold {name} of shape {want.get(name, 'none')} and no other weights, got shape {shape}"
-            )
+        wanted, old = want.get(name, "none"), name.endswith("rotary_emb.inv_freq")  # which old files hold
+        rule = f"hold {name} of shape {wanted} and no other weights"
+        require(shape == wanted or old, source, rule, f"shape {shape}")
 
 
 def convert(source: Path, run: Path, **options) -> ModelConfig:

@@ -252,10 +252,8 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = getattr(self.config, "use_cache", None) if use_cache is None else use_cache
         asked = given is not None or bool(wanted)
         if len(rows.lengths) > len(inputs):
-            if given is not None or use_cache:
-                raise ValueError(
-                    "use_cache must be False where position_ids or attention_mask pack documents, got a cache"
-                )
+            rule = "be False where position_ids or attention_mask pack documents"
+            require(given is None and not use_cache, "use_cache", rule, "a cache")
             return None, False
         if given is None and (asked or (wanted is None and not self.training)):
             given = HSACache(inputs.shape[1])

@@ -139,14 +139,13 @@ def _seen(mask: torch.Tensor) -> torch.Tensor:
         return mask
     low, high = (float(x) for x in mask.aminmax()) if mask.numel() else (0.0, 0.0)
     additive = mask.is_floating_point() and (low < 0 or (mask.ndim > 2 and high == 0))
-    rule = "be 0 and negative" if additive else "be 0 and 1"
     if additive:
-        far = float(mask[mask < 0].max()) if low < 0 else low
-        if high > 0 or (low < 0 and far > -1e3):  # a bias is not a mask
-            raise ValueError(f"attention_mask must {rule} enough to mask (-1e3), got {max(far, high)}")
+        far = float(mask[mask < 0].max()) if low < 0 else -torch.inf
+        if high > 0 or far > -1e3:  # a bias is not a mask
+            raise ValueError(f"attention_mask must be 0 and negative enough to mask (-1e3), got {max(far, high)}")
         return mask == 0
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"attention_mask must {rule}, got values from {low} to {high}")
+        raise ValueError(f"attention_mask must be 0 and 1, got values from {low} to {high}")
     return mask == 1
 
 
