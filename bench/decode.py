@@ -89,7 +89,7 @@ class Decode(Suite):
         impl = name.split("-")[1]
         if (reason := why_not(impl, problem)) or impl == "auto":
             return reason
-        return ops.implementation(f"{impl}_retrieval").decode_unavailable(problem.retrieval())
+        return ops.unavailable(impl, problem.retrieval(), "_retrieval", "decode_unavailable")
 
     def gate_problem(self, problem):
         return cases.at_length(problem, GATE_LENGTH, B=GATE_BATCH)

@@ -105,7 +105,7 @@ def why_not(impl: str, problem: Problem, suffix: str = "") -> str | None:
         if impl == "auto":
             ops.resolve(impl, problem, suffix)
             return None
-        return ops.implementation(impl + suffix).unavailable(problem)
+        return ops.unavailable(impl, problem, suffix)
     except NotImplementedError as error:
         return str(error)
     except Exception as error:

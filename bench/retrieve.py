@@ -56,9 +56,7 @@ class Retrieve(Suite):
 
     def unavailable(self, name, problem, mode):
         impl = name.removeprefix("hsa-")
-        if impl in ("materialise", "auto", "reference"):
-            return None
-        return why_not(impl, problem.retrieval(), "_retrieval")
+        return None if impl == "materialise" else why_not(impl, problem.retrieval(), "_retrieval")
 
     def run(self, name, q_slc, landmarks, problem, q_start):
         p = problem

@@ -53,7 +53,7 @@ def products(q, marks, dtype):
     return torch.cat([products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
 
 
-def retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, exclude_window, scale):
+def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale, bounds=None):
     """See hsa_tl.api.retrieve_decode."""
     T, dtype = q_slc.shape[1], torch.promote_types(q_slc.dtype, torch.float32)
     visible = visible_in_decode(lengths, chunks, T, landmarks.shape[1], chunk_size, exclude_window)

@@ -1,9 +1,9 @@
 """torch.library operators: schemas and fakes. The only place where an implementation is looked up.
 
 Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chunk_len [N] where a chunk is short.
-An implementation is a module hsa_tl.impl.<name> with `unavailable(problem)`, `forward` and `backward`; its programs of
-other operators are in <name>_selected, <name>_decode and <name>_retrieval. One that decodes beside that has
-`decode_unavailable(problem)` too, of decode alone.
+An implementation is a module hsa_tl.impl.<name> with `forward` and `backward`; its programs of other operators are in
+<name>_selected, <name>_decode and <name>_retrieval. Each says by `unavailable(problem)` why it cannot run a problem, and
+by `decode_unavailable(problem)` why it cannot decode, where it does both; "reference" always can.
 """
 
 import functools
@@ -73,34 +73,19 @@ def preferred(problem: Problem) -> tuple[str, ...]:
     return ("triton", "reference")
 
 
-def resolve(impl: str, problem: Problem, suffix: str = "", asked: str = "unavailable") -> str:
-    """The module of hsa_tl.impl to run, impl + suffix; NotImplementedError if an explicit one cannot.
+def unavailable(impl: str, problem: Problem | Retrieval, suffix: str = "", asked: str = "unavailable") -> str | None:
+    """Why the module impl + suffix cannot run the problem, or None. asked: what of the module says so."""
+    return None if impl == "reference" else getattr(implementation(impl + suffix), asked)(problem)
 
-    asked: what of the module says why it cannot.
-    """
-    reasons = []
+
+def resolve(impl: str, problem: Problem | Retrieval, suffix: str = "", asked: str = "unavailable") -> str:
+    """The module of hsa_tl.impl to run, impl + suffix; NotImplementedError if an explicit one cannot."""
     for name in preferred(problem) if impl == "auto" else (impl,):
-        reason = getattr(implementation(name + suffix), asked)(problem)
+        reason = unavailable(name, problem, suffix, asked)
         if reason is None:
             return name + suffix
-        reasons.append(f"impl={name!r} cannot run {problem} on {problem.device_type}: {reason}")
-    others = (repr(name) for name in preferred(problem) if name != impl)
-    raise NotImplementedError("; ".join(reasons) + f"; use {' or '.join(others)}")
-
-
-def resolve_retrieval(impl: str, q_slc: Tensor, landmarks: Tensor, topk: int, decode: bool = False) -> str:
-    """As `resolve`, for retrieval: "reference" is PyTorch, which runs everything, others <name>_retrieval."""
-    problem = Retrieval.of(q_slc, landmarks.shape[1], topk)
-    for name in preferred(problem) if impl == "auto" else (impl,):
-        if name == "reference":
-            return name
-        module = implementation(f"{name}_retrieval")
-        reason = module.decode_unavailable(problem) if decode else module.unavailable(problem)
-        if reason is None:
-            return name
     raise NotImplementedError(
-        f"impl={impl!r} cannot retrieve {topk} chunks for {list(q_slc.shape)} of {q_slc.dtype} on {q_slc.device}: "
-        f"{reason}; use 'auto' or 'reference'"
+        f"impl={impl!r} cannot run {problem} on {problem.device_type}: {reason}; use 'auto' or 'reference'"
     )
 
 
@@ -174,8 +159,6 @@ def attention(
     if validate and pair is None:
         check_range(indices, N)
     module = implementation(resolve(impl, Problem.of(q, k, weights, indices, chunk_len)))
-    if pair is None and module.FORWARD_NEEDS_PAIRS:
-        pair, offsets = sort_pairs(indices, N)
     index = None if pair is None else Pairs(pair, offsets)
     return module.forward(q, k, v, weights, indices, index, chunk_len, scale, config, deterministic)
 
@@ -203,8 +186,6 @@ def selected(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """indices as `distinct` gives them."""
     module = implementation(resolve(impl, Problem.of(q, k, None, indices, chunk_len), "_selected"))
-    if pair is None and module.FORWARD_NEEDS_PAIRS:
-        pair, offsets = sort_pairs(indices, k.shape[1])
     index = None if pair is None else Pairs(pair, offsets)
     return module.forward(q, k, v, indices, index, chunk_len, scale, config, deterministic)
 
@@ -249,17 +230,15 @@ def retrieve_decode(
     chunk_size: int, exclude_window: int, recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # Only PyTorch skips by bounds.
-    name = "reference" if impl == "auto" and bounds is not None else impl
-    name = resolve_retrieval(name, q_slc, landmarks, topk, decode=True)
-    window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
-    if name == "reference":
-        best = decode_retrieval.retrieve(q_slc, landmarks, lengths, chunks, bounds, topk, chunk_size, window, scale)
-    elif bounds is not None:
-        raise NotImplementedError(f"impl={impl!r} cannot retrieve by bounds; use 'auto' or 'reference'")
+    if bounds is None:
+        problem = Retrieval.of(q_slc, landmarks.shape[1], topk)
+        run = implementation(resolve(impl, problem, "_retrieval", "decode_unavailable")).retrieve_decode
+    elif impl in ("auto", "reference"):
+        run = functools.partial(decode_retrieval.retrieve_decode, bounds=bounds)
     else:
-        run = implementation(f"{name}_retrieval").retrieve_decode
-        best = run(q_slc, landmarks, lengths, chunks, topk, chunk_size, window, scale)
+        raise NotImplementedError(f"impl={impl!r} cannot retrieve by bounds; use 'auto' or 'reference'")
+    window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
+    best = run(q_slc, landmarks, lengths, chunks, topk, chunk_size, window, scale)
     if recency is None:
         return best
     return near.join_decode(
@@ -273,28 +252,23 @@ def retrieve(
     cu_seqlens: Optional[Tensor], recency: Optional[Tensor], recency_span: int, scale: float, impl: str,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    name = resolve_retrieval(impl, q_slc, landmarks, topk)
+    N = landmarks.shape[1]
+    parts = retrieval.sequences(cu_seqlens, q_slc.shape[1], N, chunk_size)
+    name = resolve(impl, Retrieval.of(q_slc, N, topk), "_retrieval")
     window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
-    best = _retrieve(name, q_slc, landmarks, topk, chunk_size, q_start, window, cu_seqlens, scale)
+    run, static = implementation(name).retrieve, (topk, chunk_size, q_start, window, scale)
+    if name == "reference_retrieval":
+        best = run(q_slc, landmarks, *static, parts)
+    elif len(parts) == 1:
+        best = run(q_slc, landmarks, *static)
+    else:
+        results = (run(q_slc[:, tokens], landmarks[:, chunks], *static) for tokens, chunks in parts)
+        best = [torch.cat(x, 1) for x in zip(*results, strict=True)]
     if recency is None:
-        return best
+        return tuple(best)
     return near.join(
         q_slc, *best, landmarks, cu_seqlens, recency, recency_span, chunk_size, q_start, exclude_window, scale
     )
-
-
-def _retrieve(name, q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale):
-    if name == "reference":
-        return retrieval.retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale)
-    run = implementation(f"{name}_retrieval").retrieve
-    static = topk, chunk_size, q_start, exclude_window, scale
-    if cu_seqlens is None:
-        return run(q_slc, landmarks, *static)
-    parts = retrieval.sequences(cu_seqlens, q_slc.shape[1], landmarks.shape[1], chunk_size)
-    scores, indices = zip(
-        *(run(q_slc[:, tokens], landmarks[:, chunks], *static) for tokens, chunks in parts), strict=True
-    )
-    return torch.cat(scores, 1), torch.cat(indices, 1)
 
 
 @operator(lambda dscores, indices, q_slc, landmarks, *_: (_like(q_slc), _like(landmarks)))
@@ -304,10 +278,6 @@ def retrieve_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     N = landmarks.shape[1]
     chosen = retrieval.global_chunks(indices, cu_seqlens, N, chunk_size)
-    run = retrieval
-    if q_slc.is_cuda and q_slc.dtype != torch.float64:  # no program takes float64
-        run = implementation("tilelang_retrieval")
-        if run.unavailable(Retrieval.of(q_slc, 1, indices.shape[3])):
-            run = implementation("triton_retrieval")
+    run = implementation(resolve("auto", Retrieval.of(q_slc, N, 1), "_retrieval"))  # sums take any number of slots
     dlandmarks = run.dlandmarks(dscores, sort_pairs(chosen, N), q_slc, N, scale)
     return retrieval.dq_slc(dscores, chosen, q_slc, landmarks, scale), dlandmarks

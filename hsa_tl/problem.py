@@ -93,6 +93,9 @@ class Retrieval(_Tensors):
 
     pair_flops = row_flops
 
+    def __str__(self) -> str:
+        return f"B{self.B}-T{self.T}-N{self.N}-R{self.R}-D{self.D}-K{self.K}-{self.dtype_name}"
+
 
 @dataclass(frozen=True)
 class Problem(_Tensors):

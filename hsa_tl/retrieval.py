@@ -148,9 +148,9 @@ def _blocks(tokens, chunks, q_start, chunk_size):
         begin = stop
 
 
-def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seqlens, scale):
-    """See hsa_tl.api.retrieve_chunks."""
-    B, T, R, _ = q_slc.shape
+def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale, parts):
+    """See hsa_tl.api.retrieve_chunks; parts: what `sequences` gives."""
+    B, _, R, _ = q_slc.shape
     scores, indices = empty_slots(q_slc, topk)
     dtype = scores.dtype
 
@@ -169,7 +169,6 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, cu_seq
             kept = min(topk, best[0].shape[1])
             scores[b, tokens, r, :kept], indices[b, tokens, r, :kept] = (x[:, :kept] for x in best)
 
-    parts = sequences(cu_seqlens, T, landmarks.shape[1], chunk_size)
     blocks = [x for part in parts for x in _blocks(*part, q_start, chunk_size)]
     # The latest first: their blocks take longest.
     workers.each(list(itertools.product(range(B), range(R), reversed(blocks))), select)

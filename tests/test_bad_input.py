@@ -324,7 +324,7 @@ def test_unable_implementation(impl, dtype):
     """An explicit impl never falls back. On the CPU, kernels run float32: the interpreter gets bfloat16 wrong."""
     x = {name: zeros(B, T, n, D, dtype=dtype) for name, n in (("q", HQ), ("k", H), ("v", H))}
     w = zeros(B, T, H, K, dtype=torch.promote_types(dtype, torch.float32))
-    with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot run .*; use '(auto|reference)'"):
+    with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot run .*; use 'auto' or"):
         attention(**x, weights=w, impl=impl)
 
 
@@ -345,7 +345,7 @@ def test_a_chunk_is_past_for_the_token_behind_it(T_kv, token, chunk):
 )
 def test_unable_retrieval(impl, dtype, topk, words):
     x = {name: zeros(B, n, H, D, dtype=dtype) for name, n in (("q_slc", T), ("landmarks", N))}
-    with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot retrieve .*{words}.*; use 'auto' or"):
+    with pytest.raises(NotImplementedError, match=rf"impl='{impl}' cannot run .*{words}.*; use 'auto' or"):
         retrieve(**x, topk=topk, impl=impl)
 
 

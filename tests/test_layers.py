@@ -69,6 +69,7 @@ LAYERS = (
 TOP = len(LAYERS)
 # What a module may import of the project, where its layer says too little.
 ONLY = {
+    "hsa_tl.impl.reference_retrieval": ("hsa_tl.decode_retrieval", "hsa_tl.retrieval"),
     "hsa_tl.impl.reference*": ("hsa_tl.impl.reference*", "hsa_tl.pairs", "hsa_tl.products", "hsa_tl.workers"),
     "hsa_tl.impl.triton_launch": ("hsa_tl.files",),
     "hsa_tl.impl.triton_selected": ("hsa_tl.impl.triton*", "hsa_tl.fusion"),

@@ -13,6 +13,7 @@ from tiers import tiered
 from hsa_tl import build_pairs, ops, retrieval, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.oracle import retrieve_oracle
+from hsa_tl.problem import Retrieval
 
 KERNELS = ("tilelang", "triton")
 EXAMPLES = {"tilelang": 40, "triton": 4}
@@ -262,7 +263,7 @@ def test_gradient_of_landmark_0(impl):
 @pytest.mark.parametrize("impl", ("reference", "tilelang", "triton"))
 def test_gradient_of_landmarks_by_every_program(impl):
     """Against float64, with empty slots anywhere and duplicates; a chunk that nobody chose gets 0; twice the same."""
-    run = retrieval if impl == "reference" else ops.implementation(f"{impl}_retrieval")
+    run = ops.implementation(f"{impl}_retrieval")
     B, T, R, D_r, K, N = 2, 70, 3, 16, 5, 9
     indices = torch.randint(-1, N - 1, (B, T, R, K), dtype=torch.int32)
     q_slc, dscores = torch.randn(B, T, R, D_r), torch.randn(B, T, R, K)
@@ -367,10 +368,18 @@ def test_triton_kernels_compile_for_hopper(D_r, K):
 
 
 def test_auto_takes_the_first_that_can(monkeypatch):
+    """For the selection and for its gradient, which sums over any number of slots."""
     monkeypatch.setattr(ops, "preferred", lambda problem: ("tilelang", "triton", "reference"))
-    arguments = torch.randn(1, 4, 1, 16), torch.randn(1, 3, 1, 16), 2
-    for name in ("tilelang", "triton", "reference"):
-        assert ops.resolve_retrieval("auto", *arguments) == name
+    modules = {name: ops.implementation(f"{name}_retrieval") for name in ("tilelang", "triton", "reference")}
+    asked = []
+    for name, module in modules.items():
+        monkeypatch.setattr(module, "dlandmarks", lambda *_, x=name: asked.append(x) or retrieval.dlandmarks(*_))
+    leaves = [torch.randn(1, n, 1, 16, requires_grad=True) for n in (40, 3)]
+    for name, module in modules.items():
+        assert ops.resolve("auto", Retrieval.of(leaves[0], 3, 2), "_retrieval") == f"{name}_retrieval"
+        for topk in (2, 129):
+            retrieve_chunks(*leaves, topk, chunk_size=16)[0].clamp(min=-9.0).sum().backward()
+        assert asked == [name] * 2
+        asked.clear()
         if name != "reference":
-            module = ops.implementation(f"{name}_retrieval")
             monkeypatch.setattr(module, "unavailable", lambda *_: "a reason")

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 
 from hsa_tl import workers
+from hsa_tl.pairs import sort_pairs
 from hsa_tl.products import product
-
-FORWARD_NEEDS_PAIRS = True
 
 _LOG2E = math.log2(math.e)
 # Elements of one [rows, max(S, D)] operand: a few of them should stay in a CPU's cache; accelerators want few launches.
@@ -36,11 +35,6 @@ _ROWS_MULTIPLE = 512
 # S * D of the matrices by which oneDNN multiplies; by smaller ones its calls cost more than they save. This does not go
 # by rows: a token's bits must not depend on how many others chose its chunk.
 _LEAST_MATRIX = 2048
-
-
-def unavailable(problem):
-    """Why this implementation cannot run the problem: it always can."""
-    return None
 
 
 class _Block(NamedTuple):
@@ -213,6 +207,7 @@ def add_rows(total, t, rows):
 def forward(q, k, v, weights, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] of q [B, T, HQ, D], k and v [B, N, S, H, D], weights [B, T, HW, K], indices [B, T, H, K]."""
     check_config(config)
+    pairs = pairs or sort_pairs(indices, k.shape[1])
     if not pairs.offsets[-1]:
         return q.new_zeros(q.shape)
     plan = Plan(q, k, v, weights, indices, pairs, chunk_len, scale)

@@ -2,14 +2,13 @@
 
 A row is a token and key/value head; on a CPU workers share out the blocks.
 
-With P[k] the softmax of one page's scores, out = sum_k (weights[k] P[k]) V[k]. Each product [G, S] x [S, D] is summed
-apart: one sum over all K * S keys would err more.
+With P[k] the softmax of one page's scores, out = sum_k (weights[k] P[k]) V[k]; without weights P is that of all pages'
+scores. Each product [G, S] x [S, D] is summed apart: one sum over all K * S keys would err more.
 """
 
 import torch
 
 from hsa_tl import workers
-from hsa_tl.impl.reference import unavailable as unavailable
 from hsa_tl.pairs import within
 
 # Of gathered keys, and as many of values: they should stay in a CPU's cache; accelerators want fewer launches.
@@ -47,25 +46,36 @@ def gather(pages, row):
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
     """out [B, T, HQ, D]; see hsa_tl.ops for the arguments."""
+    return attend(q, k_pages, v_pages, weights, indices, page_table, scale)[0]
+
+
+def attend(q, k_pages, v_pages, weights, indices, page_table, scale):
+    """out [B, T, HQ, D] and, where weights is None and one softmax runs over all of a row's slots, lse [B, T, HQ]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     row, valid, step = slots(q, k_pages, indices, page_table)
     H, K = indices.shape[2:]
     rows = q.reshape(len(row), q.shape[2] // H, q.shape[3])  # [rows, G, D]
-    weights = weights.reshape(len(row), -1, K)
-    if valid is not None:
-        weights = weights.masked_fill(~valid[:, None], 0)
-    out = []
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    lse = None if weights is not None else torch.empty(rows.shape[:2], dtype=dtype, device=q.device)
+    if weights is not None:
+        weights = weights.reshape(len(row), -1, K)
+        if valid is not None:
+            weights = weights.masked_fill(~valid[:, None], 0)
 
-    def attend(start):
+    def attend_rows(start):
         part = slice(start, start + step)
         k, v = (gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
-        p = torch.bmm(rows[part].to(dtype), k.flatten(1, 2).mT)
-        p = p.mul_(scale).view(*p.shape[:2], *k.shape[1:3]).softmax(-1)  # [n, G, K, S]
-        p.mul_(weights[part, ..., None])
-        return (p.transpose(1, 2) @ v).sum(1).to(q.dtype)
+        p = torch.bmm(rows[part].to(dtype), k.flatten(1, 2).mT).mul_(scale).unflatten(2, k.shape[1:3])  # [n, G, K, S]
+        if weights is not None:
+            p = p.softmax(-1).mul_(weights[part, ..., None])
+        else:
+            if valid is not None:
+                p.masked_fill_(~valid[part, None, :, None], -torch.inf)
+            lse[part] = p.logsumexp((2, 3))
+            p.sub_(lse[part, ..., None, None]).exp_()  # NaN of a row without keys
+        out[part] = (p.transpose(1, 2) @ v).sum(1)
 
-    workers.each(range(0, len(row), step), attend, out.append)
-    out = torch.cat(out) if len(out) > 1 else out[0]
+    workers.each(range(0, len(row), step), attend_rows)
     if valid is not None:
         out.masked_fill_(~valid.any(-1)[:, None, None], 0)
-    return out.view(q.shape)
+    return out.view(q.shape), lse if lse is None else lse.view(q.shape[:3])

@@ -5,8 +5,6 @@ each up to 2^shift; rows of the same token are merged as they come, and divided 
 P from the saved lse, in one pass: with dP = do V^T and delta = rowsum(do out) it adds
 
     dq += scale dS K      dk += scale dS^T q      dv += P^T do      where dS = P (dP - delta + dlse)
-
-Decode gathers pages as `reference_decode` does, and has the softmax of a row's slots together.
 """
 
 import math
@@ -15,10 +13,7 @@ import torch
 
 from hsa_tl import workers
 from hsa_tl.impl import reference, reference_decode
-from hsa_tl.impl.reference import unavailable as unavailable
-
-FORWARD_NEEDS_PAIRS = True
-decode_unavailable = unavailable
+from hsa_tl.pairs import sort_pairs
 
 _LOG2E = math.log2(math.e)
 
@@ -26,6 +21,7 @@ _LOG2E = math.log2(math.e)
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):
     """out [B, T, HQ, D] and lse [B, T, HQ]; shapes as in `reference.forward`, a chunk once in a row of indices."""
     reference.check_config(config)
+    pairs = pairs or sort_pairs(indices, k.shape[1])
     if not pairs.offsets[-1]:
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         return q.new_zeros(q.shape), lse
@@ -93,23 +89,4 @@ def backward(do, dlse, q, k, v, indices, out, lse, pairs, chunk_len, scale, conf
 
 def decode(q, k_pages, v_pages, indices, page_table, scale):
     """out [B, T, HQ, D] and lse [B, T, HQ]; see hsa_tl.ops for the arguments."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    row, valid, step = reference_decode.slots(q, k_pages, indices, page_table)
-    rows = q.reshape(len(row), q.shape[2] // indices.shape[2], q.shape[3])  # [rows, G, D]
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    lse = torch.empty(rows.shape[:2], dtype=dtype, device=q.device)
-
-    def attend(start):
-        part = slice(start, start + step)
-        k, v = (reference_decode.gather(x, row[part]).to(dtype) for x in (k_pages, v_pages))  # [n, K, S, D]
-        p = (rows[part, None].to(dtype) @ k.mT).mul_(scale)  # [n, K, G, S]
-        if valid is not None:
-            p.masked_fill_(~valid[part, :, None, None], -math.inf)
-        lse[part] = p.logsumexp((1, 3))
-        p.sub_(lse[part, None, :, None]).exp_()  # NaN of a row without keys
-        out[part] = (p @ v).sum(1)
-
-    workers.each(range(0, len(row), step), attend)
-    if valid is not None:
-        out.masked_fill_(~valid.any(-1)[:, None, None], 0)
-    return out.view(q.shape), lse.view(q.shape[:3])
+    return reference_decode.attend(q, k_pages, v_pages, None, indices, page_table, scale)

@@ -22,7 +22,6 @@ from hsa_tl.pairs import Pairs, Window, partial_window, windows
 from hsa_tl.pairs import sort_pairs as sort_by_torch
 from hsa_tl.problem import Problem, Selection
 
-FORWARD_NEEDS_PAIRS = False
 # Every problem that tilelang accepts has these; the other strategies suit fewer shapes.
 BASE = ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk")
 SORT_BLOCKS = 4096  # CTAs of the pairs' counting sort at most

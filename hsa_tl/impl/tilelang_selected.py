@@ -9,7 +9,6 @@ from hsa_tl.impl.tilelang import Call
 from hsa_tl.impl.tilelang_decode import split_and_combine
 from hsa_tl.problem import Problem, power_of_two
 
-FORWARD_NEEDS_PAIRS = False
 DECODE = ("selected_decode_split",)
 MOST_ELEMENTS = 64 * 128  # of a chunk's keys, whose gradients the backward keeps in registers
 

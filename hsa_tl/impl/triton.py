@@ -16,7 +16,6 @@ from hsa_tl.impl.triton_kernels import dkdv_kernel, dq_kernel, forward_kernel
 from hsa_tl.impl.triton_launch import launch
 from hsa_tl.problem import power_of_two
 
-FORWARD_NEEDS_PAIRS = False
 _LAUNCH_KEYS = ("num_warps", "num_stages")
 _CONFIG_KEYS = {forward_kernel: _LAUNCH_KEYS, dq_kernel: _LAUNCH_KEYS}
 _CONFIG_KEYS[dkdv_kernel] = ("block_M", *_LAUNCH_KEYS, "num_splits")

@@ -6,7 +6,6 @@ from hsa_tl import fusion
 from hsa_tl.impl import triton as base
 from hsa_tl.impl import triton_decode
 
-FORWARD_NEEDS_PAIRS = False
 decode_unavailable = triton_decode.unavailable
 
 
