@@ -178,10 +178,9 @@ def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         require_shape(f"out of parts[{i}]", out, tuple(first.shape), "like the first")
         require_shape(f"lse of parts[{i}]", lse, tuple(first.shape[:-1]), "to match out")
     lses = torch.stack([lse for _, lse in parts], -1)
-    empty = lses == -torch.inf
-    # Where no part has keys logsumexp's gradient would be NaN.
-    none = empty.all(-1)
-    lse = lses.masked_fill(none[..., None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
+    empty, most = lses == -torch.inf, lses.detach().amax(-1)
+    known = most.isinf()  # logsumexp's gradient would be NaN
+    lse = torch.where(known, most, lses.masked_fill(known[..., None], 0.0).logsumexp(-1))
     weights = fusion.softmax(lses)
     total = sum(weights[..., i, None] * out.masked_fill(empty[..., i, None], 0.0) for i, (out, _) in enumerate(parts))
     return total.to(first.dtype), lse

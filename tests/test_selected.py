@@ -266,6 +266,16 @@ def test_merge_gives_no_nan(empty, dtype):
     assert out.isfinite().all() and not lse.isnan().any()
 
 
+def test_an_infinite_part_takes_all_or_shares_it_with_another_and_has_no_nan():
+    lses = torch.tensor([[torch.inf, torch.inf, 0.0], [1.0, torch.inf, 0.0]]).requires_grad_()
+    outs = torch.tensor([[2.0, 2.0, 2.0], [4.0, 4.0, 4.0]]).requires_grad_()
+    out, lse = merge_attention(*zip(outs[..., None], lses, strict=True))
+    assert out.flatten().tolist() == [2.0, 3.0, 3.0] and lse[:2].tolist() == [torch.inf] * 2
+    douts, dlses = torch.autograd.grad((out.sum(), lse.sum()), (outs, lses))
+    assert douts.tolist() == [[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]]
+    assert dlses.tolist() == [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]  # 1/2 of lse and a share in out of 2 - 3 and of 4 - 3
+
+
 def test_merge_has_the_right_gradients():
     out, lse = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     lse[0, 0] = lse[1] = -torch.inf  # of one part, and of all but the last
