@@ -1,6 +1,5 @@
 """What the commands share: tables, progress, one-line errors, and the ranges of their numbers."""
 
-import contextlib
 import errno
 import math
 import os
@@ -14,7 +13,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -25,6 +24,8 @@ EVERY_S = 10.0  # a line of progress where there is no terminal
 YEAR_MINUTES = 366 * 24 * 60
 TRACEBACK = "HSA_TL_TRACEBACK"  # shows where a fault of hsa-tl's own lies
 UsageError = typer.BadParameter.__base__
+# What the user got wrong or what is missing.
+EXPECTED = UsageError, ValueError, TypeError, NotImplementedError, ImportError, OSError, ArithmeticError, MemoryError
 
 
 def _not_nan(value):
@@ -74,37 +75,26 @@ def say(console: Console, *lines: str) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-class _Lines:
-    """What a rich.progress.Progress is told, as lines: the state each EVERY_S seconds, whatever happens in between."""
+class _Lines(Progress):
+    """Progress as lines: the state each EVERY_S seconds, whatever happens in between."""
 
     def __init__(self, console: Console):
-        self.console, self.tasks, self.told = console, [], time.monotonic()
+        super().__init__(console=console, disable=True)
+        self.told = time.monotonic()
 
-    def __enter__(self):
-        return self
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        self.update(task_id, advance=advance)
 
-    def __exit__(self, *_):
-        pass
-
-    def add_task(self, description: str, total: float | None = None) -> int:
-        self.tasks.append({"description": description, "completed": 0, "total": total})
-        return len(self.tasks) - 1
-
-    def advance(self, task: int, advance: float = 1) -> None:
-        self.update(task, advance=advance)
-
-    def update(self, task: int, advance: float = 0, **changes) -> None:
-        state = self.tasks[task]
-        state |= {k: v for k, v in changes.items() if v is not None}
-        state["completed"] += advance
+    def update(self, task_id: TaskID, **changes) -> None:
+        super().update(task_id, **changes)
         if time.monotonic() < self.told + EVERY_S:
             return
-        self.told = time.monotonic()
-        count = f"{state['completed']}" + (f" of {state['total']}" if state["total"] else "")
-        self.console.print(f"{state['description']}: {count}", markup=False, highlight=False, soft_wrap=True)
+        self.told, task = time.monotonic(), self.tasks[task_id]
+        count = f"{task.completed}" + (f" of {task.total}" if task.total else "")
+        self.console.print(f"{task.description}: {count}", markup=False, highlight=False, soft_wrap=True)
 
 
-def progress_bar(console: Console) -> "Progress | _Lines":
+def progress_bar(console: Console) -> Progress:
     """A bar on a terminal, a line now and then elsewhere."""
     if not console.is_terminal:
         return _Lines(console)
@@ -121,43 +111,35 @@ def plot_or_say(console: Console, function: Callable, *args):
         return []
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """What the user got wrong or what is missing in one line on stderr, exit code 2; a signal, 128 + its number.
-
-    A fault of hsa-tl's own is one line too, exit code 1; with HSA_TL_TRACEBACK=1 its traceback.
-    """
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except UsageError as error:
-        typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
-        raise typer.Exit(2) from None
-    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, ArithmeticError, MemoryError) as error:
-        if os.environ.get(TRACEBACK) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
-            raise
-        named = isinstance(error, OSError) and error.filename is not None
-        message = f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
-        raise typer.Exit(2) from None
-    except Exception as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        message = f"{type(error).__name__}: {error}; {TRACEBACK}=1 shows where"
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt as stop:
-        typer.echo(str(stop) or "interrupted", err=True)
-        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
-
-
 class Commands(TyperGroup):
-    """The commands of hsa-tl, none of which ends in a traceback."""
+    """The commands of hsa-tl, none of which ends in a traceback.
+
+    What the user got wrong or what is missing is one line on stderr, exit code 2; a signal, 128 + its number. A fault
+    of hsa-tl's own is one line too, exit code 1; with HSA_TL_TRACEBACK=1 its traceback.
+    """
 
     def invoke(self, ctx):
-        with one_line_errors():
+        try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as stop:
+            typer.echo(str(stop) or "interrupted", err=True)
+            raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
+        except Exception as error:
+            usage, system = isinstance(error, UsageError), isinstance(error, OSError)
+            if not usage and (os.environ.get(TRACEBACK) or (system and error.errno == errno.EPIPE)):
+                raise
+            if usage:
+                message = error.format_message()
+            elif system and error.filename is not None:
+                message = f"{error.filename}: {error.strerror}"
+            elif isinstance(error, EXPECTED):
+                message = str(error) or type(error).__name__
+            else:
+                message = f"{type(error).__name__}: {error}; {TRACEBACK}=1 shows where"
+            typer.echo(f"error: {' '.join(message.split())}", err=True)
+            raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from None
 
 
 def parse_length(text: str) -> int:
