@@ -53,8 +53,7 @@ def build_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
         >>> pairs.pair[pairs.offsets[0] : pairs.offsets[1]].tolist()  # chunk 0: token 0 slot 0, token 1 slot 0
         [0, 2]
     """
-    require_tensor("indices", indices, 4)
-    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    require_tensor("indices", indices, 4, dtype=torch.int32)
     require_pairs(indices)
     require_int("num_chunks", num_chunks, 0)
     return Pairs(*ops.build_pairs(indices, num_chunks, validates(indices, None)))
@@ -268,8 +267,7 @@ def retrieve_decode(
     scale = require_common(chunk_size, scale, impl, D_r)
     for name, x in (("lengths", lengths), ("chunks", chunks)):
         if x is not None or name == "lengths":
-            require_tensor(name, x, 1, q_slc)
-            require(x.dtype == torch.int32, name, "have dtype int32", x.dtype)
+            require_tensor(name, x, 1, q_slc, torch.int32)
             require_shape(name, x, (B,), "to match q_slc")
     if bounds is not None:
         require_tensor("bounds", bounds, 5, q_slc)

@@ -18,12 +18,9 @@ class Case:
     why: str
 
 
-def _problem(T=16384, HQ=16, H=1, D=128, S=64, K=64, **kwargs) -> Problem:
-    return Problem(B=1, T=T, N=-(-T // S), HQ=HQ, H=H, D=D, S=S, K=K, masked=T % S != 0, **kwargs)
-
-
-def _case(name: str, why: str, tags: str, **dims) -> Case:
-    return Case(name, _problem(**dims), frozenset(tags.split()), why)
+def _case(name: str, why: str, tags: str, T=16384, HQ=16, H=1, D=128, S=64, K=64, per_head=False) -> Case:
+    problem = Problem(1, T, -(-T // S), HQ, H, D, S, K, masked=T % S != 0, per_head=per_head)
+    return Case(name, problem, frozenset(tags.split()), why)
 
 
 CASES = (
@@ -31,19 +28,10 @@ CASES = (
     _case("paper-d64", "head dimension 64", "ci tune bench", D=64),
     _case("k16-d128", "a small selection: K * S = 1024", "tune bench", K=16),
     _case("k16-d64", "the CPU benchmark's case", "tune bench", D=64, K=16),
-    _case("g4", "4 query heads a key/value head: rows pad to 16", "bench", HQ=16, H=4, K=16),
+    _case("g4", "4 query heads a key/value head: rows pad to 16", "bench", H=4, K=16),
     _case("g1", "multi-head attention: one query head a key/value head", "bench", HQ=4, H=4, K=16),
     _case("g32-s32", "rows and chunk size off the paper's", "ci", HQ=32, S=32, K=16),
-    _case(
-        "tail-perhead",
-        "a short last chunk, weights for each query head, rows padded to 16",
-        "ci",
-        T=4000,
-        HQ=16,
-        H=4,
-        K=16,
-        per_head=True,
-    ),
+    _case("tail-perhead", "a short last chunk, weights per query head", "ci", T=4000, H=4, K=16, per_head=True),
 )
 
 

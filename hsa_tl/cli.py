@@ -36,7 +36,6 @@ from hsa_tl.terminal import (
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = make_console()
-TOOLS = ("nvcc", "cuobjdump")
 INFO_TOKENS = 128
 
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")]
@@ -68,8 +67,8 @@ def info() -> None:
     device = default_device()
     rows = [*record.package_versions().items(), ("commit", record.commit())]
     rows += [("GPU", gpu()), ("device", record.device_name(device))]
-    for name in TOOLS:
-        rows.append((name, static_check.find_tool(name) or "not found: kernels are not assembled for sm_90a here"))
+    missing = "not found: kernels are not assembled for sm_90a here"
+    rows += [(name, static_check.find_tool(name) or missing) for name in ("nvcc", "cuobjdump")]
     rows += caches().items()
     show_table(console, "Versions, device and tools", ("what", "here"), rows)
     base = cases.at_length(cases.case("k16-d64").problem, INFO_TOKENS)

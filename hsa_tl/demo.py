@@ -36,7 +36,6 @@ STATIC_PROGRAMS = ("hsa_fwd_union_sm90a", "hsa_fwd_chunk_sm90a", "hsa_bwd_chunk_
 THREADS = 1  # a thread that waits for another one's core costs more than two save
 JUDGED_TOKENS = 1024  # the last ones, which see most; float64 takes its time
 UNION_PAYS = 0.45  # of the chunks walked token by token
-IMPLS = ("reference", "tilelang", "triton")
 SPEED = ("hsa-auto", "retrieve", "hsa-with-retrieval")
 # What each act does and its seconds on two quiet cores of an AMD EPYC, all caches empty.
 ACTS = {
@@ -198,7 +197,7 @@ def run_demo(
         with act("accuracy"):
             K = 4 if device == "cpu" else 16
             small = cases.at_length(base, ACCURACY_TOKENS[device], K=K)
-            errors = accuracy(small, text.text_inputs(small, corpus).to(device)._asdict(), IMPLS)
+            errors = accuracy(small, text.text_inputs(small, corpus).to(device)._asdict(), api.IMPLS[1:])
         accurate = show_accuracy(console, errors, f"{small}, text")
         with act("selections"):
             found, chosen = selections(corpus, cases.at_length(cases.on_cpu(base), tokens), topks)

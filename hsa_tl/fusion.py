@@ -126,8 +126,7 @@ def top_p_chunks(scores: torch.Tensor, indices: torch.Tensor, p: float) -> tuple
     """
     require_tensor("scores", scores, 4)
     require_float("scores", scores)
-    require_tensor("indices", indices, 4, scores)
-    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    require_tensor("indices", indices, 4, scores, torch.int32)
     require(scores.shape == indices.shape, "indices", f"have scores' shape {list(scores.shape)}", shape_of(indices))
     require(0 < p <= 1, "p", "lie in (0, 1]", p)
     if p == 1:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from hsa_tl.problem import Problem
-from hsa_tl.validation import require, require_tensor
+from hsa_tl.validation import require_tensor
 
 COMPARED = 1 << 26  # slots with slots at once, by selection_overlap
 
@@ -66,8 +66,7 @@ def selection_overlap(indices: torch.Tensor) -> float:
         >>> selection_overlap(torch.tensor([[[[0, 1]], [[1, 2]], [[1, 2]]]], dtype=torch.int32))
         0.75
     """
-    require_tensor("indices", indices, 4)
-    require(indices.dtype == torch.int32, "indices", "have dtype int32", indices.dtype)
+    require_tensor("indices", indices, 4, dtype=torch.int32)
     shared = chosen = 0
     block = max(1, COMPARED // max(1, indices[:, :1].numel() * indices.shape[3]))  # tokens
     for start in range(1, indices.shape[1], block):

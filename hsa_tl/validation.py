@@ -50,13 +50,18 @@ def laid_out(q: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor | None =
     return hint
 
 
-def require_tensor(name: str, x: object, ndim: int, like: torch.Tensor | None = None) -> None:
+def require_tensor(
+    name: str, x: object, ndim: int, like: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """like: a tensor on the same device."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.ndim != ndim:
         require(False, name, f"have {ndim} dimensions", shape_of(x))
     if like is not None and x.device != like.device:
         require(False, name, f"be on {like.device} like the other tensors", x.device)
+    if dtype is not None and x.dtype != dtype:
+        require(False, name, f"have dtype {str(dtype).removeprefix('torch.')}", x.dtype)
 
 
 def require_float(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
@@ -117,8 +122,7 @@ def require_common(chunk_size: int, scale: float | None, impl: str, dim: int) ->
 
 
 def require_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
-    require_tensor("cu_seqlens", cu_seqlens, 1, q)
-    require(cu_seqlens.dtype == torch.int32, "cu_seqlens", "have dtype int32", cu_seqlens.dtype)
+    require_tensor("cu_seqlens", cu_seqlens, 1, q, torch.int32)
     require(cu_seqlens.shape[0] >= 2, "cu_seqlens", "hold at least two offsets", shape_of(cu_seqlens))
     require(q.shape[0] == 1, "cu_seqlens", "come with batch size B = 1", lambda: f"B = {q.shape[0]}")
 
@@ -212,9 +216,8 @@ def require_decode(
     rule = "have pages of 16, 32, 64 or 128 keys"
     require(k_pages.shape[1] in (16, 32, 64, 128), "k_pages", rule, shape_of(k_pages))
     require_attention(q, k_pages, v_pages, indices, ("k_pages", "v_pages"), ("num_pages >= 1", "S"))
-    require_tensor("page_table", page_table, 2, q)
+    require_tensor("page_table", page_table, 2, q, torch.int32)
     require_shape("page_table", page_table, (q.shape[0], "max_chunks >= 1"), "to match q")
-    require(page_table.dtype == torch.int32, "page_table", "have dtype int32", page_table.dtype)
 
 
 def require_weights(weights: torch.Tensor, q: torch.Tensor, indices: torch.Tensor) -> None:
@@ -254,10 +257,8 @@ def check_past(indices: torch.Tensor, T_kv: int, chunk_size: int, cu_seqlens: to
 
 def check_weights(weights: torch.Tensor) -> None:
     """ValueError where weights look like raw scores."""
-    total = weights.sum(-1)
-    # A comparison with NaN is False.
-    if not bool((weights >= 0).all() & (total <= 1 + 1e-3).all()):
-        bad = ~((weights >= 0).all(-1) & (total <= 1 + 1e-3))
-        where = bad.nonzero()[0].tolist()
+    fit = (weights >= 0).all(-1) & (weights.sum(-1) <= 1 + 1e-3)  # a comparison with NaN is False
+    if not fit.all():
+        where = (~fit).nonzero()[0].tolist()
         rule = "be at least 0 and sum to at most 1 for a token, as fusion_weights(scores) gives; are these raw scores?"
         require(False, "weights", rule, f"{weights[tuple(where)].tolist()[:4]} at {where}")
