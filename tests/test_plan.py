@@ -185,5 +185,5 @@ def test_decode_fills_the_sms_that_there_are(gpus):
     from hsa_tl.impl.tilelang_decode import chosen_config
 
     problem = Problem(B=1, T=1, N=1 << 14, HQ=16, H=1, D=128, S=64, K=512)
-    few, many = (chosen_config(replace(problem, device_index=i)) for i in (4, 0))
+    few, many = (chosen_config(replace(problem, device_index=i), "hsa_decode_split") for i in (4, 0))
     assert (few.num_splits, many.num_splits) == (256, 512)

@@ -5,7 +5,7 @@ import torch
 from strategies import Dims, make_call, without_weights
 from tiers import tiered
 
-from hsa_tl import hsa_attention, ops, selected_attention
+from hsa_tl import cases, hsa_attention, ops, selected_attention
 from hsa_tl.testing import assert_attention, run_with_gradients
 
 triton = pytest.importorskip("triton")
@@ -54,13 +54,17 @@ def test_kernels_compile_for_hopper(weighted, G, D, S, masked, monkeypatch):
         assert reckoned - 512 <= made.metadata.shared <= reckoned, kernel.__name__
 
 
-@pytest.mark.parametrize("lacking", ("triton", "triton_decode"))
-def test_one_softmax_needs_both_launchers(lacking, monkeypatch):
-    for name in ("triton", "triton_decode"):
-        monkeypatch.setattr(
-            ops.implementation(name), "unavailable", lambda p, no=name == lacking: lacking if no else None
-        )
-    assert ops.implementation("triton_selected").unavailable(None) == lacking
+@pytest.mark.parametrize("lacking", ("forward_kernel", "dq_kernel", "dkdv_kernel"))
+def test_one_softmax_needs_every_kernel_and_decode_the_forward_one(lacking, monkeypatch):
+    base, selected, decode = map(ops.implementation, ("triton", "triton_selected", "triton_decode"))
+    monkeypatch.setattr(base.triton_launch, "unavailable", lambda problem: None)
+    monkeypatch.setattr(base, "_device_shared_bytes", lambda device: 16384)
+    monkeypatch.setattr(base, "plan", lambda kernel, *_: None if kernel.__name__ == lacking else {})
+    problem = cases.case("paper-d64").problem
+    reason = f"{lacking} needs more than the 16384 bytes of shared memory that a block can have"
+    assert selected.unavailable(problem) == base.unavailable(problem) == reason
+    for of_decode in (selected.decode_unavailable, decode.unavailable):
+        assert of_decode(problem) == (reason if lacking == "forward_kernel" else None)
 
 
 @pytest.mark.parametrize("attention", (hsa_attention, selected_attention))

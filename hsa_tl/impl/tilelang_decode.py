@@ -11,16 +11,14 @@ from hsa_tl.kernels_tilelang import config as configs
 from hsa_tl.kernels_tilelang.config_base import Config
 from hsa_tl.problem import Problem
 
-PROGRAM = "hsa_decode_split"
-
 
 def unavailable(problem: Problem) -> str | None:
     """Why the TileLang programs cannot run this problem here, or None."""
-    return launchers.unavailable(problem, (PROGRAM,))
+    return launchers.unavailable(problem, ("hsa_decode_split",))
 
 
 @functools.lru_cache(maxsize=1024)
-def chosen_config(problem: Problem, program: str = PROGRAM) -> Config:
+def chosen_config(problem: Problem, program: str) -> Config:
     """The first of the space, with as many ranges of slots as fill the problem's GPU."""
     config = configs.default(program, problem)
     if problem.device_type == "cpu":

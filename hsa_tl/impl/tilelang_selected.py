@@ -9,7 +9,6 @@ from hsa_tl.impl.tilelang import Call
 from hsa_tl.impl.tilelang_decode import split_and_combine
 from hsa_tl.problem import Problem, power_of_two
 
-DECODE = ("selected_decode_split",)
 MOST_ELEMENTS = 64 * 128  # of a chunk's keys, whose gradients the backward keeps in registers
 
 
@@ -22,13 +21,13 @@ def unavailable(problem: Problem) -> str | None:
     """Why the TileLang programs cannot run this problem here, or None."""
     n = parts(problem)
     small = replace(problem, N=problem.N * n, S=problem.S // n, K=problem.K * n)
-    forward = launchers.unavailable(problem, ("selected_fwd_token", *DECODE))
+    forward = launchers.unavailable(problem, ("selected_fwd_token",))
     return forward or launchers.unavailable(small, ("selected_bwd_chunk",))
 
 
 def decode_unavailable(problem: Problem) -> str | None:
     """As `unavailable`, for `selected_decode`, which has no backward."""
-    return launchers.unavailable(problem, DECODE)
+    return launchers.unavailable(problem, ("selected_decode_split",))
 
 
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):

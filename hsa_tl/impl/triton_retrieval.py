@@ -13,7 +13,7 @@ import torch
 from hsa_tl.impl import triton_launch
 from hsa_tl.impl.triton_launch import launch, tl
 from hsa_tl.pairs import Pairs
-from hsa_tl.problem import Problem, power_of_two
+from hsa_tl.problem import Retrieval, power_of_two
 from hsa_tl.retrieval import empty_slots, merge, visible_chunks, visible_in_decode
 
 MAX_TOPK = 128
@@ -104,8 +104,8 @@ def dlandmarks_kernel(
     tl.store(dlandmarks + to, total.to(dlandmarks.dtype.element_ty), mask=cols < D)
 
 
-def unavailable(problem: Problem) -> str | None:
-    """Why the kernels cannot run this retrieval here, or None. A retrieval's H is R and its D is D_r."""
+def unavailable(problem: Retrieval) -> str | None:
+    """Why the kernels cannot run this retrieval here, or None."""
     if problem.K > MAX_TOPK:
         return f"topk must be at most {MAX_TOPK}, got {problem.K}"
     return triton_launch.unavailable(problem)

@@ -6,12 +6,8 @@ from hsa_tl import fusion
 from hsa_tl.impl import triton as base
 from hsa_tl.impl import triton_decode
 
+unavailable = base.unavailable
 decode_unavailable = triton_decode.unavailable
-
-
-def unavailable(problem) -> str | None:
-    """Why this implementation cannot run `problem` here; None if it can."""
-    return base.unavailable(problem) or triton_decode.unavailable(problem)
 
 
 def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=False):
