@@ -2,10 +2,11 @@
 
 Inside, keys and values are [B, N, S, H, D]: whole chunks, zero padded, with chunk_len [N] where a chunk is short.
 An implementation is a module hsa_tl.impl.<name> with `forward` and `backward`; its programs of other operators are in
-<name>_selected, <name>_decode and <name>_retrieval. Each says by `unavailable(problem)` why it cannot run a problem, and
-by `decode_unavailable(problem)` why it cannot decode, where it does both; "reference" always can.
+<name>_selected, <name>_decode and <name>_retrieval. Each but "reference", which always can, says why it cannot run a
+problem by `unavailable(problem)`; one that decodes beside that has `decode_unavailable(problem)` too, of decode alone.
 """
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -44,10 +45,8 @@ def operator(fake: Callable):
                 return tree_map(Tensor.zero_, fake(*args))
             device = args[0].device.type
             call = functools.partial(workers.call, function) if device == "cpu" else function
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    results = call(*args)
-            else:
+            casts = torch.is_autocast_enabled(device)
+            with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
                 results = call(*args)
             return tuple(map(_own, results)) if isinstance(results, tuple) else _own(results)
 
