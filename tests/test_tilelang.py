@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hsa_tl import cases, hsa_attention
-from hsa_tl.impl.tilelang import BASE
+from hsa_tl import cases, hsa_attention, ops
+from hsa_tl.autotune import plan
 from hsa_tl.kernels_tilelang import compile
 from hsa_tl.kernels_tilelang.config import (
     PROGRAMS,
@@ -118,10 +118,24 @@ def test_a_thread_of_the_combine_has_vectors_in_powers_of_two():
     assert space("hsa_combine", replace(PAPER, HQ=128, D=256))
 
 
+def test_a_shape_is_taken_where_there_is_a_plan_and_else_refused(monkeypatch):
+    """128 query heads a key/value head suit chunk stationary programs alone."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    tilelang = ops.implementation("tilelang")
+    for D, S, G, lacks in ((128, 64, 128, None), (128, 64, 16, None), (192, 128, 16, "hsa_bwd_dkdv_chunk")):
+        problem = replace(PAPER, D=D, S=S, HQ=G, H=1)
+        reason = tilelang.unavailable(problem)
+        if lacks is None:
+            assert reason is None and all(plan.choose(x, problem, device="h200") for x in ("forward", "backward"))
+        else:
+            assert reason.startswith(f"no config of {lacks} suits it: ")
+    assert not space("hsa_bwd_dq_token", replace(PAPER, D=128, S=64, HQ=128, H=1))
+
+
 def test_every_shape_of_the_contract_has_a_config_or_is_listed_here():
-    """Without a config impl="auto" takes Triton, and impl="tilelang" says why not."""
+    """Without a plan impl="auto" takes Triton, and impl="tilelang" says why not."""
     lacking = set()
-    for program in BASE:
+    for program in ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk"):
         for D, S, G in itertools.product((16, 32, 64, 96, 128, 192, 256), (16, 32, 64, 128), (1, 3, 5, 16, 32)):
             if not space(program, replace(PAPER, D=D, S=S, HQ=G, H=1)):
                 lacking.add((program, D, S, G))

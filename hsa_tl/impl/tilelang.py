@@ -22,8 +22,6 @@ from hsa_tl.pairs import Pairs, Window, partial_window, windows
 from hsa_tl.pairs import sort_pairs as sort_by_torch
 from hsa_tl.problem import Problem, Selection
 
-# Every problem that tilelang accepts has these; the other strategies suit fewer shapes.
-BASE = ("hsa_fwd_token", "hsa_bwd_dq_token", "hsa_bwd_dkdv_chunk")
 SORT_BLOCKS = 4096  # CTAs of the pairs' counting sort at most
 SORT_TOKENS = 16  # of a CTA at least
 HALF = (torch.bfloat16, torch.float16)
@@ -60,8 +58,8 @@ def targeted(problem):
     return problem.on_cuda() if emulated else problem
 
 
-def unavailable(problem, programs: tuple[str, ...] = BASE) -> str | None:
-    """Why the TileLang programs cannot run this problem here, or None."""
+def unavailable(problem, programs: tuple[str, ...] = ()) -> str | None:
+    """Why the TileLang programs, by default those of some plan of attention, cannot run this problem here, or None."""
     if not installed():
         return "the package tilelang is not installed"
     emulated = targeted(problem) != problem
@@ -72,7 +70,7 @@ def unavailable(problem, programs: tuple[str, ...] = BASE) -> str | None:
         return "it needs a Hopper GPU (compute capability 9.0) or CPU tensors"
     if problem.dtype not in HALF:
         return "on CUDA it runs bfloat16 and float16"
-    return misfit(problem.bucketed(), programs)
+    return misfit(problem.bucketed(), programs) if programs else planless(problem.bucketed())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,6 +80,16 @@ def misfit(problem, programs: tuple[str, ...]) -> str | None:
         if not configs.space(program, problem):
             reason = configs.why_illegal(program, problem, configs.config_of(program)())
             return f"no config of {program} suits it: {reason}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def planless(problem) -> str | None:
+    """What the first strategy of a direction lacks where no strategy of it has configs for the problem, or None."""
+    for direction in ("forward", "backward"):
+        reasons = [misfit(problem, programs) for programs in plan.strategies(direction)]
+        if None not in reasons:
+            return reasons[0]
     return None
 
 
