@@ -165,9 +165,8 @@ class Rounding(TorchDispatchMode):
                 moved = x * self._uniform(x, 1.0)
                 if total and x.dim():
                     size = x.square().mean(-1, keepdim=True).sqrt_().nan_to_num_(0.0, 0.0, 0.0)
-                    size *= (
-                        10 if "dot_product" in name else 1
-                    )  # its exponentials err by up to 20 units in the last place
+                    # An attention's exponentials err by up to 20 units in the last place.
+                    size *= 10 if "dot_product" in name else 1
                     moved += self._uniform(x) * size
             return x.copy_(moved) if returned else moved
 

@@ -68,9 +68,8 @@ def topk_kernel(
     for slot in range(K):
         lowest = tl.reduce(left, 1, tl.standard._elementwise_min)
         found = lowest < 2**31
-        bits = (tl.reduce(tl.where(left == lowest[:, None], best, none), 1, tl.standard._elementwise_max) >> 32).to(
-            tl.int32
-        )
+        taken = tl.reduce(tl.where(left == lowest[:, None], best, none), 1, tl.standard._elementwise_max)
+        bits = (taken >> 32).to(tl.int32)
         bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         score = tl.where(found, bits.to(tl.float32, bitcast=True), float("-inf"))
         tl.store(scores + row * K + slot, score, mask=t < T)
