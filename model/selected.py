@@ -31,7 +31,8 @@ from hsa_tl.model.config import ModelConfig
 FEW = 8  # tokens of a sequence that decode as one; more are a segment
 BLOCK = {"cpu": 128}  # tokens that attend to their window at once: their scores should stay in a CPU's cache
 BLOCK_ACCELERATOR = 512  # which wants fewer launches
-SCORES = 1 << 24  # of every key behind the window, held at once
+SCORES = {"cpu": 1 << 18}  # of keys behind the window, held at once: as many as stay in a cache
+SCORES_ACCELERATOR = 1 << 24
 
 
 class Keys(NamedTuple):
@@ -336,14 +337,16 @@ class Rule:
         every = torch.arange(N, dtype=torch.int32, device=k.device)
         if K == N and not scored:
             return None, torch.where(every < visible, every, -1).expand(B, T, H, N)
-        block = max(1, SCORES // (B * A * N * S))
+        n, size = BLOCK.get(k.device.type, BLOCK_ACCELERATOR), SCORES.get(k.device.type, SCORES_ACCELERATOR)
+        step = max(1, size // (B * A * min(n, T) * S))
         parts = []
-        for a in range(0, T, block):
-            seen = visible[a : a + block]
-            n = int(seen[-1])  # none of the block sees more
-            mass = scores(q_BTAD[:, a : a + block], k[:, : n * S]).unflatten(-1, (n, S)).logsumexp(-1)
-            mass = mass.amax(2).transpose(1, 2).masked_fill(every[:n] >= seen, -torch.inf)  # [B, T, H, n]
-            best, index = mass.topk(min(K, n), -1)
+        for a in range(0, T, n):
+            q, seen = q_BTAD[:, a : a + n], visible[a : a + n]
+            most = int(seen[-1])  # none of the block sees more
+            tiles = (k[:, c * S : min(c + step, most) * S] for c in range(0, most, step))
+            masses = [scores(q, tile).unflatten(-1, (-1, S)).logsumexp(-1).amax(2) for tile in tiles]
+            mass = torch.cat(masses, -1).transpose(1, 2)  # [B, T, H, most]
+            best, index = mass.masked_fill(every[:most] >= seen, -torch.inf).topk(min(K, most), -1)
             index = torch.where(best == -torch.inf, -1, index).int()
             more = (0, K - index.shape[-1])
             parts.append((F.pad(best, more, value=-torch.inf), F.pad(index, more, value=-1)))

@@ -83,6 +83,6 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
     with pytest.MonkeyPatch.context() as patch:
         if blocks:
             patch.setitem(layer.BLOCK, "cpu", 7)
-            patch.setattr(layer, "SCORES", 5000)
+            patch.setitem(layer.SCORES, "cpu", 5000)
         got = results(lambda q, k, v: Rule(**options, chunk_size=16).attend(q, Keys(k, v), chooser)[0], q, k, v, do)
     assert_all_accurate(got, want)

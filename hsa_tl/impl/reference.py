@@ -47,6 +47,7 @@ class _Block(NamedTuple):
     token: torch.Tensor  # [C * n]
     weight: torch.Tensor  # [C * n, GW]
     part: slice  # these pairs among those of all blocks
+    first: int  # pairs of the first chunk, before what fills them up
 
 
 class Plan:
@@ -124,7 +125,7 @@ class Plan:
         for x in groups:
             (head, _, keys, *_), part = cuts[x.start], slice(ends[x.start], ends[x.stop])
             low = all(bounded[segment] for _, segment, *_ in cuts[x])
-            self.blocks.append(_Block(head, keys, low, segments[x], token[part], weight[part], part))
+            self.blocks.append(_Block(head, keys, low, segments[x], token[part], weight[part], part, counts[x.start]))
 
     def heads(self, x):
         """x [B, T, HQ, ...] -> [B * H, T, G * ...], contiguous: rows of a wider tensor take longer to add to."""

@@ -42,9 +42,9 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
         return block, *(x if x is None else x.view(len(block.token), -1) for x in (rows, sums, shift))
 
     def add(result):
-        block, *parts = result
-        head, real = block.head, plan.real[block.part]
-        t, rows, sums, shift = (x if x is None else x[real] for x in (block.token, *parts))
+        block, *parts = result  # of one chunk
+        head, n = block.head, block.first
+        t, rows, sums, shift = (x if x is None else x[:n] for x in (block.token, *parts))
         totals = (out[head], rows), (row_sum[head], sums)
         if bounded:
             for total, x in totals:
@@ -54,9 +54,10 @@ def forward(q, k, v, indices, pairs, chunk_len, scale, config="", deterministic=
         shift = torch.zeros_like(before) if shift is None else shift
         after = torch.maximum(before, shift)
         shifts[head].index_copy_(0, t, after)
+        share, kept = (shift - after).exp2_(), (before - after).exp2_()
         for total, x in totals:  # a token chose a chunk once, so no two rows of a block are of the same
             x, old = (y.view(*before.shape, -1) for y in (x, total.index_select(0, t)))
-            x = x * (shift - after).exp2_()[..., None] + old * (before - after).exp2_()[..., None]
+            x.mul_(share[..., None]).addcmul_(old, kept[..., None])
             total.index_copy_(0, t, x.flatten(1))
 
     workers.each(plan.blocks, multiply, add)
