@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -295,7 +295,7 @@ def source_digest(program: str) -> str:
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
-def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict]]:
+def _compile(todo: list[tuple], jobs: int) -> Iterator[tuple[int, dict]]:
     """(place in todo, what analyse() finds) as they are ready. A process that dies costs only what killed it."""
     batches: dict[tuple, list[int]] = {}
     for i, (program, problem, _) in enumerate(todo):
@@ -303,15 +303,10 @@ def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict
     batches = [x[i : i + BATCH] for x in batches.values() for i in range(0, len(x), BATCH)]
     alone = []
 
-    def submit(pool: Executor, batch: list[int]):
-        if compiler:
-            return pool.submit(lambda: [compiler(*todo[i]) for i in batch])
+    def submit(pool: ProcessPoolExecutor, batch: list[int]):
         return pool.submit(analyse, *todo[batch[0]][:2], [todo[i][2] for i in batch])
 
-    def pool(jobs: int) -> Executor:
-        return ThreadPoolExecutor(1) if compiler else ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-
-    with pool(jobs) as workers:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as workers:
         futures = {submit(workers, batch): batch for batch in batches}
         try:
             for future in as_completed(futures):
@@ -322,7 +317,7 @@ def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict
         finally:
             workers.shutdown(cancel_futures=True)  # where the caller has enough
     for i in alone:
-        with pool(1) as worker:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
             try:
                 yield i, submit(worker, [i]).result()[0]
             except BrokenProcessPool:
@@ -330,49 +325,46 @@ def _compile(todo: list[tuple], jobs: int, compiler) -> Iterator[tuple[int, dict
 
 
 def analyse_all(
-    work: list[tuple], *, jobs: int | None = None, journal: Journal | None = None, progress=None, compiler=None
+    work: list[tuple], *, jobs: int | None = None, journal: Journal | None = None, progress=None
 ) -> list[dict]:
     """analyse() of each (program, problem, config), each distinct one once, in parallel processes, BATCH at a time.
 
     What the journal holds of these versions is not made again, and what is made goes there at once. progress(done,
     total) after each. Raises MissingTool when something must be assembled and nvcc or cuobjdump is not there.
-    compiler: in place of analyse, of one config and in this process.
     """
     journal = Journal(None) if journal is None else journal
-    lacking = missing_tools()
     names = [{"kind": "static", **identity(*x)} for x in work]
     todo = {}
     for name, x in zip(names, work, strict=True):
         known = journal.get(name)
         if known is None or not made_with(x[0]).items() <= known["made_with"].items():
-            todo[key_of(name)] = (name, x)
-    if todo and lacking:
+            todo[key_of(name)] = x
+    if todo and (lacking := missing_tools()):
         raise MissingTool(lacking)
-    total = len({key_of(name) for name in names})
-    done = total - len(todo)
-    if progress:
-        progress(done, total)
-    missing = list(todo.values())
-    for i, found in _compile([x for _, x in missing], jobs or min(4, os.cpu_count() or 1), compiler) if missing else ():
-        name, done = missing[i][0], done + 1
-        journal.add(name, found | {"made_with": made_with(name["program"])})
-        if progress:
-            progress(done, total)
+    total = len(set(map(key_of, names)))
+    tell = progress or (lambda done, total: None)
+    tell(total - len(todo), total)
+    todo = list(todo.values())
+    made = _compile(todo, jobs or min(4, os.cpu_count() or 1)) if todo else ()
+    for done, (i, found) in enumerate(made, total - len(todo) + 1):
+        program, *_ = todo[i]
+        journal.add({"kind": "static", **identity(*todo[i])}, found | {"made_with": made_with(program)})
+        tell(done, total)
     return [{k: journal.get(name)[k] for k in READ} for name in names]
 
 
-def table_rows(cases: tuple[Case, ...], *, device="h200", programs=PROGRAMS, first_only=False, **options) -> list[dict]:
+def table_rows(cases: tuple[Case, ...], *, device="h200", **options) -> list[dict]:
     """Rows of every program x every config of its space for the cases; options: see analyse_all.
 
-    first_only: the heuristic config alone. Raises MissingTool when nvcc or cuobjdump is not there.
+    Raises MissingTool when nvcc or cuobjdump is not there.
     """
     if reason := missing_tools():
         raise MissingTool(reason)
     work = {}
     for case in cases:
-        for program in programs:
+        for program in PROGRAMS:
             problem = problem_of(program, case.problem)
-            for config in space(program, problem)[: 1 if first_only else None]:
+            for config in space(program, problem):
                 key = tuple(identity(program, problem, config).values())
                 work.setdefault(key, (case.name, program, problem, config))
     found = analyse_all([x[1:] for x in work.values()], **options)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiers import prove
-from tuning import FakeGpu, fake_compiler
+from tuning import FakeGpu, compile_by, fake_compiler
 
 from hsa_tl import cases
 from hsa_tl.bench import gpu, page, record, roofline
@@ -249,20 +249,20 @@ def test_a_sweep_without_time_is_unfinished(tmp_path):
 
 def test_what_is_prepared_without_a_gpu_is_what_the_lease_measures(monkeypatch, tmp_path):
     """The journal of prepare() ranks for tune(), which measures, writes its files and goes on where it stopped."""
-    path, compiled, rank = tmp_path / "ranked.jsonl", [], gpu.tuner.rank
+    path, compiled = tmp_path / "ranked.jsonl", []
     monkeypatch.setattr(gpu.static, "missing_tools", lambda: None)
     monkeypatch.setattr(gpu.static, "nvcc_release", lambda: "13.0")
-    monkeypatch.setattr(gpu.tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=fake_compiler))
+    compile_by(monkeypatch, fake_compiler)
     monkeypatch.setattr(gpu.compile, "kernel", lambda program, problem, config: compiled.append((program, config)))
     assert gpu.prepare(path, (CASE,)) == len(compiled) == len(set(compiled))
     assert {program for program, _ in compiled} == {
         p for p in gpu.configs.PROGRAMS if gpu.configs.space(p, gpu.configs.problem_of(p, CASE.problem))
     }
 
-    def nothing_left(*x, **options):
+    def nothing_left(*_):
         raise AssertionError("assembled on the lease")
 
-    monkeypatch.setattr(gpu.tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=nothing_left))
+    compile_by(monkeypatch, nothing_left)
     monkeypatch.setattr(gpu, "PREPARED", path)
     monkeypatch.setattr(gpu.cases, "find", lambda tag: (CASE,))
     fake = FakeGpu()
@@ -277,7 +277,6 @@ def test_what_is_prepared_without_a_gpu_is_what_the_lease_measures(monkeypatch, 
     late = gpu.tune(tmp_path / "late", 0.0)
     assert not late["finished"] and late["chosen"] == 0, "nothing is measured"
     monkeypatch.setattr(gpu, "PREPARED", tmp_path / "none")  # so that ranking would assemble
-    monkeypatch.setattr(gpu.tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=nothing_left))
     assert gpu.tune(tmp_path / "unranked", -1.0)["candidates"] == 0
 
 

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from tuning import FakeGpu, fake_compiler
+from tuning import FakeGpu, compile_by, fake_compiler
 from typer.testing import CliRunner
 
 from hsa_tl import cases
@@ -79,12 +79,10 @@ def test_static_prints_writes_and_fails_on_spills(monkeypatch, tmp_path):
 def compiler(monkeypatch, tmp_path):
     """Candidates are read back by the fake compiler, into a fresh cache folder."""
     plan.clear()
-    analyse_all = static.analyse_all
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(static, "missing_tools", lambda: None)
     monkeypatch.setattr(static, "nvcc_release", lambda: "13.0")
-    fake = lambda *args, **options: analyse_all(*args, **options, compiler=fake_compiler)  # noqa: E731
-    monkeypatch.setattr(static, "analyse_all", fake)
+    compile_by(monkeypatch, fake_compiler)
     return tmp_path / "cache" / "hsa-tl" / "tuning.jsonl"
 
 

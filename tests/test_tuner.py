@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
-from tuning import FakeGpu, fake_compiler
+from tuning import FakeGpu, compile_by, fake_compiler
 
 from hsa_tl import cases
 from hsa_tl.autotune import calibrate, cost, explain, measure, plan, static, table, tuner
@@ -31,10 +31,11 @@ def no_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(static, "missing_tools", lambda: None)
     monkeypatch.setattr(static, "nvcc_release", lambda: "13.0")
+    compile_by(monkeypatch, fake_compiler)
 
 
 def ranked(programs=UNION, case=CASE, journal=None):
-    return tuner.rank(case, "h200", programs=programs, journal=journal, compiler=fake_compiler)
+    return tuner.rank(case, "h200", programs=programs, journal=journal)
 
 
 def run(gpu, rows, seconds=1e6, journal=None, case=CASE):
@@ -76,7 +77,7 @@ def test_a_failing_candidate_is_a_recorded_result(tmp_path):
     assert len(Journal(tmp_path / "j.jsonl").records) == len(rows) == len(configs.candidates(*UNION, CASE.problem))
 
 
-def test_a_compiler_that_dies_is_a_recorded_result():
+def test_a_compiler_that_dies_is_a_recorded_result(monkeypatch):
     """Those of its batch are tried alone."""
     deadly = configs.candidates("hsa_fwd_union_sm90a", CASE.problem)[4]
 
@@ -85,10 +86,11 @@ def test_a_compiler_that_dies_is_a_recorded_result():
             raise BrokenProcessPool
         return fake_compiler(program, problem, config)
 
-    rows = tuner.rank(CASE, "h200", programs=UNION, compiler=compiler)
+    others = [r for r in ranked() if config_of(r) != deadly]
+    compile_by(monkeypatch, compiler)
+    rows = ranked()
     error = "BrokenProcessPool: the compiler's process died"
     assert [r["faults"] for r in rows if config_of(r) == deadly] == [[error]]
-    others = [r for r in ranked() if config_of(r) != deadly]
     assert sorted(map(str, (config_of(r) for r in rows if r["faults"]))) == sorted(
         map(str, [deadly, *(config_of(r) for r in others if r["faults"])])
     )
@@ -105,7 +107,7 @@ def test_ranks_take_turns_among_groups():
         assert ns == sorted(ns)
 
 
-def test_ranking_goes_on_from_the_journal(tmp_path):
+def test_ranking_goes_on_from_the_journal(tmp_path, monkeypatch):
     """Nothing is compiled twice, not for another device or length either; a torn last line costs one candidate."""
     path, compiled = tmp_path / "j.jsonl", []
 
@@ -113,13 +115,14 @@ def test_ranking_goes_on_from_the_journal(tmp_path):
         compiled.append(x)
         return fake_compiler(*x)
 
-    first = tuner.rank(CASE, "h200", programs=UNION, journal=Journal(path), compiler=compiler)
+    compile_by(monkeypatch, compiler)
+    first = ranked(journal=Journal(path))
     longer = replace(CASE, problem=cases.at_length(CASE.problem, 1 << 20))
     for case, device in ((CASE, "h200"), (CASE, "h100"), (longer, "h200")):
-        again = tuner.rank(case, device, programs=UNION, journal=Journal(path), compiler=compiler)
+        again = tuner.rank(case, device, programs=UNION, journal=Journal(path))
         assert len(again) == len(first) == len(compiled)
     path.write_bytes(path.read_bytes()[:-40])
-    assert tuner.rank(CASE, "h200", programs=UNION, journal=Journal(path), compiler=compiler) == first
+    assert ranked(journal=Journal(path)) == first
     assert len(compiled) == len(first) + 1
     lines = path.read_text().splitlines()
     assert sum(json.loads(line)["name"]["kind"] == "static" for line in lines if line.endswith("}}")) == len(first)
@@ -129,7 +132,8 @@ def test_another_version_is_ranked_anew(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "j.jsonl")
     ranked(journal=journal)
     monkeypatch.setattr(static, "source_digest", lambda program: "other")
-    tuner.rank(CASE, "h200", programs=UNION, journal=journal, compiler=lambda *x: fake_compiler(*x) | {"registers": 7})
+    compile_by(monkeypatch, lambda *x: fake_compiler(*x) | {"registers": 7})
+    ranked(journal=journal)
     assert {r["registers"] for _, r in journal.all(kind="static") if r["error"] is None} == {7}
 
 
@@ -138,10 +142,10 @@ def test_without_nvcc_a_journal_that_was_carried_along_ranks(monkeypatch):
     journal = Journal(None)
     first = ranked(journal=journal)
     monkeypatch.setattr(static, "missing_tools", lambda: "needs nvcc")
-    assert tuner.rank(CASE, "h200", programs=UNION, journal=journal) == first
+    assert ranked(journal=journal) == first
     monkeypatch.setattr(static, "source_digest", lambda program: "other")
     with pytest.raises(static.MissingTool, match="needs nvcc"):
-        tuner.rank(CASE, "h200", programs=UNION, journal=journal)
+        ranked(journal=journal)
 
 
 def test_best_first_until_the_time_is_up():
@@ -285,8 +289,6 @@ def test_two_processes_tune_at_once(tmp_path):
 def test_tune_keeps_the_best_in_the_users_cache(monkeypatch):
     gpu = FakeGpu()
     monkeypatch.setattr(measure, "gpu_rig", gpu.rig)
-    rank = tuner.rank
-    monkeypatch.setattr(tuner, "rank", lambda *x, **options: rank(*x, **options, compiler=fake_compiler))
     rows = measure.tune("forward", CASE.problem, "h200")
     assert table.read(table.user_path("h200")) == sorted(rows, key=table.identity)
     assert {r["direction"] for r in rows} == {"forward"} and rows[-1]["deterministic"]
@@ -343,7 +345,7 @@ def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path, monkeypa
 def test_explain_says_why(monkeypatch, tmp_path):
     """Constraint, prediction, measurement and the neighbours of the config that the lookup takes."""
     journal = Journal(tmp_path / "j.jsonl")
-    e = explain.explain("hsa_fwd_union_sm90a", CASE, "h200", journal, compiler=fake_compiler)
+    e = explain.explain("hsa_fwd_union_sm90a", CASE, "h200", journal)
     assert e.origin == "the best prediction of all strategies, 0.746 ns/pair"
     chosen = plan.choose("forward", CASE.problem, device="h200").programs
     assert e.chosen.config == configs.describe(dict(chosen)["hsa_fwd_union_sm90a"])
@@ -354,7 +356,7 @@ def test_explain_says_why(monkeypatch, tmp_path):
     rows = run(FakeGpu(), ranked(journal=journal), journal=journal)
     table.merge(table.user_path("h200"), "h200", tuner.best(CASE, rows))
     plan.clear()
-    e = explain.explain("hsa_fwd_union_sm90a", CASE, "h200", journal, compiler=fake_compiler)
+    e = explain.explain("hsa_fwd_union_sm90a", CASE, "h200", journal)
     assert e.origin.startswith("measured, user's table, ")
     assert e.chosen.median_us and any(n.median_us for n in e.neighbours)
 

@@ -1,5 +1,7 @@
 """A compiler and a GPU for the tests of the tuner: no time passes but what they say."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from hsa_tl.autotune import measure, static
 
 RATES = ("issue", "wgmma_flops", "mma_flops", "special", "smem_bytes", "issue_warp", "barriers", "waits", "loads")
@@ -14,6 +16,16 @@ def fake_compiler(program, problem, config):
     work = {name: 2.0 * (i + 1 + seed) for i, name in enumerate(RATES)} | {"wgmma_flops": 4e5, "mma_flops": 0.0}
     work |= {"pairs": 1 + seed % 3, "loads": 0, "stages": 2}
     return found | {"registers": 128, "smem_bytes": 90000, "hgmma": 12, "hmma": 12, "work": work}
+
+
+def compile_by(monkeypatch, compiler):
+    """The static check's processes are a thread, which asks the compiler of each config."""
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, analyse, program, problem, options):
+            return super().submit(lambda: [compiler(program, problem, config) for config in options])
+
+    monkeypatch.setattr(static, "ProcessPoolExecutor", lambda *_, **__: Pool(1))
 
 
 class FakeGpu:
