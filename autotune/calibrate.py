@@ -64,10 +64,11 @@ def predictions(samples: Iterable[Sample], device: cost.Device) -> np.ndarray:
     )
 
 
-def spearman(a, b) -> float:
-    """Rank correlation; nan where either has no two different values."""
+def agreement(samples: list[Sample], device: cost.Device) -> float:
+    """Spearman's rank correlation of prediction and measurement; nan where either has no two different values."""
     from scipy.stats import spearmanr
 
+    a, b = predictions(samples, device), [s.ns_per_pair for s in samples]
     return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else float("nan")
 
 

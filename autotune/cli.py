@@ -49,13 +49,12 @@ def show_static(console: Console, rows: list[dict], title: str) -> bool:
         notes += [f"{name}: {fault}" for fault in wrong]
         for cliff in static_check.cliffs(r)[len(wrong) :]:
             slow.setdefault((r["program"], cliff), []).append(short(r["config"]))
-        known = r["ns_per_pair"] is not None
-        numbers = (
-            [r["registers"], r["spill_bytes"], f"{r['smem_bytes'] / 1024:.0f}", r["ctas_per_sm"]] if known else [""] * 4
-        )
-        model = [r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.2f}", r["limiter"]] if known else [""] * 3
+        read = [""] * 7
+        if r["ns_per_pair"] is not None:
+            read = [r["registers"], r["spill_bytes"], f"{r['smem_bytes'] / 1024:.0f}", r["ctas_per_sm"]]
+            read += [r["hgmma"] or r["hmma"], f"{r['ns_per_pair']:.2f}", r["limiter"]]
         timed = [f"{r['median_us']:.0f}" if r["median_us"] else ""] if "median_us" in r else []
-        lines.append((r["case"], r["program"], short(r["config"]), *numbers, *model, f"{r['roofline_ns']:.2f}", *timed))
+        lines.append((r["case"], r["program"], short(r["config"]), *read, f"{r['roofline_ns']:.2f}", *timed))
     names = ("case", "program", "config", "regs", "spill", "smem", "CTAs", "MMA", "ns/pair", "limiter", "roof")
     names += ("us",) if any("median_us" in r for r in rows) else ()
     show_table(console, title, names, lines, right=(3, 4, 5, 6, 7, 8, 10, 11))
@@ -181,8 +180,7 @@ def autotune(
         console.print(f"wrote {path}", soft_wrap=True)
     how = f"measured on {here}" if measured else f"static, predicted for {devices[0]}"
     if len(wanted) == 1:
-        us = {"median_us"} if measured else set()
-        parts = [part | {name: row[name] for name in us} for row in shown for part in row["parts"]]
+        parts = [part | ({"median_us": row["median_us"]} if measured else {}) for row in shown for part in row["parts"]]
         show_static(console, parts, f"{wanted[0].problem}: {how}, best first")
     if measured:
         show_chosen(chosen, f"Fastest plans: {how}")
@@ -263,9 +261,7 @@ def show_agreement(journal: Journal, device: str) -> None:
     for strategy in dict.fromkeys(x.strategy for x in found):
         mine = [x for x in found if x.strategy == strategy]
         if len(mine) > 2:
-            predicted = calibration.predictions(mine, cost.DEVICES[device])
-            rank = calibration.spearman(predicted, [x.ns_per_pair for x in mine])
-            names = " and ".join(strategy)
+            names, rank = " and ".join(strategy), calibration.agreement(mine, cost.DEVICES[device])
             console.print(f"{names}: Spearman of prediction and measurement {rank:.2f} over {len(mine)}")
 
 
@@ -313,9 +309,8 @@ def calibrate(
     new = calibration.fit(found, old)
     lines = [(n, f"{getattr(old, n):.4g}", f"{getattr(new, n):.4g}") for n in old.free]
     show_table(console, f"{device}: {len(found)} measurements", ("constant", "old", "fitted"), lines, right=(1, 2))
-    measured = [x.ns_per_pair for x in found]
-    ranks = [calibration.spearman(calibration.predictions(found, x), measured) for x in (old, new)]
-    console.print(f"Spearman of prediction and measurement: {ranks[0]:.3f}, fitted {ranks[1]:.3f}")
+    before, after = (calibration.agreement(found, x) for x in (old, new))
+    console.print(f"Spearman of prediction and measurement: {before:.3f}, fitted {after:.3f}")
     if out:
         write_atomic(out, calibration.text(old, new))
         console.print(f"wrote {out}", soft_wrap=True)

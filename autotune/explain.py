@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields, replace
 from hsa_tl.autotune import cost, plan, static
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.autotune.measure import name_of, summary
-from hsa_tl.autotune.tuner import plan_row
 from hsa_tl.cases import Case
 from hsa_tl.kernels_tilelang import config as configs
 
@@ -74,9 +73,8 @@ def explain(program: str, case: Case, device: str, journal: Journal, **options) 
         row = static.row(case.name, program, case.problem, c, found[c], device) if reason is None else None
         record = None
         if row:
-            whole = plan_row(direction, [row]) | {
-                "programs": {name: configs.describe(c if name == program else x) for name, x in made.programs}
-            }
+            programs = {name: configs.describe(c if name == program else x) for name, x in made.programs}
+            whole = {"direction": direction, "programs": programs}
             record = journal.get(name_of(whole, case.problem, device))
         median = summary(record)["median_us"] if record else None
         seen.append(Neighbour(change, configs.describe(c), reason, row, median))

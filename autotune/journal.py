@@ -33,8 +33,7 @@ class Journal:
 
     def all(self, **wanted) -> list[tuple[dict, dict]]:
         """(identity, record) of those whose identity has these values."""
-        entries = [(e["name"], e["record"]) for e in self.records.values()]
-        return [(name, record) for name, record in entries if wanted.items() <= name.items()]
+        return [(e["name"], e["record"]) for e in self.records.values() if wanted.items() <= e["name"].items()]
 
     def add(self, name: dict, record: dict) -> None:
         entry = {"name": name, "record": record}

@@ -194,29 +194,33 @@ def _looks(
     case: Case, ranked: list[dict], device: str, rig: Rig, journal: Journal, end: float, progress: Callable | None
 ) -> list[Entry]:
     """A look at each candidate, best first, until the time is up; none where the journal has one of these versions."""
-    made, entries = {"versions": tuner.versions()}, []
-    for row in ranked:
-        known = journal.get(name := name_of(row, case.problem, device))
-        entries.append((row, name, known if known and made.items() <= known.items() else None))
-    new = [i for i, (*_, record) in enumerate(entries) if record is None or not (record["error"] or record["rounds"])]
-    new = [i for i in new if not entries[i][0]["faults"]]
-    work = [(case.problem, programs_of(entries[i][0])) for i in new]
+    made = {"versions": tuner.versions()}
+
+    def known(name: dict) -> dict:
+        record = journal.get(name)
+        return record if record and made.items() <= record.items() else unfinished(0)
+
+    def is_finished(name: dict) -> bool:
+        return bool(known(name)["error"] or known(name)["rounds"])
+
+    named = [(row, name_of(row, case.problem, device)) for row in ranked]
+    new = [(row, name) for row, name in named if not (row["faults"] or is_finished(name))]
+    work = [(case.problem, programs_of(row)) for row, _ in new]
     with rig.ahead(work) if new else contextlib.nullcontext() as ready:
-        for place, i in enumerate(new):
-            row, name, record = entries[i]
+        for place, (row, name) in enumerate(new):
             if rig.clock() >= end:
                 break
-            journal.add(name, unfinished(record["starts"] + 1 if record else 1) | made)
+            journal.add(name, unfinished(known(name)["starts"] + 1) | made)
             ready(place)
-            entries[i] = row, name, _look(row, case.problem, rig) | made
-            journal.add(*entries[i][1:])
+            record = _look(row, case.problem, rig) | made
+            journal.add(name, record)
             if progress:
                 progress(place + 1, len(new))
-            if entries[i][2]["error"] and not rig.alive():
+            if record["error"] and not rig.alive():
                 raise RuntimeError(
                     f"{row['programs']} lost the device to this process; run again to go on with the next"
                 )
-    return [(row, name, r) for row, name, r in entries if r and (r["error"] or r["rounds"])]
+    return [(row, name, known(name)) for row, name in named if is_finished(name)]
 
 
 def _contenders(mine: list[Entry]) -> list[Entry]:

@@ -140,16 +140,11 @@ def predicted(among, p: Problem, overlap: float, deterministic: bool, device: co
     """The strategy of least predicted time, each of its programs with its best config."""
     plans = []
     for strategy in among:
-        total, chosen = 0.0, []
-        for name in strategy:
-            legal = [c for c in configs.space(name, p) if not (deterministic and c.reduce_add)]
-            times = [(cost.planned_ns(c, p, device, overlap), i) for i, c in enumerate(legal)]
-            if not times:
-                break
-            ns, i = min(times)
-            total, chosen = total + ns, [*chosen, (name, legal[i])]
-        else:
-            plans.append(Plan(tuple(chosen), "predicted", total))
+        legal = [[c for c in configs.space(name, p) if not (deterministic and c.reduce_add)] for name in strategy]
+        if all(legal):
+            best = [min(options, key=lambda c: cost.planned_ns(c, p, device, overlap)) for options in legal]
+            ns = sum(cost.planned_ns(c, p, device, overlap) for c in best)
+            plans.append(Plan(tuple(zip(strategy, best, strict=True)), "predicted", ns))
     if not plans:
         names = " or ".join(" and ".join(s) for s in among)
         raise NotImplementedError(f"{names} has no config for {p}; name another program in config=")

@@ -229,11 +229,11 @@ def _read(problem: Problem, config, made: Assembled | Exception, dynamic: int) -
     return found
 
 
-def row(case: str, program: str, problem: Problem, config, found: dict, device: str | cost.Device = "h200") -> dict:
+def row(case: str, program: str, problem: Problem, config, found: dict, device: str = "h200") -> dict:
     """One row of the static table: what analyse() found, and the prediction for a device."""
-    gpu = cost.DEVICES[device] if isinstance(device, str) else device
+    gpu = cost.DEVICES[device]
     made = {"case": case, "program": program, "direction": config.DIRECTION, **problem.static_key(), **found}
-    made |= {"config": describe(config), "threads": config.threads, "device": gpu.name}
+    made |= {"config": describe(config), "threads": config.threads, "device": device}
     made |= {"roofline_ns": cost.roofline(config, problem, gpu)[0], "ns_per_pair": None, "limiter": None}
     if not found["error"]:
         ctas = max(1, found["ctas_per_sm"])
@@ -353,7 +353,7 @@ def analyse_all(
     return [{k: journal.get(name)[k] for k in READ} for name in names]
 
 
-def table_rows(cases: tuple[Case, ...], *, device="h200", **options) -> list[dict]:
+def table_rows(cases: tuple[Case, ...], *, device: str, **options) -> list[dict]:
     """Rows of every program x every config of its space for the cases; options: see analyse_all.
 
     Raises MissingTool when nvcc or cuobjdump is not there.

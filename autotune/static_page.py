@@ -33,6 +33,5 @@ def _page(rows: list[dict], name: str) -> str:
         else f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['error']} |"
         for r in rows
     ]
-    first = rows[0]
-    head = PAGE.format(device=first["device"].upper(), name=name, **{k: first[k] for k in ("versions", "commit")})
+    head = PAGE.format(**rows[0] | {"device": rows[0]["device"].upper(), "name": name})
     return head + "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ import importlib.metadata
 import itertools
 from dataclasses import asdict
 
-from hsa_tl.autotune import cost, plan, static
+from hsa_tl.autotune import plan, static
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.cases import Case
 from hsa_tl.files import cache_folder
@@ -53,7 +53,7 @@ def plan_row(direction: str, parts: list[dict]) -> dict:
     }
 
 
-def rank(case: Case, device: str | cost.Device, *, programs: tuple[str, ...] | None = None, **options) -> list[dict]:
+def rank(case: Case, device: str, *, programs: tuple[str, ...] | None = None, **options) -> list[dict]:
     """Rows of the plans of every strategy with one of the programs, in turns: each one's best predicted, then every
     second best, ...; what has faults last. options: see static.analyse_all."""
     asked = set(programs or configs.tuned())

@@ -130,7 +130,7 @@ def sanitize(seconds: float) -> dict:
     return found
 
 
-def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None, jobs: int = 2) -> int:
+def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None) -> int:
     """Does without a GPU what tuning would spend a lease on: static ranks to a journal, kernels into TileLang's cache.
 
     For each case the PREPARED_CONFIGS best predicted plans of each strategy, and what the other programs run with.
@@ -141,7 +141,7 @@ def prepare(path: Path = PREPARED, wanted: tuple[cases.Case, ...] | None = None,
         problems = {program: configs.problem_of(program, case.problem) for program in configs.PROGRAMS}
         chosen = [(program, c) for program, p in problems.items() for c in configs.space(program, p)[:1]]
         groups = Counter()
-        for row in tuner.rank(case, "h200", journal=journal, jobs=jobs):
+        for row in tuner.rank(case, "h200", journal=journal):
             groups[tuner.group(row)] += 1
             if groups[tuner.group(row)] <= PREPARED_CONFIGS and not row["faults"]:
                 chosen += tuner.programs_of(row)
@@ -187,11 +187,11 @@ def tune(out: Path, seconds: float) -> dict:
     if importlib.util.find_spec("scipy") is None:
         detail["fitted"] = "no: scipy is not installed; hsa-tl calibrate --journal tuning.jsonl fits elsewhere"
     elif found := calibrate.samples(journal, device):
-        times, old = [x.ns_per_pair for x in found], cost.DEVICES[device]
+        old = cost.DEVICES[device]
         fitted = calibrate.fit(found, calibrate.measured(record.read_rows(out / "bench.csv"), old))
         write_atomic(out / "device.json", calibrate.text(old, fitted))
-        for name, constants in (("spearman", old), ("spearman_fitted", fitted)):
-            detail[name] = round(calibrate.spearman(calibrate.predictions(found, constants), times), 3)
+        detail |= {"spearman": round(calibrate.agreement(found, old), 3)}
+        detail |= {"spearman_fitted": round(calibrate.agreement(found, fitted), 3)}
     return detail
 
 

@@ -1,7 +1,9 @@
-"""The microbenchmarks: right in the emulator, and made of the instructions that they are to time."""
+"""Microbenchmarks: right in the emulator, made of the instructions that they are to time; what is fitted to them."""
 
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import emulator
 import pytest
@@ -76,3 +78,14 @@ def test_measured_constants_are_no_longer_free():
     assert calibrate.measured(adds, old).reduce == 1e12
     file = cost.make_device(**json.loads(calibrate.text(old, new)))
     assert file.l2 == 8e12 and "l2" not in file.free and "reduce" in file.free
+
+
+def test_agreement_is_a_rank_correlation(monkeypatch):
+    def agreement(predicted, measured):
+        monkeypatch.setattr(calibrate, "predictions", lambda samples, device: predicted)
+        return calibrate.agreement([SimpleNamespace(ns_per_pair=ns) for ns in measured], None)
+
+    assert agreement([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
+    assert agreement([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert agreement([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # ties share their mean rank
+    assert math.isnan(agreement([1, 1], [1, 2]))

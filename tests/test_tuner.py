@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -300,13 +299,6 @@ def test_tune_keeps_the_best_in_the_users_cache(monkeypatch):
         measure.tune("backward", CASE.problem, "h200")
 
 
-def test_spearman():
-    assert calibrate.spearman([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
-    assert calibrate.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert calibrate.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # ties share their mean rank
-    assert math.isnan(calibrate.spearman([1, 1], [1, 2]))
-
-
 def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path, monkeypatch):
     """Times made by other constants: the fit predicts them, and its file reads back."""
     old = cost.DEVICES["h200"]
@@ -333,8 +325,7 @@ def test_the_fit_finds_the_constants_that_measurements_follow(tmp_path, monkeypa
     fitted = calibrate.fit(found, old)
     assert fitted.l2 == pytest.approx(true.l2, rel=0.05) and fitted.reduce == pytest.approx(true.reduce, rel=0.05)
     assert fitted.hbm == old.hbm, "published, so not free"
-    measured = [x.ns_per_pair for x in found]
-    before, after = (calibrate.spearman(calibrate.predictions(found, d), measured) for d in (old, fitted))
+    before, after = (calibrate.agreement(found, d) for d in (old, fitted))
     assert after > before and after > 0.99
     file = cost.make_device(**json.loads(calibrate.text(old, fitted)))
     assert file.l2 == pytest.approx(fitted.l2, rel=1e-3) and file.free == old.free and file.sms == old.sms
