@@ -164,10 +164,11 @@ def autotune(
             raise ValueError(f"problem must suit one of {', '.join(programs)}, got {case.problem}: {reason}")
     journal = Journal(journal_path) if journal_path else tuner.default_journal()
     if explained:
-        for case in wanted:
-            for name in programs:
-                if configs.space(name, case.problem):
-                    show_explanation(explain.explain(name, case, devices[0], journal, jobs=jobs), case, devices[0])
+        if out or minutes is not None:
+            raise ValueError("out and minutes must be left out with --explain, which measures nothing")
+        for case, name, where in itertools.product(wanted, programs, devices):
+            if configs.space(name, case.problem):
+                show_explanation(explain.explain(name, case, where, journal, jobs=jobs), case, where)
         return
     measured = not device and here is not None
     if out and not measured:

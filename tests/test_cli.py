@@ -115,6 +115,11 @@ def test_autotune_explains(compiler):
     output = run("autotune", "--explain", "--device", "h200", "--program", "hsa_fwd_union_sm90a")
     words = ("chosen: block_M=192", "because: ", "predicted: ", "roofline: ", "measured: not yet", "num_stages 2 -> 3")
     assert all(word in output for word in words) and "threads must be 32 to 384" in " ".join(output.split())
+    devices = ("--device", "h200", "--device", "h100", "--program", "hsa_fwd_token")
+    output = run("autotune", "--explain", *devices)
+    assert all(output.count(f"bfloat16, {device}") == 1 for device in ("h200", "h100")), "each device"
+    for option in (("--out", "t.json"), ("--minutes", 1)):
+        assert "must be left out with --explain" in run("autotune", "--explain", *devices, *option, code=2)
 
 
 def test_calibrate_fits_what_was_measured(compiler, tmp_path):
