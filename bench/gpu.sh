@@ -32,8 +32,10 @@ else
   export PYTHONSAFEPATH=1 # or the folder hsa_tl here, a part of the package, would be found first
 fi
 # Checkouts of others' kernels, see bench/baselines.py.
-[ -d .bundle/ramstorage ] && export HSA_TL_RAMSTORAGE="${HSA_TL_RAMSTORAGE:-$PWD/.bundle/ramstorage}"
-[ -d .bundle/hils ] && export HSA_TL_HILS="${HSA_TL_HILS:-$PWD/.bundle/hils}"
+for name in ramstorage hils moba; do
+  variable=HSA_TL_${name^^}
+  [ -d ".bundle/$name" ] && export "$variable=${!variable:-$PWD/.bundle/$name}"
+done
 # Kernels compiled by --prepare, on any machine with nvcc, are found here.
 export TILELANG_CACHE_DIR="${TILELANG_CACHE_DIR:-$PWD/.bundle/tilelang-cache}"
 exec "$python" -m hsa_tl.bench.gpu "$@"

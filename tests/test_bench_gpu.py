@@ -304,6 +304,21 @@ def test_the_bundle_is_unpacked_whole_and_again_when_it_changes(tmp_path):
     assert unpack(packed("b"), -100) == (True, ["b"])
 
 
+def test_checkouts_in_the_bundle_are_named(tmp_path):
+    (tmp_path / "bench").mkdir()
+    script, python = tmp_path / "bench" / "gpu.sh", tmp_path / "python"
+    script.write_text((Path(gpu.__file__).parent / "gpu.sh").read_text())
+    python.write_text("#!/bin/sh\nenv\n")
+    python.chmod(0o755)
+    for name in ("hils", "moba"):
+        (tmp_path / ".bundle" / name).mkdir(parents=True)
+    given = {name: x for name, x in os.environ.items() if not name.startswith("HSA_TL_")}
+    given |= {"PYTHON": str(python), "HSA_TL_HILS": "/mine"}
+    run = subprocess.run(["bash", script], env=given, capture_output=True, text=True, check=True)
+    named = {x for x in run.stdout.splitlines() if x.startswith("HSA_TL_")}
+    assert named == {"HSA_TL_HILS=/mine", f"HSA_TL_MOBA={tmp_path}/.bundle/moba"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the run itself starts where there is a GPU")
 def test_without_a_gpu_the_gpu_run_says_so(tmp_path, capsys):
     import typer
