@@ -180,7 +180,11 @@ class ModelBench(Suite):
                 flops += 2 * c.retrieval_heads * c.retrieval_dim * scores
                 held += p.N * c.retrieval_heads * c.retrieval_dim + 2 * p.H * p.D * p.S * min(p.K, p.N)
             moved += held * p.itemsize if mode == "generate" else 0
-        return Work(flops, moved * (7 if mode == "step" else 1))  # AdamW: two moments and the parameter, both ways
+        # A token that ends a chunk is none of those timed, or too few of them to move the median.
+        rare = mode == "generate" and c.attention == "hsa"
+        note = f"the chunk encoder, which runs once in {p.S} tokens, is not in the median" if rare else ""
+        # AdamW: two moments and the parameter, both ways.
+        return Work(flops, moved * (7 if mode == "step" else 1), note=note)
 
     def label(self, p):
         c = self.config(p)

@@ -77,6 +77,8 @@ def test_products_are_counted():
     for mode in suite.modes:
         assert suite.work("hsa", longer, mode).flops > suite.work("hsa", p, mode).flops
     assert suite.work("swa", longer, "generate") == suite.work("swa", p, "generate")
+    notes = {(name, mode): suite.work(name, p, mode).note for name in model.ATTENTIONS for mode in suite.modes}
+    assert {key for key, note in notes.items() if note} == {("hsa", "generate")}, "the encoder is not in the median"
 
 
 def test_full_attention_of_as_many_parameters():
