@@ -160,7 +160,8 @@ def lengths(
     runs: Annotated[Path, typer.Option(help="folder of the training runs")] = Path("out/train/lengths"),
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
-    """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there.
+    """Trains HSA and the baselines on needles and measures their accuracy by length. Resumes from what is there, which
+    may be of other commits.
 
     Runs on a CPU. --all: with the learning rate of half, one or two times the recipe's whose seed 0 has the least
     validation loss, or that a model's rows in OUT have; HSA with a part taken out has 3 seeds at most, the others 5.
@@ -184,7 +185,8 @@ def paper_command(
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cuda where there is a GPU")] = None,
     threads: Annotated[int, threads_option()] = 2,
 ) -> None:
-    """Trains what a table of the paper compares, and asks it: bits per token and needles by length. Resumes."""
+    """Trains what a table of the paper compares, and asks it: bits per token and needles by length. Resumes from what
+    is there, which may be of other commits."""
     torch.set_num_threads(threads)
     options = {"out": out, "runs": runs, "text": data_folder, "tokenizer": tokenizer, "samples": samples}
     paper.run_table(console, table, size, seeds, **options, device=pick_device(device))
