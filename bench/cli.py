@@ -236,8 +236,7 @@ def evaluate(
     generate: Annotated[bool, typer.Option("--generate", help="generate RULER's answers, do not force them")] = False,
     windows: Annotated[int, number(low=1, high=1 << 20, help="places of the file, for perplexity")] = 8,
     before: Annotated[
-        Optional[str],
-        typer.Option(help="tokens before each place, the same for all runs; by default the longest"),
+        Optional[str], typer.Option(help="tokens before each place, the same for all runs; by default the longest")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the JSON and the plot")] = Path("out/eval"),
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; by default cpu")] = "cpu",
@@ -254,8 +253,9 @@ def evaluate(
     one_of("what to evaluate", what, TAKES)
     if others := given.keys() & set().union(*TAKES.values()) - {*TAKES[what]}:
         raise ValueError(f"{min(others)} must be left out of eval {what}, got {given[min(others)]}")
-    if what == "selections" and "lengths" in given and len(parse_lengths(lengths)) > 1:
-        raise ValueError(f"lengths must be one for selections, got {lengths}")
+    for name in {"selections": ["lengths"], "perplexity": ["before"]}.get(what, []):
+        if name in given and len(parse_lengths(given[name])) > 1:
+            raise ValueError(f"{name} must be one for {what}, got {given[name]}")
     if what != "selections":
         record.read_json(out / f"{what}.json")  # what cannot be added to is known before
     device = pick_device(device)
@@ -269,12 +269,13 @@ def evaluate(
         raise ValueError(f"topk must be positive for {what} of this model, got 0")
     if topk:
         training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
-    if what == "noise":
-        each = tradeoff.contexts(model, data_file, tasks.split(","), points, samples)
-        noise.show_noise(console, model, {"model": Path(run).name} | record.origin(device), list(each), out)
-        return
-    if what in tradeoff.SETTINGS:
-        show_tradeoff(model, what, run, data_file, tasks.split(","), points, samples, out / f"{what}.json", device)
+    if what in ("noise", *tradeoff.SETTINGS):
+        contexts = tradeoff.contexts(model, data_file, tasks.split(","), points, samples)
+        named = {"model": Path(run).name} | record.origin(device)
+        if what == "noise":
+            noise.show_noise(console, model, named, list(contexts), out)
+        else:
+            show_tradeoff(model, what, named, contexts, out / f"{what}.json")
         return
     about = ruler.Run.of(run, model)
     if topk == 0:
@@ -336,16 +337,13 @@ def weights(
     say_written(make_weights(console, out, recipe, seed, samples=samples))
 
 
-def show_tradeoff(model, what: str, run: str, file: Path, tasks, lengths, samples: int, out: Path, device) -> None:
-    """Needles of a model of needles, else places of the file, at every value of the setting; rows as JSON, which keeps
-    those of other models."""
-    rows = []
-    for task, each in tradeoff.contexts(model, file, tasks, lengths, samples):
-        rows += tradeoff.run_tradeoff(model, what, task, each)
-    record.merge_rows(out, {"model": Path(run).name} | record.origin(device), map(dataclasses.asdict, rows))
+def show_tradeoff(model, what: str, about: dict, contexts, out: Path) -> None:
+    """Every context at every value of the setting; rows as JSON, which keeps those of other models."""
+    rows = [row for task, each in contexts for row in tradeoff.run_tradeoff(model, what, task, each)]
+    record.merge_rows(out, about, map(dataclasses.asdict, rows))
     names = list(vars(rows[0]))[1:]
     cells = [["" if (x := getattr(r, name)) is None else x for name in names] for r in rows]
-    show_table(console, f"{what} of {run}", names, cells, right=(0, *range(2, len(names))))
+    show_table(console, f"{what} of {about['model']}", names, cells, right=(0, *range(2, len(names))))
     say_written([out])
 
 

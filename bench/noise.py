@@ -122,22 +122,20 @@ def _ranks(scores, without: list[float]) -> float | None:
     return None if alike else round(float(spearmanr(scores, without).statistic), 4)
 
 
-def run_noise(model: Model, task: str, contexts: list) -> Iterator[NoiseRow]:
-    """A row for each context: of a Sample the first answer is predicted, of an array of tokens its last chunk's worth.
+def run_noise(model: Model, task: str, contexts: list[Sample]) -> Iterator[NoiseRow]:
+    """A row for each context, whose first answer is predicted.
 
-    ValueError: a context of less than 3 chunks, or a model that Prediction refuses.
+    ValueError: a context of less than 3 chunks or of which no chunk has a score, or a model that Prediction refuses.
     """
     S = model.config.chunk_size
     for i, context in enumerate(contexts):
-        if isinstance(context, Sample):
-            tokens, targets = context.tokens, np.arange(*context.answers[0])
-            needle = int(context.needles[0, 1] - 1) // S
-        else:
-            tokens, targets, needle = context, np.arange(len(context) - S, len(context)), None
+        tokens, targets = context.tokens, np.arange(*context.answers[0])
+        needle = None if context.needles is None else int(context.needles[0, 1] - 1) // S
         require(len(tokens) >= 3 * S, "lengths", f"be at least 3 chunks of {S} tokens", len(tokens))
         asked = Prediction(model, tokens, targets)
         scores, gradient = asked.scores(), asked.scores((1.0,))
         chunks = np.flatnonzero(scores)
+        require(len(chunks) > 0, "model", "weigh several chunks against each other", f"topk {model.config.topk}")
         without = [asked.without(chunk) for chunk in chunks]
         loss = float(asked.loss(asked.zeros_N).detach())
         best = (int(chunks[np.argmax(x[chunks])]) for x in (scores, gradient))
@@ -159,8 +157,7 @@ def show_noise(console: Console, model: Model, about: dict, contexts: list[tuple
     names = ("task", "length", "sample", "bits", "chunks read", "helped most", "needle", "ranks", "of the gradient")
     show_table(console, f"noise of {about['model']}", names, cells, right=tuple(range(1, len(names))))
     first, S = rows[0], rows[0].chunk_size
-    context = contexts[0][1][0]
-    tokens = context.tokens if isinstance(context, Sample) else context
+    tokens = contexts[0][1][0].tokens
     order = np.argsort(first.scores)[::-1]
     cells = [
         (c := first.chunks[i], f"{c * S} to {c * S + S - 1}", f"{first.scores[i]:+.5f}", f"{first.without[i]:+.5f}",

@@ -69,10 +69,15 @@ def read_json(path: Path) -> list[dict]:
     raise ValueError(f"{path} must hold rows that hsa-tl wrote, each with its model")
 
 
-def merge_rows(path: Path, about: dict, rows: Iterable[dict]) -> None:
-    """Rows of about["model"], with `about` in each, into a JSON list that keeps those of other models."""
-    kept = [row for row in read_json(path) if row["model"] != about["model"]]
-    write_atomic(path, json_list([*kept, *(about | row for row in rows)]))
+def merge_rows(path: Path, about: dict, rows: Iterable[dict]) -> list[dict]:
+    """Rows of about's model and seed, with `about` in each, into a JSON list that keeps those of others; all of them.
+
+    ValueError: not such a file.
+    """
+    kept = [row for row in read_json(path) if any(row.get(x) != about.get(x) for x in ("model", "seed"))]
+    kept += [about | row for row in rows]
+    write_atomic(path, json_list(kept))
+    return kept
 
 
 def csv_text(rows: Iterable[dict], columns: Iterable[str]) -> str:

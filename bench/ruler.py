@@ -13,13 +13,13 @@ import numpy as np
 
 from hsa_tl.bench import record
 from hsa_tl.bench.suite import one_of
-from hsa_tl.files import write_atomic
 from hsa_tl.model import evaluate, needles, pretrained, ruler
 from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
 
 VOCABULARIES = ("words", "needles")
+LAST = 4096  # tokens that perplexity is of, at most
 WINDOWS = ", windows only"  # behind the name of a model whose HSA layers read nothing
 
 
@@ -105,21 +105,26 @@ def run_ruler(
                 yield RulerRow(method, task, length, depth, found.share, *counts, name)
 
 
+def ends_of(file: TokenFile, length: int, count: int) -> np.ndarray:
+    """Where so many places of a file end, each behind `length` tokens of it. ValueError: it is shorter."""
+    if length > len(file):
+        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
+    return np.random.default_rng(0).integers(length, len(file) + 1, count)
+
+
 def run_perplexity(
-    reader: LongReader, file: TokenFile, lengths: list[int], *, last: int = 4096, windows: int = 8, seed: int = 0,
-    before: int = 0,
-) -> Iterator[PerplexityRow]:  # fmt: skip
+    reader: LongReader, file: TokenFile, lengths: list[int], *, windows: int, before: int = 0
+) -> Iterator[PerplexityRow]:
     """Bits a token of the same tokens at every length: `windows` places of the file, each read with more before it.
 
-    The last `last` tokens count, at most half of the shortest length. The places have `before` tokens or the longest
-    length before them: models that read different lengths are asked the same with one `before`. ValueError: the file
-    is shorter than a length.
+    The last LAST tokens count, at most half of the shortest length. The places have `before` tokens or the longest
+    length before them: models that read different lengths are asked the same with one `before`. ValueError: a length
+    below 2, or a file that is shorter than one.
     """
-    longest = max(before, *lengths)
-    if longest > len(file):
-        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {longest}")
-    last = min(last, min(lengths) // 2)
-    ends = np.random.default_rng(seed).integers(longest, len(file) + 1, windows)
+    last = min(LAST, min(lengths) // 2)
+    if last < 1:
+        raise ValueError(f"lengths must be at least 2, got {min(lengths)}")
+    ends = ends_of(file, max(before, *lengths), windows)
     for length in lengths:
         bits = [evaluate.bits_per_token(reader, np.asarray(file.tokens[e - length : e]), last) for e in ends]
         error = float(np.std(bits, ddof=1) / windows**0.5) if windows > 1 else None
@@ -133,8 +138,6 @@ def paired(bits: list[float], others: list[float]) -> tuple[float, float]:
 
 
 def write_rows(rows: list, run: Run, device: str, path: Path) -> list[dict]:
-    """Rows of a run into a JSON file, which keeps those of other runs; all of them. ValueError: not such a file."""
-    kept = [r for r in record.read_json(path) if (r["model"], r.get("seed")) != (run.model, run.seed)]
-    kept += [asdict(run) | asdict(row) | record.origin(device) for row in rows]
-    write_atomic(path, record.json_list(kept))
-    return kept
+    """Rows of a run into a JSON file, see record.merge_rows."""
+    source = record.origin(device)
+    return record.merge_rows(path, asdict(run), [asdict(row) | source for row in rows])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hsa_tl.bench.ruler import ends_of
 from hsa_tl.bench.selections import trained_selections
 from hsa_tl.model.data import Sample, TokenFile
 from hsa_tl.model.evaluate import answers_right, bits_per_token, needle_samples
@@ -38,25 +39,25 @@ class TradeRow:
 
 def places(file: TokenFile, length: int, count: int) -> list[np.ndarray]:
     """So many pieces of a text. ValueError: it is shorter than one."""
-    if length > len(file):
-        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
-    ends = np.random.default_rng(0).integers(length, len(file) + 1, count)
-    return [np.asarray(file.tokens[end - length : end]) for end in ends]
+    return [np.asarray(file.tokens[end - length : end]) for end in ends_of(file, length, count)]
 
 
-def contexts(model: Model, file: Path, tasks: list[str], lengths: list[int], count: int) -> Iterator[tuple[str, list]]:
-    """Of each length and task so many needle samples for a model of needles, else so many places of a text."""
+def contexts(
+    model: Model, file: Path, tasks: list[str], lengths: list[int], count: int
+) -> Iterator[tuple[str, list[Sample]]]:
+    """Of each length and task so many needle samples for a model of needles, else so many places of a text, without
+    needles, whose last chunk's worth is to be predicted."""
     for length in lengths:
         if model.tokenizer.name == "needles":
             yield from ((task, list(needle_samples(task, length, count))) for task in tasks)
         else:
-            yield file.stem, places(TokenFile(file), length, count)
+            answers = np.array([[length - model.config.chunk_size, length]])
+            yield file.stem, [Sample(tokens, answers) for tokens in places(TokenFile(file), length, count)]
 
 
-def _ask(model: Model, setting: str, value: float, context: Sample | np.ndarray) -> tuple[list, list, float]:
+def _ask(model: Model, setting: str, value: float, context: Sample) -> tuple[list, list, float]:
     """Scores, chunks that each layer reads, and seconds of the CPU."""
-    tokens, chunks = context.tokens if isinstance(context, Sample) else context, []
-    begin = time.process_time()
+    tokens, chunks, begin = context.tokens, [], time.process_time()
     if setting == "topp":
         reconfigure(model, replace(model.config, topp=value))
         layers = trained_selections(model, tokens)
@@ -65,15 +66,15 @@ def _ask(model: Model, setting: str, value: float, context: Sample | np.ndarray)
         reader = LongReader(model)
     else:
         reader = LongReader(model, segment=model.config.chunk_size, budget=value)
-    if isinstance(context, Sample):
-        scores = answers_right(reader, context).tolist()
-    else:
+    if context.needles is None:
         scores = [bits_per_token(reader, tokens, len(tokens) // 4)]
+    else:
+        scores = answers_right(reader, context).tolist()
     return scores, chunks, seconds if setting == "topp" else time.process_time() - begin
 
 
-def run_tradeoff(model: Model, setting: str, task: str, contexts: list) -> Iterator[TradeRow]:
-    """A row for each value of the setting. contexts: Samples of one length, or arrays of tokens.
+def run_tradeoff(model: Model, setting: str, task: str, contexts: list[Sample]) -> Iterator[TradeRow]:
+    """A row for each value of the setting. contexts: of one length; of one without needles its last quarter counts.
 
     With a budget a context is read a chunk at a time, so that the budget holds at every token. ValueError: a model
     without HSA."""
@@ -81,10 +82,9 @@ def run_tradeoff(model: Model, setting: str, task: str, contexts: list) -> Itera
     _ask(model, setting, values[0], contexts[0])  # the first call of each program costs more
     asked = [[_ask(model, setting, value, context) for value in values] for context in contexts]
     reconfigure(model, config)
-    length = len(contexts[0].tokens if isinstance(contexts[0], Sample) else contexts[0])
     columns = [[list(x) for x in zip(*column, strict=True)] for column in zip(*asked, strict=True)]
     for value, (scores, chunks, seconds) in zip(values, columns, strict=True):
         scores, chunks = ([x for part in parts for x in part] for parts in (scores, chunks))
         mean, read = (round(float(np.mean(x)), 4) if x else None for x in (scores, chunks))
         ratio = round(sum(seconds) / sum(columns[0][2]), 3)
-        yield TradeRow(setting, value, task, length, mean, len(scores), read, ratio)
+        yield TradeRow(setting, value, task, len(contexts[0].tokens), mean, len(scores), read, ratio)

@@ -78,6 +78,7 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     assert rows[0]["trained_tokens"] == rows[0]["trained_length"] == 256 and rows[0]["parameters"] == 602434
     assert "torch" in rows[0]["versions"] and rows[0]["commit"] and "threads" in rows[0]["device"]
     assert "lengths must be at most the 3001 tokens" in invoke("perplexity", *common, "--lengths", "4k", code=2)
+    assert "lengths must be at least 2, got 1" in invoke("perplexity", *common, "--lengths", "1,512", code=2)
     other = trained(tmp_path / "other", {"kind": "text", "path": str(tmp_path / "text.bin")}, "other")
     invoke("perplexity", "--run", other, *common[2:], "--lengths", "512", "--windows", 2)
     again = json.loads((tmp_path / "perplexity.json").read_text())
@@ -230,6 +231,7 @@ def test_bad_depths(text, steps):
         (("budget", "--memory", "x"), "memory must be left out of eval budget, got x"),
         (("perplexity", "--tasks", "vt"), "tasks must be left out of eval perplexity, got vt"),
         (("selections", "--lengths", "4k,64k"), "lengths must be one for selections, got 4k,64k"),
+        (("perplexity", "--before", "4k,64k"), "before must be one for perplexity, got 4k,64k"),
     ),
 )
 def test_what_a_measurement_does_not_take_is_refused(args, words):

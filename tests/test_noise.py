@@ -82,6 +82,8 @@ def test_command(tmp_path):
     assert all(len(r["chunks"]) == len(r["scores"]) == len(r["without"]) >= 8 for r in rows)
     assert "the same" in output and "without it" in output and (tmp_path / "noise.png").stat().st_size > 5000
     assert "lengths must be at least 3 chunks of 16" in invoke(*common, "--run", run, "--lengths", "32", code=2)
+    one = ("--run", "needle-tiny", "--lengths", "256", "--tasks", "s-niah", "--topk", 1)
+    assert "model must weigh several chunks against each other, got topk 1" in invoke(*common, *one, code=2)
     with pytest.raises(ValueError, match="that weighs by scores, got hsa with fusion 'uniform'"):
         prediction(fusion="uniform")
     with pytest.raises(ValueError, match="must have HSA that weighs by scores, got swa"):
