@@ -64,9 +64,8 @@ def dense_oracle(q, k, v, *, chunk_size):
 def sdpa(q, k, v, *, chunk_size):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     causal = q.shape[2] > 1  # PyTorch's mask would let one query see the first key only
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(
-        1, 2
-    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
 
 
 def sdpa_expanded(q, k, v, *, chunk_size):
@@ -75,14 +74,13 @@ def sdpa_expanded(q, k, v, *, chunk_size):
     return sdpa(q, *(x.repeat_interleave(G, 2) for x in (k, v)), chunk_size=chunk_size)
 
 
-def cudnn(q, k, v, *, chunk_size):
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+def sdpa_by(backend: SDPBackend, q, k, v, *, chunk_size):
+    with sdpa_kernel(backend):
         return sdpa(q, k, v, chunk_size=chunk_size)
 
 
-def flash2(q, k, v, *, chunk_size):
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return sdpa(q, k, v, chunk_size=chunk_size)
+cudnn = functools.partial(sdpa_by, SDPBackend.CUDNN_ATTENTION)
+flash2 = functools.partial(sdpa_by, SDPBackend.FLASH_ATTENTION)
 
 
 def flash3(q, k, v, *, chunk_size):
@@ -108,15 +106,12 @@ def flash3_unavailable(problem: Problem) -> str | None:
     return None
 
 
-def _is_past(b, h, query, key):
-    return query >= key
-
-
 @functools.cache
 def _flex(device: str, T: int):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=False), create_block_mask(_is_past, None, None, T, T, device=device)
+    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, T, T, device=device)
+    return torch.compile(flex_attention, dynamic=False), mask
 
 
 def flex(q, k, v, *, chunk_size):

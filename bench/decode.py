@@ -62,7 +62,12 @@ def dense_grouped(q, k, v, *, chunk_size):
 
 
 DENSE = {"dense": baselines.sdpa, "dense-grouped": dense_grouped, "dense-fa3": baselines.flash3}
-HSA = ("hsa-auto", "hsa-auto-two-level", "hsa-tilelang", "hsa-triton")
+HSA = {  # impl, and whether retrieval has two levels
+    "hsa-auto": ("auto", False),
+    "hsa-auto-two-level": ("auto", True),
+    "hsa-tilelang": ("tilelang", False),
+    "hsa-triton": ("triton", False),
+}
 
 
 class Decode(Suite):
@@ -79,14 +84,14 @@ class Decode(Suite):
     def does(self, name, mode, selection):
         if name in DENSE:
             return mode == "decode"
-        return mode != "attend" or not name.endswith("two-level")  # which is hsa-auto's call
+        return mode != "attend" or name != "hsa-auto-two-level"  # which is hsa-auto's call
 
     def unavailable(self, name, problem, mode):
         if name == "dense-fa3":
             return baselines.flash3_unavailable(problem)
         if name in DENSE:
             return None
-        impl = name.split("-")[1]
+        impl, _ = HSA[name]
         if (reason := why_not(impl, problem)) or impl == "auto":
             return reason
         return ops.unavailable(impl, problem.retrieval(), "_retrieval", "decode_unavailable")
@@ -101,7 +106,7 @@ class Decode(Suite):
         if name in DENSE:
             oracle = functools.partial(baselines.dense_oracle, chunk_size=problem.S)
             return complaints("out", out, expect(oracle, step.q, k, v, dtype=k.dtype))
-        scores, indices = step.retrieve(name.split("-")[1], name.endswith("two-level"))
+        scores, indices = step.retrieve(*HSA[name])
         found = scores, indices, step.q_slc, step.landmarks
         wrong = check_retrieval(*found, chunk_size=problem.S, q_start=problem.T)
         inputs = Inputs(step.q, k, v, fusion_weights(scores), indices, torch.zeros_like(step.q))
@@ -114,14 +119,10 @@ class Decode(Suite):
         step = inputs
         if name in DENSE:
             return lambda: DENSE[name](step.q, *step.cache(), chunk_size=problem.S)
-        impl, two_level = name.split("-")[1], name.endswith("two-level")
-        if mode == "retrieve":
-            return lambda: step.retrieve(impl, two_level)
-        if mode == "decode":
-            return lambda: step.decode(impl, two_level)
+        if mode != "attend":
+            return functools.partial(getattr(step, mode), *HSA[name])
         scores, indices = step.retrieve()
-        weights = fusion_weights(scores)
-        return lambda: step.attend(weights, indices, impl)
+        return functools.partial(step.attend, fusion_weights(scores), indices, HSA[name][0])
 
     def work(self, name, problem, mode):
         p = problem

@@ -228,8 +228,8 @@ def plot_group(rows: list[Row], group: compare.Group, roofs: list[Row], out_dir:
     return paths + _finish(figure, group, out_dir / f"{stem}-rates.png")
 
 
-def plot_rows(rows: list[Row], out_dir: Path, stem: str = "speed") -> dict[compare.Group, list[Path]]:
-    """The files of every group of the rows: STEM alone for one group, with case and selection in the name for more.
+def plot_rows(rows: list[Row], out_dir: Path) -> dict[compare.Group, list[Path]]:
+    """The files of every group of the rows: "speed" for one group, with case and selection in the name for more.
 
     ValueError: nothing measured, or no matplotlib.
     """
@@ -240,8 +240,8 @@ def plot_rows(rows: list[Row], out_dir: Path, stem: str = "speed") -> dict[compa
     out: dict[compare.Group, list[Path]] = {}
     for group, mine in found.items():
         case = group.config.split(": ", 1)[0]
-        name = f"{stem}-{compare.subject(mine)}-{case}-{group.selection.replace('=', '')}"
-        name = stem if len(found) == 1 else name
+        name = f"speed-{compare.subject(mine)}-{case}-{group.selection.replace('=', '')}"
+        name = "speed" if len(found) == 1 else name
         taken = {p.stem for paths in out.values() for p in paths}
         name += f"-{len(taken)}" if name in taken else ""
         out[group] = plot_group(mine, group, roofs_of(rows, group.device), out_dir, name)

@@ -16,8 +16,6 @@ from hsa_tl.impl.tilelang import targeted, unavailable
 from hsa_tl.problem import Problem
 
 COPIED_BYTES = 1 << 30
-CTAS = 132 * 8  # a multiple of the SMs, some on each at a time
-ROUNDS = 64
 BLOCK = 64  # rows of a tile, as in kernels_tilelang/micro.py
 
 
@@ -83,7 +81,7 @@ class Micro(Suite):
     modes = ("rate",)
     cpu_lengths, cuda_lengths = "256", "4k,16k,32k,64k,128k,1m"
     dims = "D={p.D}"
-    ctas, rounds = CTAS, ROUNDS
+    ctas, rounds = 132 * 8, 64  # a multiple of the SMs, some on each at a time
 
     def unavailable(self, name, problem, mode):
         if problem.device_type == "cpu" and targeted(problem) == problem:

@@ -97,8 +97,8 @@ class Sweep:
             torch.set_num_threads(self.threads)
         try:
             # Part of the device, as its threads are: rows with and without neighbours stand beside each other.
-            device = ", ".join(filter(None, (record.device_name(self.device), self.beside)))
-            self.source = (device, record.versions(), record.commit())
+            self.source = record.origin(self.device)
+            self.source["device"] += f", {self.beside}" if self.beside else ""
             with timing.neighbours(self.busy):
                 return self._measure_all()
         finally:
@@ -126,7 +126,7 @@ class Sweep:
 
     def row(self, point: Point, name: str, metric: str, values=(None,) * 3, note="") -> record.Row:
         what = (self.suite.providers[name], name, point.mode, metric, METRICS[metric], "T", point.problem.T)
-        return record.Row(*what, *values, point.config, self.label, *self.source, note)
+        return record.Row(*what, *values, point.config, self.label, **self.source, note=note)
 
     def add(self, *args, **kwargs) -> None:
         row = self.row(*args, **kwargs)
@@ -140,8 +140,7 @@ class Sweep:
     def is_measured(self, point: Point, name: str) -> bool:
         """A time of this device, versions and commit is there already."""
         old = self.rows.get(self.row(point, name, "time").key)
-        source = dict(zip(("device", "versions", "commit"), self.source, strict=True))
-        if old is None or old.p50 is None or not record.same_source(vars(old), source):
+        if old is None or old.p50 is None or not record.same_source(vars(old), self.source):
             return False
         self.learn(point, name, old.p20)
         return True

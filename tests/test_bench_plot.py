@@ -79,8 +79,8 @@ def test_plots_are_images(tmp_path):
     svg = (tmp_path / "speed.svg").read_text()
     assert "crossover 2K" in svg and "2.0x faster at 4K" in svg and "GiB" not in svg
     roof = row("matmul", "rate", 2048, 99.0, "throughput", "roofline")
-    plot.plot_rows([*rows(), roof], tmp_path, "roof")
-    assert "matmul, measured" in (tmp_path / "roof-rates.svg").read_text()
+    plot.plot_rows([*rows(), roof], tmp_path)
+    assert "matmul, measured" in (tmp_path / "speed-rates.svg").read_text()
     with pytest.raises(ValueError, match="rows must hold a measured time, got none"):
         plot.plot_rows([row("dense", "train", 64, None, note="unavailable: x")], tmp_path)
 
