@@ -242,16 +242,13 @@ def plan_text(programs: tuple) -> str:
 def show_predicted(wanted: list[Case], devices: list[str], title: str) -> None:
     """Prints the plans that calls of the cases get on each device, by the class of the selection."""
     lines = []
-    for device in devices:
-        for case in wanted:
-            for direction, overlap in itertools.product(plan.DIRECTIONS, tuner.CLASSES):
-                try:
-                    made = plan.choose(direction, case.problem, json.dumps({"overlap": float(overlap)}), device=device)
-                except NotImplementedError as error:
-                    lines.append((device, case.problem, direction, overlap, str(error), ""))
-                else:
-                    text, ns = plan_text(made.programs), f"{made.ns_per_pair:.2f}"
-                    lines.append((device, case.problem, direction, overlap, text, ns))
+    for device, case, direction, overlap in itertools.product(devices, wanted, plan.DIRECTIONS, tuner.CLASSES):
+        try:
+            made = plan.choose(direction, case.problem, json.dumps({"overlap": float(overlap)}), device=device)
+            text, ns = plan_text(made.programs), f"{made.ns_per_pair:.2f}"
+        except NotImplementedError as error:
+            text, ns = str(error), ""
+        lines.append((device, case.problem, direction, overlap, text, ns))
     names = ("device", "problem", "direction", "overlap", "plan", "ns/pair")
     show_table(console, title, names, lines, right=(3, 5))
 

@@ -16,7 +16,6 @@ from hsa_tl.text import Corpus, read_corpus, text_features, text_inputs
 
 GATE_LENGTH = 256  # tokens; TileLang's CPU target and Triton's interpreter take seconds for it
 DIRECTIONS = {"forward": ("forward",), "backward": ("backward",), "train": ("forward", "backward")}
-Tensors = dict[str, torch.Tensor]
 
 
 def selection_inputs(problem: Problem, selection: str, corpus: Corpus | None = None) -> Inputs:
@@ -101,7 +100,7 @@ class Attention(Suite):
         results = p.compare(tensors, problem.S, self.expected[key])
         return [r.message for r in results if r.message]
 
-    def inputs(self, problem: Problem, selection: str) -> Tensors:
+    def inputs(self, problem: Problem, selection: str) -> dict[str, torch.Tensor]:
         """Arguments of `hsa_attention` by name, do and dweights, and q_slc and landmarks with their own selection."""
         p, tensors = problem, selection_inputs(problem, selection, self.corpus)._asdict()
         q_slc, landmarks = retrieval_inputs(p, parse_selection(selection)[0], D_R, corpus=self.corpus)
