@@ -1,4 +1,9 @@
-"""Which chunks of a `PagedMemory` stay: those that tokens read most, by the weights that retrieval gave them."""
+"""Which chunks of a sequence stay where a budget leaves so many: those that tokens read most.
+
+A chunk's mass is the sum of the retrieval weights that it got. It is worth its mass over the chunks of tokens that
+could read it: by the mass alone the first chunks would stay for good, since they have had the longest time to gather
+it. The mass of a pinned chunk is infinite.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,22 +11,6 @@ import torch.nn.functional as F
 from hsa_tl.model.pages import merge
 
 SCORES = 1 << 24  # held at once
-
-
-class Budget:
-    """At most `chunks` of each sequence, and the mass [B, chunks] of all: the retrieval weights that each got, summed.
-
-    A chunk is worth its mass over the chunks of tokens that could read it. By the mass alone the first chunks would
-    stay for good: they have had the longest time to gather it. The mass of a pinned chunk is infinite.
-    """
-
-    def __init__(self, chunks: int, batch: int, device: torch.device):
-        self.chunks = chunks
-        self.mass = torch.zeros(batch, 0, dtype=torch.float64, device=device)
-
-    def reserve(self, chunks: int) -> None:
-        """Makes room for so many chunks of each sequence."""
-        self.mass = F.pad(self.mass, (0, chunks - self.mass.shape[1]))
 
 
 def per_layer(budget: int | tuple[int, ...] | None, layers: int) -> list[int | None]:
@@ -32,32 +21,23 @@ def per_layer(budget: int | tuple[int, ...] | None, layers: int) -> list[int | N
     return each
 
 
-def pin(memory, sequence: int, chunks: list[int]) -> None:
-    """See `PagedMemory.pin`."""
-    if memory.budget is None:
-        raise ValueError(f"chunks must be pinned in a memory with a budget, got {chunks} in one without")
-    held, evicted = memory.held[sequence], memory.evicted[sequence]
-    for chunk in chunks:
-        if chunk in evicted or not 0 <= chunk < held:
-            why = ", which it evicted" if chunk in evicted else f" of {held}"
-            raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}{why}")
-    memory.budget.mass[sequence, chunks] = torch.inf
+def worst(mass: torch.Tensor, age: torch.Tensor, excess: int) -> torch.Tensor:
+    """Which of the chunks [n] go, `excess` at most: those of least worth, of equal ones the first. age: chunks behind
+    each; the one of age 0, which no token may have read yet, and pinned ones stay, whatever the budget."""
+    worth = (mass / age).masked_fill(age == 0, torch.inf)
+    least = worth.argsort(stable=True)[:excess]
+    return least[worth[least] < torch.inf]
 
 
 def evict(memory, sequence: int) -> None:
-    """Brings a sequence down to the memory's budget: the chunks of least worth go, of equal ones the older, and never
-    the last one, which no token may have read yet."""
+    """Brings a sequence of a `PagedMemory` down to its budget."""
     pages = memory.host_table[sequence, : memory.held[sequence]].clone()
-    excess = int((pages >= 0).sum()) - memory.budget.chunks
-    if excess <= 0:
-        return
-    worth = memory.budget.mass[sequence, : len(pages)].cpu() / torch.arange(len(pages) - 1, -1, -1)
-    worth[pages < 0] = worth[-1] = torch.inf
-    worst = worth.argsort(stable=True)[:excess]
-    worst = worst[worth[worst] < torch.inf]  # a pinned chunk stays, whatever the budget
-    memory.release(pages[worst])
-    pages[worst] = -1
-    memory.hold(sequence, 0, pages)
+    held = (pages >= 0).nonzero()[:, 0]
+    if (excess := len(held) - memory.budget) > 0:
+        gone = held[worst(memory.mass[sequence].cpu()[held], len(pages) - 1 - held, excess)]
+        memory.release(pages[gone])
+        pages[gone] = -1
+        memory.hold(sequence, 0, pages)
 
 
 def count(memory, weights: torch.Tensor | None, indices: torch.Tensor) -> None:
@@ -73,7 +53,7 @@ def count(memory, weights: torch.Tensor | None, indices: torch.Tensor) -> None:
         return
     if weights is None:
         raise ValueError("weights must be given to a memory with a budget, which goes by them, got None")
-    mass = memory.budget.mass
+    mass = memory.mass
     valid = (indices >= 0) & (indices < mass.shape[1])
     weights = weights.unflatten(2, (indices.shape[2], -1)).mean(3).masked_fill(~valid, 0)
     mass.scatter_add_(1, indices.masked_fill(~valid, 0).flatten(1).long(), weights.flatten(1).to(mass.dtype))

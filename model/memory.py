@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from hsa_tl import hsa_decode, landmark_bounds, merge_attention, retrieve_decode, selected_decode
 from hsa_tl.model import memory_file
-from hsa_tl.model.budget import Budget, count, evict, pin, retrieve_kept
+from hsa_tl.model.budget import count, evict, retrieve_kept
 from hsa_tl.model.chunk_memory import apart, chunk_scores, together
 from hsa_tl.model.memory_file import MemorySpec
 from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, parts, pieces, placed, read, write
@@ -76,7 +76,8 @@ class PagedMemory:
         self.bound_slabs: Slabs = []  # [B, chunks / BLOCK, 2, R, E]
         self.held = [0] * spec.batch  # chunks, with those that were evicted
         self.evicted: list[list[int]] = [[] for _ in range(spec.batch)]
-        self.budget = None if budget is None else Budget(budget, spec.batch, self.device)
+        self.budget = budget
+        self.mass = torch.zeros(spec.batch, 0, dtype=torch.float64, device=self.device)  # see hsa_tl.model.budget
         self.counts = PageCounts()
         self.host_table = torch.empty(spec.batch, 0, dtype=torch.int32)  # on the device: page_table
         self.chunks = torch.zeros(spec.batch, dtype=torch.int32, device=self.device)
@@ -118,8 +119,7 @@ class PagedMemory:
                 self._clear_bounds(self.bound_slabs[-1:])
             self.host_table = F.pad(self.host_table, (0, blocks * BLOCK), value=-1)
             self.page_table = self.host_table.to(self.device, copy=True)
-            if self.budget is not None:
-                self.budget.reserve(self.host_table.shape[1])
+            self.mass = F.pad(self.mass, (0, blocks * BLOCK))
 
     def _clear_bounds(self, views: Slabs) -> None:
         for x in views:
@@ -215,7 +215,14 @@ class PagedMemory:
             ValueError: a memory without a budget, a sequence that is not there, or a chunk that it does not hold.
         """
         self._check_sequence("sequence", sequence)
-        pin(self, sequence, chunks)
+        if self.budget is None:
+            raise ValueError(f"chunks must be pinned in a memory with a budget, got {chunks} in one without")
+        held, evicted = self.held[sequence], self.evicted[sequence]
+        for chunk in chunks:
+            if chunk in evicted or not 0 <= chunk < held:
+                why = ", which it evicted" if chunk in evicted else f" of {held}"
+                raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}{why}")
+        self.mass[sequence, chunks] = torch.inf
 
     def crop(self, sequence: int, chunks: int) -> None:
         """Takes a sequence's chunks from `chunks` on away.
@@ -233,8 +240,7 @@ class PagedMemory:
             raise ValueError(f"chunks must be an int from 0 to {held}, what the sequence holds, got {chunks!r}")
         self.release(self.host_table[sequence, chunks:held])
         self.hold(sequence, chunks, torch.empty(0, dtype=torch.int32))
-        if self.budget is not None:
-            self.budget.mass[sequence, chunks:] = 0
+        self.mass[sequence, chunks:] = 0
         # From the first block without a landmark on; the bounds of one that keeps some stay wide.
         self._clear_bounds(pieces([x[sequence] for x in self.bound_slabs], -(-chunks // BLOCK), 1 << 60))
 
@@ -262,7 +268,7 @@ class PagedMemory:
             raise ValueError(f"target must be empty, `free` it first, got {self.held[target]} chunks")
         pages = self.host_table[source, : self.held[source]]
         self.counts.share(pages[pages >= 0].tolist())
-        for x in (*self.landmark_slabs, *self.bound_slabs, *([] if self.budget is None else [self.budget.mass])):
+        for x in (*self.landmark_slabs, *self.bound_slabs, self.mass):
             x[target] = x[source]
         self.hold(target, 0, pages)
 

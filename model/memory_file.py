@@ -164,7 +164,7 @@ class Reader:
                 start += len(block)
         if memory.budget is not None and "mass" in self.names:
             mass = self.tensor("mass")
-            memory.budget.mass[:, : mass.shape[1]] = mass
+            memory.mass[:, : mass.shape[1]] = mass
         for sequence, row in enumerate(rows):
             memory.hold(sequence, 0, row)
             if memory.two_level and len(row):
@@ -201,7 +201,7 @@ def load(kind: type, path: Path, spec: MemorySpec | None, options: dict):
 def contents(memory) -> dict[str, list[torch.Tensor]]:
     """The tensors of a PagedMemory."""
     pages, longest = len(memory.counts.references), memory.longest
-    mass = {} if memory.budget is None else {"mass": [memory.budget.mass[:, :longest]]}
+    mass = {} if memory.budget is None else {"mass": [memory.mass[:, :longest]]}
     return mass | {
         "chunks": [torch.tensor(memory.held, dtype=torch.int32)],
         "page_table": [memory.host_table[:, :longest]],

@@ -26,6 +26,7 @@ from torch import nn
 
 from hsa_tl import chunk_means, fusion_weights, merge_attention, retrieve_chunks, selected_attention, selected_decode
 from hsa_tl.model.attention import SelfAttention, positions, rotate
+from hsa_tl.model.budget import worst
 from hsa_tl.model.config import ModelConfig
 
 FEW = 8  # tokens of a sequence that decode as one; more are a segment
@@ -150,20 +151,17 @@ class OwnKeys:
         if (excess := self._behind(sequence) - self.budget) <= 0:
             return
         numbers, S = torch.tensor(self._numbers(sequence)), self.chunk_size
-        worth = self.mass[sequence, : len(numbers)].cpu() / (numbers[-1] - numbers)
-        worth[-1] = torch.inf  # no token may have read it yet
-        worst = worth.argsort(stable=True)[:excess]
-        worst = worst[worth[worst] < torch.inf]  # a pinned chunk stays, whatever the budget
-        self.evicted[sequence] = sorted(self.evicted[sequence] + numbers[worst].tolist())
+        gone = worst(self.mass[sequence, : len(numbers)].cpu(), numbers[-1] - numbers, excess)
+        self.evicted[sequence] = sorted(self.evicted[sequence] + numbers[gone].tolist())
         stays = torch.ones(self.mass.shape[1], dtype=torch.bool)
-        stays[worst] = False
+        stays[gone] = False
         kept = stays.nonzero()[:, 0].to(self.mass.device)
-        self.held[sequence] -= S * len(worst)
+        self.held[sequence] -= S * len(gone)
         pages = [x[sequence].unflatten(0, (-1, S)) for x in self.buffers]
         for x in (*pages, *(() if self.landmarks is None else (self.landmarks[sequence],))):
             at = kept[kept < len(x) - self.first]
             x[self.first : self.first + len(at)] = x[self.first + at]
-        self.mass[sequence] = F.pad(self.mass[sequence, kept], (0, len(worst)))
+        self.mass[sequence] = F.pad(self.mass[sequence, kept], (0, len(gone)))
 
     def pin(self, sequence: int, chunks: list[int]) -> None:
         """Keeps these chunks behind the window whatever the budget. ValueError: a chunk that is not held there."""

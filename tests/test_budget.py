@@ -204,7 +204,7 @@ def test_a_cache_with_room_gives_the_same_bits_and_one_without_never_names_the_e
     for cache in (tight, loaded):
         cache.crop(170)
     assert loaded.budget == 3 and loaded.memory.evicted == tight.memory.evicted
-    assert torch.equal(loaded.memory.budget.mass[:, :10], tight.memory.budget.mass[:, :10])
+    assert torch.equal(loaded.memory.mass[:, :10], tight.memory.mass[:, :10])
     assert torch.equal(read_in(model, tight, ids[:, 170:], 5), read_in(model, loaded, ids[:, 170:], 5))
 
 
@@ -223,7 +223,7 @@ def test_rows_of_different_lengths_keep_what_each_keeps_alone():
         at = [a + n for a, n in zip(at, counts, strict=True)]
     for b, cache in enumerate(alone):
         assert together.memory.evicted[b] == cache.memory.evicted[0] != []
-        mass, other = (x.memory.budget.mass.float() for x in (together, cache))  # of float32 weights
+        mass, other = (x.memory.mass.float() for x in (together, cache))  # of float32 weights
         torch.testing.assert_close(mass[b, :20], other[0, :20])
         assert other.sum() == pytest.approx(at[b] - 16, rel=1e-5)  # each token that sees a chunk gives 1
 
