@@ -34,11 +34,14 @@ def positions(start: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t + start if isinstance(start, int) else start[:, None] + t
 
 
-def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[float, ...]) -> torch.Tensor:
-    """RoPE: turns (x[d], x[d + D / 2]) by position * theta ** (-2 d / D), or by position * theta[d] of a tuple.
+def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[float, ...] | None) -> torch.Tensor:
+    """RoPE: turns (x[d], x[d + D / 2]) by position * theta ** (-2 d / D), or by position * theta[d] of a tuple; not at
+    all for None.
 
     Angles are float64: in float32 they would be off by 0.06 at position one million, and by one at 16 million.
     """
+    if theta is None:
+        return x_BTHD
     half = x_BTHD.shape[-1] // 2
     if isinstance(theta, tuple):
         frequency = torch.tensor(theta, device=x_BTHD.device, dtype=torch.float64)
@@ -51,20 +54,33 @@ def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[fl
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BTHD.dtype)
 
 
+def scores(q_BTAD: torch.Tensor, k_BPHD: torch.Tensor) -> torch.Tensor:
+    """Scaled scores [B, H, G, T, P], float32 at least."""
+    q = q_BTAD.unflatten(2, (k_BPHD.shape[2], -1)).permute(0, 2, 3, 1, 4)
+    product = q.flatten(2, 3) @ k_BPHD.permute(0, 2, 3, 1)
+    dtype = torch.promote_types(product.dtype, torch.float32)
+    return product.unflatten(2, q.shape[2:4]).to(dtype) / math.sqrt(q.shape[-1])
+
+
+def softmax_product(score_BHGTP: torch.Tensor, v_BPHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, T, A, D] and log-sum-exp [B, T, A] of scores, -inf where a key is hidden."""
+    lse = score_BHGTP.logsumexp(-1)
+    p = torch.exp(score_BHGTP - lse[..., None]).to(v_BPHD.dtype)
+    out = (p.flatten(2, 3) @ v_BPHD.transpose(1, 2)).unflatten(2, p.shape[2:4])  # [B, H, G, T, D]
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2)
+
+
 def _attend(q_BTAD, k_BPHD, v_BPHD, mask, with_lse):
     """Attention of one block: mask [T, P] or [B, 1, T, P], True where seen; None: causal, P = T, or T = 1."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTAD, k_BPHD, v_BPHD))
-    T, H, D = q.shape[2], k.shape[1], q.shape[3]
+    T = q_BTAD.shape[1]
     if not with_lse:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTAD, k_BPHD, v_BPHD))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True)
         return out.transpose(1, 2), None
     if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    score = (q.unflatten(1, (H, -1)) @ k[:, :, None].mT).float() / math.sqrt(D)  # [B, H, G, T, P]
-    score = score.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -torch.inf)
-    lse = score.logsumexp(-1)
-    out = torch.exp(score - lse[..., None]).to(v.dtype) @ v[:, :, None]
-    return out.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2).transpose(1, 2)
+        mask = torch.ones(T, T, dtype=torch.bool, device=q_BTAD.device).tril()
+    hidden = ~(mask if mask.ndim == 2 else mask[:, None])
+    return softmax_product(scores(q_BTAD, k_BPHD).masked_fill(hidden, -torch.inf), v_BPHD)
 
 
 def flash(q_BTAD, k_BPHD, v_BPHD, window: int | None) -> torch.Tensor:
@@ -172,8 +188,8 @@ class SelfAttention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.score_scale, self.log_length = score_scale, log_length
         self.window, self.rope_theta, self.value_residual = window, rope_theta, value_residual
-        self.norm = RMSNorm(dim, eps)
-        self.q_norm, self.k_norm = (RMSNorm(head_dim, eps) if qk_norm else nn.Identity() for _ in range(2))
+        self.norm = RMSNorm(dim, eps=eps)
+        self.q_norm, self.k_norm = (RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity() for _ in range(2))
         self.q = nn.Linear(dim, heads * head_dim, bias="q" in biases)
         self.k = nn.Linear(dim, kv_heads * head_dim, bias="k" in biases)
         if value_residual != "svformer":
@@ -194,13 +210,12 @@ class SelfAttention(nn.Module):
             v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_residual == "resformer":
             v = (self.value_mix[0] * first_v_BTHD + self.value_mix[1] * v).to(v.dtype)
-        if self.rope_theta is not None:
-            position = positions(start, x)
-            q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
+        position = positions(start, x)
+        q, k = rotate(q, position[..., before:], self.rope_theta), rotate(k, position, self.rope_theta)
         if self.score_scale != 1:
             q = q * self.score_scale
         if self.log_length:
-            n = positions(start, x)[..., before:, None, None] + 1
+            n = position[..., before:, None, None] + 1
             q = q * (n.log() / math.log(self.log_length))
         return q.to(v.dtype), k.to(v.dtype), v, before
 
@@ -218,7 +233,3 @@ class SelfAttention(nn.Module):
             k, v, past = cache.extend(k, v)
             past = None if past is None else past + before
         return *windowed(q, k, v, self.window, past, with_lse), own_v
-
-    def forward(self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: KeyCache | None = None):
-        """[B, T, C], to be added to the residual stream."""
-        return self.out(self.attend(x_BTC, start, cache)[0].flatten(2))

@@ -126,9 +126,7 @@ class ChunkEncoder(nn.Module):
             x = block(x)
         cls, x = x[:, -1], self.norm(x[:, P:])
         k, v = self.kv(x[:, :S]).unflatten(-1, (2, self.kv_heads, -1)).unflatten(0, (B, N)).flatten(1, 2).unbind(2)
-        k = self.k_norm(k)
-        if self.rope_theta is not None:
-            k = rotate(k, positions(start, k), self.rope_theta)
+        k = rotate(self.k_norm(k), positions(start, k), self.rope_theta)
         landmarks = self.landmark(x[:, S] if self.landmark_norm else cls)
         landmarks = landmarks.unflatten(-1, (self.retrieval_heads, -1)).unflatten(0, (B, N))
         if self.landmark_norm:
@@ -204,9 +202,7 @@ class HSALayer(nn.Module):
         dtype = q.dtype
         q_BTAD = self.q_norm(q.unflatten(-1, (self.heads, -1))) * self.log_scale.exp()
         q_BTRE = self.q_slc_norm(q_slc.unflatten(-1, (self.retrieval_heads, -1))) * self.log_slc_scale.exp()
-        if self.rope_theta is not None:
-            q_BTAD = rotate(q_BTAD, positions(start, x), self.rope_theta)
-        return q_BTAD.to(dtype), q_BTRE.to(dtype)
+        return rotate(q_BTAD, positions(start, x), self.rope_theta).to(dtype), q_BTRE.to(dtype)
 
     def mix(
         self, x_BTC: torch.Tensor, memory: Memory, start: int | torch.Tensor = 0, lse_BTA: torch.Tensor | None = None

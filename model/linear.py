@@ -86,7 +86,7 @@ class LinearAttention(SelfAttention):
     def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int, **options):
         super().__init__(dim, heads, kv_heads, head_dim, window=window, **options)
         self.gate = nn.Linear(dim, heads)
-        self.out_norm = RMSNorm(head_dim, self.norm.eps)
+        self.out_norm = RMSNorm(head_dim, eps=self.norm.eps)
         with torch.no_grad():  # without the bound 1/e is left after 2 ** (8 / A), 2 ** (16 / A), .., 256 tokens
             self.gate.bias.copy_(torch.expm1(2.0 ** (-8 * torch.arange(1, heads + 1) / heads)).log())
 

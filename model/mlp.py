@@ -4,6 +4,8 @@ Shape suffixes: B batch, T tokens, C channels, E experts, F hidden width, M (tok
 experts of a token.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -11,12 +13,13 @@ from torch import nn
 
 from hsa_tl.model.config import EPS
 
+RMSNorm = partial(nn.RMSNorm, eps=EPS)  # the same epsilon in every type
 
-class RMSNorm(nn.RMSNorm):
-    """PyTorch's, with the same epsilon in every type."""
 
-    def __init__(self, dim: int, eps: float = EPS):
-        super().__init__(dim, eps=eps)
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of what a linear layer makes of x here: x's, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class SwiGLU(nn.Module):
@@ -73,9 +76,7 @@ class MoE(nn.Module):
         load_E = torch.zeros_like(self.load_E).scatter_add_(0, expert_TK.flatten(), torch.ones_like(order_M))
         if self.training:
             self.load_E += load_E
-        dtype = (
-            torch.get_autocast_dtype(x_TC.device.type) if torch.is_autocast_enabled(x_TC.device.type) else x_TC.dtype
-        )
+        dtype = product_dtype(x_TC)
         x_MC = x_TC.to(dtype)[order_M // self.experts_per_token]
         gate, up = grouped_product(x_MC, self.up_ECF.to(dtype), load_E).chunk(2, -1)
         y_MC = grouped_product(F.silu(gate) * up, self.down_EFC.to(dtype), load_E)

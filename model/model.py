@@ -22,7 +22,7 @@ from hsa_tl.model.conv import ShortConv
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer
 from hsa_tl.model.linear import LinearAttention
-from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU
+from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU, product_dtype
 from hsa_tl.model.moba import MixtureOfBlockAttention
 from hsa_tl.model.nsa import NativeSparseAttention
 from hsa_tl.model.selected import Rule, SelectedAttention
@@ -83,7 +83,7 @@ class Layer(nn.Module):
                 selection_overlap=c.selection_overlap, recency=c.recency, topp=c.topp,
                 mass_power=c.mass_power,
             )  # fmt: skip
-        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp_norm = RMSNorm(c.dim, eps=c.norm_eps)
         if c.experts and index >= c.dense_layers:
             self.mlp = MoE(c.dim, c.experts, c.experts_per_token, c.expert_dim, c.shared_experts)
         else:
@@ -142,7 +142,7 @@ class Model(Generation, nn.Module):
                 rope_theta=(c.rope_frequencies or c.rope_theta) if "hsa" in c.rope else None, std=c.embedding_std,
                 landmark_norm=c.landmark_norm, overlap=c.encoder_overlap,
             )  # fmt: skip
-        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
         if c.tied:
             self.output.weight = self.embedding.weight
@@ -273,10 +273,7 @@ class Model(Generation, nn.Module):
         return Cache.load(self, path, **self._cache_options(options))
 
     def _cache_options(self, options: dict) -> dict:
-        weight = self.embedding.weight
-        device, dtype = weight.device, weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device, dtype = self.embedding.weight.device, product_dtype(self.embedding.weight)
         got = options.get("dtype", dtype)
         require(got == dtype, "dtype", f"be {dtype}, in which the model computes here", got)
         return {"device": device, "dtype": dtype, **options}

@@ -67,11 +67,10 @@ class NativeSparseAttention(SelfAttention):
         x, before = self.norm(x_BTC), x_BTC.shape[1] - window_BTAD.shape[1]
         q = self.q_norm(self.q(x[:, before:]).unflatten(-1, (self.heads, self.head_dim)))
         k_cmp, v_cmp, k, v = self.kv(x).unflatten(-1, (4, self.kv_heads, self.head_dim)).unbind(2)
-        k = self.selected_norm(k)
-        if self.far_theta is not None:
-            position = positions(start, x)
-            q, k = rotate(q, position[..., before:], self.far_theta), rotate(k, position, self.far_theta)
-        q, keys, past = q.to(v.dtype), torch.stack([k_cmp, v_cmp, k.to(v.dtype), v], 2), None
+        position = positions(start, x)
+        q = rotate(q, position[..., before:], self.far_theta).to(v.dtype)
+        k = rotate(self.selected_norm(k), position, self.far_theta).to(v.dtype)
+        keys, past = torch.stack([k_cmp, v_cmp, k, v], 2), None
         if far is not None:
             keys, past = far.extend(keys)
         if past is None:
@@ -92,9 +91,8 @@ class NativeSparseAttention(SelfAttention):
         N = max(1, k.shape[1] // S)  # one that is not whole is seen by no query
         k_cmp, v_cmp = (F.pad(y, (0, 0, 0, 0, 0, N * S - k.shape[1])).unflatten(1, (N, S)) for y in (k_cmp, v_cmp))
         k_BNHD, v_BNHD = self.compressed_norm(self.compress_k(k_cmp)), self.compress_v(v_cmp)
-        if self.far_theta is not None:
-            k_BNHD = rotate(k_BNHD, torch.arange(N, device=k.device) * S, self.far_theta)
-        k_BNHD, position = k_BNHD.to(v_BNHD.dtype), positions(k.shape[1] - T, q_BTAD)
+        k_BNHD = rotate(k_BNHD, torch.arange(N, device=k.device) * S, self.far_theta).to(v_BNHD.dtype)
+        position = positions(k.shape[1] - T, q_BTAD)
         block = max(1, BLOCK_SCORES // max(1, B * A * N))  # recomputed in the backward: never [T, N] at once
         parts = [
             checkpoint(self._compressed, *part, k_BNHD, v_BNHD, use_reentrant=False)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsa_tl import chunk_means, fusion_weights, merge_attention, retrieve_chunks, selected_attention, selected_decode
-from hsa_tl.model.attention import SelfAttention, positions, rotate
+from hsa_tl.model.attention import SelfAttention, positions, rotate, scores, softmax_product
 from hsa_tl.model.budget import worst
 from hsa_tl.model.config import ModelConfig
 
@@ -268,7 +268,7 @@ class Rule:
         """
         T, W, S = q_BTAD.shape[1], self.window, self.chunk_size
         start = keys.k.shape[1] - T
-        q_cap = q_BTAD if self.theta is None else rotate(q_BTAD, torch.tensor([W], device=q_BTAD.device), self.theta)
+        q_cap = rotate(q_BTAD, torch.tensor([W], device=q_BTAD.device), self.theta)
         n = BLOCK.get(q_BTAD.device.type, BLOCK_ACCELERATOR)
         blocks = [self._near(q_BTAD[:, a : a + n], q_cap[:, a : a + n], keys, start + a) for a in range(0, T, n)]
         near = [torch.cat(x, 1) for x in zip(*blocks, strict=True)]
@@ -283,8 +283,7 @@ class Rule:
 
     def _near(self, q_BTAD, q_cap, keys: Keys, start: int):
         """Attention to all keys but the whole chunks behind the window; start: position of the first query."""
-        (_, T, A, _), W, S, sinks = q_BTAD.shape, self.window, self.chunk_size, self.sinks
-        last, H = start + T, keys.k.shape[2]
+        W, S, sinks, last = self.window, self.chunk_size, self.sinks, start + q_BTAD.shape[1]
         low = min(last, sinks + max(0, start + 1 - W - sinks) // S * S)
         k, v = (torch.cat([x[:, : min(sinks, low)], x[:, low:last]], 1) for x in keys[:2])
         j = torch.cat([torch.arange(min(sinks, low)), torch.arange(low, last)]).to(k.device)
@@ -292,15 +291,10 @@ class Rule:
         behind = j <= i - W
         chunks = sinks + (i + 1 - W - sinks).clamp(min=0) // S * S  # where they end
         hidden = (j > i) | ((j >= sinks) & (j < chunks))
-        rope = (lambda x, position: x) if self.theta is None else lambda x, position: rotate(x, position, self.theta)
-        score = scores(rope(q_BTAD, i[:, 0]), rope(k, j))
+        score = scores(rotate(q_BTAD, i[:, 0], self.theta), rotate(k, j, self.theta))
         if (n := len(j) - W) > 0:  # keys, the first ones, that the last query sees behind its window
             score[..., :n] = torch.where(behind[:, :n], scores(q_cap, k[:, :n]), score[..., :n])
-        score = score.masked_fill(hidden, -torch.inf)
-        lse = score.logsumexp(-1)
-        out = torch.exp(score - lse[..., None]).to(v.dtype).flatten(2, 3) @ v.transpose(1, 2)  # [B, H, G * T, D]
-        out = out.unflatten(2, (A // H, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        return out, lse.permute(0, 3, 1, 2).flatten(2)
+        return softmax_product(score.masked_fill(hidden, -torch.inf), v)
 
     def _far(self, q_BTAD, keys: Keys, past: int, chooser: Landmarks | None, count: Callable | None):
         """Attention to chosen chunks, of which token t sees the first (past + t) // S."""
@@ -386,11 +380,3 @@ class SelectedAttention(SelfAttention):
             for row, n in zip(rows, starts[: len(rows)], strict=True)
         ]  # fmt: skip
         return *(torch.cat(x) for x in zip(*parts, strict=True)), v
-
-
-def scores(q_BTAD: torch.Tensor, k_BPHD: torch.Tensor) -> torch.Tensor:
-    """[B, H, G, T, P], float32 at least."""
-    q = q_BTAD.unflatten(2, (k_BPHD.shape[2], -1)).permute(0, 2, 3, 1, 4)
-    product = q.flatten(2, 3) @ k_BPHD.permute(0, 2, 3, 1)
-    dtype = torch.promote_types(product.dtype, torch.float32)
-    return product.unflatten(2, q.shape[2:4]).to(dtype) / math.sqrt(q.shape[-1])
