@@ -21,6 +21,18 @@ def per_layer(budget: int | tuple[int, ...] | None, layers: int) -> list[int | N
     return each
 
 
+def pin(memory, sequence: int, chunks: list[int]) -> None:
+    """See `PagedMemory.pin`."""
+    if memory.budget is None:
+        raise ValueError(f"chunks must be pinned in a memory with a budget, got {chunks} in one without")
+    held, evicted = memory.held[sequence], memory.evicted[sequence]
+    for chunk in chunks:
+        if chunk in evicted or not 0 <= chunk < held:
+            why = ", which it evicted" if chunk in evicted else f" of {held}"
+            raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}{why}")
+    memory.mass[sequence, chunks] = torch.inf
+
+
 def worst(mass: torch.Tensor, age: torch.Tensor, excess: int) -> torch.Tensor:
     """Which of the chunks [n] go, `excess` at most: those of least worth, of equal ones the first. age: chunks behind
     each; the one of age 0, which no token may have read yet, and pinned ones stay, whatever the budget."""

@@ -4,6 +4,8 @@ Shape suffixes: as in hsa_tl.model.hsa.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -51,10 +53,8 @@ def chunk_scores(
     position = positions(start, q_slc)
     if recency is not None:
         between = position[..., None] // chunk_size - 1 - torch.arange(landmarks.shape[1], device=q_slc.device)
-        share = (between.clamp(min=0).to(dtype).log1p() / math.log(recency_span)).clamp(max=1)[
-            ..., None, :
-        ]  # [.., T, 1, N]
-        scores = scores - recency.to(dtype)[:, None] * share
+        share = (between.clamp(min=0).to(dtype).log1p() / math.log(recency_span)).clamp(max=1)
+        scores = scores - recency.to(dtype)[:, None] * share[..., None, :]
     seen = visible(position, landmarks.shape[1], chunk_size, exclude_window)
     return scores.masked_fill_(~seen[..., None, :], -torch.inf)
 
@@ -64,15 +64,11 @@ def with_rolled(x: torch.Tensor, sequences: int) -> torch.Tensor:
     return torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1)
 
 
-def apart(q, indices) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every slot as a token of its own: q [B, T, A, D] as [B, T * K, A, D], indices [B, T, H, K] as [B, T * K, H, 1].
-    `masses` are the log-sum-exps of such tokens."""
-    return q.repeat_interleave(indices.shape[3], 1), indices.transpose(2, 3).flatten(1, 2)[..., None]
-
-
-def together(lse, slots: int) -> torch.Tensor:
-    """lse [B, T * K, A] of tokens from `apart` as [B, T, A, K]."""
-    return lse.unflatten(1, (-1, slots)).transpose(2, 3)
+def of_slots(lse: Callable, q, indices) -> torch.Tensor:
+    """[B, T, A, K]: lse(q, indices) [B, T * K, A] where every slot is a token of its own. What `masses` are."""
+    slots = indices.transpose(2, 3).flatten(1, 2)[..., None]
+    found = lse(q.repeat_interleave(indices.shape[3], 1), slots)
+    return found.unflatten(1, (-1, indices.shape[3])).transpose(2, 3)
 
 
 class ChunkMemory(NamedTuple):
@@ -160,9 +156,8 @@ class ChunkMemory(NamedTuple):
         Returns:
             Tensor [B, T, HQ, K], float32: -inf for an empty slot; differentiable.
         """
-        q, slots = apart(q, indices)
-        lse = selected_attention(q, self.k, self.v, slots, chunk_size=self.chunk_size, impl=impl)[1]
-        return together(lse, indices.shape[3])
+        attend = partial(selected_attention, chunk_size=self.chunk_size, impl=impl)
+        return of_slots(lambda q, slots: attend(q, self.k, self.v, slots)[1], q, indices)
 
 
 class BatchMemory:

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 
 from hsa_tl import hsa_decode, landmark_bounds, merge_attention, retrieve_decode, selected_decode
 from hsa_tl.model import memory_file
-from hsa_tl.model.budget import count, evict, retrieve_kept
-from hsa_tl.model.chunk_memory import apart, chunk_scores, together
+from hsa_tl.model.budget import count, evict, pin, retrieve_kept
+from hsa_tl.model.chunk_memory import chunk_scores, of_slots
 from hsa_tl.model.memory_file import MemorySpec
 from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, parts, pieces, placed, read, write
+from hsa_tl.validation import require
 
 BLOCK = 64  # landmarks that share a bound
+NO_BOUNDS = torch.tensor([torch.inf, -torch.inf]).view(2, 1, 1)  # of a block without landmarks
 
 
 class PagedMemory:
@@ -62,8 +64,7 @@ class PagedMemory:
         pages = spec.batch * capacity if pages is None else pages
         sizes = {"capacity": capacity, "pages": pages, "cache_pages": cache_pages}
         for name, value in (sizes if budget is None else sizes | {"budget": budget}).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+            require(type(value) is int and value >= 1, name, "be a positive int", repr(value))
         if directory is not None and torch.device(device).type != "cpu" and not offload:
             raise ValueError(f"directory must come with offload=True on {device}, got {directory}")
         if directory is not None:
@@ -91,7 +92,7 @@ class PagedMemory:
     @property
     def pages(self) -> int:
         """Pages in use; one that sequences share counts once."""
-        return self.counts.used
+        return len(self.counts.references) - len(self.counts.free)
 
     @property
     def longest(self) -> int:
@@ -115,15 +116,10 @@ class PagedMemory:
             blocks = -(-(room or chunks) // BLOCK)
             self.landmark_slabs.append(new(B, blocks * BLOCK, *self.spec.landmark))
             if self.two_level:
-                self.bound_slabs.append(new(B, blocks, 2, *self.spec.landmark))
-                self._clear_bounds(self.bound_slabs[-1:])
+                self.bound_slabs.append(new(B, blocks, 2, *self.spec.landmark).copy_(NO_BOUNDS))
             self.host_table = F.pad(self.host_table, (0, blocks * BLOCK), value=-1)
             self.page_table = self.host_table.to(self.device, copy=True)
             self.mass = F.pad(self.mass, (0, blocks * BLOCK))
-
-    def _clear_bounds(self, views: Slabs) -> None:
-        for x in views:
-            x[..., 0, :, :], x[..., 1, :, :] = torch.inf, -torch.inf
 
     def append(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
         """Adds whole chunks to a sequence; nothing is stored if an argument is wrong.
@@ -165,6 +161,7 @@ class PagedMemory:
             raise ValueError(f"start must be of chunks that the sequence holds, and alone, got {start}")
         if self.cache is not None:
             self.cache.forget(pages)
+        self.mass[sequence, start : start + len(pages)] = 0
         self._store(sequence, start, k, v, landmarks)
 
     def _store(self, sequence: int, start: int, k, v, landmarks) -> None:
@@ -215,14 +212,7 @@ class PagedMemory:
             ValueError: a memory without a budget, a sequence that is not there, or a chunk that it does not hold.
         """
         self._check_sequence("sequence", sequence)
-        if self.budget is None:
-            raise ValueError(f"chunks must be pinned in a memory with a budget, got {chunks} in one without")
-        held, evicted = self.held[sequence], self.evicted[sequence]
-        for chunk in chunks:
-            if chunk in evicted or not 0 <= chunk < held:
-                why = ", which it evicted" if chunk in evicted else f" of {held}"
-                raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}{why}")
-        self.mass[sequence, chunks] = torch.inf
+        pin(self, sequence, chunks)
 
     def crop(self, sequence: int, chunks: int) -> None:
         """Takes a sequence's chunks from `chunks` on away.
@@ -242,7 +232,8 @@ class PagedMemory:
         self.hold(sequence, chunks, torch.empty(0, dtype=torch.int32))
         self.mass[sequence, chunks:] = 0
         # From the first block without a landmark on; the bounds of one that keeps some stay wide.
-        self._clear_bounds(pieces([x[sequence] for x in self.bound_slabs], -(-chunks // BLOCK), 1 << 60))
+        for x in pieces([x[sequence] for x in self.bound_slabs], -(-chunks // BLOCK), 1 << 60):
+            x.copy_(NO_BOUNDS)
 
     def free(self, sequence: int) -> None:
         """Takes all of a sequence's chunks away, so that another one can take its place.
@@ -264,8 +255,7 @@ class PagedMemory:
         """
         for name, sequence in (("source", source), ("target", target)):
             self._check_sequence(name, sequence)
-        if self.held[target]:
-            raise ValueError(f"target must be empty, `free` it first, got {self.held[target]} chunks")
+        require(not self.held[target], "target", "be empty, `free` it first", f"{self.held[target]} chunks")
         pages = self.host_table[source, : self.held[source]]
         self.counts.share(pages[pages >= 0].tolist())
         for x in (*self.landmark_slabs, *self.bound_slabs, self.mass):
@@ -274,6 +264,8 @@ class PagedMemory:
 
     def widen(self, sequence: int, start: int, landmarks: torch.Tensor) -> None:
         """Lets the bounds hold the landmarks [C, R, E] of chunks from `start` on."""
+        if not len(landmarks):
+            return
         first = start // BLOCK * BLOCK
         padded = torch.cat([landmarks[:1].expand(start - first, -1, -1), landmarks])  # to the start of its block
         new = landmark_bounds(padded[None])[0]
@@ -341,9 +333,12 @@ class PagedMemory:
         """
         count(self, weights, indices)
         if weights is None:
-            return merge_attention(*(selected_decode(q, *x, scale=scale, impl=impl) for x in parts(self, indices)))[0]
+            return self._one_softmax(q, indices, scale, impl)[0]
         found = ((k, v, weights, part, table) for k, v, part, table in parts(self, indices))
         return reduce(torch.add, (hsa_decode(q, *x, scale=scale, impl=impl) for x in found))
+
+    def _one_softmax(self, q, indices, scale: float | None, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return merge_attention(*(selected_decode(q, *x, scale=scale, impl=impl) for x in parts(self, indices)))
 
     def masses(
         self, q: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None, impl: str = "auto"
@@ -356,9 +351,7 @@ class PagedMemory:
         Returns:
             Tensor [B, T, HQ, K], float32: -inf for an empty slot.
         """
-        q, slots = apart(q, indices)
-        found = (selected_decode(q, *x, scale=scale, impl=impl)[1] for x in parts(self, slots))
-        return together(reduce(torch.maximum, found), indices.shape[3])  # each chunk is in one part
+        return of_slots(lambda q, slots: self._one_softmax(q, slots, scale, impl)[1], q, indices)
 
     def pages_of(self, indices: torch.Tensor) -> torch.Tensor:
         """[B, T, H, K]: the page of each slot, -1 for an empty one."""

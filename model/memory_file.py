@@ -167,7 +167,7 @@ class Reader:
             memory.mass[:, : mass.shape[1]] = mass
         for sequence, row in enumerate(rows):
             memory.hold(sequence, 0, row)
-            if memory.two_level and len(row):
+            if memory.two_level:
                 memory.widen(sequence, 0, memory.landmarks(sequence))
         return memory
 

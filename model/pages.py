@@ -85,10 +85,6 @@ class PageCounts:
         self.references = list(references)
         self.free = [page for page, n in enumerate(self.references) if not n]
 
-    @property
-    def used(self) -> int:
-        return len(self.references) - len(self.free)
-
     def take(self, n: int) -> list[int]:
         """n pages of one sequence: those that were given back first."""
         taken, self.free = self.free[:n], self.free[n:]

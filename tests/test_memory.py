@@ -302,6 +302,14 @@ def test_a_bad_append_stores_nothing(change, words):
 
 
 @each_kind
+def test_no_chunks_are_appended_anywhere(options):
+    memory, _ = filled((5, 0, 1), **options)
+    for b in range(3):
+        memory.append(b, *chunks(0))
+    assert memory.held == [5, 0, 1]
+
+
+@each_kind
 def test_a_chunk_that_is_not_held_is_refused(options):
     memory, _ = filled((2, 0, 1), **options)
     indices = torch.zeros(3, 1, H, 1, dtype=torch.int32)
