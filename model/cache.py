@@ -43,7 +43,7 @@ def _dims(config) -> dict:
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ignored}))
 
 
-def _weights(model) -> list[float]:
+def weights_of(model) -> list[float]:
     """A value of every parameter: what tells a model from others of its configuration, whatever its dtype."""
     return [p.detach().flatten()[p.numel() // 2].item() for p in model.parameters()]
 
@@ -270,7 +270,7 @@ class Cache:
         state = {
             "config": _dims(self.config), "lengths": self.lengths, "undo": self.undo, "undoable": self.undoable,
             "budget": self.budget, "unread": None if self.unread is None else [x.tolist() for x in self.unread],
-            "weights": None if (model := self.model()) is None else _weights(model),
+            "weights": None if (model := self.model()) is None else weights_of(model),
         }  # fmt: skip
         spec = {} if self.memory is None else {"spec": self.memory.spec.to_json()}
         memory_file.write(Path(path), tensors, FORMAT, state=json.dumps(state), **spec)
@@ -285,7 +285,7 @@ class Cache:
             dims, saved = _dims(model.config), _dims(type(model.config)()) | state["config"]  # defaults of newer fields
             if wrong := [f"{k} = {v}" for k, v in saved.items() if dims.get(k) != v]:
                 raise ValueError(f"{path} must hold a cache of this model, got one of {', '.join(wrong)}")
-            mine = torch.tensor(_weights(model))
+            mine = torch.tensor(weights_of(model))
             theirs = mine if state.get("weights") is None else torch.tensor(state["weights"])  # older files have none
             if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-6):
                 raise ValueError(f"{path} must hold a cache of this model, got one of a model with other weights")

@@ -20,9 +20,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from hsa_tl.model.cache import weights_of
 from hsa_tl.model.memory import MemorySpec, PagedMemory
+from hsa_tl.model.mlp import product_dtype
 from hsa_tl.model.model import Model
 from hsa_tl.model.sharing import Share, SharedMemory, require_shareable
+from hsa_tl.validation import require
 
 SEGMENT = 1 << 14  # tokens at once
 ONE_SHOT = 1 << 17  # longest context that full attention reads: its time is quadratic
@@ -43,26 +46,27 @@ class LongReader:
         self, model: Model, *, segment: int = SEGMENT, folder: Path | None = None, retrieve: bool = True,
         budget: float | None = None, group: dist.ProcessGroup | None = None,
     ):  # fmt: skip
+        c = model.config
         if group is not None:
-            require_shareable(model.config, budget)
-        if segment % model.config.chunk_size:
-            raise ValueError(f"segment must be a multiple of chunk_size = {model.config.chunk_size}, got {segment}")
-        if folder is not None and next(model.parameters()).device.type != "cpu":
-            raise ValueError(f"folder must be left out on a GPU, got {folder}")
-        if budget is not None and not (0 < budget <= 1 and retrieve and model.config.attention == "hsa"):
-            raise ValueError(f"budget must lie in (0, 1], for a model that retrieves from a chunk memory, got {budget}")
+            require_shareable(c, budget)
+        require(segment % c.chunk_size == 0, "segment", f"be a multiple of chunk_size = {c.chunk_size}", segment)
+        on_host = model.embedding.weight.device.type == "cpu"
+        require(folder is None or on_host, "folder", "be left out on a GPU", folder)
+        kept = budget is None or (0 < budget <= 1 and retrieve and c.attention == "hsa")
+        require(kept, "budget", "lie in (0, 1], for a model that retrieves from a chunk memory", budget)
+        linear = "linear" in c.kinds
+        reads = retrieve or not linear or c.attention != "hsa"
+        require(reads, "retrieve", "be True for a model with linear layers", retrieve)
         self.model, self.segment, self.folder, self.retrieve = model, segment, folder, retrieve
         self.budget, self.group = budget, group
-        c = model.config
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]
         self.whole = "full" in c.kinds
-        self.cached = c.attention == "selected" or "linear" in c.kinds or budget is not None
-        if not retrieve and model.encoder is not None and "linear" in c.kinds:
-            raise ValueError("retrieve must be True for a model with linear layers, got False")
+        self.cached = c.attention == "selected" or linear or budget is not None
         self.lower_reach = sum(x.reach for x in lower) + max(0, c.conv - 1)
         self.chunk_reach = self.lower_reach + c.encoder_overlap
         self.upper_reach = sum(x.reach for x in upper)
         self.tokens = np.empty(0, np.uint16)
+        self.made_by: tuple[list[float], MemorySpec] | None = None  # what encoded them
         self.memory: PagedMemory | None = None  # with a group, of this rank's share
         self.share: Share | None = None
 
@@ -70,8 +74,7 @@ class LongReader:
     def read(self, tokens: np.ndarray, keep: int) -> torch.Tensor:
         """Logits [keep, V] of the last `keep` positions of tokens [T]."""
         T = len(tokens)
-        if not 1 <= keep <= T:
-            raise ValueError(f"keep must lie in [1, {T}], got {keep}")
+        require(1 <= keep <= T, "keep", f"lie in [1, {T}]", keep)
         if self.whole and T > ONE_SHOT:
             raise NotImplementedError(f"full attention reads at most {ONE_SHOT} tokens here, got {T}")
         if self.cached:
@@ -103,7 +106,7 @@ class LongReader:
         return torch.cat(logits)
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(tokens.astype(np.int64))[None].to(next(self.model.parameters()).device)
+        return torch.from_numpy(tokens.astype(np.int64))[None].to(self.model.embedding.weight.device)
 
     def _lower(self, tokens: np.ndarray, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the lower decoder gives at [a, b): it reads from its reach before a on."""
@@ -112,15 +115,18 @@ class LongReader:
         return h[:, a - first :], v[:, a - first :]
 
     def _remember(self, tokens: np.ndarray) -> None:
-        """Brings the memory to these tokens: all chunks the first time, then those that a changed token reaches."""
+        """Brings the memory to these tokens: all chunks the first time, and where the model has learned since; then
+        those that a changed token reaches."""
         S = self.model.config.chunk_size
         N = len(tokens) // S if self.retrieve else 0
         self.share = None if self.group is None else Share(N, self.group)
         first, stop = (0, N) if self.share is None else (self.share.first, min(N, self.share.stop))
-        if len(tokens) != len(self.tokens):
-            c, p = self.model.config, next(self.model.parameters())
-            spec = MemorySpec.of(c, 1, p.dtype)
-            self.memory = PagedMemory(spec, device=p.device, capacity=max(1, stop - first), directory=self.folder)
+        weight = self.model.embedding.weight
+        spec = MemorySpec.of(self.model.config, 1, product_dtype(weight))
+        made_by = weights_of(self.model), spec
+        if len(tokens) != len(self.tokens) or made_by != self.made_by:
+            options = {"device": weight.device, "capacity": max(1, stop - first), "directory": self.folder}
+            self.memory, self.made_by = PagedMemory(spec, **options), made_by
             stale = np.ones(N, bool)
         else:
             changed = np.flatnonzero(tokens != self.tokens)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from hsa_tl.model.cache import Cache
 from hsa_tl.model.chunk_memory import Memory
 from hsa_tl.model.generate import SEGMENT
+from hsa_tl.model.mlp import product_dtype
 from hsa_tl.model.pages import merge
 from hsa_tl.validation import require_integers
 
@@ -109,7 +110,7 @@ class SharedCache(Cache):
         tokens = require_integers("tokens", tokens, 0, c.vocab_size).to(weight.device)
         self.share = Share(T // S, group)
         first, stop = self.share.first * S, min(self.share.stop, T // S) * S
-        options = {"device": weight.device, "dtype": weight.dtype, "capacity": max(S, stop - first), **options}
+        options = {"device": weight.device, "dtype": product_dtype(weight), "capacity": max(S, stop - first), **options}
         super().__init__(model, 1, undo=0, **options)
         lower = sum(layer.reach for layer in model.layers[: c.lower_layers]) + c.conv + c.encoder_overlap
         upper = sum(layer.reach for layer in model.layers[c.lower_layers :])

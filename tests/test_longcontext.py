@@ -88,6 +88,18 @@ def test_any_change_is_read(changed, keep, length):
     check([reader], exact, tokens, keep)
 
 
+def test_a_model_that_learned_reads_all_again():
+    """In whatever type it computes, of whatever weights, the reader says what a new one says."""
+    model, _ = models({})
+    reader, tokens = LongReader(model), np.random.default_rng(0).integers(0, 320, 391).astype(np.uint16)
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            for _ in range(2):
+                torch.testing.assert_close(reader.read(tokens, 5), LongReader(model).read(tokens, 5))
+                with torch.no_grad():
+                    model.layers[0].mlp.up.weight *= 1.5
+
+
 def test_little_is_encoded_again():
     model = Model(preset("tiny")).eval()
     chunks = []
@@ -120,7 +132,9 @@ def test_other_chunks_take_the_place_of_stored_ones(options):
     scores, indices = memory.retrieve(q_slc, lengths, K)
     memory.attend(q, fusion_weights(scores), indices)
     new = chunks(60)
+    memory.mass[2] = 1
     memory.replace(2, *new, start=8)
+    assert memory.mass[2, 7:69].tolist() == [1.0, *[0.0] * 60, 1.0]  # nobody has read the new ones
     fresh = PagedMemory(SPEC, **options)
     fresh.append(0, *content[0])
     fresh.append(2, *(torch.cat([x[:8], y, x[68:]]) for x, y in zip(content[2], new, strict=True)))

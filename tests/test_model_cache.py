@@ -392,7 +392,7 @@ def test_a_cache_from_before_a_setting_has_its_default(tmp_path, monkeypatch):
     model, dims = whole("hsa")[0], caches._dims
     with monkeypatch.context() as older:
         older.setattr(caches, "_dims", lambda config: {k: v for k, v in dims(config).items() if k != "topp"})
-        older.setattr(caches, "_weights", lambda model: None)
+        older.setattr(caches, "weights_of", lambda model: None)
         model.new_cache(2).save(tmp_path / "cache")
     assert model.load_cache(tmp_path / "cache").lengths == [0, 0]
     other = Model(replace(model.config, topp=0.5))
