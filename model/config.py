@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from hsa_tl.validation import IMPLS
+from hsa_tl.validation import IMPLS, require
 
 ATTENTIONS = ("hsa", "nsa", "moba", "swa", "full", "linear", "selected")
 SELECTIONS = ("mass", "mean", "landmark")
@@ -289,8 +289,7 @@ def preset(name: str) -> ModelConfig:
     Raises:
         ValueError: another name; the message lists them.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    require(name in PRESETS, "preset", f"be one of {', '.join(PRESETS)}", repr(name))
     return PRESETS[name]
 
 

@@ -24,10 +24,8 @@ def extended(config: ModelConfig, kind: str, length: int, trained_length: int) -
 
     ValueError: another kind, another attention, or frequencies that are no base's.
     """
-    if kind not in SCALINGS:
-        raise ValueError(f"kind must be one of {', '.join(SCALINGS)}, got {kind!r}")
-    if config.attention != "full":
-        raise ValueError(f"config must have attention 'full', got {config.attention!r}")
+    require(kind in SCALINGS, "kind", f"be one of {', '.join(SCALINGS)}", repr(kind))
+    require(config.attention == "full", "config", "have attention 'full'", repr(config.attention))
     require(not config.rope_frequencies, "config", "have the frequencies of its rope_theta", config.rope_frequencies)
     if length <= trained_length:
         return config
