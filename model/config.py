@@ -1,6 +1,8 @@
 """The model's configuration: one frozen dataclass, its presets and its baselines."""
 
+import math
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 
 from hsa_tl.validation import IMPLS, require
 
@@ -182,6 +184,11 @@ class ModelConfig:
                 object.__setattr__(self, name, tuple(value))
         ints = (f.name for f in fields(self) if f.type is int)
         require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
+        for f in fields(self):
+            value = getattr(self, f.name)
+            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            require(f.type is not float or number, f.name, "be a finite number", repr(value))
+            require(f.type is not bool or isinstance(value, bool), f.name, "be True or False", repr(value))
         counts = type(self.topk) is int and self.topk >= (0 if self.attention == "selected" else 1)
         every = self.layers * self.kv_heads
         require_rules(
@@ -196,6 +203,7 @@ class ModelConfig:
             ("hsa_window", self.hsa_window <= self.window, f"be at most window = {self.window}"),
             ("rope", isinstance(self.rope, tuple) and set(self.rope) <= set(ATTENTIONS), "be a tuple of attentions"),
             ("rope_frequencies", len(self.rope_frequencies) in (0, half := self.head_dim // 2), f"hold {half} or none"),
+            ("rope_theta", self.rope_theta > 0, "be positive"),
             ("norm_eps", 0 <= self.norm_eps < 1, "lie in [0, 1)"),
             ("biases", isinstance(self.biases, tuple) and set(self.biases) <= set(BIASES), "hold q, k, v or out"),
             ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),

@@ -19,6 +19,7 @@ CONFIG = [  # a field, values at its edge, values beyond it, what stands beside 
     ("encoder_overlap", (0, 1, 15), (16, -1), {}),
     ("rope", ((), ("swa", "hsa"), ["full"]), (("up",), "swa", {"swa"}), {}),
     ("rope_frequencies", ((), (0.5,) * 16), ((0.5,) * 15, (0.5,) * 17), {}),
+    ("rope_theta", (1e-9, 1), (0, -1.0), {}),
     ("norm_eps", (0.0, 0.99), (-0.01, 1.0), {}),
     ("biases", (("q", "k", "v", "out"),), (("up",), "q"), {}),
     ("selection", ("mean",), ("best",), {}),
@@ -87,3 +88,11 @@ def test_every_rule_holds_up_to_its_edge(module, made, edges, monkeypatch):
                 replace(made, **beside, **{name: value})
             told.add(name)
     assert told == rules
+
+
+@pytest.mark.parametrize(
+    "name, value", (("tied", "no"), ("linear", 1), ("rope_theta", "1e4"), ("topp", None), ("score_scale", float("inf")))
+)
+def test_a_value_of_another_type_is_told_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {value!r}"):
+        replace(preset("tiny"), **{name: value})
