@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from hsa_tl.model.pages import merge
+from hsa_tl.validation import require
 
 SCORES = 1 << 24  # held at once
 
 
-def per_layer(budget: int | tuple[int, ...] | None, layers: int) -> list[int | None]:
-    """Budgets of layers that keep chunks of their own: one for all, or one of each. ValueError: another number."""
-    each = list(budget) if isinstance(budget, tuple | list) else [budget] * layers
-    if len(each) != layers or (budget is not None and any(type(n) is not int or n < 1 for n in each)):
-        raise ValueError(f"budget must be a positive int, or one of each of {layers} layers, got {budget!r}")
-    return each
+def per_layer(budget: int | tuple[int, ...] | None, config) -> list[int | None]:
+    """Budgets of layers that keep chunks of their own: one for all, or one of each; 1 for those that choose none.
+    ValueError: another number."""
+    each = list(budget) if isinstance(budget, tuple | list) else [budget] * config.layers
+    ok = len(each) == config.layers and (budget is None or all(type(n) is int and n > 0 for n in each))
+    require(ok, "budget", f"be a positive int, or one of each of {config.layers} layers", repr(budget))
+    return [n if config.chooses(layer) else 1 for layer, n in enumerate(each)]
 
 
 def pin(memory, sequence: int, chunks: list[int]) -> None:
@@ -63,8 +65,7 @@ def count(memory, weights: torch.Tensor | None, indices: torch.Tensor) -> None:
             raise ValueError(f"indices must name chunks that are held, got {chunk}, which sequence {sequence} evicted")
     if memory.budget is None:
         return
-    if weights is None:
-        raise ValueError("weights must be given to a memory with a budget, which goes by them, got None")
+    require(weights is not None, "weights", "be given to a memory with a budget, which goes by them", None)
     mass = memory.mass
     valid = (indices >= 0) & (indices < mass.shape[1])
     weights = weights.unflatten(2, (indices.shape[2], -1)).mean(3).masked_fill(~valid, 0)

@@ -3,7 +3,8 @@
 A cache holds, of each sequence: the keys and values that the layers' windows reach back to (all of them where a layer
 attends to everything), the states of linear layers, the tokens that the convolution looks back on, the hidden states of
 the unfinished chunk, the chunk memory, and the hidden states that the upper decoder has not read yet. Layers with
-attention "selected" keep their own keys and values of all tokens.
+attention "selected" keep their own keys and values: of all tokens where they choose chunks, else of sinks, window and
+a chunk or two.
 
 The last is an exact shortcut. Above the chunk memory there are only sliding windows, so that a token's output depends
 on the memory and on the hidden states of at most as many tokens before it as the windows of the upper layers reach back
@@ -156,7 +157,7 @@ class Cache:
             name = next(iter(memory_options), "budget")
             raise ValueError(f"{name} must go to a model with a chunk memory, got attention {c.attention!r}")
         self.layers = []  # of each what its forward takes
-        for layer, kind, own in zip(model.layers, c.kinds, per_layer(budget, c.layers), strict=True):
+        for layer, kind, own in zip(model.layers, c.kinds, per_layer(budget, c), strict=True):
             window = layer.attention.window
             if c.attention == "selected":
                 near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser, own, window + undo, dtype)

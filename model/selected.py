@@ -116,7 +116,7 @@ class OwnKeys:
         grown = [x.new_zeros(len(x), pages * self.chunk_size, *x.shape[2:]) for x in like]
         for new, old in zip(grown, self.buffers, strict=bool(self.buffers)):
             new[:, :room] = old
-        self.buffers = grown
+        self.buffers, self.mass = grown, F.pad(self.mass.to(like[0].device), (0, pages - self.mass.shape[1]))
 
     def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> list[int]:
         """Stores the next tokens, and says how many of each row lie before them; a row's columns behind its count are
@@ -133,9 +133,6 @@ class OwnKeys:
         for row, n in zip(rows, old, strict=False):
             self._summarise(row, self.before + n, self.before + n + T)
         self.held = [n + more for n, more in zip(old, self.counts, strict=True)]
-        self.mass = F.pad(
-            self.mass.to(k_BTHD.device), (0, self.buffers[0].shape[1] // self.chunk_size - self.mass.shape[1])
-        )
         return old
 
     def _behind(self, sequence: int) -> int:

@@ -113,6 +113,24 @@ def test_each_layer_has_its_budget(form, tmp_path):
     assert [x.evicted for x in loaded.layers] == [x.evicted for x in tight.layers]
 
 
+def test_a_layer_that_chooses_no_chunks_holds_no_more_than_it_sees(tmp_path):
+    """It says what it says of all keys; so does one whose file an older version wrote, with all of them."""
+    model, ids = tiny(hsa_layers=1), torch.randint(0, 320, (2, 300))
+    read = lambda cache, x: torch.cat([model(y, cache=cache).logits for y in x.split(7, 1)], 1)  # noqa: E731
+    with torch.no_grad():
+        whole, cache, older = model(ids).logits, model.new_cache(2, undo=30), model.new_cache(2, undo=30)
+        for layer in older.layers:
+            layer.budget = None
+        torch.testing.assert_close(read(cache, ids[:, :280]), whole[:, :280])
+        read(older, ids[:, :280]), older.save(tmp_path / "older"), cache.save(tmp_path / "cache")
+        assert [max(x.held) < SINKS + W + 30 + 2 * S + 7 for x in cache.layers] == [True, True, False]
+        assert [max(x.held) for x in older.layers] == [280] * 3
+        for other in (cache, model.load_cache(tmp_path / "cache"), model.load_cache(tmp_path / "older")):
+            other.crop(260)
+            torch.testing.assert_close(read(other, ids[:, 260:]), whole[:, 260:])
+            assert max(other.layers[0].held) < SINKS + W + 30 + 2 * S + 7
+
+
 def test_rows_of_different_lengths_keep_what_each_keeps_alone():
     model, ids = tiny(), torch.randint(0, 320, (2, 400))
     together, alone = (
