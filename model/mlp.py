@@ -4,6 +4,8 @@ Shape suffixes: B batch, T tokens, C channels, E experts, F hidden width, M (tok
 experts of a token.
 """
 
+import contextlib
+import threading
 from functools import partial
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from hsa_tl.model.config import EPS
 
 RMSNorm = partial(nn.RMSNorm, eps=EPS)  # the same epsilon in every type
+COUNTING = threading.Lock()  # of MoE's load: a CPU's workers train on accumulated batches at once
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -75,7 +78,8 @@ class MoE(nn.Module):
         order_M = expert_TK.flatten().argsort(stable=True)
         load_E = torch.zeros_like(self.load_E).scatter_add_(0, expert_TK.flatten(), torch.ones_like(order_M))
         if self.training:
-            self.load_E += load_E
+            with contextlib.nullcontext() if torch.compiler.is_compiling() else COUNTING:
+                self.load_E += load_E
         dtype = product_dtype(x_TC)
         x_MC = x_TC.to(dtype)[order_M // self.experts_per_token]
         gate, up = grouped_product(x_MC, self.up_ECF.to(dtype), load_E).chunk(2, -1)

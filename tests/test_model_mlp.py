@@ -1,6 +1,8 @@
 """The mixture of experts: the same as a loop over tokens, balanced by its bias, counted."""
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,6 +85,20 @@ def test_balance_moves_towards_uniform_under_a_skewed_router():
     moe.load_E.zero_()
     moe(x)
     assert not moe.load_E.any(), "loads are counted in training only"
+
+
+def test_loads_of_batches_at_once_all_count():
+    class Slow(torch.Tensor):
+        def __iadd__(self, other):
+            before = self.clone()
+            time.sleep(0.05)
+            return self.copy_(before + other)
+
+    moe = MoE(C, E, K, HIDDEN)
+    moe.load_E = moe.load_E.as_subclass(Slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(moe, torch.randn(4, 5, C)))
+    assert moe.load_E.sum() == 4 * 5 * K
 
 
 MIXED = dataclasses.replace(preset("tiny"), layers=4, experts=E, experts_per_token=K, expert_dim=HIDDEN, dim=32)
