@@ -23,18 +23,6 @@ def per_layer(budget: int | tuple[int, ...] | None, config) -> list[int | None]:
     return [n if config.chooses(layer) else 1 for layer, n in enumerate(each)]
 
 
-def pin(memory, sequence: int, chunks: list[int]) -> None:
-    """See `PagedMemory.pin`."""
-    if memory.budget is None:
-        raise ValueError(f"chunks must be pinned in a memory with a budget, got {chunks} in one without")
-    held, evicted = memory.held[sequence], memory.evicted[sequence]
-    for chunk in chunks:
-        if chunk in evicted or not 0 <= chunk < held:
-            why = ", which it evicted" if chunk in evicted else f" of {held}"
-            raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}{why}")
-    memory.mass[sequence, chunks] = torch.inf
-
-
 def worst(mass: torch.Tensor, age: torch.Tensor, excess: int) -> torch.Tensor:
     """Which of the chunks [n] go, `excess` at most: those of least worth, of equal ones the first. age: chunks behind
     each; the one of age 0, which no token may have read yet, and pinned ones stay, whatever the budget."""
@@ -72,7 +60,7 @@ def count(memory, weights: torch.Tensor | None, indices: torch.Tensor) -> None:
     mass.scatter_add_(1, indices.masked_fill(~valid, 0).flatten(1).long(), weights.flatten(1).to(mass.dtype))
 
 
-def retrieve_kept(memory, q_slc, lengths: torch.Tensor, topk: int, *, impl: str = "auto", **options):
+def retrieve_kept(memory, q_slc, lengths: torch.Tensor | int, topk: int, *, impl: str = "auto", **options):
     """`PagedMemory.retrieve` where chunks were evicted: by the scores of all chunks, a block of tokens at a time."""
     if impl not in ("auto", "reference"):
         raise NotImplementedError(f"impl must be auto or reference where chunks were evicted, got {impl!r}")

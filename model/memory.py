@@ -3,9 +3,9 @@
 Shape suffixes and letters: B sequences, C chunks, S chunk size, H key/value heads, D head dim, R retrieval heads, E
 retrieval dim. A page holds a chunk's keys and values.
 
-Pages lie in slabs, each as large as all before it: growing allocates and copies nothing that is stored. `attend` calls
-hsa_decode for each slab and adds up, since HSA's output is a sum over chunks, and `retrieve` merges the best of each
-slab of landmarks. A memory of the right capacity has one slab, and then neither costs anything.
+Pages lie in slabs, each as large as all before it: growing allocates, and copies of what is stored the landmarks alone.
+`attend` calls hsa_decode for each slab and adds up, since HSA's output is a sum over chunks. A memory of the right
+capacity has one slab, and then neither costs anything.
 """
 
 from functools import reduce
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from hsa_tl import hsa_decode, landmark_bounds, merge_attention, retrieve_decode, selected_decode
 from hsa_tl.model import memory_file
-from hsa_tl.model.budget import count, evict, pin, retrieve_kept
+from hsa_tl.model.budget import count, evict, retrieve_kept
 from hsa_tl.model.chunk_memory import chunk_scores, of_slots
 from hsa_tl.model.memory_file import MemorySpec
-from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, merge, parts, pieces, placed, read, write
+from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, parts, read, write
 from hsa_tl.validation import require
 
 BLOCK = 64  # landmarks that share a bound
@@ -33,7 +33,7 @@ class PagedMemory:
     pages); a page is used again when no sequence holds it any more.
 
     Without offload and two_level, `retrieve` and `attend` do not wait for the device, and a captured graph of them
-    holds until `append` adds a slab or evicts.
+    holds until `append` makes room or evicts.
 
     With a budget, `append` first brings the sequence down to it, see hsa_tl.model.budget. `retrieve` never chooses a
     chunk that is in `evicted`; to `attend` it is an error on a CPU, an empty slot elsewhere.
@@ -41,7 +41,7 @@ class PagedMemory:
     Args:
         spec (MemorySpec): dims and dtype.
         device (torch.device or str): where landmarks are and queries come from. Default: "cpu".
-        capacity (int): chunks of a sequence that the first slab of landmarks holds; more are allowed. Default: 256.
+        capacity (int): chunks of a sequence for which there is room at first; more are allowed. Default: 256.
         pages (int): of the first slab of keys and values. Default: batch * capacity.
         offload (bool): keep keys and values in host memory, pinned where there is a GPU; `attend` fetches the chosen
             pages into a cache on the device, least recently used out first. Default: False.
@@ -73,8 +73,9 @@ class PagedMemory:
         self.cache = PageCache(spec.page, cache_pages, spec.dtype, self.device) if offload else None
         self.k_slabs: Slabs = []  # [pages, S, H, D]
         self.v_slabs: Slabs = []
-        self.landmark_slabs: Slabs = []  # [B, chunks, R, E], one after the other along the sequences
-        self.bound_slabs: Slabs = []  # [B, chunks / BLOCK, 2, R, E]
+        kind = {"dtype": spec.dtype, "device": self.device}
+        self.marks = torch.empty(spec.batch, 0, *spec.landmark, **kind)  # [B, chunks, R, E]
+        self.bounds = torch.empty(spec.batch, 0, 2, *spec.landmark, **kind)  # [B, chunks / BLOCK, 2, R, E] if two_level
         self.held = [0] * spec.batch  # chunks, with those that were evicted
         self.evicted: list[list[int]] = [[] for _ in range(spec.batch)]
         self.budget = budget
@@ -87,7 +88,7 @@ class PagedMemory:
     @property
     def nbytes(self) -> int:
         """Of keys, values and landmarks, with what is reserved."""
-        return sum(x.nbytes for x in (*self.k_slabs, *self.v_slabs, *self.landmark_slabs, *self.bound_slabs))
+        return sum(x.nbytes for x in (*self.k_slabs, *self.v_slabs, self.marks, self.bounds))
 
     @property
     def pages(self) -> int:
@@ -112,14 +113,16 @@ class PagedMemory:
             for slabs in (self.k_slabs, self.v_slabs):
                 home = self.device if self.cache is None else torch.device("cpu")
                 slabs.append(new(room or pages, *self.spec.page, device=home))
-        while (room := self.host_table.shape[1]) < chunks:
-            blocks = -(-(room or chunks) // BLOCK)
-            self.landmark_slabs.append(new(B, blocks * BLOCK, *self.spec.landmark))
+        if (room := self.host_table.shape[1]) < chunks:
+            blocks = -(-max(chunks, 2 * room) // BLOCK)
+            old, self.marks = self.marks, new(B, blocks * BLOCK, *self.spec.landmark)
+            self.marks[:, :room] = old
             if self.two_level:
-                self.bound_slabs.append(new(B, blocks, 2, *self.spec.landmark).copy_(NO_BOUNDS))
-            self.host_table = F.pad(self.host_table, (0, blocks * BLOCK), value=-1)
+                old, self.bounds = self.bounds, new(B, blocks, 2, *self.spec.landmark).copy_(NO_BOUNDS)
+                self.bounds[:, : room // BLOCK] = old
+            self.host_table = F.pad(self.host_table, (0, blocks * BLOCK - room), value=-1)
             self.page_table = self.host_table.to(self.device, copy=True)
-            self.mass = F.pad(self.mass, (0, blocks * BLOCK))
+            self.mass = F.pad(self.mass, (0, blocks * BLOCK - room))
 
     def append(self, sequence: int, k: torch.Tensor, v: torch.Tensor, landmarks: torch.Tensor) -> None:
         """Adds whole chunks to a sequence; nothing is stored if an argument is wrong.
@@ -168,18 +171,12 @@ class PagedMemory:
         pages = self.host_table[sequence, start : start + len(landmarks)].tolist()
         for slabs, x in ((self.k_slabs, k), (self.v_slabs, v)):
             write(slabs, pages, x.detach().reshape(-1, *self.spec.page))
-        landmarks = landmarks.detach()
-        write(self._rows(sequence), range(start, start + len(pages)), landmarks)
-        if self.two_level:
-            self.widen(sequence, start, landmarks.to(self.device))
-
-    def _rows(self, sequence: int) -> Slabs:
-        return [x[sequence] for x in self.landmark_slabs]
+        self.marks[sequence, start : start + len(pages)] = landmarks.detach()
+        self.bound(sequence, start)
 
     def landmarks(self, sequence: int) -> torch.Tensor:
-        """[chunks, R, E] of one sequence; copied where they lie in several slabs."""
-        views = [x for x in pieces(self._rows(sequence), 0, self.held[sequence]) if len(x)]
-        return views[0] if len(views) == 1 else torch.cat(views or self._rows(sequence)[:1])[: self.held[sequence]]
+        """[chunks, R, E] of one sequence."""
+        return self.marks[sequence, : self.held[sequence]]
 
     def _check_sequence(self, name: str, sequence: int) -> None:
         if type(sequence) is not int or not 0 <= sequence < self.spec.batch:
@@ -212,7 +209,14 @@ class PagedMemory:
             ValueError: a memory without a budget, a sequence that is not there, or a chunk that it does not hold.
         """
         self._check_sequence("sequence", sequence)
-        pin(self, sequence, chunks)
+        if self.budget is None:
+            raise ValueError(f"chunks must be pinned in a memory with a budget, got {chunks} in one without")
+        held, evicted = self.held[sequence], self.evicted[sequence]
+        for chunk in chunks:
+            if chunk in evicted or not 0 <= chunk < held:
+                why = ", which it evicted" if chunk in evicted else f" of {held}"
+                raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}{why}")
+        self.mass[sequence, chunks] = torch.inf
 
     def crop(self, sequence: int, chunks: int) -> None:
         """Takes a sequence's chunks from `chunks` on away.
@@ -232,8 +236,7 @@ class PagedMemory:
         self.hold(sequence, chunks, torch.empty(0, dtype=torch.int32))
         self.mass[sequence, chunks:] = 0
         # From the first block without a landmark on; the bounds of one that keeps some stay wide.
-        for x in pieces([x[sequence] for x in self.bound_slabs], -(-chunks // BLOCK), 1 << 60):
-            x.copy_(NO_BOUNDS)
+        self.bounds[sequence, -(-chunks // BLOCK) :] = NO_BOUNDS
 
     def free(self, sequence: int) -> None:
         """Takes all of a sequence's chunks away, so that another one can take its place.
@@ -258,21 +261,16 @@ class PagedMemory:
         require(not self.held[target], "target", "be empty, `free` it first", f"{self.held[target]} chunks")
         pages = self.host_table[source, : self.held[source]]
         self.counts.share(pages[pages >= 0].tolist())
-        for x in (*self.landmark_slabs, *self.bound_slabs, self.mass):
+        for x in (self.marks, self.bounds, self.mass):
             x[target] = x[source]
         self.hold(target, 0, pages)
 
-    def widen(self, sequence: int, start: int, landmarks: torch.Tensor) -> None:
-        """Lets the bounds hold the landmarks [C, R, E] of chunks from `start` on."""
-        if not len(landmarks):
-            return
-        first = start // BLOCK * BLOCK
-        padded = torch.cat([landmarks[:1].expand(start - first, -1, -1), landmarks])  # to the start of its block
-        new = landmark_bounds(padded[None])[0]
-        views = pieces([x[sequence] for x in self.bound_slabs], first // BLOCK, first // BLOCK + len(new))
-        for mine, other in zip(views, new.split(list(map(len, views))), strict=True):
-            mine[:, 0] = torch.minimum(mine[:, 0], other[:, 0])
-            mine[:, 1] = torch.maximum(mine[:, 1], other[:, 1])
+    def bound(self, sequence: int, start: int) -> None:
+        """Brings the bounds of a sequence's landmarks up to date, from chunk `start` on."""
+        if self.two_level:
+            first = start // BLOCK
+            new = landmark_bounds(self.landmarks(sequence)[None, first * BLOCK :])[0]
+            self.bounds[sequence, first : first + len(new)] = new
 
     def retrieve(
         self, q_slc: torch.Tensor, lengths: torch.Tensor | int, topk: int, **options
@@ -288,32 +286,18 @@ class PagedMemory:
         Returns:
             scores [B, T, R, K] and indices [B, T, R, K] int32.
         """
-        lengths, found = self._lengths(lengths), []
         if any(self.evicted):
             return retrieve_kept(self, q_slc, lengths, topk, **options)
-        for i, (first, landmarks) in enumerate(placed(self.landmark_slabs, 1)):
-            # Positions count from the slab's first token; visibility only knows differences.
-            best = retrieve_decode(
-                q_slc, landmarks, lengths - first * self.spec.chunk_size if first else lengths, topk,
-                chunk_size=self.spec.chunk_size,
-                chunks=(self.chunks - first).clamp(min=0) if first else self.chunks,
-                bounds=self.bound_slabs[i] if self.two_level else None, **options,
-            )  # fmt: skip
-            found.append((first, best))
-        return merge(found, topk)
+        lengths = torch.full_like(self.chunks, lengths) if isinstance(lengths, int) else lengths
+        options |= {"chunk_size": self.spec.chunk_size, "bounds": self.bounds if self.two_level else None}
+        return retrieve_decode(q_slc, self.marks, lengths, topk, chunks=self.chunks, **options)
 
     def scores(self, q_slc: torch.Tensor, lengths: torch.Tensor | int, **options) -> torch.Tensor:
         """[B, T, R, longest] of every chunk, see hsa_tl.model.chunk_memory.Memory; one where no sequence holds any."""
-        S, lengths, most = self.spec.chunk_size, self._lengths(lengths), max(1, self.longest)
-        scores = torch.cat([
-            chunk_scores(q_slc, landmarks[:, : most - first], lengths - first * S, S, **options)
-            for first, landmarks in placed(self.landmark_slabs, 1) if first < most
-        ], -1)  # fmt: skip
+        most = max(1, self.longest)
+        scores = chunk_scores(q_slc, self.marks[:, :most], lengths, self.spec.chunk_size, **options)
         missing = self.page_table[:, :most] < 0  # not there yet, or evicted
         return scores.masked_fill_(missing[:, None, None], -torch.inf)
-
-    def _lengths(self, lengths: torch.Tensor | int) -> torch.Tensor:
-        return torch.full_like(self.chunks, lengths) if isinstance(lengths, int) else lengths
 
     def attend(
         self, q: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None,
@@ -396,4 +380,11 @@ class PagedMemory:
             ValueError: a file that is no memory, truncated, inconsistent or of another spec.
             OSError: it cannot be read.
         """
-        return memory_file.load(cls, Path(path), spec, options)
+        with memory_file.read(Path(path)) as file:
+            spec = file.spec(spec)
+            rows = file.pages(spec)
+            room = {
+                "capacity": max(options.get("capacity", 256), *map(len, rows)),
+                "pages": max(options.get("pages") or 1, file.shape("k")[0]),
+            }
+            return file.fill(cls(spec, **options | room), rows)

@@ -10,6 +10,7 @@ import torch
 
 from hsa_tl.files import atomic_file
 from hsa_tl.model.pages import PageCounts, pieces
+from hsa_tl.validation import require, shape_of
 
 FORMAT = "hsa_tl.memory.1"
 NAMES = ("chunks", "page_table", "k", "v", "landmarks")
@@ -66,10 +67,8 @@ class MemorySpec:
         of_keys = [(C, S, H, D), (C * S, H, D)]
         marks = [(C, *self.landmark)]
         for name, x, shapes in (("landmarks", landmarks, marks), ("k", k, of_keys), ("v", v, of_keys)):
-            if tuple(x.shape) not in shapes:
-                raise ValueError(f"{name} must have shape {list(shapes[0])}, got shape {list(x.shape)}")
-            if x.dtype != self.dtype:
-                raise ValueError(f"{name} must have dtype {self.dtype}, got {x.dtype}")
+            require(tuple(x.shape) in shapes, name, f"have shape {list(shapes[0])}", shape_of(x))
+            require(x.dtype == self.dtype, name, f"have dtype {self.dtype}", x.dtype)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")})
@@ -111,8 +110,7 @@ class Reader:
         if (found := self.metadata.get("format", "no format")) != format:
             kind = "chunk memory" if format == FORMAT else "cache"
             raise ValueError(f"{path} must be a {kind} ({format}), got {found}")
-        if not set(names) <= self.names:
-            raise ValueError(f"{path} must hold {', '.join(names)}, got {', '.join(sorted(self.names))}")
+        require(set(names) <= self.names, str(path), f"hold {', '.join(names)}", ", ".join(sorted(self.names)))
 
     def parse(self, name: str, parse: Callable[[str], object]) -> object:
         try:
@@ -121,8 +119,8 @@ class Reader:
             raise ValueError(f"{self.path} must say the dims of its memory: {error}") from None
 
     def spec(self, wanted: MemorySpec | None = None) -> MemorySpec:
-        if (spec := self.parse("spec", MemorySpec.from_json)) != wanted and wanted is not None:
-            raise ValueError(f"{self.path} must hold a memory of {wanted}, got {spec}")
+        spec = self.parse("spec", MemorySpec.from_json)
+        require(wanted in (None, spec), str(self.path), f"hold a memory of {wanted}", spec)
         return spec
 
     def shape(self, name: str) -> list[int]:
@@ -131,9 +129,8 @@ class Reader:
     def _expect(self, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
         for name, shape in shapes.items():
             found, kind = self.shape(name), self.file.get_slice(name).get_dtype()
-            if tuple(found) != shape or kind != TYPES[dtype]:
-                rule = f"hold {name} of shape {list(shape)} and type {TYPES[dtype]}"
-                raise ValueError(f"{self.path} must {rule}, got {found} {kind}")
+            rule = f"hold {name} of shape {list(shape)} and type {TYPES[dtype]}"
+            require(tuple(found) == shape and kind == TYPES[dtype], str(self.path), rule, f"{found} {kind}")
 
     def pages(self, spec: MemorySpec) -> list[torch.Tensor]:
         """The pages of each sequence of a PagedMemory of this spec."""
@@ -156,7 +153,7 @@ class Reader:
         pages = torch.cat(rows)
         memory.counts = PageCounts(torch.bincount(pages[pages >= 0], minlength=self.shape("k")[0]).tolist())
         memory.reserve(len(memory.counts.references), max(map(len, rows)))
-        landmarks = [x.transpose(0, 1) for x in memory.landmark_slabs]
+        landmarks = [memory.marks.transpose(0, 1)]
         for name, slabs in (("k", memory.k_slabs), ("v", memory.v_slabs), ("landmarks", landmarks)):
             source, start = self.file.get_slice(name), 0
             for block in (b for piece in pieces(slabs, 0, self.shape(name)[0]) for b in _blocks(piece)):
@@ -167,8 +164,7 @@ class Reader:
             memory.mass[:, : mass.shape[1]] = mass
         for sequence, row in enumerate(rows):
             memory.hold(sequence, 0, row)
-            if memory.two_level:
-                memory.widen(sequence, 0, memory.landmarks(sequence))
+            memory.bound(sequence, 0)
         return memory
 
 
@@ -186,18 +182,6 @@ def read(path: Path, format: str = FORMAT, names: tuple[str, ...] = NAMES) -> It
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
 
 
-def load(kind: type, path: Path, spec: MemorySpec | None, options: dict):
-    """See `PagedMemory.load`; kind is that class."""
-    with read(path) as file:
-        spec = file.spec(spec)
-        rows = file.pages(spec)
-        room = {
-            "capacity": max(options.get("capacity", 256), *map(len, rows)),
-            "pages": max(options.get("pages") or 1, file.shape("k")[0]),
-        }
-        return file.fill(kind(spec, **options | room), rows)
-
-
 def contents(memory) -> dict[str, list[torch.Tensor]]:
     """The tensors of a PagedMemory."""
     pages, longest = len(memory.counts.references), memory.longest
@@ -207,6 +191,5 @@ def contents(memory) -> dict[str, list[torch.Tensor]]:
         "page_table": [memory.host_table[:, :longest]],
         "k": pieces(memory.k_slabs, 0, pages),
         "v": pieces(memory.v_slabs, 0, pages),
-        # Chunks first: each slab is then a run of the file.
-        "landmarks": pieces([x.transpose(0, 1) for x in memory.landmark_slabs], 0, longest),
+        "landmarks": [memory.marks[:, :longest].transpose(0, 1)],
     }

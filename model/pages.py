@@ -11,12 +11,12 @@ import torch
 Slabs = list[torch.Tensor]
 
 
-def placed(slabs: Slabs, dim: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+def placed(slabs: Slabs) -> Iterator[tuple[int, torch.Tensor]]:
     """Each slab and the number of its first row among all."""
     first = 0
     for slab in slabs:
         yield first, slab
-        first += slab.shape[dim]
+        first += len(slab)
 
 
 def pieces(slabs: Slabs, start: int, stop: int) -> Slabs:
