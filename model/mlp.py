@@ -1,7 +1,7 @@
-"""Feed-forward layers, SwiGLU and a mixture of them, and the norm before every layer.
+"""Feed-forward layers, SwiGLU and a mixture of them, the norm before every layer, and the embeddings' convolution.
 
-Shape suffixes: B batch, T tokens, C channels, E experts, F hidden width, M (token, expert) pairs sorted by expert, K
-experts of a token.
+Shape suffixes: B batch, T tokens, C channels, W width, E experts, F hidden width, M (token, expert) pairs sorted by
+expert, K experts of a token.
 """
 
 import contextlib
@@ -23,6 +23,19 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     """Of what a linear layer makes of x here: x's, or autocast's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class ShortConv(nn.Module):
+    """x + a causal depthwise convolution of x [B, T, C]: each token sees the width - 1 before it, `past` [B, ., C]."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.weight_WC = nn.Parameter((torch.rand(width, dim) * 2 - 1) / width**0.5)
+
+    def forward(self, x_BTC: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
+        W, T = len(self.weight_WC), x_BTC.shape[1]
+        padded = F.pad(x_BTC, (0, 0, W - 1, 0)) if past is None else torch.cat([past, x_BTC], 1)
+        return x_BTC + sum(padded[:, i : i + T] * self.weight_WC[i] for i in range(W))
 
 
 class SwiGLU(nn.Module):

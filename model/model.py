@@ -18,11 +18,10 @@ from hsa_tl.model.attention import SelfAttention
 from hsa_tl.model.cache import Cache
 from hsa_tl.model.chunk_memory import BatchMemory, ChunkMemory, Memory
 from hsa_tl.model.config import ModelConfig
-from hsa_tl.model.conv import ShortConv
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer
 from hsa_tl.model.linear import LinearAttention
-from hsa_tl.model.mlp import MoE, RMSNorm, SwiGLU, product_dtype
+from hsa_tl.model.mlp import MoE, RMSNorm, ShortConv, SwiGLU, product_dtype
 from hsa_tl.model.moba import MixtureOfBlockAttention
 from hsa_tl.model.nsa import NativeSparseAttention
 from hsa_tl.model.selected import Rule, SelectedAttention
@@ -306,8 +305,7 @@ class Model(Generation, nn.Module):
         input_ids, labels = self.validated(input_ids, labels, "input_ids", 3 if embedded else 2, cache is None)
         if logits_to_keep is not None:
             require_int("logits_to_keep", logits_to_keep, 0)
-        if cache is None and lengths is not None:
-            raise ValueError(f"lengths must come with a cache, got {lengths}")
+        require(cache is not None or lengths is None, "lengths", "come with a cache", lengths)
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(input_ids, labels, cache, logits_to_keep, lengths)
