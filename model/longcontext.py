@@ -129,12 +129,9 @@ class LongReader:
             self.memory, self.made_by = PagedMemory(spec, **options), made_by
             stale = np.ones(N, bool)
         else:
-            changed = np.flatnonzero(tokens != self.tokens)
-            # +1 where a changed token's reach begins, -1 behind it; counted in chunks.
-            edges = np.zeros(N + 2, np.int64)
-            np.add.at(edges, np.minimum(changed // S, N), 1)
-            np.add.at(edges, np.minimum((changed + self.chunk_reach) // S + 1, N + 1), -1)
-            stale = np.cumsum(edges)[:N] > 0
+            changed = np.cumsum(np.append(False, tokens != self.tokens))  # before each token
+            begins = np.arange(N) * S
+            stale = changed[begins + S] > changed[np.maximum(0, begins - self.chunk_reach)]
         stale[:first] = stale[stop:] = False
         self.tokens = np.empty(0, np.uint16)  # nothing, should encoding fail
         bounds = np.flatnonzero(np.diff(np.concatenate([[0], stale, [0]])))
@@ -147,6 +144,5 @@ class LongReader:
                 part = self.model.encode(h_BTC[:, reach:], a * S, h_BTC[:, :reach])
                 at = a - first
                 store = self.memory.append if at == self.memory.longest else partial(self.memory.replace, start=at)
-                n = b - a  # what is more of the encoder's is not whole
-                store(0, k=part.k[0, : n * S], v=part.v[0, : n * S], landmarks=part.landmarks[0, :n])
+                store(0, part.k[0], part.v[0], part.landmarks[0])
         self.tokens = np.array(tokens)
