@@ -59,6 +59,13 @@ def test_equals_the_oracle(impl, dtype, dims):
     check(impl, on_gpu(make_call(dims), dtype), chunk_size=dims.S)
 
 
+@pytest.mark.parametrize("G", (64, 128))
+def test_many_query_heads_a_head_of_keys(G):
+    """Which chunk stationary programs alone suit."""
+    dims = emulable(Dims(T=100, T_kv=256, HQ=G, D=128, S=64, K=4))
+    check("tilelang", on_gpu(make_call(dims), torch.bfloat16), chunk_size=dims.S)
+
+
 @pytest.mark.parametrize("impl, dtype", TYPES)
 @pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
 def test_selected_equals_the_oracle(impl, dtype, dims):
