@@ -4,9 +4,9 @@
     python -m hsa_tl.bench.llm FILE.gguf --length 32768 --contexts 20 --haystacks 2 --out FOLDER
 
 A context is English documentation (pydoc_data.topics) with a code of five digits at its depth and the question behind
-it. Contexts of one haystack differ from the code on, and a model reads what differs. right: contexts in which every
-digit is the likeliest token after those before it. perplexity: of the 256 tokens before the question, which are the
-same ones at every length.
+it. Contexts of one haystack differ from the code on, and a model reads what differs; a run that was cut goes on behind
+the last one. right: contexts in which every digit is the likeliest token after those before it. perplexity: of the 256
+tokens before the question, which are the same ones at every length.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import pydoc_data.topics
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,19 +130,23 @@ def reader_of_run(model, length: int) -> Reader:
 
 
 @torch.no_grad()
-def ask(reader: Reader, contexts: list[Context]) -> dict:
-    """The contexts that are right, losses and perplexity, tokens that were read and the seconds that took."""
-    right, losses, start = [], [], time.perf_counter()
-    for tokens, asked, digits in contexts:
+def ask(reader: Reader, contexts: list[Context], before: dict | None = None) -> Iterator[dict]:
+    """After each context that `before`, a row of this, does not hold: those that are right, losses and perplexity,
+    tokens that were read and the seconds that took."""
+    row = before or {"tokens": 0, "seconds": 0.0, "losses": [], "found": []}
+    for tokens, asked, digits in contexts[len(row["found"]) :]:
+        start, count = time.perf_counter(), reader.count
         found = reader.read(tokens, JUDGED + asked + 1)[:-1].float()  # that of the last token tells nothing
         target = torch.tensor(tokens[-JUDGED - asked :])
-        right.append(found[-digits:].argmax(-1).tolist() == tokens[-digits:])
-        losses.append(round(F.cross_entropy(found[:JUDGED], target[:JUDGED]).item(), 5))
-    seconds, perplexity = round(time.perf_counter() - start, 2), math.exp(sum(losses) / len(losses))
-    return {
-        "right": sum(right), "contexts": len(right), "perplexity": perplexity, "tokens": reader.count,
-        "seconds": seconds, "losses": losses, "found": right,
-    }  # fmt: skip
+        loss = round(F.cross_entropy(found[:JUDGED], target[:JUDGED]).item(), 5)
+        right = found[-digits:].argmax(-1).tolist() == tokens[-digits:]
+        losses, found = [*row["losses"], loss], [*row["found"], right]
+        row = {
+            "right": sum(found), "contexts": len(found), "perplexity": math.exp(sum(losses) / len(losses)),
+            "tokens": row["tokens"] + reader.count - count,
+            "seconds": round(row["seconds"] + time.perf_counter() - start, 2), "losses": losses, "found": found,
+        }  # fmt: skip
+        yield row
 
 
 def read_found(path: Path, about: dict) -> dict:
@@ -169,7 +173,8 @@ def main() -> None:
     about["versions"] += f", transformers {transformers.__version__}"
     path = given.out / f"llm-{given.length}.json"
     found = read_found(path, about) | about
-    methods = [name for name in given.methods if name not in [row["method"] for row in found["rows"]]]
+    rows = {row["method"]: row for row in found["rows"]}
+    methods = [name for name in given.methods if name not in rows or rows[name]["contexts"] < given.contexts]
     options = {"gguf_file": given.source.name} if given.source.suffix == ".gguf" else {}
     where = given.source.parent if options else given.source
     source = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).eval()
@@ -201,9 +206,9 @@ def main() -> None:
         else:
             reconfigure(model, replace(config, **METHODS[name]))
             reader = reader_of_run(model, given.length)
-        row = {"method": name, "length": given.length, **ask(reader, contexts)}
-        found["rows"].append(row)
-        write_atomic(path, json.dumps(found, indent=1) + "\n")
+        for row in ask(reader, contexts, rows.get(name)):
+            rows[name] = {"method": name, "length": given.length} | row
+            write_atomic(path, json.dumps(found | {"rows": list(rows.values())}, indent=1) + "\n")
         right, n = row["right"], row["contexts"]
         low, high = (100 * x for x in interval(right, n))
         told = f"{right} of {n} right ({low:.0f} to {high:.0f} %), perplexity {row['perplexity']:.2f}"

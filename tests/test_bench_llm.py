@@ -72,11 +72,15 @@ def test_right_is_every_digit():
     def take_back(cache, n):
         del held[-n:]
 
-    certain = llm.ask(llm.Reader(forward, None, take_back), contexts)
+    first, certain = llm.ask(llm.Reader(forward, None, take_back), contexts)
+    held.clear()
+    (resumed,) = llm.ask(llm.Reader(forward, None, take_back), contexts, first)
+    assert first["contexts"] == 1 and {**resumed, "tokens": 0, "seconds": 0} == {**certain, "tokens": 0, "seconds": 0}
     assert certain.pop("seconds") >= 0 and certain.pop("losses") == pytest.approx([0, 0])
     assert certain.pop("perplexity") == pytest.approx(1.0) and 2048 < certain.pop("tokens") <= 4096
     assert certain == {"right": 1, "contexts": 2, "found": [True, False]}
-    uniform = llm.ask(llm.Reader(lambda ids, cache, keep: torch.zeros(keep, 257), None, lambda cache, n: 0), contexts)
+    chance = llm.Reader(lambda ids, cache, keep: torch.zeros(keep, 257), None, lambda cache, n: 0)
+    *_, uniform = llm.ask(chance, contexts)
     assert uniform["right"] == 0 and uniform["perplexity"] == pytest.approx(257, rel=1e-4)
 
 
