@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -353,18 +353,20 @@ def analyse_all(
     return [{k: journal.get(name)[k] for k in READ} for name in names]
 
 
-def table_rows(cases: tuple[Case, ...], *, device: str, **options) -> list[dict]:
+def table_rows(
+    cases: tuple[Case, ...], *, device: str, programs: Iterable[str] = PROGRAMS, first_only: bool = False, **options
+) -> list[dict]:
     """Rows of every program x every config of its space for the cases; options: see analyse_all.
 
-    Raises MissingTool when nvcc or cuobjdump is not there.
+    first_only: the heuristic config alone. Raises MissingTool when nvcc or cuobjdump is not there.
     """
     if reason := missing_tools():
         raise MissingTool(reason)
     work = {}
     for case in cases:
-        for program in PROGRAMS:
+        for program in programs:
             problem = problem_of(program, case.problem)
-            for config in space(program, problem):
+            for config in space(program, problem)[: 1 if first_only else None]:
                 key = tuple(identity(program, problem, config).values())
                 work.setdefault(key, (case.name, program, problem, config))
     found = analyse_all([x[1:] for x in work.values()], **options)

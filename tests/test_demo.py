@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tuning import compile_by, fake_compiler
 from typer.testing import CliRunner
 
 from hsa_tl import cases, demo
@@ -56,6 +57,17 @@ def test_the_demo_runs_without_nvcc(monkeypatch, tmp_path, text):
     assert len(list(out.glob("*.png"))) >= 3 and asked == [out]
     places = [output.index(f"\n{i}/{len(ACTS)} {name}: ") for i, name in enumerate(ACTS, 1)]
     assert places == sorted(places)
+
+
+def test_the_static_table_is_of_each_programs_first_config(monkeypatch):
+    monkeypatch.setattr(static, "missing_tools", lambda: None)
+    monkeypatch.setattr(static, "nvcc_release", lambda: "13.0")
+    compile_by(monkeypatch, fake_compiler)
+    console = Console(record=True, width=200)
+    rows = demo.static_rows(console)
+    assert [r["program"] for r in rows] == list(demo.STATIC_PROGRAMS)
+    demo.show_static(console, rows, "all")
+    assert all(name in console.export_text(clear=False) for name in demo.STATIC_PROGRAMS)
 
 
 def test_what_fails_and_what_is_missing_is_said():
