@@ -17,6 +17,7 @@ from hsa_tl.model import evaluate, needles, pretrained, ruler
 from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
+from hsa_tl.text import read_corpus
 
 VOCABULARIES = ("words", "needles")
 LAST = 4096  # tokens that perplexity is of, at most
@@ -87,7 +88,7 @@ def run_ruler(
     if vocabulary == "words":
         tokenizer, text = reader.model.tokenizer, None
         if haystack is not None:
-            name, text = haystack.name, tokenizer.encode_all([haystack.read_bytes()])[0]
+            name, text = haystack.name, tokenizer.encode_all([read_corpus(haystack).data])[0]
         known, make = ruler.TASKS, partial(evaluate.ruler_samples, tokenizer=tokenizer, haystack=text)
     elif haystack is not None:
         raise ValueError(f"haystack must go with the vocabulary words, got it with {vocabulary}")

@@ -233,7 +233,7 @@ def make_source(spec: dict[str, Any], length: int, seed: int) -> Source:
     require(isinstance(spec, dict), "data", "be a mapping with a kind", repr(spec))
     options = dict(spec)
     kind = options.pop("kind", None)
-    require(kind in KINDS, "data's kind", f"be one of {', '.join(KINDS)}", repr(kind))
+    require(isinstance(kind, str) and kind in KINDS, "data's kind", f"be one of {', '.join(KINDS)}", repr(kind))
     known = {p.name: p for p in inspect.signature(KINDS[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY}
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"data of kind {kind} must have the options {', '.join(known)}, got {unknown[0]!r}")

@@ -70,6 +70,9 @@ def test_ruler_in_words_and_perplexity(tmp_path):
            "--haystack", tmp_path / "book.txt")  # fmt: skip
     row = json.loads((tmp_path / "book/ruler.json").read_text())[0]
     assert (row["task"], row["haystack"], row["answers"]) == ("babi-2", "book.txt", 1)
+    (tmp_path / "empty.txt").touch()
+    empty = ("--haystack", tmp_path / "empty.txt")
+    assert "text must hold at least 1 bytes" in invoke("ruler", "--run", run, *empty, code=2)
     common = ("--run", run, "--data", tmp_path / "text.bin", "--out", tmp_path)
     invoke("perplexity", *common, "--lengths", "256..1k")
     rows = json.loads((tmp_path / "perplexity.json").read_text())

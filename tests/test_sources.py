@@ -188,6 +188,7 @@ def test_the_loss_counts_the_text_around_inserted_needles(file):
         (None, "data must be a mapping with a kind, got None"),
         ("text", "data must be a mapping with a kind, got 'text'"),
         ({"kind": "nonsense"}, "kind must be one of text, self-copy, needles, ruler"),
+        ({"kind": ["text"]}, "kind must be one of text, self-copy, needles, ruler"),
         (
             {"kind": "needles", "tasks": [{"needle": 3}]},
             "have the options needles, .*, key_symbols, noise_ids, apart, weight, got 'needle'",
