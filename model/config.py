@@ -68,6 +68,8 @@ class ModelConfig:
         sinks (int): of "selected", first tokens that every token sees. Default: 0.
         selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "landmark"
             those of which `anchors` guess it, "mean" those whose mean key fits best. Default: "mass".
+        chunk_bias (float): of "selected", is added to the scores of keys in chosen chunks: below 0 it makes up for the
+            distance that they do not have. Default: 0.0.
         anchors (int): M of each key/value head, see `hsa_tl.model.selected.Landmarks`. Default: 0, none.
         hsa_layers (int): of "selected", layers that choose chunks, evenly spread, the last one among them; the others
             see window and sinks. Default: 0, all.
@@ -145,6 +147,7 @@ class ModelConfig:
     biases: tuple[str, ...] = ()
     sinks: int = 0
     selection: str = "mass"
+    chunk_bias: float = 0.0
     anchors: int = 0
     hsa_layers: int = 0
     exact_heads: tuple[int, ...] = ()

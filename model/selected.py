@@ -239,7 +239,7 @@ class Rule:
     """What a token sees, see the top of this file.
 
     topk: chunks, 0 for none, "all" for every one. How they are chosen: see `attend`. theta: of `rotate`, None for no
-    positions. impl: of the operators.
+    positions. impl: of the operators. bias: added to the scores of keys in chosen chunks.
     """
 
     window: int
@@ -248,12 +248,14 @@ class Rule:
     topk: int | str = 16
     theta: float | tuple[float, ...] | None = None
     impl: str = "auto"
+    bias: float = 0.0
 
     @classmethod
     def of(cls, c: ModelConfig, layer: int) -> "Rule":
         theta = (c.rope_frequencies or c.rope_theta) if "selected" in c.rope else None
         impl = "auto" if c.impl == "dense" else c.impl
-        return cls(c.window, c.sinks, c.chunk_size, c.topk if c.chooses(layer) else 0, theta, impl)
+        topk = c.topk if c.chooses(layer) else 0
+        return cls(c.window, c.sinks, c.chunk_size, topk, theta, impl, c.chunk_bias)
 
     def attend(
         self, q_BTAD: torch.Tensor, keys: Keys, chooser: Landmarks | None = None, count: Callable | None = None
@@ -274,8 +276,8 @@ class Rule:
         skip = max(0, S - past)  # tokens that see no chunk
         if self.topk == 0 or skip >= T:
             return tuple(near)
-        far = self._far(q_cap[:, skip:], keys, past + skip, chooser, count)
-        both = merge_attention([x[:, skip:] for x in near], far)
+        far, lse = self._far(q_cap[:, skip:], keys, past + skip, chooser, count)
+        both = merge_attention([x[:, skip:] for x in near], (far, lse + self.bias))
         return tuple(torch.cat([x[:, :skip], y], 1) for x, y in zip(near, both, strict=True))
 
     def _near(self, q_BTAD, q_cap, keys: Keys, start: int):

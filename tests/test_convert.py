@@ -100,20 +100,22 @@ def test_options_reach_the_model(small, tmp_path):
     options = {"window": 16, "sinks": 2, "chunk_size": 16}
     logits = [load(small / "run")(ids).logits]
     others = {"topk": "all"}, {"topk": 0}, {"topk": 1, "selection": "mean"}, {"sinks": 0, "topk": 1}
-    for i, more in enumerate((*others, {"topk": 1, "hsa_layers": 2})):
+    for i, more in enumerate((*others, {"topk": 1, "hsa_layers": 2}, {"topk": "all", "chunk_bias": 0.5})):
         config = convert(small / "source", tmp_path / str(i), **options | more)
         assert {k: getattr(config, k) for k in options | more} == options | more
         logits.append(load(tmp_path / str(i))(ids).logits)
-    for a in range(6):
+    for a in range(len(logits)):
         for b in range(a):
             assert (logits[a] - logits[b]).abs().max() > 1e-2, (a, b)
 
 
 def test_so_many_layers_choose_chunks(small, tmp_path):
     """Evenly spread, the last one among them; of the others nothing but window and sinks counts."""
-    run("convert", small / "source", tmp_path / "run", "--window", 16, "--chunk-size", 16, "--hsa-layers", 2)
+    options = ("--window", 16, "--chunk-size", 16, "--chunk-bias", -0.5, "--hsa-layers", 2)
+    run("convert", small / "source", tmp_path / "run", *options)
     model = load(tmp_path / "run")
-    assert [layer.attention.rule.topk for layer in model.layers] == [0, 16, 16]
+    rules = [layer.attention.rule for layer in model.layers]
+    assert [(rule.topk, rule.bias) for rule in rules] == [(0, -0.5), (16, -0.5), (16, -0.5)]
     for layers, chosen in ((0, range(30)), (1, [29]), (2, [14, 29]), (30, range(30))):
         config = dataclasses.replace(model.config, layers=30, hsa_layers=layers)
         assert [i for i in range(30) if config.chooses(i)] == list(chosen)

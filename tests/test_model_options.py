@@ -47,7 +47,8 @@ OPTIONS = (
     *({"encoder_overlap": x} for x in (1, 5)), {"fusion": "mass", "mass_power": 2.5},
     *({"attention": "selected", "rope": ("selected",), "sinks": 4, "topk": x} for x in (2, "all")),
     {"attention": "selected", "selection": "mean", "heads": 6, "biases": ("q", "k", "v", "out")},
-    {"attention": "selected", "topk": 0, "sinks": 2}, {"qk_norm": False, "norm_eps": 1e-5},
+    {"attention": "selected", "topk": 0, "sinks": 2}, {"attention": "selected", "chunk_bias": -2.0},
+    {"qk_norm": False, "norm_eps": 1e-5},
 )  # fmt: skip
 
 
@@ -118,8 +119,11 @@ SELECTED = {"attention": "selected", "sinks": 4, "topk": 3, "rope": ("selected",
 
 
 @pytest.mark.parametrize(
-    "change", ({"sinks": 0}, {"topk": 0}, {"topk": 2}, {"selection": "mean"}, {"window": 21}, {"rope": ()}), ids=str
-)
+    "change", (
+        {"sinks": 0}, {"topk": 0}, {"topk": 2}, {"selection": "mean"}, {"chunk_bias": -1.5}, {"window": 21},
+        {"rope": ()},
+    ), ids=str,
+)  # fmt: skip
 def test_option_of_selected_attention_changes_the_output(change):
     """Behind the first token whose window does not reach the first one; a position, everywhere."""
     model, x = model_and_tokens(**SELECTED)

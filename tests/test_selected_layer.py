@@ -17,7 +17,7 @@ THETA = 100.0
 FREQUENCIES = (1.0, 0.3, 0.02, 0.005)
 
 
-def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, exact, S=16):
+def oracle(q, k, v, start, *, window, sinks, topk, bias, selection, theta, anchors, exact, S=16):
     """The rule, a token and a key/value head at a time; q [B, T, A, D] at start, k and v [B, P, H, D] from 0."""
     (B, T, A, D), (_, P, H, _) = q.shape, k.shape
     at = lambda x, i: x if theta is None else rotate(x, i, theta)  # noqa: E731
@@ -51,6 +51,7 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, ex
                     chosen[value.topk(min(topk, N)).indices] = True
                     seen[sinks : sinks + N * S] &= chosen.repeat_interleave(S)
                 score = torch.where(near, score, capped).masked_fill(~seen, -torch.inf)
+                score[:, sinks : sinks + N * S] += bias
                 out[b, t, heads] = score.softmax(-1) @ v[b, :, h]
     return out
 
@@ -60,14 +61,15 @@ def oracle(q, k, v, start, *, window, sinks, topk, selection, theta, anchors, ex
     st.integers(1, 40), st.integers(0, 90), st.sampled_from((1, 7, 16, 24, 200)), st.sampled_from((0, 1, 4, 20)),
     st.sampled_from((0, 1, 2, "all")), st.sampled_from(("mass", "mean", "landmark")),
     st.sampled_from((THETA, FREQUENCIES, None)), st.sampled_from(((6, 2), (3, 1), (2, 2))), st.booleans(),
+    st.sampled_from((0.0, -1.5, 3.0)),
 )  # fmt: skip
-def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads, blocks):
+def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads, blocks, bias):
     """Out and the gradients of queries, keys and values; in blocks of few tokens too."""
     torch.manual_seed(T)
     A, H = heads
     q, do = torch.randn(1, T, A, 8), torch.randn(1, T, A, 8)
     k, v = torch.randn(1, before + T, H, 8), torch.randn(1, before + T, H, 8)
-    options = {"window": window, "sinks": sinks, "topk": topk, "theta": theta}
+    options = {"window": window, "sinks": sinks, "topk": topk, "theta": theta, "bias": bias}
     exact = (H - 1,) if selection == "landmark" and T % 2 else ()
     learned = Landmarks(H, 8, 5, exact)
     chooser = chooser_of(selection, learned)
