@@ -34,8 +34,8 @@ from hsa_tl.model.train import reconfigure
 from hsa_tl.text import read_corpus
 
 ATOL = 1e-4
-WINDOW, SINKS, CHUNK_SIZE, TOPK, ANCHORS = 512, 4, 64, 16, 64
-FINE = {"chunk_size": 16, "topk": 64}  # as many tokens
+WINDOW, SINKS, CHUNK_SIZE, TOPK, RECENCY, ANCHORS = 512, 4, 64, 16, 128, 64
+FINE = {"chunk_size": 16, "topk": 64, "recency": 512}  # as many tokens
 METHODS = {  # None: the source
     "source": None,
     "window": {"topk": 0},
@@ -180,7 +180,9 @@ def main() -> None:
     source = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        config = convert(given.source, run, window=WINDOW, sinks=SINKS, chunk_size=CHUNK_SIZE, topk=TOPK)
+        config = convert(
+            given.source, run, window=WINDOW, sinks=SINKS, chunk_size=CHUNK_SIZE, topk=TOPK, recency=RECENCY
+        )
         model = load(run)
     contexts = make_contexts(model.tokenizer, given.length, given.contexts, haystacks)
     with torch.no_grad():
@@ -189,8 +191,8 @@ def main() -> None:
     print(f"largest difference of logits at 256 tokens: {difference:.1e}, at most {ATOL}", flush=True)
     if not difference <= ATOL:
         raise SystemExit(1)
-    found |= {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "chunk_bias": config.chunk_bias}
-    found |= {"difference": difference}
+    found |= {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "recency": RECENCY}
+    found |= {"chunk_bias": config.chunk_bias, "difference": difference}
     if "landmark of 16" in methods:
         tokens = model.tokenizer.encode(read_corpus(None, 8 * 3 * 4096).data)  # Python's sources; contexts are others
         *pieces, judge = (tokens[i * len(tokens) // 3 :][:4096] for i in range(3))

@@ -41,6 +41,11 @@ def visible(position: torch.Tensor, chunks: int, chunk_size: int, exclude_window
     return (first + chunk_size <= position) & (first <= position - exclude_window)
 
 
+def recency_share(between: torch.Tensor, span: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of recency, what a chunk loses with so many between it and the token's own, see `hsa_tl.retrieve_chunks`."""
+    return (between.clamp(min=0).to(dtype).log1p() / math.log(span)).clamp(max=1)
+
+
 def chunk_scores(
     q_slc, landmarks, start, chunk_size: int, *, exclude_window: int = 0, recency=None, recency_span: int = 16,
     scale: float | None = None,
@@ -53,8 +58,7 @@ def chunk_scores(
     position = positions(start, q_slc)
     if recency is not None:
         between = position[..., None] // chunk_size - 1 - torch.arange(landmarks.shape[1], device=q_slc.device)
-        share = (between.clamp(min=0).to(dtype).log1p() / math.log(recency_span)).clamp(max=1)
-        scores = scores - recency.to(dtype)[:, None] * share[..., None, :]
+        scores = scores - recency.to(dtype)[:, None] * recency_share(between, recency_span, dtype)[..., None, :]
     seen = visible(position, landmarks.shape[1], chunk_size, exclude_window)
     return scores.masked_fill_(~seen[..., None, :], -torch.inf)
 

@@ -309,15 +309,21 @@ def convert(
     topk: Annotated[str, typer.Option(help="chunks behind the window that a token sees: a number, or all")] = "16",
     selection: Annotated[str, typer.Option(help="mass: of the greatest attention, exact; mean: by mean key")] = "mass",
     chunk_bias: Annotated[float, number(low=-100, high=100, help="added to the scores of keys in these chunks")] = -1.5,
+    recency: Annotated[
+        int | None, number(low=0, high=1 << 30, help="chunks within which near ones are preferred, 0 for no preference")
+    ] = None,
     hsa_layers: Annotated[int, number(low=0, high=1 << 20, help="that choose chunks, evenly spread; 0 for all")] = 0,
 ) -> None:
-    """Gives a pretrained model long memory, without training: a run whose layers see a window and chosen chunks."""
+    """Gives a pretrained model long memory, without training: a run whose layers see a window and chosen chunks.
+
+    --recency is by default as many chunks as the source was trained to.
+    """
     if topk != "all" and not topk.isdecimal():
         raise ValueError(f"topk must be a number of chunks from 0 on or all, got {topk!r}")
     config = conversion.convert(
         source, run, window=window, sinks=sinks, chunk_size=chunk_size,
         topk=topk if topk == "all" else int(topk), selection=selection, chunk_bias=chunk_bias,
-        hsa_layers=hsa_layers,
+        hsa_layers=hsa_layers, **({} if recency is None else {"recency": recency or None}),
     )  # fmt: skip
     chunks = f"{topk} chunks" if topk == "all" or int(topk) else "no chunks"
     where = f", chunks in {hsa_layers} of them" if hsa_layers else ""

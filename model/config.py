@@ -116,7 +116,8 @@ class ModelConfig:
         activation_checkpointing (bool): whether layers are computed again in the backward. Default: False.
         impl (str): of the operators; "dense" as in `HSALayer`. Default: "auto".
         selection_overlap (float): of neighbouring tokens, by which programs are chosen. Default: 0.9.
-        recency (int): the span of a learned preference for near chunks, as in `HSALayer`. Default: None.
+        recency (int): the span of a preference for near chunks, at least 2: of HSA learned, as in `HSALayer`; of
+            "selected" as great as it begins there. Default: None.
 
     Raises:
         ValueError: names the field, the rule and the value.

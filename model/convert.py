@@ -46,6 +46,7 @@ def config_of(source, **options) -> ModelConfig:
     """
     options = DEFAULTS | options
     get = lambda name, default=None: getattr(source, name, default)  # noqa: E731
+    options.setdefault("recency", max(2, source.max_position_embeddings // options["chunk_size"]))
     rope = dict(get("rope_parameters") or {})
     kind, sliding = rope.get("rope_type", "default"), get("sliding_window")
     for name, value, rule, ok in (
@@ -162,7 +163,7 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
         source (Path): a local folder of transformers with safetensors, or a GGUF file, of a family in FAMILIES.
         run (Path): a new folder, or an empty one.
         options: of ModelConfig: window (512), sinks (4), chunk_size (64), topk (16), selection ("mass"), chunk_bias
-            (-1.5) and hsa_layers (0, all).
+            (-1.5), hsa_layers (0, all) and recency (as many chunks as the source was trained to).
 
     Returns:
         ModelConfig: the run's.

@@ -27,7 +27,9 @@ from torch import nn
 from hsa_tl import chunk_means, fusion_weights, merge_attention, retrieve_chunks, selected_attention, selected_decode
 from hsa_tl.model.attention import SelfAttention, positions, rotate, scores, softmax_product
 from hsa_tl.model.budget import worst
+from hsa_tl.model.chunk_memory import recency_share
 from hsa_tl.model.config import ModelConfig
+from hsa_tl.model.hsa import RECENCY
 
 FEW = 8  # tokens of a sequence that decode as one; more are a segment
 BLOCK = {"cpu": 128}  # tokens that attend to their window at once: their scores should stay in a CPU's cache
@@ -239,7 +241,8 @@ class Rule:
     """What a token sees, see the top of this file.
 
     topk: chunks, 0 for none, "all" for every one. How they are chosen: see `attend`. theta: of `rotate`, None for no
-    positions. impl: of the operators. bias: added to the scores of keys in chosen chunks.
+    positions. impl: of the operators. bias: added to the scores of keys in chosen chunks. recency: chunks from which on
+    one loses RECENCY of the score by which it is chosen, nearer ones less, as in `retrieve_chunks`; None for none.
     """
 
     window: int
@@ -249,13 +252,14 @@ class Rule:
     theta: float | tuple[float, ...] | None = None
     impl: str = "auto"
     bias: float = 0.0
+    recency: int | None = None
 
     @classmethod
     def of(cls, c: ModelConfig, layer: int) -> "Rule":
         theta = (c.rope_frequencies or c.rope_theta) if "selected" in c.rope else None
         impl = "auto" if c.impl == "dense" else c.impl
         topk = c.topk if c.chooses(layer) else 0
-        return cls(c.window, c.sinks, c.chunk_size, topk, theta, impl, c.chunk_bias)
+        return cls(c.window, c.sinks, c.chunk_size, topk, theta, impl, c.chunk_bias, c.recency)
 
     def attend(
         self, q_BTAD: torch.Tensor, keys: Keys, chooser: Landmarks | None = None, count: Callable | None = None
@@ -318,6 +322,8 @@ class Rule:
             landmarks = chooser.of(k, S) if landmarks is None else landmarks[:, :N]
             asked = chooser.ask(q_BTAD, H)
             options = {"chunk_size": S, "q_start": past, "impl": self.impl}
+            if self.recency is not None:
+                options |= {"recency": q_BTAD.new_full((H,), RECENCY).float(), "recency_span": self.recency}
             best, indices = retrieve_chunks(asked, landmarks, K, scale=H / A, **options)  # the mean of its query heads
             if heads := chooser.exact:
                 q_BTAD = q_BTAD.unflatten(2, (H, -1))[:, :, heads].flatten(2, 3)
@@ -337,6 +343,8 @@ class Rule:
             tiles = (k[:, c * S : min(c + step, most) * S] for c in range(0, most, step))
             masses = [scores(q, tile).unflatten(-1, (-1, S)).logsumexp(-1).amax(2) for tile in tiles]
             mass = torch.cat(masses, -1).transpose(1, 2)  # [B, T, H, most]
+            if self.recency is not None:
+                mass = mass - RECENCY * recency_share(seen - 1 - every[:most], self.recency, mass.dtype)
             best, index = mass.masked_fill(every[:most] >= seen, -torch.inf).topk(min(K, most), -1)
             index = torch.where(best == -torch.inf, -1, index).int()
             more = (0, K - index.shape[-1])

@@ -40,10 +40,9 @@ CONFIGS = {
     "full, log n": {"attention": "full", "rope": (), "log_length": 64},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
-    "selected": SELECTED | {"sinks": 4, "topk": 2, "qk_norm": False, "heads": 6, "biases": ("q", "k", "v")},
-    "selected by mean": SELECTED
-    | {"selection": "mean", "chunk_bias": -1.5, "sinks": 20, "rope_frequencies": (1.0, 0.01) * 4},
-    "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "exact_heads": (0,), "sinks": 20},
+    "selected": SELECTED | {"sinks": 4, "topk": 2, "chunk_bias": -1.5, "heads": 6, "biases": ("q", "k", "v")},
+    "selected by mean": SELECTED | {"selection": "mean", "sinks": 20, "qk_norm": False, "rope_frequencies": (1.0, 0.01) * 4},
+    "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "exact_heads": (0,), "recency": 3},
     "moba": {"attention": "moba", "layers": 5, "groups": 2},
     "moba, all": {"attention": "moba", "topk": "all", "rope": ("swa", "moba"), "value_residual": "resformer"},
     "linear": {"linear": True, "rope": ("linear",), "groups": 1},

@@ -47,8 +47,7 @@ OPTIONS = (
     *({"encoder_overlap": x} for x in (1, 5)), {"fusion": "mass", "mass_power": 2.5},
     *({"attention": "selected", "rope": ("selected",), "sinks": 4, "topk": x} for x in (2, "all")),
     {"attention": "selected", "selection": "mean", "heads": 6, "biases": ("q", "k", "v", "out")},
-    {"attention": "selected", "topk": 0, "sinks": 2}, {"attention": "selected", "chunk_bias": -2.0},
-    {"qk_norm": False, "norm_eps": 1e-5},
+    {"attention": "selected", "topk": 0, "sinks": 2}, {"qk_norm": False, "norm_eps": 1e-5},
 )  # fmt: skip
 
 
@@ -119,10 +118,8 @@ SELECTED = {"attention": "selected", "sinks": 4, "topk": 3, "rope": ("selected",
 
 
 @pytest.mark.parametrize(
-    "change", (
-        {"sinks": 0}, {"topk": 0}, {"topk": 2}, {"selection": "mean"}, {"chunk_bias": -1.5}, {"window": 21},
-        {"rope": ()},
-    ), ids=str,
+    "change", [dict((x,)) for x in {"sinks": 0, "topk": 0, "selection": "mean", "chunk_bias": -1.5, "recency": 2,
+                                    "window": 21, "rope": ()}.items()], ids=str,
 )  # fmt: skip
 def test_option_of_selected_attention_changes_the_output(change):
     """Behind the first token whose window does not reach the first one; a position, everywhere."""

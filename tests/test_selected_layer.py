@@ -17,7 +17,7 @@ THETA = 100.0
 FREQUENCIES = (1.0, 0.3, 0.02, 0.005)
 
 
-def oracle(q, k, v, start, *, window, sinks, topk, bias, selection, theta, anchors, exact, S=16):
+def oracle(q, k, v, start, *, window, sinks, topk, bias, recency, selection, theta, anchors, exact, S=16):
     """The rule, a token and a key/value head at a time; q [B, T, A, D] at start, k and v [B, P, H, D] from 0."""
     (B, T, A, D), (_, P, H, _) = q.shape, k.shape
     at = lambda x, i: x if theta is None else rotate(x, i, theta)  # noqa: E731
@@ -46,6 +46,9 @@ def oracle(q, k, v, start, *, window, sinks, topk, bias, selection, theta, ancho
                         mass = (k[b, sinks : sinks + N * S, h] @ anchors[h].T / math.sqrt(D)).unflatten(0, (N, S))
                         alike = (q_cap[b, t, heads] @ anchors[h].T / math.sqrt(D)).softmax(-1)
                         value = value + (mass.logsumexp(1) @ alike.T).sum(1)
+                    if recency is not None:
+                        between = torch.arange(N - 1, -1, -1).to(q)
+                        value = value - 4 * (between.log1p() / math.log(recency)).clamp(max=1)
                     seen = seen.clone()
                     chosen = torch.zeros(N, dtype=torch.bool)
                     chosen[value.topk(min(topk, N)).indices] = True
@@ -61,15 +64,15 @@ def oracle(q, k, v, start, *, window, sinks, topk, bias, selection, theta, ancho
     st.integers(1, 40), st.integers(0, 90), st.sampled_from((1, 7, 16, 24, 200)), st.sampled_from((0, 1, 4, 20)),
     st.sampled_from((0, 1, 2, "all")), st.sampled_from(("mass", "mean", "landmark")),
     st.sampled_from((THETA, FREQUENCIES, None)), st.sampled_from(((6, 2), (3, 1), (2, 2))), st.booleans(),
-    st.sampled_from((0.0, -1.5, 3.0)),
+    st.sampled_from((0.0, -1.5, 3.0)), st.sampled_from((None, 2, 4)),
 )  # fmt: skip
-def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads, blocks, bias):
+def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads, blocks, bias, recency):
     """Out and the gradients of queries, keys and values; in blocks of few tokens too."""
     torch.manual_seed(T)
     A, H = heads
     q, do = torch.randn(1, T, A, 8), torch.randn(1, T, A, 8)
     k, v = torch.randn(1, before + T, H, 8), torch.randn(1, before + T, H, 8)
-    options = {"window": window, "sinks": sinks, "topk": topk, "theta": theta, "bias": bias}
+    options = {"window": window, "sinks": sinks, "topk": topk, "theta": theta, "bias": bias, "recency": recency}
     exact = (H - 1,) if selection == "landmark" and T % 2 else ()
     learned = Landmarks(H, 8, 5, exact)
     chooser = chooser_of(selection, learned)
