@@ -87,6 +87,23 @@ def test_figures_of_a_converted_model():
     assert sources and all(word in page for word in sources)
 
 
+def test_figures_of_far_keys():
+    found, page = json.loads((RESULTS / "convert_far.json").read_text()), "docs/convert.md"
+    places, table, others = ((8192, 0), (8192, 1), (32768, 1)), {}, []
+    for row in found["rows"]:
+        nats, bias = f"{row['nats']:.3f}", row["chunk_bias"]
+        if isinstance(bias, str) or row["model"].startswith("windows"):
+            others.append(nats)
+        else:
+            name = (f"{bias:g}", f"{row['recency'] or 'none'}") if row["model"] != "source" else ("the source", "")
+            table.setdefault(name, {})[row["length"], row["piece"]] = nats
+    assert len(table) == 9 and len(others) == 4
+    for (bias, preference), row in table.items():
+        preference += ", as by default" if (bias, preference) == ("-1.5", "4") else ""
+        in_page(page, cells(bias, preference, *(row.get(place, "") for place in places)))
+    assert all(text in words(page) for text in (*others, *(row["commit"] for row in found["rows"])))
+
+
 def test_figures_of_speed():
     speed, dims = Speed(), "k16-d64: HQ=16 H=1 D=64 S=64 K=16 "
     for T in (1024, 4096, 16384):
