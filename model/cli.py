@@ -308,7 +308,7 @@ def convert(
     chunk_size: Annotated[int, number(low=16, high=128, help="tokens of a chunk: 16, 32, 64 or 128")] = 64,
     topk: Annotated[str, typer.Option(help="chunks behind the window that a token sees: a number, or all")] = "16",
     selection: Annotated[str, typer.Option(help="mass: of the greatest attention, exact; mean: by mean key")] = "mass",
-    chunk_bias: Annotated[float, number(low=-100, high=100, help="added to the scores of keys in these chunks")] = -1.5,
+    chunk_bias: Annotated[float, number(low=-100, high=100, help="added to the scores of keys in these chunks")] = 0.0,
     recency: Annotated[
         int | None, number(low=0, high=1 << 30, help="chunks within which near ones are preferred, 0 for no preference")
     ] = None,

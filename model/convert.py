@@ -26,9 +26,7 @@ from hsa_tl.validation import require
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ROPES = ("default", "linear", "llama3")
-DEFAULTS = {
-    "window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass", "chunk_bias": -1.5, "hsa_layers": 0,
-}  # fmt: skip
+DEFAULTS = {"window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass", "hsa_layers": 0}
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 INNER = {
     "attention.norm": ("input_layernorm",), "mlp_norm": ("post_attention_layernorm",),
@@ -162,8 +160,8 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
     Args:
         source (Path): a local folder of transformers with safetensors, or a GGUF file, of a family in FAMILIES.
         run (Path): a new folder, or an empty one.
-        options: of ModelConfig: window (512), sinks (4), chunk_size (64), topk (16), selection ("mass"), chunk_bias
-            (-1.5), hsa_layers (0, all) and recency (as many chunks as the source was trained to).
+        options: of ModelConfig: window (512), sinks (4), chunk_size (64), topk (16), selection ("mass"), hsa_layers (0,
+            all), recency (as many chunks as the source was trained to) and chunk_bias.
 
     Returns:
         ModelConfig: the run's.

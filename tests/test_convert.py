@@ -112,6 +112,9 @@ def test_options_reach_the_model(small, tmp_path):
 def test_so_many_layers_choose_chunks(small, tmp_path):
     """Evenly spread, the last one among them; of the others nothing but window and sinks counts."""
     options = ("--window", 16, "--chunk-size", 16, "--chunk-bias", -0.5, "--hsa-layers", 2)
+    assert load(small / "run").config.recency == 128 // 16  # as many chunks as it was trained to
+    run("convert", small / "source", tmp_path / "plain", "--recency", 0)
+    assert load(tmp_path / "plain").config.recency is None
     run("convert", small / "source", tmp_path / "run", *options)
     model = load(tmp_path / "run")
     rules = [layer.attention.rule for layer in model.layers]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -89,18 +90,25 @@ def test_figures_of_a_converted_model():
 
 def test_figures_of_far_keys():
     found, page = json.loads((RESULTS / "convert_far.json").read_text()), "docs/convert.md"
-    places, table, others = ((8192, 0), (8192, 1), (32768, 1)), {}, []
+    places, table, others = ((8192, 0), (8192, 1), (32768, 1), "codes"), {}, []
     for row in found["rows"]:
-        nats, bias = f"{row['nats']:.3f}", row["chunk_bias"]
+        bias, codes = row["chunk_bias"], "right" in row
+        told = f"{row['right']} of {row['contexts']}" if codes else f"{row['nats']:.3f}"
         if isinstance(bias, str) or row["model"].startswith("windows"):
-            others.append(nats)
-        else:
-            name = (f"{bias:g}", f"{row['recency'] or 'none'}") if row["model"] != "source" else ("the source", "")
-            table.setdefault(name, {})[row["length"], row["piece"]] = nats
-    assert len(table) == 9 and len(others) == 4
-    for (bias, preference), row in table.items():
-        preference += ", as by default" if (bias, preference) == ("-1.5", "4") else ""
-        in_page(page, cells(bias, preference, *(row.get(place, "") for place in places)))
+            others.append(f"{row['contexts'] - row['right']} of {row['contexts']}" if codes else told)
+        elif not codes or row["length"] == 8192:
+            name = ("the source", "") if row["model"] == "source" else (f"{row['recency'] or 'none'}", f"{bias:g}")
+            table.setdefault(name, {})["codes" if codes else (row["length"], row["piece"])] = told
+    fine = json.loads((RESULTS / "llm-8192.json").read_text())["rows"]  # of these contexts, before there was recency
+    assert all(next(row["found"] for row in fine if row["method"] == "landmark of 16"))
+    table["none", "0"]["codes"] = "8 of 8"
+    far = json.loads((RESULTS / "llm-32768.json").read_text())["rows"][0]["losses"]
+    own = next(row for row in found["rows"] if row["length"] == 32768 and "right" in row)
+    pair = (math.exp(np.mean(x)) for x in (own["losses"], [far[i] for i in own["context"]]))
+    assert "at a perplexity of {:.2f} where it is {:.2f} without".format(*pair) in words(page)
+    assert len(table) == 10 and len(others) == 6
+    for name, row in table.items():
+        in_page(page, cells(*name, *(row.get(place, "") for place in places)))
     assert all(text in words(page) for text in (*others, *(row["commit"] for row in found["rows"])))
 
 
