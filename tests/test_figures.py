@@ -375,7 +375,7 @@ def test_figures_of_other_levers_of_text():
     bits = {(r["model"], r["length"]): r["bits"] for r in found["rows"]}
     names = {
         "both": "recency and 3 distractors", "joint": 'fusion "joint"', "softmax1": 'fusion "softmax1"',
-        "topk-4": "4 chunks instead of 8", "distractors-7": "7 distractors",
+        "topk-4": "4 chunks instead of 8", "distractors-7": "7 distractors", "mass": 'fusion "mass"',
         "topk-4-from-the-first-stage": "4 chunks, from the first stage on",
         "distractors-half": "3 distractors every second 10 steps",
         "distractors-throughout": "3 distractors in the first stage too", "noise": "noise on the scores that choose",
@@ -389,4 +389,8 @@ def test_figures_of_other_levers_of_text():
         shown = (f"{np.mean(x):.3f}" for x in (*at, bits[model + WINDOWS, K]))
         changes = ("{:+.4f} ({:.4f})".format(*paired(*x)) for x in ((at[-1], at[0]), (at[0], bits["both", K])))
         in_page(page, cells(name, *shown, *changes))
-    assert all(r["commit"] in words(page) for r in found["rows"])
+    full = {(r["model"], r["length"]): r["bits"] for r in found["full_attention"]}
+    told = "it has {:.3f} bits at 1K and {:+.4f} ({:.4f}) more at 4K; on samples of 1K {:.3f} and {:+.4f} ({:.4f})"
+    models = [(full[x, K], full[x, 4 * K]) for x in ("4k-full", "1k-full")]
+    assert told.format(*(y for a, b in models for y in (np.mean(a), *paired(b, a)))) in words(page)
+    assert all(r["commit"] in words(page) for r in found["rows"] + found["full_attention"])
