@@ -109,6 +109,9 @@ def test_figures_of_far_keys():
     assert len(table) == 10 and len(others) == 6
     for name, row in table.items():
         in_page(page, cells(*name, *(row.get(place, "") for place in places)))
+    cost = (found["cost"]["chunks"][n][x] for n in ("512", "2048") for x in ("recency", "none"))
+    told = "64 of 512 chunks for a token of a layer in {:.0f} µs instead of {:.0f}, and of 2048 in {:.0f} instead of"
+    assert (told + " {:.0f}").format(*cost) in words(page) and found["cost"]["commit"] in words(page)
     assert all(text in words(page) for text in (*others, *(row["commit"] for row in found["rows"])))
 
 
