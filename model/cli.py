@@ -323,7 +323,7 @@ def convert(
     config = conversion.convert(
         source, run, window=window, sinks=sinks, chunk_size=chunk_size,
         topk=topk if topk == "all" else int(topk), selection=selection, chunk_bias=chunk_bias,
-        hsa_layers=hsa_layers, **({} if recency is None else {"recency": recency or None}),
+        recency=recency, hsa_layers=hsa_layers,
     )  # fmt: skip
     chunks = f"{topk} chunks" if topk == "all" or int(topk) else "no chunks"
     where = f", chunks in {hsa_layers} of them" if hsa_layers else ""

@@ -26,7 +26,10 @@ from hsa_tl.validation import require
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ROPES = ("default", "linear", "llama3")
-DEFAULTS = {"window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass", "hsa_layers": 0}
+DEFAULTS = {
+    "window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass", "chunk_bias": 0.0, "recency": None,
+    "hsa_layers": 0,
+}  # fmt: skip
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 INNER = {
     "attention.norm": ("input_layernorm",), "mlp_norm": ("post_attention_layernorm",),
@@ -38,13 +41,14 @@ Weights = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]  # shape
 
 
 def config_of(source, **options) -> ModelConfig:
-    """The ModelConfig of a transformers config. options: see DEFAULTS.
+    """The ModelConfig of a transformers config. options: see `convert`.
 
     ValueError: a family or a setting that is not supported, by its name there.
     """
     options = DEFAULTS | options
     get = lambda name, default=None: getattr(source, name, default)  # noqa: E731
-    options.setdefault("recency", max(2, source.max_position_embeddings // options["chunk_size"]))
+    trained = max(2, source.max_position_embeddings // options["chunk_size"])  # chunks
+    options["recency"] = trained if options["recency"] is None else options["recency"] or None
     rope = dict(get("rope_parameters") or {})
     kind, sliding = rope.get("rope_type", "default"), get("sliding_window")
     for name, value, rule, ok in (
@@ -160,8 +164,8 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
     Args:
         source (Path): a local folder of transformers with safetensors, or a GGUF file, of a family in FAMILIES.
         run (Path): a new folder, or an empty one.
-        options: of ModelConfig: window (512), sinks (4), chunk_size (64), topk (16), selection ("mass"), hsa_layers (0,
-            all), recency (as many chunks as the source was trained to) and chunk_bias.
+        options: of ModelConfig: window (512), sinks (4), chunk_size (64), topk (16), selection ("mass"), chunk_bias
+            (0.0), recency (None: as many chunks as the source was trained to; 0 for none) and hsa_layers (0, all).
 
     Returns:
         ModelConfig: the run's.
