@@ -22,7 +22,7 @@ SMALL = replace(
     preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, layers=4, groups=2,
     vocab_size=50, encoder_mlp_dim=32, window=12, topk=3, retrieval_heads=2,
 )  # fmt: skip
-SELECTED = {"attention": "selected", "rope": ("selected",)}
+SELECTED = {"attention": "selected", "rope": ("selected",), "chunk_bias": -1.5, "recency": 3}
 CONFIGS = {
     "hsa": {},
     "softmax1": {"fusion": "softmax1", "retrieval_heads": 1, "conv": 0},
@@ -40,9 +40,9 @@ CONFIGS = {
     "full, log n": {"attention": "full", "rope": (), "log_length": 64},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
-    "selected": SELECTED | {"sinks": 20, "topk": 2, "chunk_bias": -1.5, "heads": 6, "biases": ("q", "k", "v")},
-    "selected by mean": SELECTED | {"selection": "mean", "qk_norm": False, "rope_frequencies": (1.0, 0.01) * 4},
-    "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "exact_heads": (0,), "recency": 3},
+    "selected": SELECTED | {"sinks": 4, "topk": 2, "qk_norm": False, "heads": 6, "biases": ("q", "k", "v")},
+    "selected by mean": SELECTED | {"selection": "mean", "sinks": 20, "rope_frequencies": (1.0, 0.01) * 4},
+    "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "exact_heads": (0,), "sinks": 20},
     "moba": {"attention": "moba", "layers": 5, "groups": 2},
     "moba, all": {"attention": "moba", "topk": "all", "rope": ("swa", "moba"), "value_residual": "resformer"},
     "linear": {"linear": True, "rope": ("linear",), "groups": 1},

@@ -115,14 +115,15 @@ def test_option_changes_the_output(change):
 
 
 SELECTED = {"attention": "selected", "sinks": 4, "topk": 3, "rope": ("selected",), "conv": 0}
-OTHER = {"sinks": 0, "topk": 0, "selection": "mean", "chunk_bias": -1.5, "recency": 2, "window": 21, "rope": ()}
+FAR = {"selection": "mean", "chunk_bias": -1.5, "recency": 2}
+OTHER = (("sinks", 0), ("topk", 0), ("topk", 2), *FAR.items(), ("window", 21), ("rope", ()))
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_option_of_selected_attention_changes_the_output(name):
+@pytest.mark.parametrize("name, value", OTHER)
+def test_option_of_selected_attention_changes_the_output(name, value):
     """Behind the first token whose window does not reach the first one; a position, everywhere."""
     model, x = model_and_tokens(**SELECTED)
-    other = Model(dataclasses.replace(model.config, **{name: OTHER[name]}))
+    other = Model(dataclasses.replace(model.config, **{name: value}))
     other.load_state_dict(model.state_dict())
     difference = (other(x).logits - model(x).logits).abs().amax((0, 2))
     assert difference.max() > 1e-4
