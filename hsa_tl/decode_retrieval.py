@@ -7,7 +7,7 @@ whose best possible score is below the topk-th of the blocks seen so far are not
 import torch
 
 from hsa_tl import workers
-from hsa_tl.retrieval import best_of_any, empty_slots, visible_in_decode
+from hsa_tl.retrieval import best_of_any, empty_slots, recency_share, visible_in_decode
 from hsa_tl.validation import require_float, require_tensor
 
 BLOCK = 64  # landmarks that share a bound
@@ -53,8 +53,11 @@ def products(q, marks, dtype):
     return torch.cat([products(q, part, dtype)[..., :T, :] for part in marks.split(step, -2)], -1)
 
 
-def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale, bounds=None):
-    """See hsa_tl.api.retrieve_decode."""
+def retrieve_decode(
+    q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude_window, scale, bounds=None, recency=None,
+    recency_span=16,
+):  # fmt: skip
+    """See hsa_tl.api.retrieve_decode; without recency where bounds are given."""
     T, dtype = q_slc.shape[1], torch.promote_types(q_slc.dtype, torch.float32)
     visible = visible_in_decode(lengths, chunks, T, landmarks.shape[1], chunk_size, exclude_window)
     hides = True
@@ -68,7 +71,11 @@ def retrieve_decode(q_slc, landmarks, lengths, chunks, topk, chunk_size, exclude
     if bounds is not None:
         scores, chosen = _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype)
     else:
-        scores, chosen = _scan(q_slc, landmarks, visible if hides else None, k, scale, dtype)
+        lowering = None
+        if recency is not None:
+            own = (lengths.long()[:, None] + torch.arange(T, device=lengths.device)) // chunk_size
+            lowering = recency.to(dtype)[:, None], own, recency_span
+        scores, chosen = _scan(q_slc, landmarks, visible if hides else None, k, scale, dtype, lowering)
     if hides:
         empty = chosen >= visible[:, :, None, None]  # behind the others
         scores, chosen = scores.masked_fill(empty, -torch.inf), chosen.masked_fill(empty, -1)
@@ -88,10 +95,11 @@ def _best(scores, k):
     return best_of_any(scores, k).sort(-1).values
 
 
-def _scan(q_slc, landmarks, visible, k, scale, dtype):
+def _scan(q_slc, landmarks, visible, k, scale, dtype, lowering):
     """Scores and chunks [B, T, R, k] of the best, ascending: those of ranges of landmarks first, on a CPU.
 
-    visible: [B, T], None where every token sees all landmarks.
+    visible: [B, T], None where every token sees all landmarks. lowering: recency [R, 1], the tokens' own chunks [B, T]
+    and the span, or None.
     """
     (B, _, R, D_r), N = q_slc.shape, landmarks.shape[1]
     size = N if q_slc.is_cuda else max(BLOCK, _RANGE_ELEMENTS // (B * R * D_r) // BLOCK * BLOCK)
@@ -102,6 +110,10 @@ def _scan(q_slc, landmarks, visible, k, scale, dtype):
         scores = [products(q_slc[:, :, r], marks[:, :, r], dtype) for r in range(R)]
         scores = scores[0].unsqueeze(2) if R == 1 else torch.stack(scores, 2)
         scores.mul_(scale)  # [B, T, R, n]; after the product, as in retrieve_chunks: scaling first could break a tie
+        if lowering is not None:
+            recency, own, span = lowering
+            distance = own[..., None] - 1 - start - torch.arange(marks.shape[1], device=own.device)
+            scores -= recency * recency_share(distance, span, dtype).unsqueeze(2)
         if visible is not None:
             hidden = torch.arange(start, start + marks.shape[1], device=q_slc.device) >= visible[..., None]
             scores.masked_fill_(hidden[:, :, None], -torch.inf)

@@ -1,34 +1,29 @@
 """Bounded recency: scores lowered by recency[r] * min(1, log(1 + d) / log(span)), d whole chunks to the token's own.
 
 Chunks with d >= span - 1 are far. All lose recency[r], which changes neither their order nor their ties: the topk best
-of them are what any implementation finds by plain scores under a window that hides the others. Those others, at most
-span - 1 near chunks, are all scored here; the topk best of both are the topk best of all. Among near ones, and between
-near and far, lowered scores decide, and of equal ones the lower chunk.
+of them are what a kernel finds by plain scores under a window that hides the others. Those others, at most span - 1
+near chunks, are all scored here; the topk best of both are the topk best of all. Among near ones, and between near and
+far, lowered scores decide, and of equal ones the lower chunk. PyTorch's retrieval lowers all of its scores instead.
 """
-
-import math
 
 import torch
 
 from hsa_tl import workers
 from hsa_tl.decode_retrieval import products
-from hsa_tl.retrieval import merge, sequences, visible_chunks, visible_in_decode
+from hsa_tl.retrieval import merge, recency_share, sequences, visible_chunks, visible_in_decode
 
 BLOCK_ELEMENTS = 1 << 20  # of queries, landmarks and scores that are held at once, on a CPU
 
 
-def far_window(recency, span, chunk_size, exclude_window, validate):
-    """The exclude_window that leaves the far chunks alone; ValueError unless recency is finite and at least 0."""
-    if recency is None:
-        return exclude_window
-    if validate and not bool(((recency >= 0) & recency.isfinite()).all()):
+def check(recency: torch.Tensor) -> None:
+    """ValueError unless recency is finite and at least 0."""
+    if not bool(((recency >= 0) & recency.isfinite()).all()):
         raise ValueError(f"recency must be finite and at least 0, got {recency.tolist()}")
+
+
+def far_window(span, chunk_size, exclude_window):
+    """The exclude_window that leaves the far chunks alone."""
     return max(exclude_window, span * chunk_size)
-
-
-def _share(distance: torch.Tensor, span: int, dtype: torch.dtype) -> torch.Tensor:
-    """min(1, log(1 + distance) / log(span)); by log2 in float64, so that what is a simple fraction is exact."""
-    return ((1 + distance.clamp(0, span - 1)).double().log2() / math.log2(span)).to(dtype)
 
 
 def _join(far, q, landmarks, own, visible, recency, span, scale):
@@ -42,7 +37,7 @@ def _join(far, q, landmarks, own, visible, recency, span, scale):
     marks = landmarks[torch.arange(B, device=q.device)[:, None, None], i.clamp(max=N - 1)]  # [B, G, n, R, D_r]
     scores = products(q.transpose(2, 3), marks.transpose(2, 3), dtype).mul_(scale)  # [B, G, R, s, n]
     recency = recency.to(dtype)[:, None]
-    scores -= (recency * _share(own[..., None] - 1 - i, span, dtype)[:, :, None])[:, :, :, None]
+    scores -= (recency * recency_share(own[..., None] - 1 - i, span, dtype)[:, :, None])[:, :, :, None]
     hidden = (i[:, :, None] >= visible[..., None])[:, :, :, None]  # [B, G, s, 1, n]
     scores = scores.transpose(2, 3).masked_fill(hidden, -torch.inf)
     i = torch.where(hidden, -1, i[:, :, None, None]).int().expand_as(scores)
@@ -103,6 +98,6 @@ def drecency(dscores, indices, cu_seqlens, recency, span, chunk_size, q_start):
         starts = cu_seqlens[:-1]
         position = position - starts[torch.searchsorted(starts, position.int(), right=True) - 1]
     distance = (position // chunk_size - 1)[:, None, None] - indices
-    share = torch.where(indices < 0, 0.0, dscores * _share(distance, span, dscores.dtype))
+    share = torch.where(indices < 0, 0.0, dscores * recency_share(distance, span, dscores.dtype))
     # A sum to one number would be shared out among threads: one head's bits would depend on how many there are.
     return -torch.nn.functional.pad(share.sum(3), (0, 1)).sum((0, 1))[:-1].to(recency.dtype)

@@ -236,10 +236,14 @@ def retrieve_decode(
         run = functools.partial(decode_retrieval.retrieve_decode, bounds=bounds)
     else:
         raise NotImplementedError(f"impl={impl!r} cannot retrieve by bounds; use 'auto' or 'reference'")
-    window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
-    best = run(q_slc, landmarks, lengths, chunks, topk, chunk_size, window, scale)
+    if recency is not None and validate:
+        near.check(recency)
+    given = q_slc, landmarks, lengths, chunks, topk, chunk_size
+    if run is decode_retrieval.retrieve_decode:
+        return run(*given, exclude_window, scale, recency=recency, recency_span=recency_span)
     if recency is None:
-        return best
+        return run(*given, exclude_window, scale)
+    best = run(*given, near.far_window(recency_span, chunk_size, exclude_window), scale)
     return near.join_decode(
         q_slc, *best, landmarks, lengths, chunks, recency, recency_span, chunk_size, exclude_window, scale
     )
@@ -254,11 +258,14 @@ def retrieve(
     N = landmarks.shape[1]
     parts = retrieval.sequences(cu_seqlens, q_slc.shape[1], N, chunk_size)
     name = resolve(impl, Retrieval.of(q_slc, N, topk), "_retrieval")
-    window = near.far_window(recency, recency_span, chunk_size, exclude_window, validate)
-    run, static = implementation(name).retrieve, (topk, chunk_size, q_start, window, scale)
+    if recency is not None and validate:
+        near.check(recency)
+    run, static = implementation(name).retrieve, (topk, chunk_size, q_start)
     if name == "reference_retrieval":
-        best = run(q_slc, landmarks, *static, parts)
-    elif len(parts) == 1:
+        return run(q_slc, landmarks, *static, exclude_window, scale, parts, recency, recency_span)
+    window = exclude_window if recency is None else near.far_window(recency_span, chunk_size, exclude_window)
+    static += (window, scale)
+    if len(parts) == 1:
         best = run(q_slc, landmarks, *static)
     else:
         results = (run(q_slc[:, tokens], landmarks[:, chunks], *static) for tokens, chunks in parts)

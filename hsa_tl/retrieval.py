@@ -1,6 +1,7 @@
 """Chunk retrieval in PyTorch, on any device: exact top-k over blocks of tokens, sparse backward."""
 
 import itertools
+import math
 import warnings
 
 import torch
@@ -45,6 +46,14 @@ def visible_in_decode(lengths, chunks, T: int, N: int, chunk_size: int, exclude_
     position = lengths.long()[:, None] + torch.arange(T, device=lengths.device)
     held = N if chunks is None else chunks.clamp(0, N)[:, None]
     return visible_chunks(position, chunk_size, exclude_window).clamp(max=held)
+
+
+def recency_share(distance: torch.Tensor, span: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of recency that a chunk at a distance loses: min(1, log(1 + distance) / log(span)).
+
+    By log2 in float64, so that what is a simple fraction is exact.
+    """
+    return ((1 + distance.clamp(0, span - 1)).double().log2() / math.log2(span)).to(dtype)
 
 
 def empty_slots(q_slc: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,11 +117,24 @@ def _scores(q, marks, scale):
     return (q @ marks.T).mul_(scale)[:rows]
 
 
-def _retrieve_block(q, marks, visible, topk, scale):
-    """q [rows, D_r], marks [n, D_r], visible [rows] <= n -> scores, positions [rows, min(topk, n)], ascending."""
+def _lowering(recency, span, own, first, n, dtype):
+    """[tokens, n]: what a head's recency takes off n chunks from `first` on; own [tokens], their chunks, ascends."""
+    low, high = int(own[0]), int(own[-1])
+    distance = torch.arange(high - 1 - first, low - 1 - first - n, -1, device=own.device)
+    # What a chunk loses, the next one loses for tokens of the next chunk.
+    return (recency.to(dtype) * recency_share(distance, span, dtype)).unfold(0, n, 1)[high - own]
+
+
+def _retrieve_block(q, marks, visible, topk, scale, lowering):
+    """q [rows, D_r], marks [n, D_r], visible [rows] <= n -> scores, positions [rows, min(topk, n)], ascending.
+
+    lowering: what recency takes off the scores [rows, n], or None.
+    """
     n = marks.shape[0]
     low, high = (int(x) for x in visible.aminmax())
     scores = _scores(q, marks, scale)
+    if lowering is not None:
+        scores -= lowering
     if low < n:
         scores[:, low:].masked_fill_(torch.arange(low, n, device=q.device) >= visible[:, None], -torch.inf)
     kept = min(topk, n)
@@ -148,7 +170,9 @@ def _blocks(tokens, chunks, q_start, chunk_size):
         begin = stop
 
 
-def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale, parts):
+def retrieve(
+    q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale, parts, recency=None, recency_span=16
+):  # fmt: skip
     """See hsa_tl.api.retrieve_chunks; parts: what `sequences` gives."""
     B, _, R, _ = q_slc.shape
     scores, indices = empty_slots(q_slc, topk)
@@ -159,10 +183,13 @@ def retrieve(q_slc, landmarks, topk, chunk_size, q_start, exclude_window, scale,
         position = torch.arange(first, first + tokens.stop - tokens.start, device=q_slc.device)
         visible = visible_chunks(position, chunk_size, exclude_window).clamp(max=chunks.stop - chunks.start)
         q, marks, most, best = q_slc[b, tokens, r].to(dtype), landmarks[b, chunks, r], int(visible[-1]), None
+        lowering = None
         for tile in range(0, most, TILE_CHUNKS):
             seen = min(most - tile, TILE_CHUNKS)
             part = torch.nn.functional.pad(marks[tile : tile + seen].to(dtype), (0, 0, 0, -seen % COLUMNS))
-            s, i = _retrieve_block(q, part, (visible - tile).clamp(0, seen), topk, scale)
+            if recency is not None:
+                lowering = _lowering(recency[r], recency_span, position // chunk_size, tile, len(part), dtype)
+            s, i = _retrieve_block(q, part, (visible - tile).clamp(0, seen), topk, scale, lowering)
             i = torch.where(i < 0, -1, i + tile) if tile else i
             best = merge(*(torch.cat(x, 1) for x in zip(best, (s, i), strict=True)), topk) if best else (s, i)
         if best:

@@ -38,15 +38,29 @@ def assert_equals_oracle(q_slc, landmarks, recency, topk, impl="auto", **options
     return scores, indices
 
 
+def joined(q_slc, landmarks, recency, topk, *, chunk_size, recency_span, q_start=0, exclude_window=0, scale=None):
+    """As kernels do it: far chunks found without recency, near ones scored beside them."""
+    scale = q_slc.shape[-1] ** -0.5 if scale is None else scale
+    options = {"chunk_size": chunk_size, "q_start": q_start, "scale": scale}
+    hidden = near.far_window(recency_span, chunk_size, exclude_window)
+    far = retrieve_chunks(q_slc, landmarks, topk, exclude_window=hidden, **options)
+    return near.join(q_slc, *far, landmarks, None, recency, recency_span, chunk_size, q_start, exclude_window, scale)
+
+
 recencies = st.builds(integers, st.just(3), seeds)
 spans = st.sampled_from((2, 3, 4, 16)) | st.integers(2, 150)
 
 
-@given(problems, options, recencies, spans)
-def test_equals_the_oracle(problem, options, recency, span):
-    """Spans larger than N, windows that hide near chunks, ties between near and far ones."""
+@given(problems, options, recencies, spans, st.integers(1, 5000))
+def test_equals_the_oracle(problem, options, recency, span, block):
+    """Spans larger than N, windows that hide near chunks, ties between near and far ones, tiles."""
     recency = recency[: problem["R"]].to(torch.float64 if problem["dtype"] == torch.float64 else torch.float32)
-    assert_equals_oracle(*_inputs(**problem), recency, **options, recency_span=span)
+    inputs, options = (*_inputs(**problem), recency), options | {"recency_span": span}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "BLOCK_SCORES", block)
+        patch.setattr(retrieval, "TILE_CHUNKS", 64)
+        for one, other in zip(assert_equals_oracle(*inputs, **options), joined(*inputs, **options), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -66,10 +80,13 @@ def test_recency_0_is_none_to_the_bit(problem, options, span, block):
     """Blocks of any size: scores of near chunks have the bits that the others have."""
     inputs = [torch.randn_like(x, dtype=torch.float32) for x in _inputs(**problem)]
     want = retrieve_chunks(*inputs, **options)
+    recency, options = torch.zeros(problem["R"]), options | {"recency_span": span}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near, "BLOCK_ELEMENTS", block)
-        got = retrieve_chunks(*inputs, **options, recency=torch.zeros(problem["R"]), recency_span=span)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        patch.setattr(retrieval, "BLOCK_SCORES", block)
+        patch.setattr(retrieval, "TILE_CHUNKS", 64)
+        for got in (f(inputs[0], inputs[1], recency=recency, **options) for f in (retrieve_chunks, joined)):
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 @each_impl
@@ -245,6 +262,8 @@ def test_memory_is_linear_in_tokens(monkeypatch):
     def step():
         scores, _ = retrieve_chunks(*leaves[:2], 4, chunk_size=S, recency=leaves[2], recency_span=N)
         torch.autograd.grad(scores, leaves, torch.ones_like(scores))
+        with torch.no_grad():
+            joined(*leaves, 4, chunk_size=S, recency_span=N)
 
     assert largest_allocation(step) <= T * N // 2
 
