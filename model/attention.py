@@ -50,8 +50,8 @@ def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[fl
     angle = position[..., None, None] * frequency  # [(B), T, 1, D / 2]
     dtype = torch.promote_types(x_BTHD.dtype, torch.float32)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    a, b = x_BTHD[..., :half], x_BTHD[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BTHD.dtype)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return (x_BTHD * cos + x_BTHD.roll(half, -1) * sin).to(x_BTHD.dtype)
 
 
 def scores(q_BTAD: torch.Tensor, k_BPHD: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hsa_tl import chunk_means, fusion_weights, merge_attention, retrieve_chunks, selected_attention, selected_decode
+from hsa_tl import (
+    chunk_means,
+    fusion_weights,
+    merge_attention,
+    retrieve_chunks,
+    retrieve_decode,
+    selected_attention,
+    selected_decode,
+)
 from hsa_tl.model.attention import SelfAttention, positions, rotate, scores, softmax_product
 from hsa_tl.model.budget import worst
 from hsa_tl.model.chunk_memory import recency_share
@@ -143,8 +151,7 @@ class OwnKeys:
 
     def _numbers(self, sequence: int) -> list[int]:
         """Of these chunks, in their order."""
-        gone = self.evicted[sequence]
-        return sorted(set(range(self._behind(sequence) + len(gone))) - set(gone))
+        return sorted(set(range(self._behind(sequence) + len(self.evicted[sequence]))) - set(self.evicted[sequence]))
 
     def _evict(self, sequence: int) -> None:
         if (excess := self._behind(sequence) - self.budget) <= 0:
@@ -181,9 +188,10 @@ class OwnKeys:
 
     @torch.no_grad()
     def _summarise(self, rows: slice, start: int, stop: int) -> None:
-        if self.chooser is not None:
-            S = self.chunk_size
-            first, last = start // S, -(-stop // S)
+        """Of the chunks that end in these columns: nobody asks for the landmark of others."""
+        S = self.chunk_size
+        first, last = start // S, stop // S
+        if self.chooser is not None and first < last:
             new = self.chooser.of(self.buffers[0][rows, first * S : last * S], S)
             if self.landmarks is None or self.landmarks.shape[1] < last:
                 grown = new.new_zeros(len(self.held), self.buffers[0].shape[1] // S, *new.shape[2:])
@@ -257,8 +265,7 @@ class Rule:
     @classmethod
     def of(cls, c: ModelConfig, layer: int) -> "Rule":
         theta = (c.rope_frequencies or c.rope_theta) if "selected" in c.rope else None
-        impl = "auto" if c.impl == "dense" else c.impl
-        topk = c.topk if c.chooses(layer) else 0
+        topk, impl = c.topk if c.chooses(layer) else 0, "auto" if c.impl == "dense" else c.impl
         return cls(c.window, c.sinks, c.chunk_size, topk, theta, impl, c.chunk_bias, c.recency)
 
     def attend(
@@ -321,10 +328,14 @@ class Rule:
         if (K < N or scored) and chooser is not None:
             landmarks = chooser.of(k, S) if landmarks is None else landmarks[:, :N]
             asked = chooser.ask(q_BTAD, H)
-            options = {"chunk_size": S, "q_start": past, "impl": self.impl}
+            options = {"chunk_size": S, "impl": self.impl, "scale": H / A}  # the mean of its query heads
             if self.recency is not None:
                 options |= {"recency": q_BTAD.new_full((H,), RECENCY).float(), "recency_span": self.recency}
-            best, indices = retrieve_chunks(asked, landmarks, K, scale=H / A, **options)  # the mean of its query heads
+            if T <= FEW:
+                lengths = torch.full((B,), past, dtype=torch.int32, device=k.device)
+                best, indices = retrieve_decode(asked, landmarks, lengths, K, **options)
+            else:
+                best, indices = retrieve_chunks(asked, landmarks, K, q_start=past, **options)
             if heads := chooser.exact:
                 q_BTAD = q_BTAD.unflatten(2, (H, -1))[:, :, heads].flatten(2, 3)
                 found = self._choose(q_BTAD, k[:, :, heads], None, past, N, None, True)
