@@ -6,7 +6,7 @@
 A context is English documentation (pydoc_data.topics) with a code of five digits at its depth and the question behind
 it. Contexts of one haystack differ from the code on, and a model reads what differs; a run that was cut goes on behind
 the last one. right: contexts in which every digit is the likeliest token after those before it. perplexity: of the 256
-tokens before the question, which are the same ones at every length.
+tokens before the question, which are the same ones at every length. token_ms: of a token behind the last context.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import math
 import pydoc_data.topics
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,6 +150,18 @@ def ask(reader: Reader, contexts: list[Context], before: dict | None = None) -> 
         yield row
 
 
+@torch.no_grad()
+def token_time(reader: Reader, number: int = 32) -> float:
+    """Milliseconds of one token behind those that the cache holds: the median of so many, which are taken back."""
+    times = []
+    for token in reader.tokens[:number]:
+        start = time.perf_counter()
+        reader.forward(torch.tensor([[token]]), reader.cache, 1)
+        times.append(1000 * (time.perf_counter() - start))
+    reader.take_back(reader.cache, len(times))
+    return round(statistics.median(times), 2)
+
+
 def read_found(path: Path, about: dict) -> dict:
     """What a file holds of the same model, contexts, device, versions and commit; a file of others counts as none."""
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -211,11 +224,13 @@ def main() -> None:
             reader = reader_of_run(model, given.length)
         for row in ask(reader, contexts, rows.get(name)):
             rows[name] = {"method": name, "length": given.length} | row
+            if row["contexts"] == given.contexts:
+                rows[name]["token_ms"] = token_time(reader)
             write_atomic(path, json.dumps(found | {"rows": list(rows.values())}, indent=1) + "\n")
         right, n = row["right"], row["contexts"]
         low, high = (100 * x for x in interval(right, n))
         told = f"{right} of {n} right ({low:.0f} to {high:.0f} %), perplexity {row['perplexity']:.2f}"
-        speed = f"{1000 * row['seconds'] / row['tokens']:.1f} ms a token"
+        speed = f"{1000 * row['seconds'] / row['tokens']:.1f} ms a token, {rows[name]['token_ms']} alone"
         print(f"{name}: {told}, {speed}", flush=True)
     print(f"wrote {path}")
 

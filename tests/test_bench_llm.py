@@ -94,6 +94,7 @@ def test_readers_give_what_whole_models_give(tmp_path, monkeypatch):
     second = first[:60] + torch.randint(0, 90, (80,), generator=rng).tolist()
     for reader, model in ((llm.reader_of_source(theirs), theirs), (llm.reader_of_run(ours, 150), ours)):
         for tokens in (first, second, first):
+            assert not reader.tokens or llm.token_time(reader, 3) > 0  # and leaves the cache as it was
             with torch.no_grad():
                 expected = model(torch.tensor([tokens])).logits[0, -5:]
                 torch.testing.assert_close(reader.read(tokens, 5), expected, rtol=1e-4, atol=1e-4)
