@@ -336,10 +336,10 @@ class Rule:
                 best, indices = retrieve_decode(asked, landmarks, lengths, K, **options)
             else:
                 best, indices = retrieve_chunks(asked, landmarks, K, q_start=past, **options)
-            if heads := chooser.exact:
-                q_BTAD = q_BTAD.unflatten(2, (H, -1))[:, :, heads].flatten(2, 3)
-                found = self._choose(q_BTAD, k[:, :, heads], None, past, N, None, True)
-                best[:, :, heads], indices[:, :, heads] = found[0].to(best.dtype), found[1]
+            for h in chooser.exact:  # each apart: a list of heads would copy all keys
+                own = q_BTAD[:, :, h * A // H : (h + 1) * A // H]
+                found = self._choose(own, k[:, :, h : h + 1], None, past, N, None, True)
+                best[:, :, h : h + 1], indices[:, :, h : h + 1] = found[0].to(best.dtype), found[1]
             return best, indices
         visible = (positions(past, q_BTAD) // S)[:, None, None]
         every = torch.arange(N, dtype=torch.int32, device=k.device)
