@@ -71,19 +71,23 @@ def test_figures_of_a_converted_model():
         in_page("docs/convert.md", cells(name, *values))
     for right in {row["right"] for (*_, contexts), row in at.items() if contexts == 20}:
         low, high = (100 * x for x in interval(right, 20))
-        assert f"{low:.0f} to {high:.0f} %" in page
+        assert f"{low:.0f} to {high:.0f} %" in words("docs/convert.md")
     source, landmark = (at[method, 8 * K, 20] for method in ("source", "landmark of 16"))
     told = "landmarks find all {} codes and the source {}**; what it reads there costs {:.0f} % of perplexity"
     cost = 100 * (landmark["perplexity"] / source["perplexity"] - 1)
     assert told.format(landmark["right"], source["right"], cost) in words("docs/convert.md")
-    far = at["landmark of 16", 32 * K, 20]
-    codes = "all 20 codes" if far["right"] == 20 else f"{far['right']} codes of 20"
-    told = "find {}**, and the perplexity of the same tokens is {:.1f}, where it is {:.1f} at 8K and the source's"
-    assert told.format(codes, far["perplexity"], landmark["perplexity"]) in words("docs/convert.md")
+    told = "find {} codes of {}**, and the perplexity of the same tokens is {:.1f}"
+    for far in (at["landmark of 16", 32 * K, 20], at["landmark of 16", 64 * K, 6]):
+        text = told.format(far["right"], far["contexts"], far["perplexity"])
+        assert text in words("docs/convert.md"), text
     seconds = (f"{at[(method, *columns[0])]['seconds']:.1f} s" for method in ("source", "window", "mass"))
-    assert "takes the source {} on one thread of a busy machine, a run {} (window alone) to {}".format(
-        *seconds
-    ) in words("docs/convert.md")
+    told = "takes the source {} on one thread of a busy machine, a run {} (window alone) to {}"
+    assert told.format(*seconds) in words("docs/convert.md")
+    size = json.loads((RESULTS / "convert_size.json").read_text())
+    files += [size[part] | {"device": size["device"]} for part in ("convert", "load")]
+    gb = (f"{x / 1e9:.1f} GB" for x in (size["bytes"], size["convert"]["memory"], size["load"]["memory"]))
+    told = "({{}} in {} files) take {} s and {{}} of memory beyond the mapped files, and `load` in bfloat16 takes {{}}"
+    assert told.format(size["files"], size["convert"]["seconds"]).format(*gb) in words("docs/convert.md")
     sources = [word for found in files for word in (found["commit"], found["device"].split(",")[0])]
     assert sources and all(word in page for word in sources)
 
