@@ -3,7 +3,8 @@
 Chunks with d >= span - 1 are far. All lose recency[r], which changes neither their order nor their ties: the topk best
 of them are what a kernel finds by plain scores under a window that hides the others. Those others, at most span - 1
 near chunks, are all scored here; the topk best of both are the topk best of all. Among near ones, and between near and
-far, lowered scores decide, and of equal ones the lower chunk. PyTorch's retrieval lowers all of its scores instead.
+far, lowered scores decide, and of equal ones the lower chunk. PyTorch's retrieval lowers all of its scores instead, so
+that far ones which rounding makes equal count as such there.
 """
 
 import torch
