@@ -39,12 +39,12 @@ def slots(q, k_pages, indices, page_table):
 def gather(pages, row):
     """pages [P, S, H, D] at row [n, K], each page * H + head -> [n, K, S, D]."""
     _, S, H, D = pages.shape
-    if H > 1 and not pages.is_contiguous():
+    if H == 1:
+        return pages.reshape(-1, S * D).index_select(0, row.flatten()).view(*row.shape, S, D)
+    if not pages.is_contiguous():
         return pages[row // H, :, row % H]
-    if H > 1:  # keys, which lie H apart
-        row = (row // H * (S * H) + row % H)[..., None] + torch.arange(0, S * H, H, device=row.device)
-    elements = S * D if H == 1 else D
-    return pages.reshape(-1, elements).index_select(0, row.flatten()).view(*row.shape[:2], S, D)
+    key = (row // H * (S * H) + row % H)[..., None] + torch.arange(0, S * H, H, device=row.device)  # they lie H apart
+    return pages.view(-1, D).index_select(0, key.flatten()).view(*row.shape, S, D)
 
 
 def decode(q, k_pages, v_pages, weights, indices, page_table, scale):
