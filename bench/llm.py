@@ -35,7 +35,8 @@ from hsa_tl.model.train import reconfigure
 from hsa_tl.text import read_corpus
 
 ATOL = 1e-4
-WINDOW, SINKS, CHUNK_SIZE, TOPK, RECENCY, ANCHORS = 512, 4, 64, 16, 128, 64
+ANCHORS = 64
+OPTIONS = {"window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "far_positions": 512, "recency": 128}
 FINE = {"chunk_size": 16, "topk": 64, "recency": 512}  # as many tokens
 METHODS = {  # None: the source
     "source": None,
@@ -71,7 +72,7 @@ def make_contexts(tokenizer, length: int, number: int, haystacks: int) -> list[C
         code = tokenizer.encode(digits := str(rng.randrange(10000, 99999)))
         needle = tokenizer.encode(f"\n\nThe secret code of the lantern is {digits}. Remember it.\n\n")
         body, end = length - len(needle) - len(question) - len(code), ends[n % haystacks]
-        deepest = body - JUDGED - WINDOW - CHUNK_SIZE  # behind which a window would hold the code
+        deepest = body - JUDGED - OPTIONS["window"] - OPTIONS["chunk_size"]  # behind which a window would hold the code
         if not (length <= longest and deepest > 0):
             least = length - deepest + 1
             raise ValueError(f"length must lie in [{least}, {longest}], got {length}")
@@ -193,9 +194,7 @@ def main() -> None:
     source = transformers.AutoModelForCausalLM.from_pretrained(where, **options, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        config = convert(
-            given.source, run, window=WINDOW, sinks=SINKS, chunk_size=CHUNK_SIZE, topk=TOPK, recency=RECENCY
-        )
+        config = convert(given.source, run, **OPTIONS)
         model = load(run)
     contexts = make_contexts(model.tokenizer, given.length, given.contexts, haystacks)
     with torch.no_grad():
@@ -204,8 +203,7 @@ def main() -> None:
     print(f"largest difference of logits at 256 tokens: {difference:.1e}, at most {ATOL}", flush=True)
     if not difference <= ATOL:
         raise SystemExit(1)
-    found |= {"window": WINDOW, "sinks": SINKS, "chunk_size": CHUNK_SIZE, "topk": TOPK, "recency": RECENCY}
-    found["difference"] = difference
+    found |= OPTIONS | {"difference": difference}
     if "landmark of 16" in methods:
         tokens = model.tokenizer.encode(read_corpus(None, 8 * 3 * 4096).data)  # Python's sources; contexts are others
         *pieces, judge = (tokens[i * len(tokens) // 3 :][:4096] for i in range(3))

@@ -31,8 +31,8 @@ from hsa_tl.model import memory_file
 from hsa_tl.model.budget import per_layer
 from hsa_tl.model.linear import LinearState
 from hsa_tl.model.memory import MemorySpec, PagedMemory
+from hsa_tl.model.own_keys import OwnKeys
 from hsa_tl.model.segment_memory import SegmentMemory
-from hsa_tl.model.selected import OwnKeys
 from hsa_tl.validation import require, require_int
 
 FORMAT = "hsa_tl.cache.1"
@@ -160,7 +160,7 @@ class Cache:
         for layer, kind, own in zip(model.layers, c.kinds, per_layer(budget, c), strict=True):
             window = layer.attention.window
             if c.attention == "selected":
-                near = OwnKeys(self.counts, c.sinks, c.chunk_size, layer.attention.chooser, own, window + undo, dtype)
+                near = OwnKeys(self.counts, layer.attention.rule, layer.attention.chooser, own, undo, dtype)
             elif kind == "linear":
                 near = LinearState(self.counts, c.heads, c.head_dim, dtype, device)
             else:

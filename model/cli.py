@@ -308,7 +308,9 @@ def convert(
     chunk_size: Annotated[int, number(low=16, high=128, help="tokens of a chunk: 16, 32, 64 or 128")] = 64,
     topk: Annotated[str, typer.Option(help="chunks behind the window that a token sees: a number, or all")] = "16",
     selection: Annotated[str, typer.Option(help="mass: of the greatest attention, exact; mean: by mean key")] = "mass",
-    chunk_bias: Annotated[float, number(low=-100, high=100, help="added to the scores of keys in these chunks")] = 0.0,
+    far_positions: Annotated[
+        int, number(low=0, high=1 << 30, help="into which those of the keys behind the window are squeezed, 0 for none")
+    ] = 512,
     recency: Annotated[
         int | None, number(low=0, high=1 << 30, help="chunks within which near ones are preferred, 0 for no preference")
     ] = None,
@@ -322,7 +324,7 @@ def convert(
         raise ValueError(f"topk must be a number of chunks from 0 on or all, got {topk!r}")
     config = conversion.convert(
         source, run, window=window, sinks=sinks, chunk_size=chunk_size,
-        topk=topk if topk == "all" else int(topk), selection=selection, chunk_bias=chunk_bias,
+        topk=topk if topk == "all" else int(topk), selection=selection, far_positions=far_positions,
         recency=recency, hsa_layers=hsa_layers,
     )  # fmt: skip
     chunks = f"{topk} chunks" if topk == "all" or int(topk) else "no chunks"

@@ -68,8 +68,8 @@ class ModelConfig:
         sinks (int): of "selected", first tokens that every token sees. Default: 0.
         selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "landmark"
             those of which `anchors` guess it, "mean" those whose mean key fits best. Default: "mass".
-        chunk_bias (float): of "selected", is added to the scores of keys in chosen chunks: below 0 it makes up for the
-            distance that they do not have. Default: 0.0.
+        far_positions (int): of "selected", into which those of the keys behind the window are squeezed, see
+            `hsa_tl.model.selected`; 0: they have none. Default: 0.
         anchors (int): M of each key/value head, see `hsa_tl.model.selected.Landmarks`. Default: 0, none.
         hsa_layers (int): of "selected", layers that choose chunks, evenly spread, the last one among them; the others
             see window and sinks. Default: 0, all.
@@ -148,7 +148,7 @@ class ModelConfig:
     biases: tuple[str, ...] = ()
     sinks: int = 0
     selection: str = "mass"
-    chunk_bias: float = 0.0
+    far_positions: int = 0
     anchors: int = 0
     hsa_layers: int = 0
     exact_heads: tuple[int, ...] = ()
@@ -260,8 +260,8 @@ class ModelConfig:
 
 
 MAY_BE_ZERO = (
-    "hsa_window", "log_length", "sinks", "anchors", "hsa_layers", "distractors", "encoder_overlap", "conv", "experts",
-    "shared_experts", "dense_layers",
+    "hsa_window", "log_length", "sinks", "anchors", "hsa_layers", "far_positions", "distractors", "encoder_overlap",
+    "conv", "experts", "shared_experts", "dense_layers",
 )  # fmt: skip
 
 LARGE = {"conv": 0, "embedding_std": 0.02}

@@ -27,8 +27,8 @@ from hsa_tl.validation import require
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ROPES = ("default", "linear", "llama3")
 DEFAULTS = {
-    "window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass", "chunk_bias": 0.0, "recency": None,
-    "hsa_layers": 0,
+    "window": 512, "sinks": 4, "chunk_size": 64, "topk": 16, "selection": "mass", "far_positions": 512,
+    "recency": None, "hsa_layers": 0,
 }  # fmt: skip
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 INNER = {
@@ -164,8 +164,9 @@ def convert(source: Path, run: Path, **options) -> ModelConfig:
     Args:
         source (Path): a local folder of transformers with safetensors, or a GGUF file, of a family in FAMILIES.
         run (Path): a new folder, or an empty one.
-        options: of ModelConfig: window (512), sinks (4), chunk_size (64), topk (16), selection ("mass"), chunk_bias
-            (0.0), recency (None: as many chunks as the source was trained to; 0 for none) and hsa_layers (0, all).
+        options: of ModelConfig: window (512), sinks (4), chunk_size (64), topk (16), selection ("mass"),
+            far_positions (512), recency (None: as many chunks as the source was trained to; 0 for none) and hsa_layers
+            (0, all).
 
     Returns:
         ModelConfig: the run's.

@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from hsa_tl.model.attention import rotate
 from hsa_tl.model.convert import config_of
-from hsa_tl.model.selected import Keys, Rule, chooser_of
+from hsa_tl.model.selected import Rule, chooser_of
 
 NAME = "hsa"
 
@@ -41,8 +41,7 @@ def attend(
         if not ok:
             raise ValueError(f"{name} must {must} for attn_implementation={NAME!r}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    q, k = rotate(q, -position[P - T :], rule.theta), rotate(k, -position, rule.theta)
-    return rule.attend(q, Keys(k, v), chooser_of(own.selection))[0], None
+    return rule.read_whole(rotate(q, -position[P - T :], rule.theta), k, v, chooser_of(own.selection), 1.0)[0], None
 
 
 AttentionInterface.register(NAME, attend)

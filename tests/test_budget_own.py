@@ -1,13 +1,16 @@
 """Layers that keep keys of their own ("selected") have budgets of their own, and keep the chunks they read most."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from hsa_tl import chunk_means
 from hsa_tl.model import Model, preset
-from hsa_tl.model.selected import Keys, Landmarks, OwnKeys, Rule, chooser_of
+from hsa_tl.model.attention import rotate
+from hsa_tl.model.own_keys import Keys, OwnKeys
+from hsa_tl.model.selected import Landmarks, Rule, chooser_of
 
 S, W, SINKS = 16, 20, 4
 FORMS = {
@@ -23,7 +26,7 @@ def tiny(**changes) -> Model:
 
 
 def keys_of(budget, rows=1, chooser=None, undo=0) -> OwnKeys:
-    return OwnKeys([S] * rows, SINKS, S, chooser, budget, W + undo)
+    return OwnKeys([S] * rows, Rule(W, SINKS, S, theta=100.0), chooser, budget, undo)
 
 
 def store(cache, n=S):
@@ -70,11 +73,12 @@ def test_what_is_taken_back_keeps_no_mass():
     assert cache.mass[0, :6].tolist() == [0, 0, 0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("span", (0, 100))
 @pytest.mark.parametrize("form", FORMS)
-def test_a_sequence_goes_on_as_one_that_never_had_what_went(form):
-    """Its keys, landmarks and attention are those of sinks, kept chunks and window, by the numbers that went."""
+def test_a_sequence_goes_on_as_one_that_never_had_what_went(form, span):
+    """Its keys, landmarks and attention are those of sinks, kept chunks and window, where they stood."""
     chooser = chooser_of(FORMS[form].get("selection", "mass"), Landmarks(2, 8, 4, (1,)))
-    rule = Rule(W, SINKS, S, FORMS[form].get("topk", 2), 100.0)
+    rule = Rule(W, SINKS, S, FORMS[form].get("topk", 2), 100.0, span)
     cache, told = keys_of(3, chooser=chooser), []
     for n in (SINKS + 7 * S + W + 3, *[1, 5, 16, 40] * 6):
         told.append(store(cache, n))
@@ -82,11 +86,19 @@ def test_a_sequence_goes_on_as_one_that_never_had_what_went(form):
         kept = torch.ones(k.shape[1], dtype=torch.bool)
         for chunk in cache.evicted[0]:
             kept[SINKS + chunk * S : SINKS + chunk * S + S] = False
-        mine, q = cache.keys(slice(None), cache.held[0]), torch.randn(1, min(n, 9), 4, 8)
-        assert torch.equal(mine.k, k[:, kept]) and torch.equal(mine.v, v[:, kept])
-        out = rule.attend(q, mine, chooser, lambda *x: cache.count(slice(None), n, *x))  # noqa: B023
-        for x, want in zip(out, rule.attend(q, Keys(k[:, kept], v[:, kept]), chooser), strict=True):
-            torch.testing.assert_close(x, want)
+        q, gone = torch.randn(1, min(n, 9), 4, 8), cache.gone(0)
+        for a, b, pace in rule.paces(k.shape[1] - q.shape[1], q.shape[1]):
+            seen = kept.clone()
+            seen[k.shape[1] - q.shape[1] + b :] = False
+            mine = cache.keys(slice(None), int(seen.sum()), pace)
+            at_pace = rotate(k, pace * torch.arange(k.shape[1]).double(), 100.0)[:, seen]
+            torch.testing.assert_close(mine.k, at_pace, rtol=1e-5, atol=1e-5)
+            assert torch.equal(mine.v, v[:, seen])
+            out = rule.attend(q[:, a:b], mine, chooser, partial(cache.count, slice(None), n))
+            landmarks = None if chooser is None else chooser.of(k[:, seen][:, SINKS:], S)
+            want = rule.attend(q[:, a:b], Keys(at_pace, v[:, seen], landmarks, pace=pace, gone=gone), chooser)
+            for x, y in zip(out, want, strict=True):
+                torch.testing.assert_close(x, y)
     assert len(cache.evicted[0]) > 10 and cache.mass.sum() > 10
 
 

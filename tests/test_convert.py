@@ -57,11 +57,16 @@ def source(folder, name="llama", dtype=torch.float32, **options):
     return model
 
 
+EVERY = {"window": 16, "sinks": 3, "chunk_size": 16, "topk": "all", "far_positions": T}
+
+
+@pytest.mark.parametrize("options", ({"window": 96}, EVERY))
 @pytest.mark.parametrize("name", SOURCES)
-def test_logits_are_those_of_transformers_within_the_window(name, tmp_path):
+def test_logits_are_those_of_transformers(name, options, tmp_path):
+    """Within the window; and beyond it, of all chunks where they stood in training."""
     model = source(tmp_path / "source", name)
     (tmp_path / "run").mkdir()
-    config = convert(tmp_path / "source", tmp_path / "run", window=96)
+    config = convert(tmp_path / "source", tmp_path / "run", **options)
     ours = load(tmp_path / "run")
     assert ours.config == config and config.heads // config.kv_heads == 3 and not ours.training
     ids = torch.randint(257, (2, T))
@@ -100,7 +105,7 @@ def test_options_reach_the_model(small, tmp_path):
     options = {"window": 16, "sinks": 2, "chunk_size": 16}
     logits = [load(small / "run")(ids).logits]
     others = {"topk": "all"}, {"topk": 0}, {"topk": 1, "selection": "mean"}, {"sinks": 0, "topk": 1}
-    for i, more in enumerate((*others, {"topk": 1, "hsa_layers": 2}, {"topk": "all", "chunk_bias": 0.5})):
+    for i, more in enumerate((*others, {"topk": 1, "hsa_layers": 2}, {"topk": "all", "far_positions": 20})):
         config = convert(small / "source", tmp_path / str(i), **options | more)
         assert {k: getattr(config, k) for k in options | more} == options | more
         logits.append(load(tmp_path / str(i))(ids).logits)
@@ -111,14 +116,14 @@ def test_options_reach_the_model(small, tmp_path):
 
 def test_so_many_layers_choose_chunks(small, tmp_path):
     """Evenly spread, the last one among them; of the others nothing but window and sinks counts."""
-    options = ("--window", 16, "--chunk-size", 16, "--chunk-bias", -0.5, "--hsa-layers", 2)
+    options = ("--window", 16, "--chunk-size", 16, "--far-positions", 20, "--hsa-layers", 2)
     assert load(small / "run").config.recency == 128 // 16  # as many chunks as it was trained to
     run("convert", small / "source", tmp_path / "plain", "--recency", 0)
     assert load(tmp_path / "plain").config.recency is None
     run("convert", small / "source", tmp_path / "run", *options)
     model = load(tmp_path / "run")
     rules = [layer.attention.rule for layer in model.layers]
-    assert [(rule.topk, rule.bias) for rule in rules] == [(0, -0.5), (16, -0.5), (16, -0.5)]
+    assert [(rule.topk, rule.far_positions) for rule in rules] == [(0, 20), (16, 20), (16, 20)]
     for layers, chosen in ((0, range(30)), (1, [29]), (2, [14, 29]), (30, range(30))):
         config = dataclasses.replace(model.config, layers=30, hsa_layers=layers)
         assert [i for i in range(30) if config.chooses(i)] == list(chosen)

@@ -115,7 +115,7 @@ def test_option_changes_the_output(change):
 
 
 SELECTED = {"attention": "selected", "sinks": 4, "topk": 3, "rope": ("selected",), "conv": 0}
-FAR = {"selection": "mean", "chunk_bias": -1.5, "recency": 2}
+FAR = {"selection": "mean", "recency": 2, "far_positions": 20}
 OTHER = (("sinks", 0), ("topk", 0), ("topk", 2), *FAR.items(), ("window", 21), ("rope", ()))
 
 
