@@ -23,7 +23,7 @@ def test_contexts_hold_the_code_where_it_is_said():
         assert len(tokens) == 4096 and digits == 5 and code.isdecimal() and text.count(f"is {code}") == 2
         assert text[-asked:] == f"\n\n{said}{code}"
         depths.append(text.index(f"is {code}. Remember it."))
-    assert depths[1] < depths[3] < depths[0] < depths[2] < 4096 - llm.WINDOW and depths[1] < 1000
+    assert depths[1] < depths[3] < depths[0] < depths[2] < 4096 - llm.OPTIONS["window"] and depths[1] < 1000
     longer = llm.make_contexts(ByteTokenizer(), 8192, 4, 2)
     ends = [[x.tokens[-llm.JUDGED - x.asked : -x.asked] for x in found] for found in (contexts, longer)]
     assert ends[0] == ends[1] and ends[0][0] == ends[0][1] != ends[0][2] == ends[0][3]
