@@ -309,7 +309,7 @@ def convert(
     topk: Annotated[str, typer.Option(help="chunks behind the window that a token sees: a number, or all")] = "16",
     selection: Annotated[str, typer.Option(help="mass: of the greatest attention, exact; mean: by mean key")] = "mass",
     far_positions: Annotated[
-        int, number(low=0, high=1 << 30, help="into which those of the keys behind the window are squeezed, 0 for none")
+        int, number(low=0, high=1 << 30, help="that all keys behind the window share, 0 for none")
     ] = 512,
     recency: Annotated[
         int | None, number(low=0, high=1 << 30, help="chunks within which near ones are preferred, 0 for no preference")

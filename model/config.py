@@ -68,7 +68,7 @@ class ModelConfig:
         sinks (int): of "selected", first tokens that every token sees. Default: 0.
         selection (str): of "selected", "mass" takes the chunks of greatest attention, computed exactly, "landmark"
             those of which `anchors` guess it, "mean" those whose mean key fits best. Default: "mass".
-        far_positions (int): of "selected", into which those of the keys behind the window are squeezed, see
+        far_positions (int): of "selected", positions that all keys behind the window share, however many they are, see
             `hsa_tl.model.selected`; 0: they have none. Default: 0.
         anchors (int): M of each key/value head, see `hsa_tl.model.selected.Landmarks`. Default: 0, none.
         hsa_layers (int): of "selected", layers that choose chunks, evenly spread, the last one among them; the others

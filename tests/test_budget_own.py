@@ -125,9 +125,10 @@ def test_each_layer_has_its_budget(form, tmp_path):
     assert [x.evicted for x in loaded.layers] == [x.evicted for x in tight.layers]
 
 
-def test_a_layer_that_chooses_no_chunks_holds_no_more_than_it_sees(tmp_path):
+@pytest.mark.parametrize("far_positions", (0, 50))
+def test_a_layer_that_chooses_no_chunks_holds_no_more_than_it_sees(far_positions, tmp_path):
     """It says what it says of all keys; so does one whose file an older version wrote, with all of them."""
-    model, ids = tiny(hsa_layers=1), torch.randint(0, 320, (2, 300))
+    model, ids = tiny(hsa_layers=1, far_positions=far_positions), torch.randint(0, 320, (2, 300))
     read = lambda cache, x: torch.cat([model(y, cache=cache).logits for y in x.split(7, 1)], 1)  # noqa: E731
     with torch.no_grad():
         whole, cache, older = model(ids).logits, model.new_cache(2, undo=30), model.new_cache(2, undo=30)

@@ -62,6 +62,10 @@ def test_figures_of_a_converted_model():
     fine = next(found for found in files if "anchors" in found)
     heads = sum(map(len, fine["recall_by_head"]["mass"]))
     methods["landmark of 16"] = f"64 chunks of 16 by landmarks, {len(fine['exact_heads'])} of {heads} heads by mass"
+    methods["squeezed"] = "the same, with 512 positions behind the window"
+    for found in files:
+        for row in found["rows"]:
+            row["method"] = "squeezed" if found.get("far_positions") == 512 else row["method"]
     assert all(f"{100 * share:.1f} %" in page for share in fine["recall"].values())
     at = {(row["method"], row["length"], row["contexts"]): row for found in files for row in found["rows"]}
     columns = sorted({key[1:] for key in at})
@@ -72,8 +76,8 @@ def test_figures_of_a_converted_model():
     for right in {row["right"] for (*_, contexts), row in at.items() if contexts == 20}:
         low, high = (100 * x for x in interval(right, 20))
         assert f"{low:.0f} to {high:.0f} %" in words("docs/convert.md")
-    source, landmark = (at[method, 8 * K, 20] for method in ("source", "landmark of 16"))
-    told = "landmarks find all {} codes and the source {}**; what it reads there costs {:.0f} % of perplexity"
+    source, landmark = (at[method, 8 * K, 20] for method in ("source", "squeezed"))
+    told = "landmarks find all {} codes and the source {}**; what it reads there costs {:.1f} % of perplexity"
     cost = 100 * (landmark["perplexity"] / source["perplexity"] - 1)
     assert told.format(landmark["right"], source["right"], cost) in words("docs/convert.md")
     told = "find {} codes of {}**, and the perplexity of the same tokens is {:.1f}"
@@ -96,24 +100,36 @@ def test_figures_of_far_keys():
     found, page = json.loads((RESULTS / "convert_far.json").read_text()), "docs/convert.md"
     places, table, others = ((8192, 0), (8192, 1), (32768, 1), "codes"), {}, []
     for row in found["rows"]:
-        bias, codes = row["chunk_bias"], "right" in row
+        codes = "right" in row
         told = f"{row['right']} of {row['contexts']}" if codes else f"{row['nats']:.3f}"
-        if isinstance(bias, str) or row["model"].startswith("windows"):
-            others.append(f"{row['contexts'] - row['right']} of {row['contexts']}" if codes else told)
+        if row["chunk_bias"] or row["model"].startswith("windows"):
+            others.append(told)
         elif not codes or row["length"] == 8192:
-            name = ("the source", "") if row["model"] == "source" else (f"{row['recency'] or 'none'}", f"{bias:g}")
+            name = (f"{row['far_positions']}", f"{row['recency'] or 'none'}")
+            name = ("the source", "") if row["model"] == "source" else name
             table.setdefault(name, {})["codes" if codes else (row["length"], row["piece"])] = told
-    far = {row["recency"]: row["losses"] for row in found["rows"] if row["length"] == 32768 and "right" in row}
+    far = {
+        row["recency"]: row["losses"]
+        for row in found["rows"]
+        if row["length"] == 32768 and "right" in row and row["far_positions"] == 0
+    }
     pair = (math.exp(np.mean(far[recency])) for recency in (4, 0))
-    others.append("at a perplexity of {:.2f} where it is {:.2f} without".format(*pair))
+    told = ["at a perplexity of {:.2f} where it is {:.2f} without".format(*pair)]
     two = (*far[8], *far[4][::2])
-    others.append("has {:.3f} and {:.3f} nats a token at 32K, with 4 it has {:.3f} and {:.3f}".format(*two))
-    assert len(table) == 10 and len(others) == 13
+    told.append("has {:.3f} and {:.3f} nats a token at 32K, with 4 it has {:.3f} and {:.3f}".format(*two))
+    assert len(table) == 7 and {"1.751", "1.882", "1.746", "1.874", "1.886", "4 of 8", "1.799"} <= set(others)
     for name, row in table.items():
         in_page(page, cells(*name, *(row.get(place, "") for place in places)))
-    cost = (found["cost"]["chunks"]["2048"][x] for x in ("recency", "none"))
-    others.append("64 of 2048 chunks for a token of a layer in {:.0f} µs instead of {:.0f}".format(*cost))
-    assert all(x in words(page) for x in (*others, *(row["commit"] for row in (*found["rows"], found["cost"]))))
+    source, squeezed = table["the source", ""], table["8192", "4"]
+    more = [100 * math.expm1(float(squeezed[x]) - float(source[x])) for x in places[:2]]
+    told.append("a perplexity {:.1f} and {:.1f} % above the source's".format(*more))
+    cost = found["cost"]
+    times = (cost["positions"][x][n] for x in ("prefill", "token") for n in ("512", "0"))
+    told.append("in {:.1f} ms of CPU time instead of {:.1f}, and gives one in {:.0f} instead of {:.0f}".format(*times))
+    pair = (cost["chunks"]["2048"][x] for x in ("recency", "none"))
+    told.append("64 of 2048 chunks for a token of a layer in {:.0f} µs instead of {:.0f}".format(*pair))
+    commits = {row["commit"] for row in (*found["rows"], cost, cost["positions"])}
+    assert all(x in words(page) for x in (*told, *commits))
 
 
 def test_figures_of_speed():
