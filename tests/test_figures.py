@@ -86,7 +86,7 @@ def test_figures_of_a_converted_model():
         for (method, length, _), row in sorted(at.items())
         if length == T and method in ("landmark of 16", "squeezed")
     ]
-    told = "**At 32K landmarks find {} codes** without positions behind the window and {} with them, **at 64K {}** and {}"
+    told = "**At 32K landmarks find {} codes** without positions behind the window and {} with, **at 64K {}** and {}"
     assert told.format(*far) in words("docs/convert.md"), far
     seconds = (f"{at[(method, *columns[0])]['seconds']:.1f} s" for method in ("source", "window", "mass"))
     told = "takes the source {} on one thread of a busy machine, a run {} (window alone) to {}"
