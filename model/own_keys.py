@@ -91,14 +91,13 @@ class OwnKeys:
 
     def _positions(self, sequence: int, start: int, stop: int) -> torch.Tensor:
         """Of the tokens in these columns of the buffers."""
-        position = torch.arange(start, stop) - self.before
-        if evicted := self.evicted[sequence]:
-            chunk = (position - self.sinks).div(self.chunk_size, rounding_mode="floor")
-            # The i-th that is still here has as many gone before it as evicted[j] - j <= i says.
-            before = torch.tensor(evicted) - torch.arange(len(evicted))
-            gone = torch.searchsorted(before, chunk, right=True)
-            position = position + self.chunk_size * gone
-        return position
+        place, evicted = torch.arange(start, stop) - self.before, self.evicted[sequence]
+        chunk = (place - self.sinks).div(self.chunk_size, rounding_mode="floor")
+        if not evicted or chunk[0] > evicted[-1] - len(evicted):  # all of them lay before, as for new tokens
+            return place + self.gone(sequence)
+        # The i-th that is still here has as many gone before it as evicted[j] - j <= i says.
+        before = torch.tensor(evicted) - torch.arange(len(evicted))
+        return place + self.chunk_size * torch.searchsorted(before, chunk, right=True)
 
     def _turned(self, k_BTHD: torch.Tensor, sequences, starts: list[int], by: list[float]) -> torch.Tensor:
         """Keys in the columns from `starts` on, turned on by so many times their positions."""
