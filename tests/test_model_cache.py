@@ -22,7 +22,7 @@ SMALL = replace(
     preset("tiny"), dim=32, heads=4, kv_heads=2, head_dim=16, mlp_dim=48, retrieval_dim=16, layers=4, groups=2,
     vocab_size=50, encoder_mlp_dim=32, window=12, topk=3, retrieval_heads=2,
 )  # fmt: skip
-SELECTED = {"attention": "selected", "rope": ("selected",), "recency": 3, "far_positions": 30}
+SELECTED = {"attention": "selected", "rope": ("selected",), "recency": 3, "sinks": 4, "far_positions": 30}
 CONFIGS = {
     "hsa": {},
     "softmax1": {"fusion": "softmax1", "retrieval_heads": 1, "conv": 0},
@@ -40,7 +40,7 @@ CONFIGS = {
     "full, log n": {"attention": "full", "rope": (), "log_length": 64},
     "nsa": {"attention": "nsa", "layers": 5, "groups": 2},
     "nsa, far only": {"attention": "nsa", "exclude_window": True, "window": 40, "topk": "all", "rope": ("swa", "nsa")},
-    "selected": SELECTED | {"sinks": 4, "far_positions": 0, "qk_norm": False, "heads": 6, "biases": ("q", "k", "v")},
+    "selected": SELECTED | {"far_positions": 0, "topk": 2, "qk_norm": False, "heads": 6, "biases": ("q", "k", "v")},
     "selected by mean": SELECTED | {"selection": "mean", "sinks": 20, "rope_frequencies": (1.0, 0.01) * 4},
     "selected by landmark": SELECTED | {"selection": "landmark", "anchors": 4, "exact_heads": (0,), "sinks": 20},
     "moba": {"attention": "moba", "layers": 5, "groups": 2},
