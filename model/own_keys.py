@@ -206,7 +206,7 @@ class OwnKeys:
         if len(buffers) > 2:
             *buffers, self.mass, gone = buffers
             self.evicted = [x[x >= 0].tolist() for x in gone]
-        if buffers:
+        if max(self.held):
             end = self.before + max(self.held)
             self._reserve(end, tuple(x.to(self.dtype) for x in buffers))
             for mine, x in zip(self.buffers, buffers, strict=True):

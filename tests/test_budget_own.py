@@ -73,6 +73,15 @@ def test_what_is_taken_back_keeps_no_mass():
     assert cache.mass[0, :6].tolist() == [0, 0, 0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("sinks, budget", ((0, None), (S, 3), (SINKS, None)))
+def test_a_cache_that_is_empty_again_can_be_saved(sinks, budget, tmp_path):
+    model, ids = tiny(sinks=sinks), torch.randint(0, 320, (2, 40))
+    cache = model.new_cache(2, budget=budget)
+    model(ids, cache=cache), cache.crop(0), cache.save(tmp_path / "c")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, cache=model.load_cache(tmp_path / "c")).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("span", (0, 100))
 @pytest.mark.parametrize("form", FORMS)
 def test_a_sequence_goes_on_as_one_that_never_had_what_went(form, span):
