@@ -47,8 +47,6 @@ def config_of(source, **options) -> ModelConfig:
     """
     options = DEFAULTS | options
     get = lambda name, default=None: getattr(source, name, default)  # noqa: E731
-    trained = max(2, source.max_position_embeddings // options["chunk_size"])  # chunks
-    options["recency"] = trained if options["recency"] is None else options["recency"] or None
     rope = dict(get("rope_parameters") or {})
     kind, sliding = rope.get("rope_type", "default"), get("sliding_window")
     for name, value, rule, ok in (
@@ -63,6 +61,8 @@ def config_of(source, **options) -> ModelConfig:
          sliding is None or sliding >= options["window"]),
     ):  # fmt: skip
         require(ok, f"{name} of the source", rule, repr(value))
+    trained = max(2, source.max_position_embeddings // max(1, options["chunk_size"]))  # chunks
+    options["recency"] = trained if options["recency"] is None else options["recency"] or None
     theta, frequencies = float(rope["rope_theta"]), ()
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

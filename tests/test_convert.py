@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hsa_tl.cli import app
 from hsa_tl.model import load
-from hsa_tl.model.convert import convert
+from hsa_tl.model.convert import config_of, convert
 from hsa_tl.model.data import ByteTokenizer
 from hsa_tl.model.landmarks import find_landmarks
 from hsa_tl.model.train import reconfigure
@@ -198,6 +198,12 @@ def test_what_is_not_supported_is_named(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "source", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ("Mistral3", "Qwen2_5_VL", "Mamba"))
+def test_a_family_whose_config_has_no_length_of_its_own_is_named(family):
+    with pytest.raises(ValueError, match="model_type of the source must be one of llama, qwen2, qwen3, mistral, got"):
+        config_of(getattr(transformers, f"{family}Config")())
 
 
 def test_a_window_wider_than_the_sources_is_refused(tmp_path):
