@@ -235,7 +235,7 @@ class Rule:
         parts = []
         for a in range(0, T, n):
             q, seen = q_far[:, a : a + n], visible[a : a + n]
-            most = int(seen[-1])  # none of the block sees more
+            most = (past + min(a + n, T) - 1) // S  # none of the block sees more
             tiles = (k[:, c * S : min(c + step, most) * S] for c in range(0, most, step))
             masses = [scores(q, tile).unflatten(-1, (-1, S)).logsumexp(-1).amax(2) for tile in tiles]
             mass = torch.cat(masses, -1).transpose(1, 2)  # [B, T, H, most]

@@ -32,13 +32,13 @@ def batch():
     return x, torch.where(torch.rand(x.shape) < 0.5, x, -100)
 
 
-COMPILED = (("hsa", None), ("hsa", 0), ("swa", None), ("full", None))
+COMPILED = (("hsa", None), ("hsa", 0), ("swa", None), ("full", None), ("selected", None))
 
 
 @pytest.mark.parametrize("attention, keep", tiered(COMPILED, quick=COMPILED[:1], rows=True))
 def test_compiled_training_step(batch, attention, keep):
     """fullgraph: no break anywhere, operators included."""
-    model = Model(dataclasses.replace(TINY, attention=attention))
+    model = Model(dataclasses.replace(TINY, attention=attention, topk=2))  # fewer than there are
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out, gradients = step(model, *batch, logits_to_keep=keep)
     other, others = step(model, *batch, compiled, keep)
