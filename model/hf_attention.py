@@ -21,7 +21,7 @@ NAME = "hsa"
 
 def attend(
     module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    dropout: float = 0.0, position_ids: torch.Tensor | None = None, **_,
+    dropout: float = 0.0, position_ids: torch.Tensor | None = None, cu_seq_lens_q: torch.Tensor | None = None, **_,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Heads' outputs [B, T, A, D] of rotated queries [B, A, T, D] and keys [B, H, P, D], as transformers calls it.
 
@@ -37,6 +37,7 @@ def attend(
         ("sliding_window", getattr(config, "sliding_window", None) is None, "be None"),
         ("position_ids", position_ids is None or bool((position_ids == position[P - T :]).all()),
          "count all tokens from 0, with a cache that grows"),
+        ("cu_seq_lens_q", cu_seq_lens_q is None, "be None"),
     ):  # fmt: skip
         if not ok:
             raise ValueError(f"{name} must {must} for attn_implementation={NAME!r}")

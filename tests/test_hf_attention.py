@@ -48,6 +48,7 @@ def test_what_it_does_not_have_is_named(tmp_path):
     for arguments, message in (
         ({"attention_mask": mask}, "attention_mask must hide nothing, .* for attn_implementation='hsa'"),
         ({"position_ids": torch.arange(20)[None] % 10}, "(position_ids|attention_mask) must"),
+        ({"cu_seq_lens_q": torch.tensor([0, 10, 20])}, "cu_seq_lens_q must be None"),
     ):
         with pytest.raises(ValueError, match=message):
             model(ids, **arguments)
@@ -58,9 +59,10 @@ def test_what_it_does_not_have_is_named(tmp_path):
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout must be 0"):
         model.train()(ids)
-    model.eval().config.hsa = {"chunk_size": 17}
-    with pytest.raises(ValueError, match="chunk_size must be 16"):
-        model(ids)
+    for size, message in ((17, "chunk_size must be 16"), (0, "chunk_size must be an int of at least 1")):
+        model.eval().config.hsa = {"chunk_size": size}
+        with pytest.raises(ValueError, match=message):
+            model(ids)
     mistral = source(tmp_path / "mistral", "mistral")
     mistral.config.hsa = OPTIONS
     mistral.set_attn_implementation("hsa")
