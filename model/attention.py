@@ -55,11 +55,13 @@ def rotate(x_BTHD: torch.Tensor, position: torch.Tensor, theta: float | tuple[fl
 
 
 def scores(q_BTAD: torch.Tensor, k_BPHD: torch.Tensor) -> torch.Tensor:
-    """Scaled scores [B, H, G, T, P], float32 at least."""
+    """Scaled scores [B, H, G, T, P], float32 at least, and so are the products: of few bits one of a common part of all
+    keys, such as a bias, would hide what tells them apart, and float16 would not hold it."""
     q = q_BTAD.unflatten(2, (k_BPHD.shape[2], -1)).permute(0, 2, 3, 1, 4)
-    product = q.flatten(2, 3) @ k_BPHD.permute(0, 2, 3, 1)
-    dtype = torch.promote_types(product.dtype, torch.float32)
-    return product.unflatten(2, q.shape[2:4]).to(dtype) / math.sqrt(q.shape[-1])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        product = q.flatten(2, 3).to(dtype) @ k_BPHD.to(dtype).permute(0, 2, 3, 1)
+    return product.unflatten(2, q.shape[2:4]) / math.sqrt(q.shape[-1])
 
 
 def softmax_product(score_BHGTP: torch.Tensor, v_BPHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,8 @@ class Landmarks(nn.Module):
         means = chunk_means(k_BPHD, chunk_size)
         if self.anchors is None:
             return means
-        score = torch.einsum("bphd,hmd->bphm", k_BPHD, self.anchors.to(k_BPHD.dtype)) / math.sqrt(k_BPHD.shape[-1])
+        anchors = (self.anchors / math.sqrt(k_BPHD.shape[-1])).to(k_BPHD.dtype)  # first: float16 would not hold more
+        score = torch.einsum("bphd,hmd->bphm", k_BPHD, anchors)
         score = F.pad(score, (0, 0, 0, 0, 0, -k_BPHD.shape[1] % chunk_size), value=-torch.inf)
         return torch.cat([means, score.unflatten(1, (-1, chunk_size)).logsumexp(2)], -1)
 

@@ -59,6 +59,16 @@ def test_it_equals_dense_attention_with_a_band_mask(T, before, window, with_lse,
     check(run, T, T + before, window, None, with_lse, heads)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_scores_of_few_bits_tell_keys_apart_that_have_much_in_common(dtype):
+    """As a bias of the keys gives them: the products are large, and float16 would not even hold them."""
+    q, k = (40 + torch.randn(1, 20, heads, 64).to(dtype) for heads in (4, 2))
+    want = attention.scores(q.double(), k.double())
+    torch.testing.assert_close(attention.scores(q, k).double(), want, rtol=1e-6, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention.scores(q, k).double(), want, rtol=1e-6, atol=0)
+
+
 def test_float64_stays_float64():
     q, k, v = (x.detach().double() for x in inputs(20, 23)[:3])
     for mine, other in zip(windowed(q, k, v, 7, None, True), dense(q, k, v, 7), strict=True):

@@ -95,3 +95,13 @@ def test_it_is_its_rule(T, before, window, sinks, topk, selection, theta, heads,
             patch.setitem(layer.SCORES, "cpu", 5000)
         got = results(lambda q, k, v: Rule(**options, chunk_size=16).read_whole(q, k, v, chooser)[0], q, k, v, do)
     assert_all_accurate(got, want)
+
+
+@pytest.mark.parametrize("selection", ("mass", "mean", "landmark"))
+def test_float16_holds_the_products_of_large_biases(selection):
+    """As the queries and keys of Qwen2 have them."""
+    q, k = ((40 + torch.randn(1, 90, heads, 64)).half() for heads in (4, 2))
+    learned = Landmarks(2, 64, 5)
+    learned.anchors.data += 40
+    out = Rule(16, 4, 16, 2, THETA, 30).read_whole(q, k, k, chooser_of(selection, learned))[0]
+    assert out.isfinite().all() and learned.of(k, 16).isfinite().all()
