@@ -18,7 +18,7 @@ from hsa_tl.cli import app
 from hsa_tl.model import Model, evaluate, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.chunk_memory import ChunkMemory
-from hsa_tl.model.data import TokenFile
+from hsa_tl.model.data import TokenFile, sidecar_path
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.problem import Problem
@@ -91,6 +91,9 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     alone = json.loads((tmp_path / "perplexity.json").read_text())[4:]
     assert {r["model"] for r in alone} == {"toy, windows only"}
     assert alone[0]["bits"] == alone[1]["bits"] and alone[0]["bits_per_token"] != again[1]["bits_per_token"]
+    for what in ("perplexity", "selections"):
+        other = invoke(what, "--run", "needle-tiny", *common[2:], "--lengths", "512", code=2)
+        assert "text.bin must be of the model's tokenizer needles, got bytes" in " ".join(other.split())
     assert "topk must be positive for selections" in invoke("selections", *common, "--topk", 0, code=2)
     invoke("perplexity", "--run", run, *common[2:], "--lengths", "256", "--before", "1k")
     same = next(r for r in json.loads((tmp_path / "perplexity.json").read_text()) if r["model"] == "toy")
@@ -206,6 +209,18 @@ class Sees:
         right = len(tokens) % 2 == 0
         nxt = np.append(tokens[1:], 0).astype(np.int64) if right else np.zeros(len(tokens), np.int64)
         return torch.nn.functional.one_hot(torch.from_numpy(nxt[-keep:]), 320)
+
+
+def test_a_tokenizer_is_known_by_its_content(tmp_path):
+    """A run keeps its tokenizer's file under another name."""
+    file, model = write_tokens(tmp_path / "text.bin", [b"text"]), mock.Mock()
+    side = json.loads(sidecar_path(file.path).read_text())
+    sidecar_path(file.path).write_text(json.dumps(side | {"tokenizer": "mine.json 1234"}))
+    model.tokenizer.name = "tokenizer.json 1234"
+    assert len(bench_ruler.text_of(model, file.path)) == 5
+    model.tokenizer.name, model.config.chunk_size = "tokenizer.json 1235", 2
+    with pytest.raises(ValueError, match=r"must be of the model's tokenizer tokenizer.json 1235, got mine.json 1234"):
+        next(tradeoff.contexts(model, file.path, [], [4], 1))
 
 
 def test_rows_are_of_their_length():
