@@ -194,6 +194,9 @@ def read_sidecar(path: Path) -> Sidecar:
     """What must be in the token file. ValueError: not a sidecar. OSError: it cannot be read."""
     try:
         return Sidecar(**json.loads(sidecar_path(path).read_text()))
+    except FileNotFoundError:
+        rule = "be a token file of hsa-tl prepare"
+        raise FileNotFoundError(f"{path} must {rule}, got no {sidecar_path(path).name} beside it") from None
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{sidecar_path(path)} must describe a token file, got {error}") from None
 
@@ -278,8 +281,9 @@ def prepare(
                 writers[split].add(text)
                 progress(done, len(files))
         where = ", ".join(map(str, sources)) if sources else "the standard library"
-        count = f"{sum(w.documents for w in writers.values())}" + (f" of {least} tokens or more" if least > 1 else "")
-        of = f" of the {count} in {where}: take another held_out"
+        total = sum(w.documents for w in writers.values())
+        of = f" of the {total}" + (f" of {least} tokens or more" if least > 1 else "") + f" in {where}"
+        of += ": take another held_out" if total > 1 else ""
         for (split, writer), sidecar in zip(writers.items(), opened[2:], strict=True):
             sidecar.write(writer.sidecar(split, of))
     return {split: TokenFile(path) for split, path in zip(SPLITS, paths, strict=True)}

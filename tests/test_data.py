@@ -79,7 +79,7 @@ def test_damage_is_named(file):
         with pytest.raises(ValueError, match=match):
             TokenFile(file.path)
     side.unlink()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"train.bin must be a token file of hsa-tl prepare, got no train.bin.json"):
         TokenFile(file.path)
 
 
@@ -184,7 +184,7 @@ def test_rows_are_documents(tmp_path, kind, alone):
 def test_wrong_rows_are_named(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     for text, words in (('{"text": "a"}\n{', "line 2, must be JSON"), ("3", "line 1, must have text"),
-                        ('{"text": 3}', "line 1, must have text in the field 'text', got text")):  # fmt: skip
+                        ('{"text": 3}', "line 1, must have text in the field 'text', got int")):  # fmt: skip
         file.write_text(text)
         with pytest.raises(ValueError, match=words):
             prepare([file], tmp_path / "out")
@@ -228,7 +228,7 @@ def test_no_split_is_a_clear_error(folder, tmp_path, held_out):
         prepare([folder], tmp_path / "x", held_out=held_out)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"must have at least one document, got none of the 1 in"):
+    with pytest.raises(ValueError, match=r"must have at least one document, got none of the 1 in [^:]*$"):
         prepare([tmp_path / "one"], tmp_path / "x", held_out=0.5)
 
 
