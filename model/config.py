@@ -30,6 +30,10 @@ def require_rules(values: object, *rules: tuple[str, bool, str]) -> None:
             raise ValueError(f"{name} must {rule}, got {getattr(values, name)!r}")
 
 
+def is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Dims and options of a `Model`. `dataclasses.replace` changes them, and every change is validated.
@@ -190,7 +194,7 @@ class ModelConfig:
         require_ints(self, **{name: 0 if name in MAY_BE_ZERO else 1 for name in ints})
         for f in fields(self):
             value = getattr(self, f.name)
-            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            number = is_number(value) and math.isfinite(value)
             require(f.type is not float or number, f.name, "be a finite number", repr(value))
             require(f.type is not bool or isinstance(value, bool), f.name, "be True or False", repr(value))
         counts = type(self.topk) is int and self.topk >= (0 if self.attention == "selected" else 1)

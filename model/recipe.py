@@ -13,7 +13,7 @@ from math import cos, inf, pi
 from pathlib import Path
 from typing import Any
 
-from hsa_tl.model.config import ModelConfig, preset, require_ints, require_rules
+from hsa_tl.model.config import ModelConfig, is_number, preset, require_ints, require_rules
 from hsa_tl.validation import require
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -75,13 +75,16 @@ class Recipe:
 
     def __post_init__(self):
         require_ints(self, warmup=0, seed=0, checkpoint_every=1, keep=1, log_every=1)
+        for name in ("lr", "weight_decay", "decay", "final", "clip"):
+            require(is_number(value := getattr(self, name)), name, "be a number", repr(value))
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         require_rules(
             self,
             ("stages", bool(self.stages) == (self.source is None), "name at least one stage, and none beside a source"),
             ("seed", self.seed < 1 << 63, "be below 2^63"),
             ("lr", 0 < self.lr < inf, "be positive and finite"),
             ("weight_decay", 0 <= self.weight_decay < inf, "be at least 0 and finite"),
-            ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "be two numbers in [0, 1)"),
+            ("betas", pair and all(is_number(b) and 0 <= b < 1 for b in self.betas), "be two numbers in [0, 1)"),
             ("decay", 0 <= self.decay <= 1, "lie in [0, 1]"),
             ("final", 0 <= self.final <= 1, "lie in [0, 1]"),
             ("clip", self.clip > 0, "be positive"),
@@ -155,10 +158,13 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
     """A recipe from plain values. ValueError: a field that is missing, unknown or wrong."""
     try:
         _check_fields("a recipe", Recipe, values)
-        for stage in values["stages"]:
+        stages, betas = values["stages"], values.get("betas", Recipe.betas)
+        mappings = isinstance(stages, (list, tuple)) and all(isinstance(s, dict) for s in stages)
+        require(mappings, "stages", "be a list of mappings", repr(stages))
+        for stage in stages:
             _check_fields("a stage", Stage, stage)
-        stages, betas = tuple(Stage(**s) for s in values["stages"]), tuple(values.get("betas", Recipe.betas))
-        return Recipe(**values | {"stages": stages, "betas": betas})
+        betas = tuple(betas) if isinstance(betas, list) else betas
+        return Recipe(**values | {"stages": tuple(Stage(**s) for s in stages), "betas": betas})
     except TypeError as error:
         raise ValueError(f"a recipe must have the fields of Recipe and Stage, got {error}") from None
 
