@@ -27,6 +27,7 @@ def read(model, text: bytes | None, memory: Path | None = None, progress=None) -
         require(memory is None, "memory", "be a file that exists, or come with a text to be read", memory)
         return None
     ids = [*model.tokenizer.begin, *model.tokenizer.encode(text)]
+    require(len(ids) > 0, "file", "have at least one token", "an empty text")
     _, cache = prefill(model, [ids], progress=progress)
     if memory is not None:
         cache.save(memory)

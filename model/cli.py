@@ -261,6 +261,8 @@ def generate(
     model, cache = _open(run, file, memory, device, dtype, threads)
     tokenizer = model.tokenizer
     ids = [[*(tokenizer.begin if cache is None else ()), *tokenizer.encode(prompt)]]
+    if not ids[0]:
+        raise ValueError(f"prompt must have at least one token, got {prompt!r}")
     options = {"eos_token": tokenizer.end, "cache": cache}
     for piece in chats.pieces(model, model.stream(ids, max_new_tokens, temperature, top_p, seed, **options)):
         typer.echo(piece, nl=False)

@@ -162,6 +162,8 @@ def test_a_memory_is_written_once_and_loaded(model, tmp_path):
         chat.read(model, text, path)
     with pytest.raises(ValueError, match="memory must be a file that exists, or come with a text"):
         chat.read(model, None, tmp_path / "none")
+    with pytest.raises(ValueError, match="file must have at least one token, got an empty text"):
+        chat.read(model, b"")
     assert chat.read(model, None) is None
 
 
@@ -176,6 +178,7 @@ def test_the_commands_keep_a_memory(tmp_path, monkeypatch):
     kept = ("--memory", tmp_path / "kept", "--max-new-tokens", 1)
     assert run("generate", "needle-tiny", "ASK k7", "--file", tmp_path / "haystack.txt", *kept) == "v9\n"
     assert run("generate", "needle-tiny", "ASK k3", *kept) == "v5\n"
+    assert "prompt must have at least one token, got ''" in run("generate", "needle-tiny", "", *kept, code=2)
     monkeypatch.setattr("hsa_tl.terminal.EVERY_S", 0)
     shown = run("generate", "needle-tiny", "ASK k7", "--file", tmp_path / "haystack.txt", "--max-new-tokens", 1)
     assert sorted(shown.splitlines()) == ["tokens read: 9", "v9"]
