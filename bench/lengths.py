@@ -30,8 +30,10 @@ from hsa_tl.model import recipe as recipes
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 from hsa_tl.model.recipe import Recipe, load_recipe
 from hsa_tl.model.rope import extended
+from hsa_tl.model.sources import tokenizer_of
 from hsa_tl.model.train import LOG, Step, reconfigure, train
 from hsa_tl.terminal import plot_or_say, progress_bar, show_table
+from hsa_tl.validation import require
 
 TASKS = tuple(NEEDLES)
 RECIPE = "needle-tiny"
@@ -188,9 +190,10 @@ def run_lengths(
         one_of("task", task, TASKS)
     for model in models:
         one_of("model", model, MODELS)
+    base = load_recipe(recipe)
+    require(tokenizer_of(base.stages[-1].data).name == "needles", "recipe", "be one of needles", repr(recipe))
     plans = {(m, s): recipe_of(m, s, recipe) for s in seeds for m in models if not fair or s < MODELS[m].seeds}
     rates = len(RATES) if fair else 1
-    base = load_recipe(recipe)
     path, trained_on = out / "lengths.json", base.name
     rows = read_rows(path)
     whose = {m: MODELS[m].weights_of or m for m in MODELS}

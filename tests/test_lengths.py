@@ -53,6 +53,16 @@ def test_lengths_command(recipe, tmp_path, models):
     assert [p.stat().st_mtime_ns for p in trained] == stamps
 
 
+@pytest.mark.parametrize("command", ("lengths", "weights"))
+def test_a_recipe_of_text_is_refused(command, tmp_path, monkeypatch):
+    """It would train for an hour first, and then be asked in ids that it has never read."""
+    monkeypatch.chdir(tmp_path)
+    args = [command, *(["--recipe"] if command == "lengths" else []), "text-tiny"]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2 and "recipe must be one of needles, got 'text-tiny'" in result.output, result.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_fair_table_has_the_best_learning_rate(recipe, tmp_path, monkeypatch):
     """Of seed 0's, which a scaling has too, as it has the weights; and each model its own number of seeds."""
     monkeypatch.setitem(MODELS, "full-pi", replace(MODELS["full-pi"], seeds=1))
