@@ -174,7 +174,7 @@ def _scatter(
     sizes = [len(p) for p in pieces]
     body = length - len(tail)
     room = body - sum(sizes)
-    require(room >= 0, "length", f"leave {sum(sizes)} tokens for the {what}", max(body, 0))
+    require(room >= 0, "length", f"be at least {sum(sizes) + len(tail)} for the {what}", length)
     at = np.sort(rng.integers(0, room + 1, len(sizes)))
     if depth is not None:
         at[0] = round(depth * room)
@@ -216,7 +216,7 @@ def _words(common: bool, length: int, rng, tokenizer: Tokenizer) -> Sample:
         share = np.arange(1, LEXICON + 1) ** -ZIPF
         least = 64 * max(sizes)
         counts = (body // max(sizes) * share / share.sum()).astype(np.int64)
-    require(body >= least, "length", f"leave {least} tokens for the words", max(body, 0))
+    require(body >= least, "length", f"be at least {least + len(tail)} for the words", length)
     text = join(pieces, rng.permutation(np.repeat(np.arange(LEXICON), counts)))
     rest = np.resize(tokenizer.encode_all([". "])[0], body - len(text))
     return Sample(np.concatenate([text, rest, tail]), spans + body)

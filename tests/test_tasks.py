@@ -170,8 +170,11 @@ def test_tasks_by_name():
     for make in (lambda: needles.task("x", 64), lambda: ruler_sample("x", 64, 0, 0)):
         with pytest.raises(ValueError, match="task must be one of"):
             make()
-    with pytest.raises(ValueError, match="length must leave"):
-        ruler_sample("mq-niah", 200, 0, 0)
+    for name, what in (("mq-niah", "needles"), ("fwe", "words")):
+        with pytest.raises(ValueError, match=rf"length must be at least \d+ for the {what}, got 200") as told:
+            ruler_sample(name, 200, 0, 0)
+        least = int(str(told.value).split()[5])
+        assert len(ruler_sample(name, least, 0, 0).tokens) == least
     for name in ("vt", "mv-niah"):
         with pytest.raises(ValueError, match=f"depth must lie in .* mk-niah-3, mq-niah, got 0.5 for {name}"):
             ruler_sample(name, 2000, 0, 0, depth=0.5)
