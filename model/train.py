@@ -355,7 +355,7 @@ def _sources(recipe: Recipe, first: int, ranks: Ranks) -> dict[int, Source]:
     known after the stages before it, which take hours.
     """
     with torch.device("meta"):
-        model = Model(recipe.config(replace(recipe.stages[0], model={})))
+        model = Model(recipe.config(recipe.stages[0]))
     sources = {}
     done = recipe.stage_at(first)[0] if first < recipe.steps else len(recipe.stages)
     for number, stage in list(enumerate(recipe.stages))[done:]:

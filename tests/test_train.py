@@ -329,12 +329,6 @@ def test_what_a_later_stage_cannot_do_is_said_at_once(changes, reading, words, t
         training.train(recipe, tmp_path, on_step=lambda step: pytest.fail("a step"))
 
 
-def test_the_first_stage_is_named_by_what_it_cannot_do(tmp_path):
-    recipe = toy(stages=(replace(toy().stages[0], model={"dim": 64}),))
-    with pytest.raises(ValueError, match="model of stage 1: config must leave the parameters' shapes alone"):
-        training.train(recipe, tmp_path)
-
-
 def test_what_was_converted_is_not_trained(tmp_path):
     recipe = Recipe("converted", "tiny", (), 1e-5, source="elsewhere")
     with pytest.raises(ValueError, match="source must be None in training, where start names a run, got elsewhere"):
