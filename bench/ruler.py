@@ -1,7 +1,8 @@
 """`hsa-tl eval`: RULER by length and depth, and perplexity by context, of a trained run. Rows as JSON, plots as PNG.
 
 Exact match, teacher-forced: an answer counts when every token of it is the likeliest one after the true ones before it.
-Generated: the answers to a sample's questions are generated greedily, each after the model's own answers before it.
+Generated: the answers to a sample's questions are generated greedily, each after the model's own answers before it; one
+in words counts wherever it stands in what the model says, since a pretrained model answers in sentences.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from hsa_tl.text import read_corpus
 from hsa_tl.validation import require
 
 VOCABULARIES = ("words", "needles")
+SENTENCE = 64  # tokens that a model may write beside an answer in words
 LAST = 4096  # tokens that perplexity is of, at most
 WINDOWS = ", windows only"  # behind the name of a model whose HSA layers read nothing
 
@@ -97,7 +99,9 @@ def run_ruler(
         one_of("task", task, known)
     method, answer = "teacher-forced", partial(evaluate.answers_right, reader)
     if generate:
-        method, answer = "generated", partial(evaluate.answers_generated, reader.model, folder=reader.folder)
+        more = SENTENCE if vocabulary == "words" else 0
+        method = "generated"
+        answer = partial(evaluate.answers_generated, reader.model, folder=reader.folder, more=more)
     for length in lengths:
         for task in tasks:
             for depth in depths if vocabulary == "needles" or task in ruler.AT_DEPTH else [None]:

@@ -52,10 +52,12 @@ def answers_right(reader: LongReader, sample: Sample) -> np.ndarray:
 
 
 def answers_generated(
-    model: Model, sample: Sample, folder: Path | None = None, group: dist.ProcessGroup | None = None
+    model: Model, sample: Sample, folder: Path | None = None, group: dist.ProcessGroup | None = None, more: int = 0
 ) -> np.ndarray:
     """[A] bool: each answer generated whole, greedily, after the sample's questions and the model's own answers.
 
+    more: tokens that the model may write beside an answer, which is right if its text stands anywhere in them, as RULER
+    has it; what comes behind it is not generated. 0: an answer is right if nothing else stands before it.
     folder: keeps the chunk memory in files there. The context is read anew, a segment at a time. group: of ranks that
     share it, see hsa_tl.model.sharing.
     """
@@ -67,8 +69,9 @@ def answers_generated(
         before = int(sample.answers[0, 0]) - 1
         cache = SharedCache(model, tokens[:before], group, **options)
     for a, b in sample.answers.tolist():
-        new = model.generate([tokens[before:a]], b - a, cache=cache)[0][a - before :].cpu()
-        hits.append(torch.equal(new, tokens[a:b]))
+        text = model.tokenizer.decode(tokens[a:b].tolist()).strip() if more else ()
+        new = model.generate([tokens[before:a]], b - a + more, cache=cache, stop=text)[0][a - before :].cpu()
+        hits.append(text in model.tokenizer.decode(new.tolist()) if more else torch.equal(new, tokens[a:b]))
         before = b
     return np.array(hits)
 

@@ -17,7 +17,7 @@ from tiers import tiered
 from hsa_tl import fusion_weights
 from hsa_tl.accuracy import assert_accurate, expect
 from hsa_tl.model import Model, PagedMemory, evaluate, needles, preset
-from hsa_tl.model.data import Sample
+from hsa_tl.model.data import ByteTokenizer, Sample
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 
 CONFIGS = (
@@ -202,6 +202,25 @@ def test_generated_answers_follow_the_models_own(attention, tmp_path):
     assert evaluate.answers_generated(model, Sample(tokens, answers), folder).tolist() == [True] * 3
     tokens[51] += 1
     assert evaluate.answers_generated(model, Sample(tokens, answers), folder).tolist() == [False, True, True]
+
+
+def test_an_answer_in_words_may_stand_in_a_sentence():
+    """As a pretrained model gives it; without room for one, only the answer alone is right."""
+    model, said, asked = Model(preset("tiny")), [b"It is 42, I know.", b"43. It was 42."], b"Who? 42 And who? 42"
+    model.tokenizer, heard = ByteTokenizer(), []
+
+    def generate(rows, number, *, cache, stop):
+        words = said[len(heard) % 2][:number]
+        end = words.find(stop.encode()) + len(stop) if stop and stop.encode() in words else number
+        heard.append(bytes(rows[0].tolist()))
+        return [torch.cat([rows[0], torch.tensor(list(words[:end]))])]
+
+    model.generate = generate
+    sample = Sample(np.frombuffer(asked, np.uint8).astype(np.uint16), np.array([[5, 7], [17, 19]]))
+    assert evaluate.answers_generated(model, sample, more=14).tolist() == [True, True]
+    assert evaluate.answers_generated(model, sample, more=8).tolist() == [True, False]
+    assert evaluate.answers_generated(model, sample).tolist() == [False, False]
+    assert heard == [b"Who? ", b" And who? "] * 3
 
 
 def test_a_needle_in_the_last_unfinished_chunk_counts_apart():
