@@ -70,6 +70,15 @@ def test_figures_of_a_converted_model():
         f"{keys / 1e3:.0f} KB a token in float32, and landmarks of chunks of 16 tokens {100 * landmark / keys:.0f} %"
     )
     assert ours[0]["right"] == source[0]["right"] and ours[1]["right"] == ours[1]["contexts"]
+    asked = json.loads((RESULTS / "convert_ruler.json").read_text())["rows"]
+    right = [
+        f"{sum(r['accuracy'] * r['answers'] for r in asked if r['run'] == x):.0f} of "
+        f"{sum(r['answers'] for r in asked if r['run'] == x)}"
+        for x in ("source", "landmarks")
+    ]
+    told.append("the source generates {} answers right, landmarks {}; neither".format(*right))
+    assert not any(row["accuracy"] for row in asked if row["depth"] == 0)
+    files += asked
     size = json.loads((RESULTS / "convert_size.json").read_text())
     files += [size[part] | {"device": size["device"]} for part in ("convert", "load")]
     gb = (f"{x / 1e9:.1f} GB" for x in (size["bytes"], size["convert"]["memory"], size["load"]["memory"]))
