@@ -284,13 +284,13 @@ def evaluate(
         about = dataclasses.replace(about, model=f"{about.model}, {ranks.world} ranks")
     if what == "selections":
         source = dataclasses.asdict(about) | record.origin(device)
-        save_selections(model, ruler.text_of(model, data_file), points[-1], out, source)
+        save_selections(model, data.tokens_of(data_file, model.tokenizer), points[-1], out, source)
         return
     group = dist.group.WORLD if ranks.world > 1 else None
     reader = LongReader(model, folder=memory, retrieve=topk != 0, group=group)
     if what == "perplexity":
         most = parse_lengths(before)[-1] if before else 0
-        file = ruler.text_of(model, data_file)
+        file = data.tokens_of(data_file, model.tokenizer)
         found = ruler.run_perplexity(reader, file, points, windows=windows, before=most)
     else:
         kinds = {s.data["kind"] for s in pretrained.trained(run)[0].stages}

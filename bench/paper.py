@@ -19,7 +19,7 @@ from hsa_tl.bench.lengths import rate
 from hsa_tl.bench.plot_eval import plot_lengths, plot_perplexity
 from hsa_tl.bench.suite import one_of
 from hsa_tl.model import load, needles
-from hsa_tl.model.data import TokenFile
+from hsa_tl.model.data import tokens_of
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import Recipe, Stage, load_recipe
@@ -156,7 +156,7 @@ def ask(model: Model, table: Table, size: str, text: Path, samples: int) -> Iter
     by = SCALE if size == "tiny" else 1
     reader, asked = LongReader(model), [T // by for T in table.needles]
     if table.bits:
-        file, lengths = TokenFile(text / "held_out.bin"), [T // by for T in table.bits]
+        file, lengths = tokens_of(text / "held_out.bin", model.tokenizer), [T // by for T in table.bits]
         yield from ruler.run_perplexity(reader, file, lengths, windows=WINDOWS)
     if model.config.attention == "full":
         asked = [T for T in asked if T <= ONE_SHOT]

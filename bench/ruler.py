@@ -19,7 +19,6 @@ from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
 from hsa_tl.text import read_corpus
-from hsa_tl.validation import require
 
 VOCABULARIES = ("words", "needles")
 SENTENCE = 64  # tokens that a model may write beside an answer in words
@@ -109,14 +108,6 @@ def run_ruler(
                 found = evaluate.accuracy(answer, make(task, length, samples, 0, fixed))
                 counts = found.answers, found.samples, round(found.seconds, 3)
                 yield RulerRow(method, task, length, depth, found.share, *counts, name)
-
-
-def text_of(model: Model, path: Path) -> TokenFile:
-    """A token file that the model can read. ValueError: its tokens are another tokenizer's."""
-    file, name = TokenFile(path), model.tokenizer.name
-    same = file.sidecar.tokenizer.split()[-1] == name.split()[-1]  # a checksum; files may be renamed
-    require(same, path, f"be of the model's tokenizer {name}", file.sidecar.tokenizer)
-    return file
 
 
 def ends_of(file: TokenFile, length: int, count: int) -> np.ndarray:

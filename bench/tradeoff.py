@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hsa_tl.bench.ruler import ends_of, text_of
+from hsa_tl.bench.ruler import ends_of
 from hsa_tl.bench.selections import trained_selections
-from hsa_tl.model.data import Sample, TokenFile
+from hsa_tl.model.data import Sample, TokenFile, tokens_of
 from hsa_tl.model.evaluate import answers_right, bits_per_token, needle_samples
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
@@ -52,7 +52,10 @@ def contexts(
             yield from ((task, list(needle_samples(task, length, count))) for task in tasks)
         else:
             answers = np.array([[length - model.config.chunk_size, length]])
-            yield file.stem, [Sample(tokens, answers) for tokens in places(text_of(model, file), length, count)]
+            yield (
+                file.stem,
+                [Sample(tokens, answers) for tokens in places(tokens_of(file, model.tokenizer), length, count)],
+            )
 
 
 def _ask(model: Model, setting: str, value: float, context: Sample) -> tuple[list, list, float]:

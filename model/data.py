@@ -186,6 +186,15 @@ class TokenFile:
             raise ValueError(f"{self.path} must have sha256 {self.sidecar.sha256}, got {got}: prepare it again")
 
 
+def tokens_of(path: Path | str, tokenizer: Tokenizer) -> TokenFile:
+    """The token file at path. ValueError: its tokens are another tokenizer's."""
+    file, name = TokenFile(path), tokenizer.name
+    # By the checksum at the end: a run keeps its tokenizer's file under another name.
+    same = file.sidecar.tokenizer.split()[-1] == name.split()[-1]
+    require(same, path, f"be of the tokenizer {name}", file.sidecar.tokenizer)
+    return file
+
+
 def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 

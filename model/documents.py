@@ -108,10 +108,8 @@ def json_lines(path: Path, field: str) -> Iterator[str]:
                 raise ValueError(f"{path}, line {number}, must be JSON, got {error}") from None
             text = row.get(field) if isinstance(row, dict) else None
             if not isinstance(text, str):
-                if isinstance(row, dict) and field not in row:
-                    got = ", ".join(row)
-                else:
-                    got = type(text if isinstance(row, dict) else row).__name__
+                unnamed = isinstance(row, dict) and field not in row
+                got = ", ".join(row) if unnamed else type(text if isinstance(row, dict) else row).__name__
                 raise ValueError(f"{path}, line {number}, must have text in the field {field!r}, got {got}")
             yield text.encode(errors="replace").decode()  # JSON may hold half of a character
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hsa_tl.model import needles, ruler
-from hsa_tl.model.data import KEPT, TokenFile, Tokenizer, make_tokenizer
+from hsa_tl.model.data import KEPT, Tokenizer, make_tokenizer, tokens_of
 from hsa_tl.model.documents import json_lines
 from hsa_tl.validation import require
 
@@ -75,11 +75,10 @@ class TextSource(Source):
     copies = 1
 
     def __init__(self, length: int, seed: int, *, path, tokenizer=None, needles=0.0):
-        self.file, self.tokenizer = TokenFile(path), make_tokenizer(tokenizer)
+        self.tokenizer = make_tokenizer(tokenizer)
+        self.file = tokens_of(path, self.tokenizer)
         self.length, self.seed, self.needles = length, seed, needles
         self.window, rest = divmod(length, self.copies)
-        name, of = self.tokenizer.name, self.file.sidecar.tokenizer
-        require(name == of, path, f"be of the tokenizer {name}", of)
         require(0 <= needles <= 1, "needles", "lie in [0, 1]", needles)
         require(not rest, "length", "be even for self-copy", length)
         if needles:

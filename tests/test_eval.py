@@ -18,7 +18,7 @@ from hsa_tl.cli import app
 from hsa_tl.model import Model, evaluate, load, preset
 from hsa_tl.model import train as training
 from hsa_tl.model.chunk_memory import ChunkMemory
-from hsa_tl.model.data import TokenFile, sidecar_path
+from hsa_tl.model.data import TokenFile, sidecar_path, tokens_of
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.recipe import Recipe, Stage
 from hsa_tl.problem import Problem
@@ -93,7 +93,7 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     assert alone[0]["bits"] == alone[1]["bits"] and alone[0]["bits_per_token"] != again[1]["bits_per_token"]
     for what in ("perplexity", "selections"):
         other = invoke(what, "--run", "needle-tiny", *common[2:], "--lengths", "512", code=2)
-        assert "text.bin must be of the model's tokenizer needles, got bytes" in " ".join(other.split())
+        assert "text.bin must be of the tokenizer needles, got bytes" in " ".join(other.split())
     assert "topk must be positive for selections" in invoke("selections", *common, "--topk", 0, code=2)
     invoke("perplexity", "--run", run, *common[2:], "--lengths", "256", "--before", "1k")
     same = next(r for r in json.loads((tmp_path / "perplexity.json").read_text()) if r["model"] == "toy")
@@ -217,9 +217,9 @@ def test_a_tokenizer_is_known_by_its_content(tmp_path):
     side = json.loads(sidecar_path(file.path).read_text())
     sidecar_path(file.path).write_text(json.dumps(side | {"tokenizer": "mine.json 1234"}))
     model.tokenizer.name = "tokenizer.json 1234"
-    assert len(bench_ruler.text_of(model, file.path)) == 5
+    assert len(tokens_of(file.path, model.tokenizer)) == 5
     model.tokenizer.name, model.config.chunk_size = "tokenizer.json 1235", 2
-    with pytest.raises(ValueError, match=r"must be of the model's tokenizer tokenizer.json 1235, got mine.json 1234"):
+    with pytest.raises(ValueError, match=r"must be of the tokenizer tokenizer.json 1235, got mine.json 1234"):
         next(tradeoff.contexts(model, file.path, [], [4], 1))
 
 
