@@ -206,7 +206,7 @@ def selected_decode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if validate:
         check_pages(indices, page_table, k_pages.shape[0])
-    problem = Problem.of_decode(q, k_pages, None, indices, page_table)
+    problem = Problem.of(q, k_pages, None, indices, page_table=page_table)
     module = implementation(resolve(impl, problem, "_selected", "decode_unavailable"))
     return module.decode(q, k_pages, v_pages, pairs.distinct(indices, page_table.shape[1]), page_table, scale)
 
@@ -218,7 +218,7 @@ def decode(
 ) -> Tensor:  # fmt: skip
     if validate:
         check_pages(indices, page_table, k_pages.shape[0])
-    problem = Problem.of_decode(q, k_pages, weights, indices, page_table)
+    problem = Problem.of(q, k_pages, weights, indices, page_table=page_table)
     module = implementation(resolve(impl, problem, "_decode"))
     return module.decode(q, k_pages, v_pages, weights, indices, page_table, scale)
 

@@ -119,26 +119,16 @@ class Problem(_Tensors):
     device_index: int | None = None  # of the CUDA device; None for the current one
 
     @classmethod
-    def of(cls, q, k, weights, indices, chunk_len) -> "Problem":
-        """The problem of tensors as operators pass them: k [B, N, S, H, D], chunk_len None when chunks are full.
+    def of(cls, q, k, weights, indices, chunk_len=None, page_table=None) -> "Problem":
+        """The problem of tensors as operators pass them.
 
-        weights is None where one softmax runs over all chosen chunks.
+        k is [B, N, S, H, D], chunk_len None when chunks are full; in a decode step k is [num_pages, S, H, D] and N the
+        chunks of the longest sequence. weights is None where one softmax runs over all chosen chunks.
         """
-        _, N, S, H, _ = k.shape
-        return cls._of(q, N, S, H, weights, indices, masked=chunk_len is not None)
-
-    @classmethod
-    def of_decode(cls, q, k_pages, weights, indices, page_table) -> "Problem":
-        """The problem of a decode step: k_pages [num_pages, S, H, D], N the chunks of the longest sequence."""
-        _, S, H, _ = k_pages.shape
-        return cls._of(q, page_table.shape[1], S, H, weights, indices)
-
-    @classmethod
-    def _of(cls, q, N: int, S: int, H: int, weights, indices, masked: bool = False) -> "Problem":
-        B, T, HQ, D = q.shape
-        per_head = weights is not None and weights.shape[2] != H
-        K, device = indices.shape[3], q.device
-        return cls(B, T, N, HQ, H, D, S, K, q.dtype, masked, per_head, device.type, device.index)
+        (B, T, HQ, D), (S, H, _) = q.shape, k.shape[-3:]
+        N, K = (k if page_table is None else page_table).shape[1], indices.shape[3]
+        masked, per_head = chunk_len is not None, weights is not None and weights.shape[2] != H
+        return cls(B, T, N, HQ, H, D, S, K, q.dtype, masked, per_head, q.device.type, q.device.index)
 
     def retrieval(self) -> Retrieval:
         """The retrieval that chooses the chunks, with R = H heads of D_r = D."""

@@ -31,7 +31,7 @@ def split_and_combine(operator: str, q, k_pages, v_pages, weights, indices, page
     outputs = ((q.shape, q.dtype),) if weights is not None else ((q.shape, q.dtype), (q.shape[:3], torch.float32))
     H, (split, combine) = k_pages.shape[2], (f"{operator}_split", f"{operator}_combine")
     outputs = [q.new_empty(shape, dtype=dtype).unflatten(2, (H, -1)) for shape, dtype in outputs]
-    problem = launchers.targeted(Problem.of_decode(q, k_pages, weights, indices, page_table))
+    problem = launchers.targeted(Problem.of(q, k_pages, weights, indices, page_table=page_table))
     config = chosen_config(problem, split)
     splits = config.num_splits
     q, weights = (x if x is None else x.contiguous().unflatten(2, (H, -1)) for x in (q, weights))
