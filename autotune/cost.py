@@ -147,29 +147,23 @@ def inner_loops(sass, holding: str = "") -> list[list]:
 def loop_work(loop) -> dict[str, float]:
     """What one warp executes in one pass of a loop; of a wgmma, which four warps share, all of its FLOPs."""
     f = dict.fromkeys(("issue", "wgmma_flops", "mma_flops", "special", "smem_bytes", "barriers", "waits", "loads"), 0.0)
+    each = {"HMMA": ("mma_flops", 4096), "MUFU": ("special", 32), "BAR": ("barriers", 1), "LDG": ("loads", 1)}
     for _, op, operands in loop:
         base = op.split(".")[0]
         f["issue"] += 1
-        shape = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op)
-        if shape:
+        if base in each:
+            name, amount = each[base]
+            f[name] += amount
+        elif shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
             m, n, k = map(int, shape.groups())
             f["wgmma_flops"] += 2 * m * n * k
             from_shared = re.match(r"\s*R\d+, gdesc", operands) is not None
             f["smem_bytes"] += (n * k + (m * k if from_shared else 0)) * 2 / 4  # a warp's quarter
-        elif base == "HMMA":
-            f["mma_flops"] += 4096
-        elif base == "MUFU":
-            f["special"] += 32
         elif base in ("LDSM", "STSM", "LDS", "STS"):
-            f["smem_bytes"] += LDS_BYTES * (
-                4 if re.search(r"x4|\.4|128", op) else 2 if re.search(r"64|x2|\.2", op) else 1
-            )
-        elif base == "BAR":
-            f["barriers"] += 1
+            words = 4 if re.search(r"x4|\.4|128", op) else 2 if re.search(r"64|x2|\.2", op) else 1
+            f["smem_bytes"] += LDS_BYTES * words
         elif base == "WARPGROUP" and "DEPBAR" in op:
             f["waits"] += 1
-        elif base == "LDG":
-            f["loads"] += 1
     return f
 
 
@@ -191,15 +185,10 @@ def pass_work(config: Config, problem: Problem, sass) -> dict[str, float] | None
     tile_flops = problem.row_flops(config.DIRECTION) * config.rows(problem)
     return {
         "pairs": (wgmma + mma) / tile_flops * config.pairs(problem),  # the compiler may have unrolled the loop
-        "issue": f["issue"] * warps,
         "wgmma_flops": wgmma,
-        "mma_flops": mma,
-        "special": f["special"] * warps,
-        "smem_bytes": f["smem_bytes"] * warps,
+        **{name: f[name] * warps for name in ("issue", "mma_flops", "special", "smem_bytes")},
         "issue_warp": f["issue"],
-        "barriers": f["barriers"],
-        "waits": f["waits"],
-        "loads": f["loads"],
+        **{name: f[name] for name in ("barriers", "waits", "loads")},
         # Chunks that asynchronous copies bring while others are worked on; 0 where the loop loads for itself.
         "stages": 0 if f["loads"] else getattr(config, "num_stages", 0),
     }
