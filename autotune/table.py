@@ -33,8 +33,8 @@ def identity(row: dict) -> tuple:
 
 def suits(row: dict, direction: str, problem: Problem, overlap: float, deterministic: bool) -> bool:
     """Whether the row serves the problem."""
-    key, (low, high), (least, most) = problem.static_key(), row["T"], row["overlap"]
-    same = row["direction"] == direction and all(row[k] == key[k] for k in KEY)
+    (low, high), (least, most) = row["T"], row["overlap"]
+    same = row["direction"] == direction and problem.static_key().items() <= row.items()
     return same and low <= problem.T <= high and least <= overlap <= most and row["deterministic"] >= deterministic
 
 

@@ -30,10 +30,9 @@ def sort_pairs(indices: torch.Tensor, num_chunks: int) -> Pairs:
     """Stable sort of every slot by (b, h, chunk); an index outside [0, num_chunks) counts as an empty slot."""
     B, T, H, K = indices.shape
     segments = B * H * num_chunks
-    key = torch.where((indices >= 0) & (indices < num_chunks), indices + first_segment(indices, num_chunks), segments)
     # A radix sort, whose time goes with the width of its keys.
     dtype = next(d for d in (torch.int16, torch.int32, torch.int64) if segments <= torch.iinfo(d).max)
-    key, order = torch.sort(key.transpose(1, 2).flatten().to(dtype), stable=True)
+    key, order = torch.sort(_segment(indices, num_chunks).transpose(1, 2).flatten().to(dtype), stable=True)
     offsets = torch.searchsorted(key, torch.arange(segments + 1, dtype=dtype, device=key.device))
     if B * H > 1:
         order %= max(1, T * K)
@@ -78,11 +77,12 @@ def selection_overlap(indices: torch.Tensor) -> float:
     return shared / max(1, chosen)
 
 
-def first_segment(indices: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """[B, 1, H, 1]: where in `offsets` the chunks of each (b, h) begin."""
-    B, _, H, _ = indices.shape
-    dtype = torch.int32 if B * H * num_chunks < 2**31 else torch.int64
-    return torch.arange(B * H, dtype=dtype, device=indices.device).view(B, 1, H, 1) * num_chunks
+def _segment(indices: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """[B, T, H, K]: the (b, h, chunk) of each slot as its place in `offsets`, B * H * N for an empty slot."""
+    (B, _, H, _), N = indices.shape, num_chunks
+    dtype = torch.int32 if B * H * N < 2**31 else torch.int64
+    first = torch.arange(B * H, dtype=dtype, device=indices.device).view(B, 1, H, 1) * N
+    return torch.where((indices >= 0) & (indices < N), indices + first, B * H * N)
 
 
 class Window(NamedTuple):
@@ -103,15 +103,12 @@ def windows(indices: torch.Tensor, num_chunks: int, pairs: Pairs, tokens_per_win
     """
     T = indices.shape[1]
     begin, last = pairs.offsets[:-1], pairs.offsets[1:]
-    segments = len(begin)
     for start in range(0, T, tokens_per_window):
         stop = min(T, start + tokens_per_window)
         if stop == T:
             end = last
         else:
-            part = indices[:, start:stop]
-            valid = (part >= 0) & (part < num_chunks)
-            key = torch.where(valid, part + first_segment(indices, num_chunks), segments).flatten()
+            key = _segment(indices[:, start:stop], num_chunks).flatten()
             end = torch.cat([begin, begin.new_zeros(1)]).index_add_(0, key, begin.new_ones(1).expand(len(key)))[:-1]
         yield Window(start, stop, pairs.pair, begin, end)
         begin = end

@@ -63,19 +63,16 @@ def empty_slots(q_slc: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Ten
     return scores, torch.full(shape, -1, dtype=torch.int32, device=q_slc.device)
 
 
-def _ordered(scores: torch.Tensor) -> torch.Tensor:
-    """float32 scores as int64 that sort alike: -0 equals 0, NaN is above all, as torch.sort has it."""
-    bits = (scores + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(scores.isnan(), 2**31 - 1).long()
-
-
 def best_of_any(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """Positions of the topk highest scores of each row; of equal scores the lower position wins."""
     if scores.dtype == torch.float64:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-    # One int64 key for each score: its order as an integer, then the position, reversed.
+    # One int64 key for each score: an integer that sorts alike (-0 equals 0, NaN is above all, as torch.sort has it),
+    # then the position, reversed.
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(scores.isnan(), 2**31 - 1).long()
     reverse = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
-    return (_ordered(scores) * 2**32 + reverse).topk(topk, dim=-1, sorted=False).indices
+    return (ordered * 2**32 + reverse).topk(topk, dim=-1, sorted=False).indices
 
 
 def _best(scores: torch.Tensor, topk: int) -> torch.Tensor:

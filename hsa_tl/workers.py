@@ -59,10 +59,9 @@ class _Job:
     def __init__(self, workers: int):
         self.workers, self.abandoned = workers, False
 
-
-def _check(job: _Job) -> None:
-    if job.abandoned:
-        raise InterruptedError("the caller was interrupted")
+    def check(self) -> None:
+        if self.abandoned:
+            raise InterruptedError("the caller was interrupted")
 
 
 _here = threading.local()  # .job: what this thread works for, and may spread
@@ -153,7 +152,7 @@ class _Blocks:
     def run(self) -> None:
         try:
             while (i := self.take()) is not None:
-                _check(self.job)
+                self.job.check()
                 self.put(i, self.work(self.items[i]))
         except BaseException:
             with self.changed:
@@ -175,7 +174,7 @@ def each(
     job = getattr(_here, "job", None) or _Job(1)
     if min(job.workers, len(items)) < 2:
         for item in items:
-            _check(job)
+            job.check()
             finish(work(item))
         return
     blocks = _Blocks(items, work, finish, job)
