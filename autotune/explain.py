@@ -65,21 +65,19 @@ def explain(program: str, case: Case, device: str, journal: Journal, **options) 
     direction, made, origin = chosen_plan(program, case, device)
     config = dict(made.programs)[program]
     near = [("", config), *neighbours(program, case.problem, config)]
-    reasons = [configs.why_illegal(program, case.problem, c) for _, c in near]
-    legal = [(program, case.problem, c) for (_, c), reason in zip(near, reasons, strict=True) if reason is None]
+    reasons = {c: configs.why_illegal(program, case.problem, c) for _, c in near}
+    legal = [(program, case.problem, c) for c, reason in reasons.items() if reason is None]
     found = dict(zip((c for *_, c in legal), static.analyse_all(legal, journal=journal, **options), strict=True))
     seen = []
-    for (change, c), reason in zip(near, reasons, strict=True):
-        row = static.row(case.name, program, case.problem, c, found[c], device) if reason is None else None
-        record = None
-        if row:
+    for change, c in near:
+        row = median = None
+        if c in found:
+            row = static.row(case.name, program, case.problem, c, found[c], device)
             programs = {name: configs.describe(c if name == program else x) for name, x in made.programs}
-            whole = {"direction": direction, "programs": programs}
-            record = journal.get(name_of(whole, case.problem, device))
-        median = summary(record)["median_us"] if record else None
-        seen.append(Neighbour(change, configs.describe(c), reason, row, median))
-    read = found[config]
-    bounds = {}
+            record = journal.get(name_of({"direction": direction, "programs": programs}, case.problem, device))
+            median = summary(record)["median_us"] if record else None
+        seen.append(Neighbour(change, configs.describe(c), reasons[c], row, median))
+    read, bounds = found[config], {}
     if not read["error"]:
         ctas = max(1, read["ctas_per_sm"])
         bounds = cost.bounds(config, case.problem, ctas, read["work"], cost.DEVICES[device])

@@ -36,7 +36,6 @@ LOOK_SHARE = 0.6  # of the time, at most, before the contenders' rounds
 NEAR = 1.1  # of the fastest: a contender
 CONTENDERS = 2  # of a strategy and selection
 MINUTES = 1.0  # HSA_TL_TUNING=tune spends on a direction
-SELECTED = "selected_"  # begins the names of what `selected_attention` runs
 
 
 def _compile(problem: Problem, programs: tuple) -> None:
@@ -74,34 +73,27 @@ class Rig:
     )
 
 
-def _attend(direction: str, programs: tuple, chunk_size: int):
-    """The direction's operator by the plan, and its options."""
+def _call(direction: str, programs: tuple, inputs: Inputs, chunk_size: int):
+    """The direction's operator by the plan, and its inputs."""
     from hsa_tl import hsa_attention, selected_attention
 
-    selected = direction.startswith(SELECTED)
-    forward = "selected_fwd_token" if selected else "hsa_fwd_token"
+    attention, forward = hsa_attention, "hsa_fwd_token"
+    if direction.startswith("selected_"):
+        attention, forward, inputs = selected_attention, "selected_fwd_token", SelectedInputs.of(inputs)
     named = {} if direction.endswith("forward") else {forward: {}}
     config = named | {program: vars(config) for program, config in programs}
-    attention = selected_attention if selected else hsa_attention
-    return attention, {"chunk_size": chunk_size, "impl": "tilelang", "config": config}
-
-
-def _of(direction: str, inputs: Inputs) -> Inputs | SelectedInputs:
-    """A call of the direction's operator."""
-    return SelectedInputs.of(inputs) if direction.startswith(SELECTED) else inputs
+    return functools.partial(attention, chunk_size=chunk_size, impl="tilelang", config=config), inputs
 
 
 def check(direction: str, problem: Problem, programs: tuple, device: str = "cuda") -> None:
     """AssertionError unless the plan is as accurate as its arithmetic allows, at a small length."""
     small = at_length(problem, min(problem.T, CHECK_TOKENS))
-    inputs = _of(direction, make_inputs(small).to(device))
-    attend, options = _attend(direction, programs, small.S)
+    attend, inputs = _call(direction, programs, make_inputs(small).to(device), small.S)
     if direction.endswith("forward"):
-        outputs = attend(*inputs[: inputs._fields.index("do")], **options)
+        outputs = attend(*inputs[: inputs._fields.index("do")])
         actual = dict(zip(inputs.RESULTS, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
     else:
-        found = run_with_gradients(attend, inputs, **options)
-        actual = {name: x for name, x in found.items() if name.startswith("d")}
+        actual = {name: x for name, x in run_with_gradients(attend, inputs).items() if name.startswith("d")}
     assert_attention(actual, inputs, chunk_size=small.S)
 
 
@@ -112,13 +104,12 @@ def _inputs(problem: Problem, selection: str) -> Inputs:
 
 def launch(direction: str, problem: Problem, programs: tuple, selection: str) -> Callable[[], object]:
     """A function that runs the direction by the plan on a selection, through the public operator."""
-    inputs = _of(direction, _inputs(problem, selection))
-    attend, options = _attend(direction, programs, problem.S)
+    attend, inputs = _call(direction, programs, _inputs(problem, selection), problem.S)
     at, incoming = (inputs._fields.index(name) for name in ("indices", "do"))
     if direction.endswith("forward"):
-        return lambda: attend(*inputs[:incoming], **options)
+        return lambda: attend(*inputs[:incoming])
     leaves = [x.detach().requires_grad_() for x in inputs[:at]]
-    outputs = attend(*leaves, inputs.indices, **options)
+    outputs = attend(*leaves, inputs.indices)
     return lambda: torch.autograd.grad(outputs, leaves, inputs[incoming:], retain_graph=True)
 
 
@@ -132,8 +123,6 @@ def _alive() -> bool:
 
 
 def gpu_rig() -> Rig:
-    """The Hopper GPU here."""
-
     def time_us(run: Callable[[], object]) -> float:
         return 1e3 * timing.measure({"": run}, device="cuda", min_repeats=10, seconds=0.1)[""].p50
 

@@ -21,17 +21,13 @@ beside the roofline. Nothing here is a measurement. Written by `hsa-tl static --
 
 def write(rows: list[dict], path: Path) -> None:
     """The rows as CSV, COLUMNS first line, and as a Markdown table in README.md beside it."""
-    write_together({path: csv_text(rows, COLUMNS), path.with_name("README.md"): _page(rows, path.name)})
-
-
-def _page(rows: list[dict], name: str) -> str:
-    lines = [
-        f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['registers']} | {r['spill_bytes']} "
-        f"| {r['smem_bytes']} | {r['ctas_per_sm']} | {r['hgmma'] or r['hmma'] or ''} | {r['ns_per_pair']:.3g} "
-        f"| {r['limiter']} | {r['roofline_ns']:.3g} |"
-        if r["error"] is None
-        else f"| {r['case']} | `{r['program']}` | {r['config'].replace(',', ', ')} | {r['error']} |"
-        for r in rows
-    ]
-    head = PAGE.format(**rows[0] | {"device": rows[0]["device"].upper(), "name": name})
-    return head + "\n".join(lines) + "\n"
+    page = PAGE.format(**rows[0] | {"device": rows[0]["device"].upper(), "name": path.name})
+    for r in rows:
+        cells = [r["case"], f"`{r['program']}`", r["config"].replace(",", ", ")]
+        if r["error"] is None:
+            cells += [r[name] for name in ("registers", "spill_bytes", "smem_bytes", "ctas_per_sm")]
+            cells += [r["hgmma"] or r["hmma"] or "", f"{r['ns_per_pair']:.3g}", r["limiter"], f"{r['roofline_ns']:.3g}"]
+        else:
+            cells.append(r["error"])
+        page += f"| {' | '.join(map(str, cells))} |\n"
+    write_together({path: csv_text(rows, COLUMNS), path.with_name("README.md"): page})
