@@ -4,6 +4,8 @@ O(tokens * N) memory for the scores: few, where retrieve_chunks has many tokens.
 whose best possible score is below the topk-th of the blocks seen so far are not read at all: exact.
 """
 
+import functools
+
 import torch
 
 from hsa_tl import workers
@@ -136,12 +138,10 @@ def _two_level(q_slc, landmarks, bounds, visible, k, scale, dtype):
     scores = torch.full((B, T, R, k), -torch.inf, dtype=dtype, device=q_slc.device)
     chosen = torch.full((B, T, R, k), N, dtype=torch.int64, device=q_slc.device)
     low, high = bounds[:, :blocks].to(dtype).unbind(2)  # [B, blocks, R, D_r]
-    q = q_slc.to(dtype)
-    best_of = torch.einsum("btrd,bnrd->btrn", q.clamp(min=0), high) + torch.einsum(
-        "btrd,bnrd->btrn", q.clamp(max=0), low
-    )
+    q, sums = q_slc.to(dtype), functools.partial(torch.einsum, "btrd,bnrd->btrn")
+    best_of = sums(q.clamp(min=0), high) + sums(q.clamp(max=0), low)
     # Both the bound and a score may be off by the rounding of D_r products.
-    size = torch.einsum("btrd,bnrd->btrn", q.abs(), torch.maximum(low.abs(), high.abs()))
+    size = sums(q.abs(), torch.maximum(low.abs(), high.abs()))
     best_of = (best_of + 4 * D_r * torch.finfo(dtype).eps * size) * scale
     first = torch.arange(blocks, device=q.device) * BLOCK
     best_of.masked_fill_((first >= visible[..., None])[:, :, None], -torch.inf)

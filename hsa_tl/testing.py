@@ -68,14 +68,13 @@ def make_selection(
     """
     if kind not in SELECTIONS:
         raise ValueError(f"kind must be one of {', '.join(SELECTIONS)}, got {kind!r}")
+    if kind == "full":
+        visible = torch.arange(T)[:, None, None] // S
+        chosen = (visible - K).clamp(min=0) + torch.arange(K)
+        return torch.where(chosen < visible, chosen, -1).int().repeat(B, 1, H, 1)
     g = torch.Generator().manual_seed(seed)
     N = max(1, -(-T // S))
     out = torch.empty(B, H, T, K, dtype=torch.int32)
-    if kind == "full":
-        visible = torch.arange(T)[:, None] // S
-        chosen = (visible - K).clamp(min=0) + torch.arange(K)
-        out[:] = torch.where(chosen < visible, chosen, -1).int()
-        return out.transpose(1, 2).contiguous()
     block = max(1, (1 << 22) // N)
     for b in range(B):
         for h in range(H):
