@@ -225,7 +225,6 @@ def run(
 
 
 def show_chosen(rows: list[dict], title: str) -> None:
-    """Prints table rows."""
     lines = [
         (r["direction"], r["D"], r["K"], r["T"][1], r["overlap"][1], plan_text(table.programs(r)),
          f"{r['ns_per_pair']:.2f}", r["candidates"], f"{r['median_us']:.0f}")
@@ -264,7 +263,6 @@ def show_agreement(journal: Journal, device: str) -> None:
 
 
 def show_explanation(e: explain.Explanation, case: Case, device: str) -> None:
-    """Prints one program's explanation."""
     c, row = e.chosen, e.chosen.row
     console.print(f"{e.program}, {case.problem}, {device}", style="bold", highlight=False, markup=False)
     lines = [f"chosen: {c.config}", f"because: {e.origin}"]
@@ -315,7 +313,6 @@ def calibrate(
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to hsa-tl."""
     app.command()(static)
     app.command()(autotune)
     app.command()(calibrate)

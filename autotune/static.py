@@ -88,7 +88,6 @@ def missing_tools() -> str | None:
 
 @functools.cache
 def nvcc_version() -> str:
-    """What nvcc --version prints."""
     return subprocess.run([find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
 
 

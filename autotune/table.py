@@ -32,7 +32,6 @@ def identity(row: dict) -> tuple:
 
 
 def suits(row: dict, direction: str, problem: Problem, overlap: float, deterministic: bool) -> bool:
-    """Whether the row serves the problem."""
     (low, high), (least, most) = row["T"], row["overlap"]
     same = row["direction"] == direction and problem.static_key().items() <= row.items()
     return same and low <= problem.T <= high and least <= overlap <= most and row["deterministic"] >= deterministic
@@ -78,7 +77,6 @@ def merge(path: Path, device: str, rows: list[dict]) -> None:
 
 
 def user_path(device: str) -> Path:
-    """The user's own table of a device."""
     return cache_folder() / "tables" / f"{device}.json"
 
 

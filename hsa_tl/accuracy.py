@@ -34,7 +34,6 @@ class Expected:
     eps: float  # of the type that the result's terms are kept in
 
     def __getitem__(self, at) -> "Expected":
-        """A part of the result."""
         return Expected(self.value[at], self.unit[at], self.eps)
 
 

@@ -36,7 +36,6 @@ CASES = (
 
 
 def find(tag: str) -> tuple[Case, ...]:
-    """The cases that carry a tag."""
     return tuple(c for c in CASES if tag in c.tags)
 
 

@@ -144,7 +144,6 @@ class Problem(_Tensors):
 
     @property
     def G(self) -> int:
-        """Query heads for each key/value head."""
         return self.HQ // self.H
 
     @property
