@@ -7,6 +7,7 @@ keys, W window, N blocks of W tokens.
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -172,6 +173,16 @@ def windowed(
     return out, lse
 
 
+def each_whole(read: Callable, past_B: torch.Tensor | None, q: torch.Tensor, *keys: torch.Tensor) -> tuple:
+    """read(q [B, T, ..], *keys [B, P, ..]), row by row where past (see `windowed`) differs: there, keys begin with the
+    sequence's first one, as its chunks do."""
+    if past_B is None:
+        return read(q, *keys)
+    columns = (keys[0].shape[1] - q.shape[1] - past_B).tolist()
+    rows = [read(q[b, None], *(x[b, None, n:] for x in keys)) for b, n in enumerate(columns)]
+    return tuple(torch.cat(x) for x in zip(*rows, strict=True))
+
+
 class SelfAttention(nn.Module):
     """Pre-norm attention of a token over a sliding window, or over all before it, with QK-norm unless qk_norm is False.
 
@@ -234,4 +245,8 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v, past = cache.extend(k, v)
             past = None if past is None else past + before
-        return *windowed(q, k, v, self.window, past, with_lse), own_v
+        return *self.over(q, k, v, past, with_lse), own_v
+
+    def over(self, q_BTAD, k_BPHD, v_BPHD, past_B: torch.Tensor | None, with_lse: bool):
+        """out [B, T, A, D] and log-sum-exp [B, T, A] or None of the last T tokens of P; past: see `windowed`."""
+        return windowed(q_BTAD, k_BPHD, v_BPHD, self.window, past_B, with_lse)

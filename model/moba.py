@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hsa_tl import chunk_means, merge_attention, retrieve_chunks, selected_attention
-from hsa_tl.model.attention import SelfAttention, windowed
+from hsa_tl.model.attention import SelfAttention, each_whole, windowed
 
 
 class MixtureOfBlockAttention(SelfAttention):
@@ -24,21 +24,11 @@ class MixtureOfBlockAttention(SelfAttention):
         super().__init__(dim, heads, kv_heads, head_dim, **options)
         self.chunk_size, self.topk, self.impl = chunk_size, topk, impl
 
-    def attend(self, x_BTC, start=0, cache=None, first_v_BTHD=None, with_lse=False, keep=None):
-        """As SelfAttention.attend, with the log-sum-exp in any case."""
-        q, k, own_v, _ = self.project(x_BTC, start, keep, first_v_BTHD)
-        v, past = own_v, None
-        if cache is not None:
-            k, v, past = cache.extend(k, v)
-        if past is None:
-            return *self.over(q, k, v), own_v
-        # The columns at which the sequences, and so their chunks, begin.
-        columns = (k.shape[1] - x_BTC.shape[1] - past).tolist()
-        rows = [self.over(q[b, None], k[b, None, n:], v[b, None, n:]) for b, n in enumerate(columns)]
-        return *(torch.cat(x) for x in zip(*rows, strict=True)), own_v
+    def over(self, q_BTAD, k_BPHD, v_BPHD, past_B, with_lse):
+        """As SelfAttention.over, with the log-sum-exp in any case."""
+        return each_whole(self._over, past_B, q_BTAD, k_BPHD, v_BPHD)
 
-    def over(self, q_BTAD, k_BPHD, v_BPHD) -> tuple[torch.Tensor, torch.Tensor]:
-        """out [B, T, A, D] and log-sum-exp [B, T, A] of the last T tokens of P."""
+    def _over(self, q_BTAD, k_BPHD, v_BPHD) -> tuple[torch.Tensor, torch.Tensor]:
         (B, T, A, _), S = q_BTAD.shape, self.chunk_size
         start = k_BPHD.shape[1] - T
         k, v = (y.repeat_interleave(A // self.kv_heads, 2) for y in (k_BPHD, v_BPHD))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hsa_tl import selected_attention
-from hsa_tl.model.attention import SelfAttention, positions, rotate
+from hsa_tl.model.attention import SelfAttention, each_whole, positions, rotate
 from hsa_tl.model.chunk_memory import visible
 from hsa_tl.model.mlp import RMSNorm
 
@@ -73,13 +73,8 @@ class NativeSparseAttention(SelfAttention):
         keys, past = torch.stack([k_cmp, v_cmp, k, v], 2), None
         if far is not None:
             keys, past = far.extend(keys)
-        if past is None:
-            compressed_BTAD, selected_BTAD = self._read(q, keys)
-        else:
-            # The columns at which the sequences, and so their chunks, begin.
-            columns = (keys.shape[1] - x.shape[1] - past).tolist()
-            rows = [self._read(q[b, None], keys[b, None, n:]) for b, n in enumerate(columns)]
-            compressed_BTAD, selected_BTAD = (torch.cat(y) for y in zip(*rows, strict=True))
+            past = None if past is None else past + before
+        compressed_BTAD, selected_BTAD = each_whole(self._read, past, q, keys)
         gate = self.gate(x[:, before:]).sigmoid().unflatten(-1, (3, self.heads, 1))
         out = gate[:, :, 0] * compressed_BTAD + gate[:, :, 1] * selected_BTAD + gate[:, :, 2] * window_BTAD
         return out, None, v_BTHD
