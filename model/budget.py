@@ -8,7 +8,7 @@ it. The mass of a pinned chunk is infinite.
 import torch
 import torch.nn.functional as F
 
-from hsa_tl.model.pages import merge
+from hsa_tl.model.pages import best_slots
 from hsa_tl.validation import require
 
 SCORES = 1 << 24  # held at once
@@ -68,8 +68,7 @@ def retrieve_kept(memory, q_slc, lengths: torch.Tensor | int, topk: int, *, impl
     step = max(1, SCORES // (B * R * memory.longest))
     for a in range(0, T, step):
         scores = memory.scores(q_slc[:, a : a + step], lengths + a, **options)
-        # At least one more than topk: merge then moves the slots of evicted chunks behind the others.
-        scores = F.pad(scores, (0, max(0, topk + 1 - memory.longest)), value=-torch.inf)
+        scores = F.pad(scores, (0, max(0, topk - memory.longest)), value=-torch.inf)
         every = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-        parts.append(merge([(0, (scores, torch.where(scores == -torch.inf, -1, every)))], topk))
+        parts.append(best_slots(scores, torch.where(scores == -torch.inf, -1, every), topk))
     return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))

@@ -31,6 +31,7 @@ from hsa_tl.model import memory_file
 from hsa_tl.model.budget import per_layer
 from hsa_tl.model.linear import LinearState
 from hsa_tl.model.memory import MemorySpec, PagedMemory
+from hsa_tl.model.mlp import product_dtype
 from hsa_tl.model.own_keys import OwnKeys
 from hsa_tl.model.segment_memory import SegmentMemory
 from hsa_tl.validation import require, require_int
@@ -132,10 +133,13 @@ class Cache:
     """
 
     def __init__(
-        self, model, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        self, model, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         capacity: int = 1 << 14, undo: int | None = None, budget: int | tuple[int, ...] | None = None, **memory_options,
     ):  # fmt: skip
-        c = self.config = model.config
+        c, weight = model.config, model.embedding.weight
+        device, computed = weight.device if device is None else device, product_dtype(weight)
+        require(dtype in (None, computed), "dtype", f"be {computed}, in which the model computes here", dtype)
+        self.config = c
         self.model = weakref.ref(model)  # whose weights `save` notes; copying a cache copies no model
         linear = "linear" in c.kinds  # whose states know no way back
         undo = (0 if linear else 128) if undo is None else undo
@@ -149,7 +153,7 @@ class Cache:
         self.counts = [0] * batch_size  # of the tokens of the segment that the layers run on
         self.memory = self.chunk = None
         if c.attention == "hsa":
-            spec = MemorySpec.of(c, batch_size, dtype)
+            spec = MemorySpec.of(c, batch_size, computed)
             chunks = -(-capacity // c.chunk_size)
             self.memory = PagedMemory(spec, device=device, capacity=chunks, budget=budget, **memory_options)
             self.chunk = Tail(self.counts, c.chunk_size - 1 + c.encoder_overlap, undo)
@@ -160,14 +164,14 @@ class Cache:
         for layer, kind, own in zip(model.layers, c.kinds, per_layer(budget, c), strict=True):
             window = layer.attention.window
             if c.attention == "selected":
-                near = OwnKeys(self.counts, layer.attention.rule, layer.attention.chooser, own, undo, dtype)
+                near = OwnKeys(self.counts, layer.attention.rule, layer.attention.chooser, own, undo, computed)
             elif kind == "linear":
-                near = LinearState(self.counts, c.heads, c.head_dim, dtype, device)
+                near = LinearState(self.counts, c.heads, c.head_dim, computed, device)
             else:
                 near = Tail(self.counts, None if window is None else window - 1, undo)
             self.layers.append((near, Tail(self.counts)) if kind == "nsa" else near)
         width = max(0, c.conv - 1) and c.conv - 1 + undo
-        self.past = torch.zeros(batch_size, width, c.dim, dtype=model.embedding.weight.dtype, device=device)
+        self.past = torch.zeros(batch_size, width, c.dim, dtype=weight.dtype, device=device)
         upper_reach = sum(layer.reach for layer in model.layers[c.lower_layers :])
         waits = {"hsa", "swa"}.issuperset(c.kinds[c.lower_layers :]) and self.budget is None
         self.waiting = Tail(self.counts, upper_reach + undo) if waits else None

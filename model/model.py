@@ -21,7 +21,7 @@ from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.generate import Generation
 from hsa_tl.model.hsa import ChunkEncoder, HSALayer
 from hsa_tl.model.linear import LinearAttention
-from hsa_tl.model.mlp import MoE, RMSNorm, ShortConv, SwiGLU, product_dtype
+from hsa_tl.model.mlp import MoE, RMSNorm, ShortConv, SwiGLU
 from hsa_tl.model.moba import MixtureOfBlockAttention
 from hsa_tl.model.nsa import NativeSparseAttention
 from hsa_tl.model.selected import Rule, SelectedAttention
@@ -253,7 +253,7 @@ class Model(Generation, nn.Module):
         Returns:
             Cache: for `forward` and `generate`; `crop` takes tokens back, `save` writes it.
         """
-        return Cache(self, batch_size, **self._cache_options(options))
+        return Cache(self, batch_size, **options)
 
     def load_cache(self, path: Path | str, **options) -> Cache:
         """The cache that `Cache.save` wrote.
@@ -269,13 +269,7 @@ class Model(Generation, nn.Module):
             ValueError: a file that is no cache, damaged, or of another model; undo or budget.
             OSError: it cannot be read.
         """
-        return Cache.load(self, path, **self._cache_options(options))
-
-    def _cache_options(self, options: dict) -> dict:
-        device, dtype = self.embedding.weight.device, product_dtype(self.embedding.weight)
-        got = options.get("dtype", dtype)
-        require(got == dtype, "dtype", f"be {dtype}, in which the model computes here", got)
-        return {"device": device, "dtype": dtype, **options}
+        return Cache.load(self, path, **options)
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: Cache | None = None,

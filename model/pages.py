@@ -44,13 +44,9 @@ def read(slabs: Slabs, rows: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def merge(parts: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The topk of what each slab gave: its first chunk, and scores and indices [.., topk]; slots ascend by chunk."""
-    if len(parts) == 1 and parts[0][1][0].shape[-1] == topk:
-        return parts[0][1]
-    scores = torch.cat([x for _, (x, _) in parts], -1)
-    indices = torch.cat([torch.where(i >= 0, i + first, -1) for first, (_, i) in parts], -1)
-    # Slots ascend by chunk, so that a stable sort lets the lower of two equal chunks win.
+def best_slots(scores: torch.Tensor, indices: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The topk of slots [.., n] that ascend by chunk; empty ones come last."""
+    # A stable sort lets the lower of two equal chunks win.
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     scores, indices = scores.gather(-1, best), indices.gather(-1, best)
     order = torch.where(indices >= 0, indices, torch.iinfo(torch.int32).max).argsort(-1)

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from hsa_tl.model.cache import Cache
 from hsa_tl.model.chunk_memory import Memory
 from hsa_tl.model.generate import SEGMENT
-from hsa_tl.model.mlp import product_dtype
-from hsa_tl.model.pages import merge
+from hsa_tl.model.pages import best_slots
 from hsa_tl.validation import require_integers
 
 NO_CHUNK = 2**31 - 1  # above every chunk's number
@@ -64,10 +63,10 @@ class SharedMemory:
     def retrieve(self, q_BTRE, start: int, topk: int, **options):
         before, T = self.share.first * self.chunk_size, q_BTRE.shape[1]
         skip = min(T, max(0, before - start))  # tokens before this rank's first chunk
-        found = self.own.retrieve(q_BTRE[:, skip:], start + skip - before, topk, **options)
-        padded = (F.pad(x, (0, 0, 0, 0, skip, 0), value=none) for x, none in zip(found, (-torch.inf, -1), strict=True))
-        parts = zip(*map(self.share.gather, padded), strict=True)
-        return merge(list(zip(self.share.firsts, parts, strict=True)), topk)
+        scores, indices = self.own.retrieve(q_BTRE[:, skip:], start + skip - before, topk, **options)
+        indices = torch.where(indices >= 0, indices + self.share.first, -1)
+        padded = (F.pad(x, (0, 0, 0, 0, skip, 0), value=none) for x, none in ((scores, -torch.inf), (indices, -1)))
+        return best_slots(*(torch.cat(self.share.gather(x), -1) for x in padded), topk)
 
     def scores(self, q_BTRE, start: int, **options) -> torch.Tensor:
         firsts, S = self.share.firsts, self.chunk_size
@@ -106,12 +105,11 @@ class SharedCache(Cache):
     @torch.no_grad()
     def __init__(self, model, tokens: torch.Tensor, group: dist.ProcessGroup, *, segment: int = SEGMENT, **options):
         require_shareable(model.config, options.get("budget"))
-        c, weight, T, S = model.config, model.embedding.weight, len(tokens), model.config.chunk_size
-        tokens = require_integers("tokens", tokens, 0, c.vocab_size).to(weight.device)
+        c, T, S = model.config, len(tokens), model.config.chunk_size
+        tokens = require_integers("tokens", tokens, 0, c.vocab_size).to(model.embedding.weight.device)
         self.share = Share(T // S, group)
         first, stop = self.share.first * S, min(self.share.stop, T // S) * S
-        options = {"device": weight.device, "dtype": product_dtype(weight), "capacity": max(S, stop - first), **options}
-        super().__init__(model, 1, undo=0, **options)
+        super().__init__(model, 1, undo=0, **{"capacity": max(S, stop - first)} | options)
         lower = sum(layer.reach for layer in model.layers[: c.lower_layers]) + c.conv + c.encoder_overlap
         upper = sum(layer.reach for layer in model.layers[c.lower_layers :])
         for begin, end in ((first - lower, stop), (T - lower - max(upper, S), T)):
