@@ -29,11 +29,11 @@ import torch
 
 from hsa_tl.model import memory_file
 from hsa_tl.model.budget import per_layer
+from hsa_tl.model.chunk_memory import SegmentMemory
 from hsa_tl.model.linear import LinearState
 from hsa_tl.model.memory import MemorySpec, PagedMemory
 from hsa_tl.model.mlp import product_dtype
 from hsa_tl.model.own_keys import OwnKeys
-from hsa_tl.model.segment_memory import SegmentMemory
 from hsa_tl.validation import require, require_int
 
 FORMAT = "hsa_tl.cache.1"

@@ -1,4 +1,5 @@
-"""The chunks that an HSA layer reads: keys, values and landmarks; in training, those of other sequences too.
+"""The chunks that an HSA layer reads: keys, values and landmarks; in training, those of other sequences too, and in a
+cache those of a PagedMemory.
 
 Shape suffixes: as in hsa_tl.model.hsa.
 """
@@ -12,7 +13,11 @@ import torch
 
 from hsa_tl import hsa_attention, retrieve_chunks, selected_attention
 from hsa_tl.model.attention import positions
+from hsa_tl.model.budget import count
 from hsa_tl.validation import require
+
+FEW = 8  # tokens of a sequence that decode as one; more are a segment
+GATHERED = 1 << 26  # elements of keys that a segment gathers at once, and as many of values
 
 
 class Memory(Protocol):
@@ -66,6 +71,12 @@ def chunk_scores(
 def with_rolled(x: torch.Tensor, sequences: int) -> torch.Tensor:
     """x [B, n, ..] of so many other sequences of the batch before each one's own: [B, (sequences + 1) * n, ..]."""
     return torch.cat([x.roll(i, 0) for i in range(sequences, -1, -1)], 1)
+
+
+def in_one_row(read: Callable, *rows: torch.Tensor | None, **options) -> torch.Tensor:
+    """read(*rows, **options) of rows [B, T, ..] with the whole batch as one sequence [1, B * T, ..]. None stays."""
+    flat = (None if x is None else x.flatten(0, 1)[None] for x in rows)
+    return read(*flat, **options).unflatten(1, rows[0].shape[:2])[0]
 
 
 def of_slots(lse: Callable, q, indices) -> torch.Tensor:
@@ -150,16 +161,6 @@ class ChunkMemory(NamedTuple):
         return hsa_attention(q, self.k, self.v, weights, indices, chunk_size=S, impl=impl, config=config)
 
     def masses(self, q: torch.Tensor, indices: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
-        """Of each chosen chunk, the log-sum-exp of its own keys' scaled scores.
-
-        Args:
-            q (Tensor [B, T, HQ, D]): queries.
-            indices (Tensor [B, T, H, K], int32): chosen chunks.
-            impl (str): default: "auto".
-
-        Returns:
-            Tensor [B, T, HQ, K], float32: -inf for an empty slot; differentiable.
-        """
         attend = partial(selected_attention, chunk_size=self.chunk_size, impl=impl)
         return of_slots(lambda q, slots: attend(q, self.k, self.v, slots)[1], q, indices)
 
@@ -178,16 +179,78 @@ class BatchMemory:
     retrieve, scores = ChunkMemory.retrieve, ChunkMemory.scores
 
     def attend(self, q, weights, indices, **options) -> torch.Tensor:
-        return self._as_one("attend", q, weights, indices, **options)
+        return in_one_row(self._batch().attend, q, weights, self._in_batch(indices), **options)
 
     def masses(self, q, indices, **options) -> torch.Tensor:
-        return self._as_one("masses", q, indices, **options)
+        return in_one_row(self._batch().masses, q, self._in_batch(indices), **options)
 
-    def _as_one(self, method: str, *rows, **options) -> torch.Tensor:
-        """The whole batch as one sequence; of rows, the last are the indices."""
-        (B, N), indices = self.own.landmarks.shape[:2], rows[-1]
+    def _batch(self) -> ChunkMemory:
+        return ChunkMemory(*(x.flatten(0, 1)[None] for x in self.own))
+
+    def _in_batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Chunks that each sequence counts from the first of the others on, as the whole batch counts them."""
+        B, N = self.own.landmarks.shape[:2]
         sequence = torch.arange(B, device=indices.device)[:, None, None, None] - self.others + indices // N
-        indices = torch.where(indices < 0, -1, sequence % B * N + indices % N).int()
-        batch = ChunkMemory(*(x.flatten(0, 1)[None] for x in self.own))
-        rows = (None if x is None else x.flatten(0, 1)[None] for x in (*rows[:-1], indices))
-        return getattr(batch, method)(*rows, **options).unflatten(1, (B, -1))[0]
+        return torch.where(indices < 0, -1, sequence % B * N + indices % N).int()
+
+
+class SegmentMemory(NamedTuple):
+    """A cache's PagedMemory as an HSA layer reads it, for a segment with counts[b] tokens in row b: few tokens decode
+    through the memory's pages, many share what they gather."""
+
+    paged: object  # a PagedMemory
+    counts: list[int]
+
+    def retrieve(self, q_BTRE, start, topk: int, **options):
+        B, T, R, _ = q_BTRE.shape
+        if T <= FEW or any(self.paged.evicted):
+            scores, indices = self.paged.retrieve(q_BTRE, start, topk, **options)
+            if self.paged.budget is not None and min(self.counts) < T:  # what is no token must not count
+                behind = self._behind(q_BTRE)
+                scores, indices = scores.masked_fill(behind, -torch.inf), indices.masked_fill(behind, -1)
+            return scores, indices
+        dtype = torch.promote_types(q_BTRE.dtype, torch.float32)
+        scores = torch.full((B, T, R, topk), -torch.inf, dtype=dtype, device=q_BTRE.device)
+        indices = torch.full((B, T, R, topk), -1, dtype=torch.int32, device=q_BTRE.device)
+        starts = [start] * B if isinstance(start, int) else start.tolist()
+        for b, (first, n) in enumerate(zip(starts, self.counts, strict=True)):
+            scores[b, :n], indices[b, :n] = retrieve_chunks(
+                q_BTRE[b : b + 1, :n], self.paged.landmarks(b)[None], topk, chunk_size=self.paged.spec.chunk_size,
+                q_start=first, **options,
+            )  # fmt: skip
+        return scores, indices
+
+    def scores(self, q_BTRE, start, **options) -> torch.Tensor:
+        return self.paged.scores(q_BTRE, start, **options).masked_fill_(self._behind(q_BTRE), -torch.inf)
+
+    def _behind(self, q_BTRE) -> torch.Tensor:
+        """[B, T, 1, 1]: which are no tokens."""
+        behind = torch.arange(q_BTRE.shape[1]) >= torch.tensor(self.counts)[:, None]
+        return behind.to(q_BTRE.device)[..., None, None]
+
+    def attend(self, q_BTAD, weights, indices_BTHK, *, impl: str = "auto", overlap: float = 0.9) -> torch.Tensor:
+        if q_BTAD.shape[1] <= FEW:
+            return self.paged.attend(q_BTAD, weights, indices_BTHK, impl=impl)
+        count(self.paged, weights, indices_BTHK)
+        read, page = partial(self._gathered, "attend"), self.paged.pages_of(indices_BTHK)
+        return in_one_row(read, page, q_BTAD, weights, impl=impl, overlap=overlap)
+
+    def masses(self, q_BTAD, indices_BTHK, *, impl: str = "auto") -> torch.Tensor:
+        if q_BTAD.shape[1] <= FEW:
+            return self.paged.masses(q_BTAD, indices_BTHK, impl=impl)
+        return in_one_row(partial(self._gathered, "masses"), self.paged.pages_of(indices_BTHK), q_BTAD, impl=impl)
+
+    def _gathered(self, method: str, page, *rows, **options) -> torch.Tensor:
+        """ChunkMemory's method over the pages [1, T, H, K] that are read, which all sequences share: every page is
+        gathered once, for so many tokens at a time as their pages allow."""
+        named, at = page.unique(return_inverse=True)
+        empty = int(named[0] < 0)  # -1 comes first
+        spec, half = self.paged.spec, page.shape[1] // 2
+        if half and (len(named) - empty) * spec.chunk_size * spec.heads * spec.head_dim > GATHERED:
+            ends = slice(half), slice(half, None)
+            halves = ([None if x is None else x[:, part] for x in (page, *rows)] for part in ends)
+            return torch.cat([self._gathered(method, *x, **options) for x in halves], 1)
+        named = named[empty:] if len(named) > empty else torch.zeros_like(named)  # some page: none of it is read
+        k, v = (x.flatten(0, 1)[None] for x in self.paged.gather(named))
+        chunks = ChunkMemory(k, v, k.new_empty(1, len(named), 0, 0))
+        return getattr(chunks, method)(*rows, (at - empty).int(), **options)

@@ -327,14 +327,7 @@ class PagedMemory:
     def masses(
         self, q: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None, impl: str = "auto"
     ) -> torch.Tensor:
-        """Of each chosen chunk, the log-sum-exp of its own keys' scaled scores, by `hsa_tl.selected_decode`.
-
-        Args:
-            q, indices, scale, impl: as for `attend`.
-
-        Returns:
-            Tensor [B, T, HQ, K], float32: -inf for an empty slot.
-        """
+        """[B, T, HQ, K], see hsa_tl.model.chunk_memory.Memory; by `hsa_tl.selected_decode`."""
         return of_slots(lambda q, slots: self._one_softmax(q, slots, scale, impl)[1], q, indices)
 
     def pages_of(self, indices: torch.Tensor) -> torch.Tensor:

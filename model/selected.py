@@ -34,12 +34,11 @@ from hsa_tl import (
     selected_decode,
 )
 from hsa_tl.model.attention import SelfAttention, positions, rotate, scores, softmax_product
-from hsa_tl.model.chunk_memory import recency_share
+from hsa_tl.model.chunk_memory import FEW, recency_share
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.hsa import RECENCY
 from hsa_tl.model.own_keys import Keys, OwnKeys
 
-FEW = 8  # tokens of a sequence that decode as one; more are a segment
 BLOCK = {"cpu": 128}  # tokens that attend to their window at once: their scores should stay in a CPU's cache
 BLOCK_ACCELERATOR = 512  # which wants fewer launches
 SCORES = {"cpu": 1 << 18}  # of keys behind the window, held at once: as many as stay in a cache

@@ -11,7 +11,7 @@ from tiers import tiered
 
 from hsa_tl import hsa_attention, retrieve_chunks
 from hsa_tl.accuracy import assert_accurate, expect
-from hsa_tl.model import Model, preset, segment_memory
+from hsa_tl.model import Model, chunk_memory, preset
 from hsa_tl.model import cache as caches
 from hsa_tl.model.attention import rotate
 from hsa_tl.model.cache import Tail
@@ -282,13 +282,13 @@ def test_a_segment_selects_and_reads_as_the_operator(capacity, exclude, monkeypa
     counts = [100, 31]
     starts = [n - m for n, m in zip(lengths, counts, strict=True)]
     q, q_slc = torch.randn(2, 100, 4, D), torch.randn(2, 100, H, E).sign()
-    view = segment_memory.SegmentMemory(memory, counts)
+    view = chunk_memory.SegmentMemory(memory, counts)
     scores, indices = view.retrieve(q_slc, torch.tensor(starts, dtype=torch.int32), K, exclude_window=exclude)
     every = view.scores(q_slc, torch.tensor(starts, dtype=torch.int32), exclude_window=exclude)
     torch.testing.assert_close(every.topk(K).values, scores.sort(descending=True).values)
     weights = torch.rand(scores.shape)
     out = view.attend(q, weights, indices)
-    monkeypatch.setattr(segment_memory, "GATHERED", 7 * S * H * D)
+    monkeypatch.setattr(chunk_memory, "GATHERED", 7 * S * H * D)
     torch.testing.assert_close(view.attend(q, weights, indices), out)
     for b, n in enumerate(counts):
         k, v, landmarks = content[b]
