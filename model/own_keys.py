@@ -58,14 +58,11 @@ class OwnKeys:
         self.mass = torch.zeros(len(counts), 0, dtype=torch.float64)  # of the chunks that are held, as they lie
 
     def _reserve(self, columns: int, like: tuple[torch.Tensor, ...]) -> None:
-        room = self.buffers[0].shape[1] if self.buffers else 0
-        if columns <= room:
-            return
-        pages = -(-max(columns, 2 * room) // self.chunk_size)
-        grown = [x.new_zeros(len(x), pages * self.chunk_size, *x.shape[2:]) for x in like]
-        for new, old in zip(grown, self.buffers, strict=bool(self.buffers)):
-            new[:, :room] = old
-        self.buffers, self.mass = grown, F.pad(self.mass.to(like[0].device), (0, pages - self.mass.shape[1]))
+        old = self.buffers or [x[:, :0] for x in like]
+        if columns > (room := old[0].shape[1]):
+            pages = -(-max(columns, 2 * room) // self.chunk_size)
+            self.buffers = [F.pad(x, (0, 0, 0, 0, 0, pages * self.chunk_size - room)) for x in old]
+            self.mass = F.pad(self.mass.to(like[0].device), (0, pages - self.mass.shape[1]))
 
     def extend(self, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor) -> list[tuple[int, int]]:
         """Stores the next tokens, and says how many of each row are held before them, and how many have gone; a row's
@@ -161,11 +158,10 @@ class OwnKeys:
         if self.chooser is not None and first < last:
             own = self.buffers[0][rows, first * S : last * S]
             new = self.chooser.of(self._without_positions(rows, own, first * S), S)
-            if self.landmarks is None or self.landmarks.shape[1] < last:
-                grown = new.new_zeros(len(self.held), self.buffers[0].shape[1] // S, *new.shape[2:])
-                if self.landmarks is not None:
-                    grown[:, : self.landmarks.shape[1]] = self.landmarks
-                self.landmarks = grown
+            if self.landmarks is None:
+                self.landmarks = new.new_zeros(len(self.held), 0, *new.shape[2:])
+            if (room := self.landmarks.shape[1]) < last:
+                self.landmarks = F.pad(self.landmarks, (0, 0, 0, 0, 0, self.buffers[0].shape[1] // S - room))
             self.landmarks[rows, first:last] = new
 
     def keys(self, rows: slice, tokens: int, pace: float = 0.0) -> Keys:
