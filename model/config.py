@@ -19,15 +19,13 @@ def require_ints(values: object, **least: int) -> None:
     """ValueError: a field of values that is no int, or less than its least."""
     for name, low in least.items():
         value = getattr(values, name)
-        if type(value) is not int or value < low:
-            raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+        require(type(value) is int and value >= low, name, f"be an int of at least {low}", repr(value))
 
 
 def require_rules(values: object, *rules: tuple[str, bool, str]) -> None:
     """ValueError: the first rule (field, whether it holds, what it says) that does not hold."""
     for name, ok, rule in rules:
-        if not ok:
-            raise ValueError(f"{name} must {rule}, got {getattr(values, name)!r}")
+        require(ok, name, rule, repr(getattr(values, name)))
 
 
 def is_number(x: object) -> bool:

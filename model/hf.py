@@ -58,8 +58,7 @@ class HSAConfig(PretrainedConfig):
             if meant := difflib.get_close_matches(name, FIELDS, 1, 0.8):
                 raise ValueError(f"{name} must be a field of ModelConfig or PretrainedConfig, such as {meant[0]}")
         super().__init__(**options)
-        if self.output_attentions:
-            raise ValueError("output_attentions must be False: HSA never holds attention weights, got True")
+        require(not self.output_attentions, "output_attentions", "be False: HSA never holds attention weights", True)
 
     def _set_model(self, chosen: dict) -> None:
         try:
@@ -219,11 +218,10 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError, TypeError: what this model cannot do, by name.
         """
         config = self.config
-        if output_attentions or (output_attentions is None and config.output_attentions):
-            raise ValueError("output_attentions must not be True: HSA never holds attention weights, got True")
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"input_ids or inputs_embeds must be given, one of them, got {got}")
+        asked = config.output_attentions if output_attentions is None else output_attentions
+        require(not asked, "output_attentions", "not be True: HSA never holds attention weights", True)
+        one, got = (input_ids is None) != (inputs_embeds is None), "neither" if input_ids is None else "both"
+        require(one, "input_ids or inputs_embeds", "be given, one of them", got)
         if input_ids is None:
             inputs, labels = self.model.validated(inputs_embeds, labels, "inputs_embeds", 3)
         else:

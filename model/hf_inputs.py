@@ -14,6 +14,7 @@ from transformers import Cache, GenerationMixin
 
 from hsa_tl.model.generate import SEGMENT
 from hsa_tl.model.model import Model
+from hsa_tl.validation import require, shape_of
 
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the argument in 5.24
 CACHE_NAME = CACHE_NAMES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
@@ -70,8 +71,9 @@ def arrange(real_BT: torch.Tensor, starts_BT: torch.Tensor | None = None) -> Row
 def read_positions(position_ids: torch.Tensor, real_BT: torch.Tensor, past: list[int]) -> torch.Tensor:
     """Which columns begin a document: where positions start again at 0. past: tokens that each sequence holds."""
     B, T = real_BT.shape
-    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
-        raise ValueError(f"position_ids must have shape {[B, T]}, got shape {list(position_ids.shape)}")
+    require(
+        tuple(position_ids.shape) in ((1, T), (B, T)), "position_ids", f"have shape {[B, T]}", shape_of(position_ids)
+    )
     position_BT = position_ids.long().expand(B, T)
     first = torch.tensor(past, device=real_BT.device)[:, None]
     previous = torch.cat([first - 1, position_BT], 1)
@@ -113,8 +115,7 @@ def read_mask(mask: torch.Tensor, B: int, T: int, past: list[int], columns: int)
         if seen.shape[1] != 1 and not bool((seen == seen[:, :1]).all()):
             raise ValueError(f"attention_mask must be the same for all heads, got shape {shape}")
         seen = seen[:, 0]
-    if seen.shape[1] != T:
-        raise ValueError(f"attention_mask must have a row for each of {T} tokens, got shape {shape}")
+    require(seen.shape[1] == T, "attention_mask", f"have a row for each of {T} tokens", f"shape {shape}")
     seen = seen.expand(B, T, -1)
     square = seen[..., -T:]
     # transformers lets rows of padding see everything, the future too.
@@ -144,9 +145,9 @@ def _seen(mask: torch.Tensor) -> torch.Tensor:
         if high > 0 or far > -1e3:  # a bias is not a mask
             raise ValueError(f"attention_mask must be 0 and negative enough to mask (-1e3), got {max(far, high)}")
         return mask == 0
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"attention_mask must be 0 and 1, got values from {low} to {high}")
-    return mask == 1
+    seen = mask == 1
+    require(bool((seen | (mask == 0)).all()), "attention_mask", "be 0 and 1", f"values from {low} to {high}")
+    return seen
 
 
 class HSACache(Cache):
@@ -202,8 +203,7 @@ class HSACache(Cache):
 def one_cache(*caches) -> HSACache | None:
     """The cache that came under one of its names."""
     given = [x for x in caches if x is not None]
-    if len(given) > 1 and given[0] is not given[1]:
-        raise ValueError("past_key_values and cache must be one, got two")
+    require(len(given) < 2 or given[0] is given[1], "past_key_values and cache", "be one", "two")
     if given and not isinstance(given[0], HSACache):
         raise TypeError(f"past_key_values must be an HSACache, got {type(given[0]).__name__}")
     return given[0] if given else None

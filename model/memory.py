@@ -209,8 +209,7 @@ class PagedMemory:
             ValueError: a memory without a budget, a sequence that is not there, or a chunk that it does not hold.
         """
         self._check_sequence("sequence", sequence)
-        if self.budget is None:
-            raise ValueError(f"chunks must be pinned in a memory with a budget, got {chunks} in one without")
+        require(self.budget is not None, "chunks", "be pinned in a memory with a budget", f"{chunks} in one without")
         held, evicted = self.held[sequence], self.evicted[sequence]
         for chunk in chunks:
             if chunk in evicted or not 0 <= chunk < held:

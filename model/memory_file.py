@@ -44,8 +44,7 @@ class MemorySpec:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if name != "dtype" and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+            require(name == "dtype" or (type(value) is int and value >= 1), name, "be a positive int", repr(value))
 
     @property
     def page(self) -> tuple[int, int, int]:
