@@ -1,7 +1,6 @@
 """Causal self-attention over a sliding window, or over everything (BaseLM): QK-norm, RoPE or no positions.
 
-Shape suffixes: B batch, T tokens, C channels, A query heads, H key/value heads, D head dim, P past and new
-keys, W window, N blocks of W tokens.
+Shape suffixes: as in hsa_tl.model.hsa; W window, N blocks of W tokens.
 """
 
 import functools

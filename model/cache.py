@@ -15,8 +15,7 @@ linear ones) have none, and neither has a memory with a budget, which goes by wh
 Of the tokens before these it holds `undo` more, so that `crop` can take tokens back. A segment is padded on the right:
 row b holds counts[b] tokens of its sequence.
 
-Shape suffixes: B sequences, T tokens of a segment, P past and new tokens, C channels, A query heads, H key/value heads,
-D head dim, M chunks, S chunk size, R retrieval heads, E retrieval dim, K selected chunks.
+Shape suffixes: as in hsa_tl.model.hsa; M chunks that a segment completes.
 """
 
 import json
@@ -124,12 +123,11 @@ def _tails_of(cache) -> tuple[Tail | LinearState, ...]:
 
 
 class Cache:
-    """What `Model.new_cache` returns.
+    """What `Model.new_cache` returns, which tells the options.
 
-    capacity: tokens of each sequence that the chunk memory reserves at first. undo: tokens of each that `crop` can take
-    back. budget, memory_options: of PagedMemory (offload, cache_pages, two_level, directory); budget also of OwnKeys.
-    lengths: tokens that each holds. memory: its chunks, None without HSA. unread: of each sequence the last token that
-    a `stream` gave and nobody read yet, 1-D tensors, which the next stream or generate reads first; None: none.
+    capacity: tokens of each sequence that the chunk memory reserves at first. lengths: tokens that each holds. memory:
+    its chunks, None without HSA. unread: of each sequence the last token that a `stream` gave and nobody read yet, 1-D
+    tensors, which the next stream or generate reads first; None: none.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The chunk encoder and the HSA layer (paper, section 2 and figure 3), on the public operator.
 
-Shape suffixes: B batch, T tokens, C channels, N chunks, S chunk size, A query heads, H key/value heads, D head dim,
-R retrieval heads, E retrieval dim, K selected chunks.
+Shape suffixes, of the other layers too: B batch, T tokens, C channels, P past and new tokens, N chunks, S chunk size,
+A query heads, H key/value heads, G = A / H, D head dim, R retrieval heads, E retrieval dim, K selected chunks.
 """
 
 import math

@@ -1,11 +1,11 @@
 """The chunk memory of decode: a growing, paged store of keys, values and landmarks, on the device or offloaded.
 
-Shape suffixes and letters: B sequences, C chunks, S chunk size, H key/value heads, D head dim, R retrieval heads, E
-retrieval dim. A page holds a chunk's keys and values.
-
-Pages lie in slabs, each as large as all before it: growing allocates, and copies of what is stored the landmarks alone.
+A page holds a chunk's keys and values. Pages lie in slabs, each as large as all before it: growing allocates, and
+copies of what is stored the landmarks alone.
 `attend` calls hsa_decode for each slab and adds up, since HSA's output is a sum over chunks. A memory of the right
 capacity has one slab, and then neither costs anything.
+
+Shapes: as in hsa_tl.model.hsa; C chunks.
 """
 
 from functools import reduce

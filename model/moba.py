@@ -2,7 +2,7 @@
 
 The current chunk comes on top of `topk`; the published code counts it in.
 
-Shape suffixes: B batch, T tokens, P past and new keys, S chunk size, A query heads, H key/value heads, D head dim.
+Shape suffixes: as in hsa_tl.model.hsa.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
     embed -> lower layers -> encode -> upper layers (the first of each group with HSA) -> head
 
-Shape suffixes: B batch, T tokens, C channels, A query heads, H key/value heads, D head dim, V vocabulary.
+Shape suffixes: as in hsa_tl.model.hsa; V vocabulary.
 """
 
 from functools import partial

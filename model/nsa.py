@@ -5,8 +5,7 @@
     window         over the latest tokens
 
 Choosing chunks has no gradient of its own: the compression branch, whose softmax chooses them, learns what it attends
-to. Shape suffixes: B batch, T tokens, C channels, P past and new tokens, N whole chunks, S chunk size, A query heads,
-H key/value heads, G = A / H, D head dim, K selected chunks.
+to. Shape suffixes: as in hsa_tl.model.hsa.
 """
 
 import math

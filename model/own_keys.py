@@ -1,7 +1,6 @@
 """Keys and values that a layer of attention "selected" keeps, in pages of a chunk; see hsa_tl.model.selected.
 
-Shape suffixes: B batch, T tokens, P past and new keys, N chunks, S chunk size, H key/value heads, D head dim,
-K selected chunks, E numbers of a landmark.
+Shape suffixes: as in hsa_tl.model.hsa; E numbers of a landmark.
 """
 
 from typing import NamedTuple

@@ -12,8 +12,7 @@ Key j behind the window stands at the distance window + pace * (p - window - j):
 this number, twice it and so on. 0 of them: pace 0, all stand at the distance of the window. Landmarks compare as if
 pace were 0, so that they are of a chunk's keys alone. Chunks count from the first token behind the sinks.
 
-Shape suffixes: B batch, T tokens, C channels, P past and new keys, N chunks, S chunk size, A query heads, H key/value
-heads, G = A / H, D head dim, K selected chunks, M anchors, E = D + M.
+Shape suffixes: as in hsa_tl.model.hsa; M anchors, E = D + M.
 """
 
 import math
