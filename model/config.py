@@ -197,6 +197,7 @@ class ModelConfig:
             require(f.type is not bool or isinstance(value, bool), f.name, "be True or False", repr(value))
         counts = type(self.topk) is int and self.topk >= (0 if self.attention == "selected" else 1)
         every = self.layers * self.kv_heads
+        exact = isinstance(self.exact_heads, tuple) and set(self.exact_heads) <= set(range(every))
         require_rules(
             self,
             ("heads", self.heads % self.kv_heads == 0, f"be a multiple of kv_heads = {self.kv_heads}"),
@@ -215,11 +216,7 @@ class ModelConfig:
             ("selection", self.selection in SELECTIONS, f"be one of {', '.join(SELECTIONS)}"),
             ("hsa_layers", self.hsa_layers <= self.layers, f"be at most layers = {self.layers}"),
             ("anchors", self.anchors or self.selection != "landmark", "be positive for selection landmark"),
-            (
-                "exact_heads",
-                isinstance(self.exact_heads, tuple) and set(self.exact_heads) <= set(range(every)),
-                f"be a tuple of numbers below layers * kv_heads = {every}",
-            ),
+            ("exact_heads", exact, f"be a tuple of numbers below layers * kv_heads = {every}"),
             ("score_scale", self.score_scale == 1 or self.attention == "full", "be 1 without attention full"),
             ("log_length", self.log_length != 1, "be 0 or at least 2"),
             ("log_length", not self.log_length or self.attention == "full", "be 0 without attention full"),

@@ -34,7 +34,7 @@ def _read(model: Model, tokens: Sequence[int], rows: torch.Tensor) -> list[tuple
         q, k, _, _ = layer.attention.project(x, first_v_BTHD=first_v)
         rule, q = layer.attention.rule, q[:, rows]
         at = torch.tensor([rule.window], device=q.device)
-        found.append((q if rule.theta is None else rotate(q, at, rule.theta), k))
+        found.append((rotate(q, at, rule.theta), k))
 
     hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
     try:

@@ -264,11 +264,8 @@ class SelectedAttention(SelfAttention):
     def chooser(self) -> Landmarks | None:
         return chooser_of(self.selection, self.landmarks) if self.rule.topk else None
 
-    def attend(
-        self, x_BTC: torch.Tensor, start: int | torch.Tensor = 0, cache: OwnKeys | None = None,
-        first_v_BTHD: torch.Tensor | None = None, with_lse: bool = False, keep: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        """As SelfAttention's."""
+    def attend(self, x_BTC, start=0, cache: OwnKeys | None = None, first_v_BTHD=None, with_lse=False, keep=None):
+        """As SelfAttention.attend, with the log-sum-exp in any case."""
         q, k, v, _ = self.project(x_BTC, start, keep, first_v_BTHD)
         if cache is None:
             return *self.rule.read_whole(q, k, v, self.chooser), v
