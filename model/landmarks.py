@@ -5,6 +5,7 @@
 Nothing is trained: an anchor is a query that the layer asked in an ordinary text, see hsa_tl.model.selected.Landmarks.
 """
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,12 +37,10 @@ def _read(model: Model, tokens: Sequence[int], rows: torch.Tensor) -> list[tuple
         at = torch.tensor([rule.window], device=q.device)
         found.append((rotate(q, at, rule.theta), k))
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in model.layers:
+            hooks.enter_context(layer.register_forward_pre_hook(look))
         model(torch.tensor([list(tokens)], device=model.embedding.weight.device), logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,10 +78,8 @@ class MemorySpec:
         return cls(**(values | {"dtype": getattr(torch, values["dtype"])}))
 
 
-def _blocks(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    rows = max(1, BLOCK_BYTES // max(1, x[:1].nbytes))
-    for i in range(0, len(x), rows):
-        yield x[i : i + rows]
+def _blocks(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    return x.split(max(1, BLOCK_BYTES // x[:1].nbytes)) if x.numel() else ()
 
 
 def write(path: Path, tensors: dict[str, list[torch.Tensor]], format: str = FORMAT, **metadata: str) -> None:
