@@ -157,19 +157,17 @@ def windowed(
             mask = mask & (c >= before - past_B[:, None])[:, None, None]
     first = _attend(q[:, :n], k[:, : before + n], v[:, : before + n], mask, with_lse)
     if n == T:
-        out, lse = first
-    else:
-        N = -(-T // W)
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, N * W - T)) for x in (q, k[:, before:], v[:, before:]))
-        q, k, v = (x.unflatten(1, (N, W)) for x in (q, k, v))
-        k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v))
-        r, c = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
-        rest = _attend(q[:, 1:].flatten(0, 1), k, v, (c > r) & (c <= r + W), with_lse)
-        out, lse = (
-            None if a is None else torch.cat([a, b.unflatten(0, (B, N - 1)).flatten(1, 2)[:, : T - n]], 1)
-            for a, b in zip(first, rest, strict=True)
-        )
-    return out, lse
+        return first
+    N = -(-T // W)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, N * W - T)) for x in (q, k[:, before:], v[:, before:]))
+    q, k, v = (x.unflatten(1, (N, W)) for x in (q, k, v))
+    k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v))
+    r, c = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
+    rest = _attend(q[:, 1:].flatten(0, 1), k, v, (c > r) & (c <= r + W), with_lse)
+    return tuple(
+        None if a is None else torch.cat([a, b.unflatten(0, (B, N - 1)).flatten(1, 2)[:, : T - n]], 1)
+        for a, b in zip(first, rest, strict=True)
+    )
 
 
 def each_whole(read: Callable, past_B: torch.Tensor | None, q: torch.Tensor, *keys: torch.Tensor) -> tuple:

@@ -55,10 +55,8 @@ def _recalls(attention, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor) ->
     mass = scores(q, k).unflatten(-1, (N, S)).logsumexp(-1).masked_fill(hidden, -torch.inf)  # [1, H, G, t, N]
     share, found = mass.softmax(-1), []
     for name in BY:
-        if name == "mass":
-            score = mass.amax(2)
-        else:
-            chooser = chooser_of(name, attention.landmarks)
+        score, chooser = mass.amax(2), chooser_of(name, attention.landmarks)
+        if chooser is not None:
             score = torch.einsum("bthe,bnhe->bhtn", chooser.ask(q, H), chooser.of(k, S))
         chosen = score.masked_fill(hidden, -torch.inf).topk(rule.topk, -1).indices[:, :, None]
         found.append(share.gather(-1, chosen.expand(*share.shape[:-1], -1)).sum(-1)[0])

@@ -206,20 +206,18 @@ class Rule:
         (B, T, A, _), H, S = q_BTAD.shape, k.shape[2], self.chunk_size
         K = N if self.topk == "all" else min(self.topk, N)
         if (K < N or scored) and chooser is not None:
-            if keys.landmarks is None:
-                own = rotate(k, -keys.pace * positions(self.sinks, k).double(), self.theta)
-                landmarks = chooser.of(own, S)
-            else:
-                landmarks = keys.landmarks[:, :N]
+            landmarks = keys.landmarks
+            if landmarks is None:
+                landmarks = chooser.of(rotate(k, -keys.pace * positions(self.sinks, k).double(), self.theta), S)
             asked = chooser.ask(rotate(q_BTAD, torch.tensor([self.window], device=k.device), self.theta), H)
             options = {"chunk_size": S, "impl": self.impl, "scale": H / A}  # the mean of its query heads
             if self.recency is not None:
                 options |= {"recency": q_BTAD.new_full((H,), RECENCY).float(), "recency_span": self.recency}
             if T <= FEW:
                 lengths = torch.full((B,), past, dtype=torch.int32, device=k.device)
-                best, indices = retrieve_decode(asked, landmarks, lengths, K, **options)
+                best, indices = retrieve_decode(asked, landmarks[:, :N], lengths, K, **options)
             else:
-                best, indices = retrieve_chunks(asked, landmarks, K, q_start=past, **options)
+                best, indices = retrieve_chunks(asked, landmarks[:, :N], K, q_start=past, **options)
             for h in chooser.exact:  # each apart: a list of heads would copy all keys
                 own = q_far[:, :, h * A // H : (h + 1) * A // H]
                 found = self._choose(own, own, k[:, :, h : h + 1], keys, past, N, None, True)
