@@ -307,18 +307,15 @@ class Model(Generation, nn.Module):
         if labels is not None:
             # Eager, the upper decoder runs from the first label on; compiled, everywhere: shapes must be static.
             keep = None
-            if logits_to_keep == 0 and not torch.compiler.is_compiling():
+            if logits_to_keep == 0 and cache is None and not torch.compiler.is_compiling():
                 any_T = (labels[:, 1:] != -100).any(0)
                 keep = len(any_T) + 1 - int(any_T.byte().argmax()) if any_T.any() else labels.shape[1]
-        with_cache = cache is not None and labels is not None
-        h_BTC = self.hidden(input_ids, cache, None if with_cache else keep, lengths)
-        if labels is not None:
-            labels = labels[:, -h_BTC.shape[1] :]
+        h_BTC = self.hidden(input_ids, cache, keep, lengths)
         logits = loss = None
         if logits_to_keep != 0:
             logits = self.head(h_BTC if logits_to_keep is None else h_BTC[:, -logits_to_keep:])
         if labels is not None:
-            targets = labels[:, 1:]
+            targets = labels[:, -h_BTC.shape[1] :][:, 1:]
             if logits_to_keep is None:
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
             else:
