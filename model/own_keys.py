@@ -71,7 +71,7 @@ class OwnKeys:
                 self._evict(b)
         T, old = k_BTHD.shape[1], self.held
         self._reserve(self.before + max(old) + T, (k_BTHD, v_BTHD))
-        k_BTHD = self._turned(k_BTHD, range(len(old)), [self.before + n for n in old], self.pace)
+        k_BTHD = self._turned(k_BTHD, slice(None), [self.before + n for n in old], self.pace)
         for buffer, x in zip(self.buffers, (k_BTHD, v_BTHD), strict=True):
             for b, n in enumerate(old):
                 buffer[b, self.before + n : self.before + n + T] = x[b]
@@ -95,18 +95,17 @@ class OwnKeys:
         before = torch.tensor(evicted) - torch.arange(len(evicted))
         return place + self.chunk_size * torch.searchsorted(before, chunk, right=True)
 
-    def _turned(self, k_BTHD: torch.Tensor, sequences, starts: list[int], by: list[float]) -> torch.Tensor:
-        """Keys in the columns from `starts` on, turned on by so many times their positions."""
+    def _turned(self, k_BTHD: torch.Tensor, rows: slice, starts: list[int], by: list[float]) -> torch.Tensor:
+        """Keys of these rows in the columns from `starts` on, turned on by so many times their positions."""
         if not any(by):
             return k_BTHD
-        T = k_BTHD.shape[1]
+        T, sequences = k_BTHD.shape[1], range(len(self.held))[rows]
         at = [x * self._positions(b, a, a + T).double() for b, a, x in zip(sequences, starts, by, strict=True)]
         return rotate(k_BTHD, torch.stack(at).to(k_BTHD.device), self.theta)
 
     def _without_positions(self, rows: slice, k_BTHD: torch.Tensor, start: int) -> torch.Tensor:
         """Keys of these rows in the columns from start on."""
-        sequences = range(len(self.held))[rows]
-        return self._turned(k_BTHD, sequences, [start] * len(k_BTHD), [-x for x in self.pace[rows]])
+        return self._turned(k_BTHD, rows, [start] * len(k_BTHD), [-x for x in self.pace[rows]])
 
     def _behind(self, sequence: int) -> int:
         """How many chunks are held behind the window."""
@@ -122,9 +121,7 @@ class OwnKeys:
         numbers, S = torch.tensor(self._numbers(sequence)), self.chunk_size
         gone = worst(self.mass[sequence, : len(numbers)].cpu(), numbers[-1] - numbers, excess)
         self.evicted[sequence] = sorted(self.evicted[sequence] + numbers[gone].tolist())
-        stays = torch.ones(self.mass.shape[1], dtype=torch.bool)
-        stays[gone] = False
-        kept = stays.nonzero()[:, 0].to(self.mass.device)
+        kept = (~torch.isin(torch.arange(self.mass.shape[1]), gone)).nonzero()[:, 0].to(self.mass.device)
         self.held[sequence] -= S * len(gone)
         pages = [x[sequence].unflatten(0, (-1, S)) for x in self.buffers]
         for x in (*pages, *(() if self.landmarks is None else (self.landmarks[sequence],))):
@@ -168,7 +165,7 @@ class OwnKeys:
         k, v = (x[rows] for x in self.buffers)
         sequences = range(len(self.held))[rows]
         if any(by := [pace - self.pace[b] for b in sequences]):
-            k[:] = self._turned(k, sequences, [0] * len(k), by)
+            k[:] = self._turned(k, rows, [0] * len(k), by)
             self.pace[rows] = [pace] * len(k)
         pages = [x.flatten(0, 1).unflatten(0, (-1, self.chunk_size)) for x in (k, v)]
         table = torch.arange(len(pages[0]), dtype=torch.int32, device=k.device).view(len(k), -1)[:, self.first :]
