@@ -55,8 +55,8 @@ class LongReader:
         kept = budget is None or (0 < budget <= 1 and retrieve and c.attention == "hsa")
         require(kept, "budget", "lie in (0, 1], for a model that retrieves from a chunk memory", budget)
         linear = "linear" in c.kinds
-        reads = retrieve or not linear or c.attention != "hsa"
-        require(reads, "retrieve", "be True for a model with linear layers", retrieve)
+        windows = c.attention == "hsa" and not linear
+        require(retrieve or windows, "retrieve", 'be True unless attention is "hsa" without linear layers', retrieve)
         self.model, self.segment, self.folder, self.retrieve = model, segment, folder, retrieve
         self.budget, self.group = budget, group
         lower, upper = model.layers[: c.lower_layers], model.layers[c.lower_layers :]

@@ -45,7 +45,7 @@ class PagedMemory:
         pages (int): of the first slab of keys and values. Default: batch * capacity.
         offload (bool): keep keys and values in host memory, pinned where there is a GPU; `attend` fetches the chosen
             pages into a cache on the device, least recently used out first. Default: False.
-        cache_pages (int): of that cache. Default: 1024.
+        cache_pages (int): of that cache. Default: None, 1024.
         two_level (bool): keep bounds of landmarks and let `retrieve` skip blocks, see `hsa_tl.retrieve_decode`.
             Default: False.
         directory (str or Path): keep keys and values, and landmarks on a CPU, in memory-mapped files there, which go
@@ -58,19 +58,21 @@ class PagedMemory:
 
     def __init__(
         self, spec: MemorySpec, *, device: torch.device | str = "cpu", capacity: int = 256,
-        pages: int | None = None, offload: bool = False, cache_pages: int = 1024, two_level: bool = False,
+        pages: int | None = None, offload: bool = False, cache_pages: int | None = None, two_level: bool = False,
         directory: Path | str | None = None, budget: int | None = None,
     ):  # fmt: skip
         pages = spec.batch * capacity if pages is None else pages
-        sizes = {"capacity": capacity, "pages": pages, "cache_pages": cache_pages}
-        for name, value in (sizes if budget is None else sizes | {"budget": budget}).items():
+        sizes = {"capacity": capacity, "pages": pages}
+        optional = {n: x for n, x in (("cache_pages", cache_pages), ("budget", budget)) if x is not None}
+        for name, value in (sizes | optional).items():
             require(type(value) is int and value >= 1, name, "be a positive int", repr(value))
+        require(offload or cache_pages is None, "cache_pages", "be left out without offload", cache_pages)
         if directory is not None and torch.device(device).type != "cpu" and not offload:
             raise ValueError(f"directory must come with offload=True on {device}, got {directory}")
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
         self.spec, self.device, self.two_level, self.directory = spec, torch.device(device), two_level, directory
-        self.cache = PageCache(spec.page, cache_pages, spec.dtype, self.device) if offload else None
+        self.cache = PageCache(spec.page, cache_pages or 1024, spec.dtype, self.device) if offload else None
         self.k_slabs: Slabs = []  # [pages, S, H, D]
         self.v_slabs: Slabs = []
         kind = {"dtype": spec.dtype, "device": self.device}

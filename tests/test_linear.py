@@ -191,7 +191,7 @@ def test_what_a_state_cannot_do_is_named():
     for call, error, message in (
         (lambda: model.new_cache(1, undo=3), ValueError, "undo must be 0 with linear layers, got 3"),
         (lambda: cache.crop(63), ValueError, r"lengths must take back at most the last \[0\] tokens, of undo = 0"),
-        (lambda: LongReader(model, retrieve=False), ValueError, "retrieve must be True for a model with linear layers"),
+        (lambda: LongReader(model, retrieve=False), ValueError, "retrieve must be True unless attention is"),
     ):
         with pytest.raises(error, match=message):
             call()

@@ -75,6 +75,9 @@ def test_a_reader_that_retrieves_nothing_has_the_windows_alone():
     for _ in range(2):
         check([reader], exact, tokens, 40)
         tokens = tokens + 1
+    other = Model(replace(model.config, attention="nsa"))
+    with pytest.raises(ValueError, match='retrieve must be True unless attention is "hsa"'):
+        LongReader(other, retrieve=False)
 
 
 @settings(max_examples=8)  # each runs the model in float64 five times

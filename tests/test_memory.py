@@ -320,6 +320,8 @@ def test_a_chunk_that_is_not_held_is_refused(options):
 def test_bad_options():
     with pytest.raises(ValueError, match="capacity must be a positive int, got 0"):
         PagedMemory(SPEC, capacity=0)
+    with pytest.raises(ValueError, match="cache_pages must be left out without offload, got 64"):
+        PagedMemory(SPEC, cache_pages=64)
     with pytest.raises(ValueError, match="heads must be a positive int, got 0"):
         dataclasses.replace(SPEC, heads=0)
 
