@@ -111,8 +111,13 @@ def length_axis(ax, lengths: list[int], trained: Iterable[int] = ()) -> None:
         ax.axvline(T, color=GREY, linewidth=0.8, linestyle=":")
 
 
-def save(figure, path: Path) -> list[Path]:
-    """path, a PNG, and the same as SVG beside it."""
+def save(figure, path: Path, title: str = "", legend: int = 0) -> list[Path]:
+    """path, a PNG, and the same as SVG beside it. title: above all axes. legend: columns of one for all, below them."""
+    if legend:
+        handles = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=legend)
+    if title:
+        figure.suptitle(title, fontsize=10)
     files = {}
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
@@ -132,12 +137,6 @@ def grid(count: int, least: float, width: float, height: float, more: float, **o
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     return figure, list(axes.flat[:count])
-
-
-def legend_below(figure, ncols: int) -> None:
-    """One legend for all axes."""
-    handles = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
 
 
 def band(ax, x: list, low: list, middle: list, high: list, label: str, color: str, marker: str) -> None:
@@ -196,26 +195,20 @@ def roofs_of(rows: list[Row], device: str) -> list[Row]:
     return [r for r in rows if (r.kernel, r.device, r.provider, r.metric) in wanted and r.p50]
 
 
-def _finish(figure, group: compare.Group, path: Path) -> list[Path]:
-    legend_below(figure, 3)
-    dims = group.config.split(": ", 1)[-1]
-    figure.suptitle(f"Hierarchical Sparse Attention, {dims}, {group.selection} selection\n{group.device}", fontsize=10)
-    return save(figure, path)
-
-
 def plot_group(rows: list[Row], group: compare.Group, roofs: list[Row], out_dir: Path, stem: str) -> list[Path]:
     """Files of one group: STEM (time by mode and memory) and STEM-rates (TFLOP/s and GB/s by mode), PNG and SVG."""
-    titles = compare.modes(rows)
+    titles, dims = compare.modes(rows), group.config.split(": ", 1)[-1]
+    title = f"Hierarchical Sparse Attention, {dims}, {group.selection} selection\n{group.device}"
     of = compare.grouped((r for r in rows if r.p50 is not None), lambda r: (r.metric, r.mode))
     memory = [m for m in titles if ("peak_extra_memory", m) in of][-1:]
     figure, axes = grid(len(titles) + len(memory), *SIZE)
-    for ax, (m, title) in zip(axes, titles.items(), strict=False):
+    for ax, m in zip(axes, titles, strict=False):
         _draw(ax, of["time", m], "ms (median; band p20 to p80)")
-        ax.set_title(f"{title}: time" + _beside_baseline(ax, rows, m))
+        ax.set_title(f"{titles[m]}: time" + _beside_baseline(ax, rows, m))
     for m in memory:
         _draw(axes[-1], of["peak_extra_memory", m], "MiB")
         axes[-1].set_title(f"{titles[m]}: peak memory\nbeyond the inputs")
-    paths = _finish(figure, group, out_dir / f"{stem}.png")
+    paths = save(figure, out_dir / f"{stem}.png", title, 3)
     rates = [(m, metric) for m in titles for metric in RATES if (metric, m) in of]
     if not rates:
         return paths
@@ -225,7 +218,7 @@ def plot_group(rows: list[Row], group: compare.Group, roofs: list[Row], out_dir:
         _draw(ax, of[metric, m], unit, scale)
         ax.set_title(titles[m])
         _roof(ax, roofs, metric, scale)
-    return paths + _finish(figure, group, out_dir / f"{stem}-rates.png")
+    return paths + save(figure, out_dir / f"{stem}-rates.png", title, 3)
 
 
 def plot_rows(rows: list[Row], out_dir: Path) -> dict[compare.Group, list[Path]]:
@@ -263,8 +256,6 @@ def plot_loss(lines: list[dict], title: str, path: Path) -> list[Path]:
     for before, after in itertools.pairwise(lines):
         if before["stage"] != after["stage"]:
             ax.axvline(after["step"], color=GREY, linewidth=0.8, linestyle=":")
-    ax.set_xlabel("steps")
-    ax.set_ylabel("loss, nats per token")
-    ax.set_title(title)
+    ax.set(xlabel="steps", ylabel="loss, nats per token", title=title)
     ax.legend()
     return save(figure, path)

@@ -11,7 +11,7 @@ import torch
 
 from hsa_tl.bench.compare import grouped, length_label
 from hsa_tl.bench.contenders import MODELS
-from hsa_tl.bench.plot import GREY, RED, band, grid, interval, legend_below, length_axis, pyplot, save
+from hsa_tl.bench.plot import GREY, RED, band, grid, interval, length_axis, pyplot, save
 from hsa_tl.bench.ruler import WINDOWS, paired
 from hsa_tl.model.recipe import load_recipe, recipe_names
 
@@ -78,9 +78,8 @@ def _by_length_and_depth(figure, ax, rows: list, task: str) -> None:
     every = -(-len(lengths) // 8)
     ax.set_xticks(range(len(lengths))[::every], [length_label(T) for T in lengths[::every]])
     ax.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-    ax.set_xlabel("tokens T")
-    ax.set_ylabel("depth of the needle")
-    ax.set_title(f"{TASKS.get(task, task)}, {min(r.answers for r in rows)} answers each")
+    title = f"{TASKS.get(task, task)}, {min(r.answers for r in rows)} answers each"
+    ax.set(xlabel="tokens T", ylabel="depth of the needle", title=title)
 
 
 def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path: Path) -> list[Path]:
@@ -110,17 +109,15 @@ def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path:
             length_axis(ax, lengths)
             ax.set_title("by length, all depths together")
         else:
-            ax.set_xlabel("depth of the needle, %")
-            ax.set_title(f"by depth, at {length_label(lengths[0])} tokens")
+            ax.set(xlabel="depth of the needle, %", title=f"by depth, at {length_label(lengths[0])} tokens")
         ax.set_ylabel("share of answers right")
         share_axis(ax, chance, f"chance, 1 in {1 / chance:.0f}" if chance else None)
         ax.legend(fontsize=8)
-    figure.suptitle(
+    title = (
         f"RULER of {model_name(model)}, trained at {length_label(trained_length)} tokens at most\n{rows[0].method}, "
-        f"{samples_of(rows)} contexts for each length, task and depth; bars: Wilson's 95 % interval",
-        fontsize=10,
+        f"{samples_of(rows)} contexts for each length, task and depth; bars: Wilson's 95 % interval"
     )
-    return save(figure, path)
+    return save(figure, path, title)
 
 
 def plot_lengths(rows: list, chance: float, path: Path, labels: dict[str, str] | None = None) -> list[Path]:
@@ -152,14 +149,12 @@ def plot_lengths(rows: list, chance: float, path: Path, labels: dict[str, str] |
         share_axis(ax, chance)
         ax.set_title(NEEDLES[task])
     axes[0].set_ylabel("share of answers right")
-    legend_below(figure, 3)
     guess = f"chance is 1 in {1 / chance:.0f} (dashed); " if chance else ""
-    figure.suptitle(
+    title = (
         f"Trained at {' and '.join(map(str, trains))} tokens (dotted); median seed, and the 95 % intervals of all\n"
-        f"{guess}{samples_of(rows)} contexts a point, of {FEWEST} answers or more",
-        fontsize=10,
+        f"{guess}{samples_of(rows)} contexts a point, of {FEWEST} answers or more"
     )
-    return save(figure, path)
+    return save(figure, path, title, 3)
 
 
 def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
@@ -197,22 +192,19 @@ def plot_perplexity(rows: list[dict], path: Path) -> list[Path]:
     trained, windows, last = (sorted({r[name] for r in rows}) for name in ("trained_length", "windows", "tokens"))
     for ax in (left, *right):
         length_axis(ax, sorted({r["length"] for r in rows}), trained)
-    left.set_ylabel("bits per token, lower is better")
-    left.set_title("mean of the seeds, band of all; dashed: windows alone")
     for ax in right:
         ax.axhline(0, color=GREY, linewidth=0.8)
-        ax.set_ylabel("change of bits per token")
-        ax.set_title("from the shortest, in pairs; bars: 95 % interval over the places")
+        told = "from the shortest, in pairs; bars: 95 % interval over the places"
+        ax.set(ylabel="change of bits per token", title=told)
     if not places:
         left.set_ylim(0, 1.1 * max(r["bits_per_token"] for r in rows))
-        left.set_title("mean of the seeds, band of all; bars: 95 % interval of the mean, where it is known")
-    legend_below(figure, 3 if places else 2)
-    figure.suptitle(
+    marks = "dashed: windows alone" if places else "bars: 95 % interval of the mean, where it is known"
+    left.set(ylabel="bits per token, lower is better", title=f"mean of the seeds, band of all; {marks}")
+    title = (
         f"Held-out text by context, trained at {' and '.join(map(length_label, trained))} tokens (dotted); the last "
-        f"{' or '.join(map(str, last))} tokens of {' or '.join(map(str, windows))} places",
-        fontsize=10,
+        f"{' or '.join(map(str, last))} tokens of {' or '.join(map(str, windows))} places"
     )
-    return save(figure, path)
+    return save(figure, path, title, 3 if places else 2)
 
 
 def plot_distances(found: dict, path: Path) -> list[Path]:
@@ -230,9 +222,8 @@ def plot_distances(found: dict, path: Path) -> list[Path]:
         ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", label="as far as training shows")
     ends = [(2**b - 1, 2 ** (b + 1) - 2) for b in range(len(shares))]
     ax.set_xticks(range(len(shares)), [f"{a}" if a == b else f"{a}-{b}" for a, b in ends], fontsize=7)
-    ax.set_xlabel(f"chunks of {S} tokens between a token's own and the one it reads")
-    ax.set_ylabel("share of the weight")
-    ax.set_ylim(0, 1.1)
+    xlabel = f"chunks of {S} tokens between a token's own and the one it reads"
+    ax.set(xlabel=xlabel, ylabel="share of the weight", ylim=(0, 1.1))
     ax.grid(axis="x", visible=False)
     ax.legend(fontsize=8)
     ax.set_title(
@@ -250,9 +241,8 @@ def plot_noise(row, model: str, path: Path) -> list[Path]:
     ax.plot(row.chunks, row.without, "o", color=COLORS[1], markersize=4, label="measured by leaving it out")
     if row.needle is not None:
         ax.axvline(row.needle, color=GREY, linewidth=1, linestyle=":", label="the needle's chunk")
-    ax.set_xlim(-1, row.length // row.chunk_size)
-    ax.set_xlabel(f"chunk of {row.chunk_size} tokens")
-    ax.set_ylabel("bits per token, helped above 0")
+    ax.set(xlim=(-1, row.length // row.chunk_size), xlabel=f"chunk of {row.chunk_size} tokens")
+    ax.set(ylabel="bits per token, helped above 0")
     ax.legend(fontsize=8)
     last = "an answer" if row.needle is not None else f"the last {row.targets} tokens"
     ax.set_title(
@@ -271,24 +261,22 @@ def plot_unions(rows: list[dict], pays_below: float, text_name: str, path: Path)
         left.bar_label(bars, [f"{r['union_chunks'][n]:.0f}" for r in rows], fontsize=8)
     line = f"below {pays_below} one walk over the union is cheaper"
     left.axhline(pays_below, color=RED, linewidth=1, linestyle="--", label=line)
-    left.set_ylabel("distinct chunks / (tokens x K)")
-    left.set_title("Union of neighbouring tokens' chunks (number: chunks)")
+    title = "Union of neighbouring tokens' chunks (number: chunks)"
+    left.set(ylabel="distinct chunks / (tokens x K)", title=title)
     left.legend(loc="upper left", ncols=2)
     bars = right.bar(range(len(rows)), [r["overlap"] for r in rows], 0.6, color="#3aa6a0")
     right.bar_label(bars, fmt="%.2f", fontsize=8)
-    right.set_ylabel("share of a token's chunks")
-    right.set_title("Chosen by its predecessor too")
+    right.set(ylabel="share of a token's chunks", title="Chosen by its predecessor too")
     for ax in (left, right):
         ax.set_ylim(0, 1.1)
         ax.set_xticks(range(len(rows)), [f"K = {r['K']}\n{r['selection']}" for r in rows])
         ax.grid(axis="x", visible=False)
     r = rows[0]
-    figure.suptitle(
+    title = (
         f"Do neighbouring tokens retrieve the same chunks? {r['tokens']} bytes of {text_name}, {r['chunks']} chunks\n"
-        "(over the tokens that see more than K chunks)",
-        fontsize=10,
+        "(over the tokens that see more than K chunks)"
     )
-    return save(figure, path)
+    return save(figure, path, title)
 
 
 def plot_chosen(chosen, S: int, files: tuple[tuple[str, int], ...], text_name: str, path: Path) -> list[Path]:
@@ -313,7 +301,6 @@ def plot_chosen(chosen, S: int, files: tuple[tuple[str, int], ...], text_name: s
         top.set_xticks([middle for middle, _ in wide], [name for _, name in wide], fontsize=7)
         top.tick_params(length=0)
     legend = "\nred: borders of files" if len(starts) > 1 else ""
-    ax.set_xlabel(f"retrieved chunk ({S} bytes each)")
-    ax.set_ylabel("chunk of the retrieving tokens")
+    ax.set(xlabel=f"retrieved chunk ({S} bytes each)", ylabel="chunk of the retrieving tokens")
     ax.set_title(f"Which chunks do tokens retrieve? {T} bytes of {text_name}, K = {K}{legend}", pad=22)
     return save(figure, path)
