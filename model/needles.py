@@ -74,14 +74,13 @@ class NeedleTask:
     def __post_init__(self):
         require_ints(self, length=1, needles=0, queries=1, key_tokens=1, key_symbols=1, apart=1)
         require(self.key_symbols <= KEY_COUNT, "key_symbols", f"be at most {KEY_COUNT}", self.key_symbols)
-        if self.key_symbols**self.key_tokens >> 63:
-            most = f"give fewer than 2^63 keys of {self.key_symbols} symbols"
-            raise ValueError(f"key_tokens must {most}, got {self.key_tokens}")
-        if self.apart > 1 and self.key_symbols < KEY_COUNT:
-            raise ValueError(f"apart must be 1 where a sample's keys are spelt with few symbols, got {self.apart}")
+        most = f"give fewer than 2^63 keys of {self.key_symbols} symbols"
+        require(self.key_symbols**self.key_tokens < 1 << 63, "key_tokens", most, self.key_tokens)
+        apart = self.apart == 1 or self.key_symbols == KEY_COUNT
+        require(apart, "apart", "be 1 where a sample's keys are spelt with few symbols", self.apart)
         require(self.noise_ids in NOISE_IDS, "noise_ids", f"be one of {', '.join(NOISE_IDS)}", repr(self.noise_ids))
-        if not self.queries <= self.count <= self.most:
-            raise ValueError(f"needles must lie between queries and {self.most}, got {self.count} needles in {self}")
+        found = f"{self.count} needles in {self}"
+        require(self.queries <= self.count <= self.most, "needles", f"lie between queries and {self.most}", found)
 
     @property
     def width(self) -> int:
