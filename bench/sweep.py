@@ -16,6 +16,7 @@ from hsa_tl.bench import record, timing
 from hsa_tl.bench.suite import Suite, error_line, one_of, parse_selection, selection_label
 from hsa_tl.cases import Case
 from hsa_tl.problem import Problem
+from hsa_tl.validation import require
 
 PROBE = 8
 MAX_CALL_S = 60.0  # a point whose one call is expected to take longer is skipped, and its row says so
@@ -26,7 +27,6 @@ METRICS = {"time": "ms", "throughput": "GFLOP/s", "bandwidth": "GB/s", "peak_ext
 class Point(NamedTuple):
     """What providers are measured at, in turns."""
 
-    config: str
     problem: Problem
     mode: str
 
@@ -70,17 +70,15 @@ class Sweep:
             names = ", ".join(self.names)
             raise ValueError(f"providers must have {' or '.join(modes)} of {self.selected}, got {names}")
         base = cases.on_cpu(self.case.problem) if kind == "cpu" else self.case.problem
-        config, self.points = f"{self.case.name}: {suite.label(base)}", []
+        self.config, self.points = f"{self.case.name}: {suite.label(base)}", []
         for T in self.lengths:
-            if T < 1:
-                raise ValueError(f"lengths must be at least 1, got {T}")
-            if suite.multiple_of_chunk and T % base.S:
-                raise ValueError(f"lengths must be multiples of the chunk size {base.S}, got {T}")
-            self.points += [Point(config, cases.at_length(base, T), m) for m in modes]
-        if self.busy < 0:
-            raise ValueError(f"busy must be at least 0, got {self.busy}")
+            require(T >= 1, "lengths", "be at least 1", T)
+            whole = not suite.multiple_of_chunk or T % base.S == 0
+            require(whole, "lengths", f"be multiples of the chunk size {base.S}", T)
+            self.points += [Point(cases.at_length(base, T), m) for m in modes]
+        require(self.busy >= 0, "busy", "be at least 0", self.busy)
         self.rows: dict[tuple, record.Row] = {}
-        self.refusals: dict[tuple, str | None] = {}  # what the gate says
+        self.refusal = functools.cache(self.ask_gate)
         self.ns_per_flop: dict[tuple, float] = {}
         self.made: tuple[Problem, object] | None = None
         self.beside = f"{self.busy} busy neighbour{'s' if self.busy > 1 else ''}" if self.busy else ""
@@ -126,7 +124,7 @@ class Sweep:
 
     def row(self, point: Point, name: str, metric: str, values=(None,) * 3, note="") -> record.Row:
         what = (self.suite.providers[name], name, point.mode, metric, METRICS[metric], "T", point.problem.T)
-        return record.Row(*what, *values, point.config, self.label, **self.source, note=note)
+        return record.Row(*what, *values, self.config, self.label, **self.source, note=note)
 
     def add(self, *args, **kwargs) -> None:
         row = self.row(*args, **kwargs)
@@ -162,27 +160,24 @@ class Sweep:
             lengths.append(T)
         shorter = [cases.at_length(problem, T) for T in lengths[:0:-1]]
         for small in [gate, *shorter] if unknown and gate.T < problem.T else ():
+            at = point._replace(problem=small)
             for name in unknown:
-                if self.why_not(point._replace(problem=small), name) is None:
+                if self.why_not(at, name) is None:
                     # What fails here fails at the point itself too, where it is a row.
                     with contextlib.suppress(Exception):
                         function = self.suite.call(name, small, self.inputs(small), point.mode)
                         function()
                         times = timing.measure({name: function}, device=self.device, min_repeats=1, seconds=0)
-                        self.learn(point._replace(problem=small), name, times[name].p50)
+                        self.learn(at, name, times[name].p50)
 
-    def refusal(self, problem: Problem, name: str) -> str | None:
-        """Why the gate does not let a provider in, or None; it is asked once, at a small length."""
-        small = self.suite.gate_problem(problem)
-        if (small, name) not in self.refusals:
-            self.say(f"correctness gate of {name}")
-            try:
-                wrong = self.suite.gate(name, small)
-                reason = f"refused by the gate: {' '.join(wrong[0].split())[:200]}" if wrong else None
-            except Exception as error:
-                reason = f"failed in the gate: {error_line(error)}"
-            self.refusals[small, name] = reason
-        return self.refusals[small, name]
+    def ask_gate(self, small: Problem, name: str) -> str | None:
+        """Why the gate does not let a provider in, or None; `refusal` asks it once, at a small length."""
+        self.say(f"correctness gate of {name}")
+        try:
+            wrong = self.suite.gate(name, small)
+            return f"refused by the gate: {' '.join(wrong[0].split())[:200]}" if wrong else None
+        except Exception as error:
+            return f"failed in the gate: {error_line(error)}"
 
     def why_not(self, point: Point, name: str) -> str | None:
         """Why this point of a provider is not measured, or None."""
@@ -191,7 +186,7 @@ class Sweep:
             return f"unavailable: {reason}"
         if time.monotonic() > self.deadline:
             return LATE
-        if reason := self.refusal(problem, name):
+        if reason := self.refusal(self.suite.gate_problem(problem), name):
             return reason
         work = self.suite.work(name, problem, mode)
         expected_s = self.ns_per_flop.get(self.key(point, name), 0.0) * work.flops * 1e-9

@@ -71,10 +71,8 @@ def measure(
     (time.monotonic) after one repeat. On CUDA between events after an L2 flush, else by the wall clock.
     failed: takes what a function raises, which then has no times; by default it ends all.
     """
-    once = _time_cpu
-    if torch.device(device).type == "cuda":
-        flush = torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-        once = lambda f: _time_cuda(f, flush)  # noqa: E731
+    cuda = torch.device(device).type == "cuda"
+    flush = torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device=device) if cuda else None
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(MAX_REPEATS):
         late = time.monotonic() > deadline
@@ -84,7 +82,7 @@ def measure(
         ]  # fmt: skip
         for name in pending if i % 2 == 0 else reversed(pending):
             try:
-                times[name].append(once(functions[name]))
+                times[name].append(_time_cuda(functions[name], flush) if cuda else _time_cpu(functions[name]))
             except Exception as error:
                 if failed is None:
                     raise
