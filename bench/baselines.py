@@ -170,20 +170,14 @@ HILS_SCRIPT = Script(HILS, "hils_fwd_bwd_head")
 MOBA_SCRIPT = Script(MOBA, "moba_efficient", "moba")
 
 
-def _filled(indices: torch.Tensor) -> torch.Tensor:
-    """Empty slots name later chunks, at weight 0: Ramstorage's kernel takes no -1, and a repeated chunk costs it dk.
-
-    For rows that hold every visible chunk in ascending order when they have an empty slot.
-    """
-    slots = torch.arange(indices.shape[3], dtype=indices.dtype, device=indices.device)
-    return torch.where(indices < 0, slots, indices).contiguous()
-
-
 def ramstorage_triton(q, k, v, weights, indices, *, chunk_size):
-    # Their softmax with nothing added to its sum, and no regularisation of the scores.
-    attention = RAMSTORAGE_TRITON.load().HSA
+    """For rows that hold every visible chunk in ascending order when they have an empty slot: these name later chunks,
+    at weight 0, since the kernel takes no -1, and a repeated chunk costs it dk."""
+    slots = torch.arange(indices.shape[3], dtype=indices.dtype, device=indices.device)
+    filled = torch.where(indices < 0, slots, indices).contiguous()
     weights = torch.where(indices < 0, 0.0, weights)  # so that an empty slot has no gradient either
-    return attention(q, k, v, weights, _filled(indices), 0.0, chunk_size, q.shape[3] ** -0.5, 0.0, 0.0)
+    # Their softmax with nothing added to its sum, and no regularisation of the scores.
+    return RAMSTORAGE_TRITON.load().HSA(q, k, v, weights, filled, 0.0, chunk_size, q.shape[3] ** -0.5, 0.0, 0.0)
 
 
 def ramstorage_tilelang(q, k, v, weights, indices, *, chunk_size):
