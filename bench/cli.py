@@ -278,10 +278,8 @@ def evaluate(
             show_tradeoff(model, what, named, contexts, out / f"{what}.json")
         return
     about = ruler.Run.of(run, model)
-    if topk == 0:
-        about = dataclasses.replace(about, model=about.model + ruler.WINDOWS)
-    if ranks.world > 1:
-        about = dataclasses.replace(about, model=f"{about.model}, {ranks.world} ranks")
+    more = (ruler.WINDOWS if topk == 0 else "") + (f", {ranks.world} ranks" if ranks.world > 1 else "")
+    about = dataclasses.replace(about, model=about.model + more)
     if what == "selections":
         source = dataclasses.asdict(about) | record.origin(device)
         save_selections(model, data.tokens_of(data_file, model.tokenizer), points[-1], out, source)
@@ -351,8 +349,7 @@ def show_tradeoff(model, what: str, about: dict, contexts, out: Path) -> None:
 def save_selections(model, file: data.TokenFile, length: int, out: Path, source: dict) -> None:
     """selections.safetensors, of the first HSA layer, for `hsa-tl bench --selection trained=FILE`; as JSON their
     overlap and source, and each layer's weight by distance, which is drawn."""
-    if length > len(file):
-        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
+    ruler.require_tokens(file, length)
     layers, S = selections.trained_selections(model, file.tokens[:length]), model.config.chunk_size
     share = model.config.kv_heads // model.config.retrieval_heads
     indices = next(iter(layers.values()))[1][:, :, ::share]

@@ -2,7 +2,6 @@
 
 Each model of `hsa_tl.bench.contenders` is trained on the recipe `needle-tiny`. A needle in the last, unfinished chunk,
 which HSA cannot retrieve, counts apart. Rows resume: what the file holds is not run again.
-The last act of `hsa-tl demo` asks the weights that ship with the package the same, at up to a million tokens.
 """
 
 import json
@@ -232,7 +231,7 @@ def run_lengths(
 
 
 def ask_shipped(console: Console, out: Path, lengths=DEMO_LENGTHS, samples: int = 40, name: str = RECIPE) -> None:
-    """Asks the weights that ship with the package, live, at every length."""
+    """Asks the weights that ship with the package, live, at every length: the last act of `hsa-tl demo`."""
     shipped, reader, rows = pretrained.shipped(name), LongReader(load(name)), []
     plan = recipes.recipe_of(shipped.recipe)
     about = {"model": "hsa", "train_seconds": shipped.train_seconds, "recipe": name}

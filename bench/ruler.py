@@ -1,9 +1,4 @@
-"""`hsa-tl eval`: RULER by length and depth, and perplexity by context, of a trained run. Rows as JSON, plots as PNG.
-
-Exact match, teacher-forced: an answer counts when every token of it is the likeliest one after the true ones before it.
-Generated: the answers to a sample's questions are generated greedily, each after the model's own answers before it; one
-in words counts wherever it stands in what the model says, since a pretrained model answers in sentences.
-"""
+"""`hsa-tl eval`: RULER by length and depth, and perplexity by context, of a trained run. Rows as JSON, plots as PNG."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,9 +14,10 @@ from hsa_tl.model.data import TokenFile
 from hsa_tl.model.longcontext import LongReader
 from hsa_tl.model.model import Model
 from hsa_tl.text import read_corpus
+from hsa_tl.validation import require
 
 VOCABULARIES = ("words", "needles")
-SENTENCE = 64  # tokens that a model may write beside an answer in words
+SENTENCE = 64  # tokens that a model may write beside an answer in words, since a pretrained one answers in sentences
 LAST = 4096  # tokens that perplexity is of, at most
 WINDOWS = ", windows only"  # behind the name of a model whose HSA layers read nothing
 
@@ -110,10 +106,13 @@ def run_ruler(
                 yield RulerRow(method, task, length, depth, found.share, *counts, name)
 
 
+def require_tokens(file: TokenFile, length: int) -> None:
+    require(length <= len(file), "lengths", f"be at most the {len(file)} tokens of {file.path}", length)
+
+
 def ends_of(file: TokenFile, length: int, count: int) -> np.ndarray:
     """Where so many places of a file end, each behind `length` tokens of it. ValueError: it is shorter."""
-    if length > len(file):
-        raise ValueError(f"lengths must be at most the {len(file)} tokens of {file.path}, got {length}")
+    require_tokens(file, length)
     return np.random.default_rng(0).integers(length, len(file) + 1, count)
 
 
@@ -127,8 +126,7 @@ def run_perplexity(
     below 2, or a file that is shorter than one.
     """
     last = min(LAST, min(lengths) // 2)
-    if last < 1:
-        raise ValueError(f"lengths must be at least 2, got {min(lengths)}")
+    require(last >= 1, "lengths", "be at least 2", min(lengths))
     ends = ends_of(file, max(before, *lengths), windows)
     for length in lengths:
         bits = [evaluate.bits_per_token(reader, np.asarray(file.tokens[e - length : e]), last) for e in ends]

@@ -52,10 +52,8 @@ def contexts(
             yield from ((task, list(needle_samples(task, length, count))) for task in tasks)
         else:
             answers = np.array([[length - model.config.chunk_size, length]])
-            yield (
-                file.stem,
-                [Sample(tokens, answers) for tokens in places(tokens_of(file, model.tokenizer), length, count)],
-            )
+            found = places(tokens_of(file, model.tokenizer), length, count)
+            yield file.stem, [Sample(tokens, answers) for tokens in found]
 
 
 def _ask(model: Model, setting: str, value: float, context: Sample) -> tuple[list, list, float]:
