@@ -151,7 +151,11 @@ def with_retrieval_oracle(q, k, v, q_slc, landmarks, own, *, chunk_size):
     return attention_oracle(q, k, v, weights, own, chunk_size=chunk_size)
 
 
-_one_softmax = "different arithmetic: one softmax over the chosen chunks, no weights, as its gate has it too"
+_one_softmax = functools.partial(
+    Provider,
+    uses=(*DENSE, "indices"),
+    note="different arithmetic: one softmax over the chosen chunks, no weights, as its gate has it too",
+)
 
 
 def _selected(impl: str) -> Provider:
@@ -160,10 +164,8 @@ def _selected(impl: str) -> Provider:
     def attention(q, k, v, indices, *, chunk_size):
         return selected.selected_attention(q, k, v, indices, chunk_size=chunk_size, impl=impl)[0]
 
-    return Provider(
-        f"selected-{impl}", attention, functools.partial(why_not, impl, suffix="_selected"), selected_oracle,
-        (*DENSE, "indices"), "selected_attention", note=_one_softmax,
-    )  # fmt: skip
+    unavailable = functools.partial(why_not, impl, suffix="_selected")
+    return _one_softmax(f"selected-{impl}", attention, unavailable, selected_oracle, kernel="selected_attention")
 
 
 _dense = functools.partial(Provider, oracle=baselines.dense_oracle, uses=DENSE, kernel="dense_attention")
@@ -190,13 +192,9 @@ PROVIDERS = {
             backward=False,
         ),
         Provider("hils", baselines.hils, baselines.HILS_SCRIPT.unavailable),
-        Provider(
-            "nsa-fla", baselines.nsa, baselines.nsa_unavailable, baselines.nsa_oracle, (*DENSE, "indices"),
-            "nsa_attention", note=_one_softmax,
-        ),
-        Provider(
-            "moba", baselines.moba, baselines.MOBA_SCRIPT.unavailable, baselines.moba_oracle, (*DENSE, "indices"),
-            "moba_attention", note=_one_softmax,
+        _one_softmax("nsa-fla", baselines.nsa, baselines.nsa_unavailable, baselines.nsa_oracle, kernel="nsa_attention"),
+        _one_softmax(
+            "moba", baselines.moba, baselines.MOBA_SCRIPT.unavailable, baselines.moba_oracle, kernel="moba_attention",
         ),
         _retrieves("retrieve", retrieve, oracle=retrieve_oracle, uses=RETRIEVAL, kernel="retrieval"),
         _retrieves(

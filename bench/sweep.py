@@ -219,14 +219,13 @@ class Sweep:
         if self.made and self.made[0] != point.problem:
             self.made = None  # before memory is asked for
         for name in names:
-            reason = self.why_not(point, name)
-            if reason is None:
-                try:
-                    runnable[name] = self.prepare(point, name)
-                except Exception as error:
-                    reason = f"failed: {error_line(error)}"
-            if reason is not None:
+            if reason := self.why_not(point, name):
                 self.missing(point, name, reason)
+                continue
+            try:
+                runnable[name] = self.prepare(point, name)
+            except Exception as error:
+                self.missing(point, name, f"failed: {error_line(error)}")
         failed: dict[str, Exception] = {}
         options = {"min_repeats": self.min_repeats, "seconds": self.seconds, "deadline": self.deadline}
         times = timing.measure(runnable, device=self.device, failed=failed, **options)
