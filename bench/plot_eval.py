@@ -60,14 +60,10 @@ def heat_map(figure, ax, values, label: str, **options) -> None:
 
 def _accuracy(ax, x: list[float], points, label: str, color: str) -> None:
     """points: the rows at each x, whose answers count together, with Wilson's interval."""
-    y, below, above = [], [], []
-    for rows in points:
-        answers, right = sum(r.answers for r in rows), sum(r.accuracy * r.answers for r in rows)
-        low, high = interval(right, answers)
-        y.append(right / answers)
-        below.append(y[-1] - low)
-        above.append(high - y[-1])
-    ax.errorbar(x, y, (below, above), color=color, marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
+    counts = [(sum(r.accuracy * r.answers for r in rows), sum(r.answers for r in rows)) for rows in points]
+    y = [right / answers for right, answers in counts]
+    bars = np.abs(np.transpose([interval(*count) for count in counts]) - y)
+    ax.errorbar(x, y, bars, color=color, marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
 
 
 def _by_length_and_depth(figure, ax, rows: list, task: str) -> None:
@@ -89,30 +85,24 @@ def plot_ruler(rows: list, model: str, trained_length: int, chance: float, path:
     """
     tasks, lengths = list(dict.fromkeys(r.task for r in rows)), sorted({r.length for r in rows})
     deep = [t for t in tasks if len({r.depth for r in rows if r.task == t}) > 1]
-    if len(lengths) > 1:
-        panels = ["length", *deep]
+    by_depth, maps = ([], deep) if len(lengths) > 1 else (deep, [])
+    figure, (ax, *others) = grid(1 + len(maps), 5.6, 3.7, 3.6, 0.5)
+    for other, task in zip(others, maps, strict=True):
+        _by_length_and_depth(figure, other, [r for r in rows if r.task == task], task)
+    at = attrgetter("depth" if by_depth else "length")
+    for i, task in enumerate(by_depth or tasks):
+        points = grouped(sorted((r for r in rows if r.task == task), key=at), at)
+        scale, shift = (100, 0.8 * (i - (len(deep) - 1) / 2)) if by_depth else (1, 0.0)
+        x = [scale * place + shift for place in points]
+        _accuracy(ax, x, points.values(), TASKS.get(task, task), COLORS[i % len(COLORS)])
+    if by_depth:
+        ax.set(xlabel="depth of the needle, %", title=f"by depth, at {length_label(lengths[0])} tokens")
     else:
-        panels = ["depth"] if deep else ["length"]
-    figure, axes = grid(len(panels), 5.6, 3.7, 3.6, 0.5)
-    for ax, panel in zip(axes, panels, strict=True):
-        if panel in deep:
-            _by_length_and_depth(figure, ax, [r for r in rows if r.task == panel], panel)
-            continue
-        by_length = panel == "length"
-        for i, task in enumerate(tasks if by_length else deep):
-            at = attrgetter("length" if by_length else "depth")
-            points = grouped(sorted((r for r in rows if r.task == task), key=at), at)
-            scale, shift = (1, 0.0) if by_length else (100, 0.8 * (i - (len(deep) - 1) / 2))
-            x = [scale * place + shift for place in points]
-            _accuracy(ax, x, points.values(), TASKS.get(task, task), COLORS[i % len(COLORS)])
-        if by_length:
-            length_axis(ax, lengths)
-            ax.set_title("by length, all depths together")
-        else:
-            ax.set(xlabel="depth of the needle, %", title=f"by depth, at {length_label(lengths[0])} tokens")
-        ax.set_ylabel("share of answers right")
-        share_axis(ax, chance, f"chance, 1 in {1 / chance:.0f}" if chance else None)
-        ax.legend(fontsize=8)
+        length_axis(ax, lengths)
+        ax.set_title("by length, all depths together")
+    ax.set_ylabel("share of answers right")
+    share_axis(ax, chance, f"chance, 1 in {1 / chance:.0f}" if chance else None)
+    ax.legend(fontsize=8)
     title = (
         f"RULER of {model_name(model)}, trained at {length_label(trained_length)} tokens at most\n{rows[0].method}, "
         f"{samples_of(rows)} contexts for each length, task and depth; bars: Wilson's 95 % interval"
