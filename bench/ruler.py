@@ -96,7 +96,8 @@ def run_ruler(
     if generate:
         more = SENTENCE if vocabulary == "words" else 0
         method = "generated"
-        answer = partial(evaluate.answers_generated, reader.model, folder=reader.folder, more=more)
+        options = {"folder": reader.folder, "group": reader.group, "more": more}
+        answer = partial(evaluate.answers_generated, reader.model, **options)
     for length in lengths:
         for task in tasks:
             for depth in depths if vocabulary == "needles" or task in ruler.AT_DEPTH else [None]:

@@ -228,6 +228,14 @@ def test_rows_are_of_their_length():
     assert [(r.length, r.accuracy) for r in rows] == [(200, 1.0), (200, 1.0), (301, 0.0), (301, 0.0)]
 
 
+def test_ranks_share_contexts_of_which_answers_are_generated(monkeypatch):
+    reader, seen = mock.Mock(), []
+    answer = lambda model, sample, **options: seen.append(options) or np.ones(1, bool)  # noqa: E731
+    monkeypatch.setattr(evaluate, "answers_generated", answer)
+    list(bench_ruler.run_ruler(reader, "needles", ["s-niah"], [200], [0.5], samples=1, generate=True))
+    assert seen == [{"folder": reader.folder, "group": reader.group, "more": 0}]
+
+
 @pytest.mark.parametrize(
     "text, steps, want", (("0..1", 3, [0, 0.5, 1]), ("0.3", 5, [0.3]), ("0.2..0.4", 2, [0.2, 0.4]))
 )
