@@ -3,6 +3,8 @@
 run/step-00000100/*.distcp, .metadata   weights and optimizer, each rank's shards; any number of ranks reads them
                   rng.pt                random number generators
                   meta.json             step, recipe, size and checksum of every other file
+
+torch.distributed.checkpoint is imported where it is used: it takes a second, which every command would wait for.
 """
 
 import json
@@ -15,9 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from hsa_tl.files import sha256_of, write_atomic
 from hsa_tl.validation import require
@@ -63,6 +63,9 @@ def save(
 
     Every rank calls it; sharded parameters are written by the ranks that hold them.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     path, temporary = run / f"step-{step:08d}", run / f".step-{step:08d}"
     if _first_rank():
         shutil.rmtree(temporary, ignore_errors=True)
@@ -101,6 +104,9 @@ def latest(run: Path) -> Checkpoint | None:
 
 def load(found: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
     """Fills parameters and buffers, and optimizers, sharded over any number of ranks. ValueError: another model's."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
     weights, moments = _quietly(get_state_dict, model, optimizers)
     stored = dcp.FileSystemReader(found.path).read_metadata().state_dict_metadata
     have = {k.removeprefix("model."): tuple(v.size) for k, v in stored.items() if k.startswith("model.")}

@@ -6,7 +6,8 @@ Chunks stay where they are: every rank serves the pairs of its own chunks for al
 sum over chunks, the partial outputs are reduce-scattered to the tokens' ranks. Landmarks are few and are gathered, so
 retrieval is exact.
 
-Every rank runs the same collectives in the same order, forward and backward, whatever it needs of them.
+Every rank runs the same collectives in the same order, forward and backward, whatever it needs of them. DTensor and
+FSDP are imported where they are used: they take a second, which every command would wait for.
 """
 
 import os
@@ -19,8 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
 
 from hsa_tl.model.chunk_memory import BatchMemory, ChunkMemory, with_rolled
 from hsa_tl.model.model import Model, ModelOutput
@@ -30,11 +29,15 @@ from hsa_tl.validation import require
 
 def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """x [B, t, ...] of every rank, one after the other: [B, W t, ...]. Gradients add up at their rank."""
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
     return DTensor.from_local(x, mesh, [Shard(1)], run_check=False).full_tensor(grad_placements=[Partial()])
 
 
 def scatter_sum(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """The rank's part [B, t, ...] of the sum of all ranks' x [B, W t, ...]."""
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
     return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
 
 
@@ -180,6 +183,8 @@ class Ranks:
         """What to call instead of the model, whose parameters become shards: see ContextParallel for its loss."""
         module = ContextParallel(model, self.mesh["context"]) if self.context > 1 else model
         if self.world > 1:
+            from torch.distributed.fsdp import fully_shard
+
             # A warning for those who write into a layer's output, at every call of every layer.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             everyone = init_device_mesh(self.device, (self.world,))

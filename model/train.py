@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hsa_tl import workers
 from hsa_tl.files import InUse, locked, write_atomic
@@ -152,7 +151,7 @@ def train_step(
     workers.each(_parts(batches, module, ranks), differentiate, add)
     (loss_sum,) = ranks.sum(sum(losses))
     norm = nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor's
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient must be finite, got norm {norm.item()} and loss {loss_sum}")
     for optimizer in optimizers:
