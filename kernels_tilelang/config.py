@@ -75,7 +75,7 @@ def config_of(program: str) -> type[Config]:
 
 def problem_of(program: str, problem):
     """What the program is given where an attention's problem is this one: retrieval has a problem of its own."""
-    return config_of(program).problem_of(problem)
+    return problem.retrieval() if config_of(program).of_retrieval else problem
 
 
 def cpu_refusal(program: str) -> str | None:
@@ -99,8 +99,9 @@ def space(program: str, problem) -> list:
 
 def candidates(program: str, problem) -> list:
     """The tuner's search space: space() first, then the program's legal variants."""
-    usual = space(program, problem)
-    return usual + [c for c in config_of(program).variants(problem) if c not in usual and refused(c, problem) is None]
+    usual, make = space(program, problem), config_of(program)
+    others = [make(*x) for x in make.VARIANTS]
+    return usual + [c for c in others if c not in usual and refused(c, problem) is None]
 
 
 @functools.lru_cache(maxsize=1024)

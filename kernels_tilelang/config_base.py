@@ -29,6 +29,11 @@ class Config:
     """A program's config: its fields, and what its tile takes. One frozen subclass for each program."""
 
     DIRECTION: ClassVar[str]  # what it computes: a key of hsa_tl.problem.GEMMS
+    OPTIONS: ClassVar[tuple] = ((),)  # its fields, as they may run without a table, in order of preference
+    RESERVE: ClassVar[tuple] = ()  # the same, for shapes that no option fits
+    VARIANTS: ClassVar[tuple] = ()  # what the tuner tries beside these
+    ON_CPU: ClassVar[dict] = {}  # on the CPU target, where only the tile's size matters
+    of_retrieval: ClassVar[bool] = False  # its problem is the retrieval that chooses an attention's chunks
     sm_90a_only: ClassVar[bool] = False  # thread-level code, which the CPU target cannot run
     producer: ClassVar[bool] = False  # a warpgroup that only copies, the program's own or TileLang's
     moves_registers: ClassVar[bool] = False  # from the producer warpgroup to the consumers
@@ -77,31 +82,21 @@ class Config:
 
     def largest(self, p: Problem) -> int:
         """float32 elements of the largest fragment; asked where moves_registers."""
-        raise NotImplementedError
+        return self.rows(p) * max(p.D, p.S)
 
     def refusal(self, p: Problem) -> str | None:
-        """Why the program cannot run this problem, beside threads, shared memory and registers, or None."""
-        raise NotImplementedError
-
-    @staticmethod
-    def problem_of(p: Problem):
-        """What the program is given where an attention's problem is p."""
-        return p
+        """Why the program cannot run this problem, beside what `refused` asks of every config, or None."""
+        return None
 
     @classmethod
     def options(cls, p: Problem) -> list:
         """What may run without a table, in order of preference, legal or not."""
-        return [cls()]
-
-    @classmethod
-    def variants(cls, p: Problem) -> list:
-        """What the tuner tries beside options(), legal or not."""
-        return []
+        return first_legal(p, [cls(*x) for x in cls.OPTIONS], [cls(*x) for x in cls.RESERVE])
 
     @classmethod
     def on_cpu(cls, p: Problem) -> "Config":
-        """The config for the CPU target, where only the tile's size matters."""
-        return cls()
+        """The config for the CPU target."""
+        return cls(**cls.ON_CPU)
 
     def loop_share(self, p: Problem) -> float:
         """Share of its inner loop's matrix products that a warpgroup executes; the others stand in another's branch."""
@@ -138,12 +133,44 @@ class ChunkConfig(Config):
     def ctas(self, p):
         return p.B * p.H * p.N * self.splits(p)
 
+    def reductions(self) -> int:
+        """Bytes of shared memory by which the warps that share a row reduce it."""
+        return 24 * self.threads if self.threads > 2 * self.block_M else 0
+
+    def refusal(self, p):
+        # A warpgroup multiplies 64 rows at a time with wgmma, fewer warps 16 each with mma.sync.
+        warps = self.threads // 32
+        rows, columns = (64, 16) if warps in (4, 8) else (16 * warps, max(16, 8 * warps))
+        if self.block_M < p.G or self.block_M % rows:
+            return f"block_M must be at least G = {p.G} and a multiple of {rows}, got {self.block_M}"
+        return f"{warps} warps need D to be a multiple of {columns}, got {p.D}" if p.D % columns else None
+
     @classmethod
     def on_cpu(cls, p):
         return cls(block_M=max(16, p.G))
 
     def tensor_core(self):
         return "hgmma" if self.threads >= WARPGROUP else "hmma"
+
+
+class GradientConfig(ChunkConfig):
+    """Of such a program that also multiplies dk and dv, [S, D]."""
+
+    def smem_bytes(self, p):
+        tiles = 2 * (self.block_M * p.D + p.S * p.D + self.block_M * p.S)
+        return tiles * p.itemsize + SMEM_ALIGNMENT + self.reductions()
+
+    def refusal(self, p):
+        if reason := super().refusal(p):
+            return reason
+        warps = self.threads // 32
+        if warps == 8 and p.D % 32:  # two warpgroups share the columns
+            return f"8 warps need D to be a multiple of 32, got {p.D}"
+        # wgmma if S is a multiple of 64, else each warp multiplies 16 rows by a multiple of 8 columns.
+        shares = [(16 << i, 8 * (warps >> i)) for i in range(warps.bit_length())]
+        if p.S % 64 and not any(p.S % rows == 0 and p.D % columns == 0 for rows, columns in shares):
+            return f"{warps} warps cannot share out chunks of {p.S} by {p.D}"
+        return None
 
 
 class TokenConfig(Config):
@@ -155,6 +182,9 @@ class TokenConfig(Config):
     SCORES: ClassVar[int] = 1  # fragments [rows, S]
     MOVED: ClassVar[int] = 2  # rows [G, D] to and from memory for a token
     producer: ClassVar[bool] = True
+    OPTIONS: ClassVar[tuple] = ((128, 2), (128, 3), (64, 2))
+    RESERVE: ClassVar[tuple] = ((128, 1), (64, 1), (32, 2), (32, 1))  # a lone warp, an unpipelined loop
+    VARIANTS: ClassVar[tuple] = tuple(product((128, 64), (2, 3, 4, 1)))
 
     def rows(self, p):
         return padded_rows(p.G)
@@ -180,17 +210,7 @@ class TokenConfig(Config):
         columns = self.threads // 2  # 16 for each warp
         if p.S % columns or p.D % columns:
             return f"{self.threads // 32} warps need S and D to be multiples of {columns}, got {p.S} and {p.D}"
-        return at_least_one("num_stages", self.num_stages)
-
-    @classmethod
-    def options(cls, p):
-        usual = [cls(*x) for x in ((128, 2), (128, 3), (64, 2))]
-        # A lone warp and an unpipelined loop are for shapes that nothing better fits.
-        return first_legal(p, usual, [cls(*x) for x in ((128, 1), (64, 1), (32, 2), (32, 1))])
-
-    @classmethod
-    def variants(cls, p):
-        return [cls(*x) for x in product((128, 64), (2, 3, 4, 1))]
+        return None
 
     def tensor_core(self):
         return "hmma"  # a token's tile has too few rows for wgmma
@@ -208,9 +228,6 @@ class AuxiliaryConfig(Config):
     def accumulators(self, p):
         return 0
 
-    def refusal(self, p):
-        return None
-
     def tensor_core(self):
         return None
 
@@ -219,10 +236,7 @@ class SelectConfig(AuxiliaryConfig):
     """Of a program that sorts keys in shared memory, and so places its own barriers."""
 
     own_barriers: ClassVar[bool] = True
-
-    @staticmethod
-    def problem_of(p):
-        return p.retrieval()
+    of_retrieval: ClassVar[bool] = True
 
     @staticmethod
     def places(K: int) -> int:
@@ -243,11 +257,6 @@ def union_chunks(p: Problem, tokens: int, overlap: float) -> float:
     if others <= 0:
         return 1.0
     return (K + others * (1 - max(0.0, 1 - (1 - overlap) * K / others) ** (tokens - 1))) / K
-
-
-def at_least_one(name: str, value: int) -> str | None:
-    """The refusal of a field that counts."""
-    return None if value >= 1 else f"{name} must be at least 1, got {value}"
 
 
 def row_bytes(p: Problem) -> int:
@@ -299,6 +308,9 @@ def refused(config: Config, p: Problem) -> str | None:
         return f"threads must be 32 to {MAX_THREADS} in whole warps, got {config.threads}"
     if reason := config.refusal(p):
         return reason
+    for name in ("num_stages", "num_splits"):
+        if (count := getattr(config, name, 1)) < 1:
+            return f"{name} must be at least 1, got {count}"
     smem = config.smem_bytes(p)
     if smem > SMEM_LIMIT:
         return f"shared memory must be at most {SMEM_LIMIT} bytes, got {smem}"
@@ -317,29 +329,3 @@ def first_legal(p: Problem, *groups: list) -> list:
         if legal := [c for c in group if refused(c, p) is None]:
             return legal
     return []
-
-
-def warps_refusal(config: Config, p: Problem) -> str | None:
-    """Why block_M rows of pairs and D columns cannot be shared out among the warps, or None."""
-    # A warpgroup multiplies 64 rows at a time with wgmma, fewer warps 16 each with mma.sync.
-    warps = config.threads // 32
-    rows, columns = (64, 16) if warps in (4, 8) else (16 * warps, max(16, 8 * warps))
-    if config.block_M < p.G or config.block_M % rows:
-        return f"block_M must be at least G = {p.G} and a multiple of {rows}, got {config.block_M}"
-    if p.D % columns:
-        return f"{warps} warps need D to be a multiple of {columns}, got {p.D}"
-    return None
-
-
-def gradient_refusal(config: Config, p: Problem) -> str | None:
-    """As warps_refusal, for a program that also multiplies dk and dv, [S, D]."""
-    if reason := warps_refusal(config, p):
-        return reason
-    warps = config.threads // 32
-    if warps == 8 and p.D % 32:  # two warpgroups share the columns
-        return f"8 warps need D to be a multiple of 32, got {p.D}"
-    # wgmma if S is a multiple of 64, else each warp multiplies 16 rows by a multiple of 8 columns.
-    shares = [(16 << i, 8 * (warps >> i)) for i in range(warps.bit_length())]
-    if p.S % 64 and not any(p.S % rows == 0 and p.D % columns == 0 for rows, columns in shares):
-        return f"{warps} warps cannot share out chunks of {p.S} by {p.D}"
-    return None

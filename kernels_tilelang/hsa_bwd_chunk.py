@@ -14,13 +14,7 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import (
-    SMEM_ALIGNMENT,
-    ChunkConfig,
-    first_legal,
-    gradient_refusal,
-    row_bytes,
-)
+from hsa_tl.kernels_tilelang.config_base import GradientConfig, first_legal, row_bytes
 from hsa_tl.kernels_tilelang.macros import (
     LOG2E,
     add_gradient,
@@ -34,7 +28,7 @@ from hsa_tl.kernels_tilelang.macros import (
 
 
 @dataclass(frozen=True)
-class BwdChunkConfig(ChunkConfig):
+class BwdChunkConfig(GradientConfig):
     """A CTA owns a split of a chunk and key/value head: dk and dv in its registers, block_M gathered rows at a time.
 
     reduce_add: dq by float32 atomics, else a row for each pair.
@@ -45,15 +39,14 @@ class BwdChunkConfig(ChunkConfig):
     reduce_add: int = 0
     DIRECTION: ClassVar[str] = "backward"
     weighs: ClassVar[bool] = True  # each pair, and has dweights
+    VARIANTS: ClassVar[tuple] = tuple((m, t, add) for t, m, add in product((128, 256), (128, 64, 192), (0, 1)))
 
     def pair_bytes(self, p):
         dq = {"reduce": 4 * p.G * p.D, "hbm": 0} if self.reduce_add else {"hbm": 2 * row_bytes(p)}
         return {"l2": 2 * row_bytes(p)} | dq | {"hbm": dq["hbm"] + 4 * row_bytes(p) / p.K}
 
     def smem_bytes(self, p):
-        tiles = 2 * (self.block_M * p.D + p.S * p.D + self.block_M * p.S)
-        reductions = 24 * self.threads if self.threads > 2 * self.block_M else 0
-        return tiles * p.itemsize + 4 * 3 * self.block_M + SMEM_ALIGNMENT + reductions  # slots, heads, delta
+        return super().smem_bytes(p) + 4 * 3 * self.block_M  # slots, heads, delta
 
     def accumulators(self, p):
         # The scores and dP are dead where dq is. The four threads of a row keep what its atomics' addresses share.
@@ -64,7 +57,7 @@ class BwdChunkConfig(ChunkConfig):
             return f"D must be 64 or 128, got {p.D}"
         if p.S * p.D > 64 * 128:
             return f"S must be at most {64 * 128 // p.D} at D = {p.D}, got {p.S}"
-        return gradient_refusal(self, p)
+        return super().refusal(p)
 
     @classmethod
     def options(cls, p):
@@ -76,10 +69,6 @@ class BwdChunkConfig(ChunkConfig):
         adding = [replace(c, reduce_add=1) for c in plain[-2:]]
         # Less than a warpgroup is for shapes that nothing better fits.
         return first_legal(p, plain + adding, [cls(m, 64) for m in (64, 32, 16)])
-
-    @classmethod
-    def variants(cls, p):
-        return [cls(m, t, add) for t, m in product((128, 256), (128, 64, 192)) for add in (0, 1)]
 
 
 @T.macro

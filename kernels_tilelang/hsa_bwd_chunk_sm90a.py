@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, at_least_one, registers_left
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, registers_left
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, add_gradient, exp_rows, split_begins, weigh_rows
 
@@ -36,6 +36,7 @@ class BwdChunkSm90aConfig(BwdChunkConfig):
     producer: ClassVar[bool] = True
     moves_registers: ClassVar[bool] = True
     producer_registers: ClassVar[int] = 56  # a tile's tokens
+    VARIANTS: ClassVar[tuple] = tuple((128, 256, add, n) for n in (1, 2, 3) for add in (0, 1))
 
     def smem_bytes(self, p):
         tiles = 2 * (self.num_stages * self.block_M * p.D + p.S * p.D + self.block_M * p.S)
@@ -50,15 +51,11 @@ class BwdChunkSm90aConfig(BwdChunkConfig):
             return f"it needs D of 64 or 128, S = 64 and G of 8, 16, 32 or 64, got {p.D}, {p.S} and {p.G}"
         if (self.block_M, self.threads) != (128, 256):
             return f"it needs block_M = 128 and threads = 256, got {self.block_M} and {self.threads}"
-        return at_least_one("num_stages", self.num_stages)
+        return None
 
     @classmethod
     def options(cls, p):
         return [cls(num_stages=n) for n in (2, 3, 1)] + [cls(num_stages=2, reduce_add=1)]
-
-    @classmethod
-    def variants(cls, p):
-        return [cls(num_stages=n, reduce_add=add) for n in (1, 2, 3) for add in (0, 1)]
 
     def loop_share(self, p):
         return 5 / 7 if p.D == 64 else 1.0  # dv in one consumer's branch, dk in the other's

@@ -12,51 +12,32 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import (
-    SMEM_ALIGNMENT,
-    WARPGROUP,
-    ChunkConfig,
-    first_legal,
-    gradient_refusal,
-    row_bytes,
-)
+from hsa_tl.kernels_tilelang.config_base import GradientConfig, row_bytes
 from hsa_tl.kernels_tilelang.macros import LOG2E, gather_rows, softmax_and_delta, tile_products
 
 
 @dataclass(frozen=True)
-class BwdDkdvChunkConfig(ChunkConfig):
+class BwdDkdvChunkConfig(GradientConfig):
     """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads."""
 
     block_M: int = 64
     threads: int = 128
     DIRECTION: ClassVar[str] = "dkdv"
+    OPTIONS: ClassVar[tuple] = tuple(product((64, 128, 32, 16), (128, 256)))
+    RESERVE: ClassVar[tuple] = tuple(product((64, 128, 32, 16), (64,)))  # less than a warpgroup
+    VARIANTS: ClassVar[tuple] = tuple(product((64, 128, 192, 256), (128, 256)))
 
     def pair_bytes(self, p):
         return {"l2": 2 * row_bytes(p), "hbm": 2 * row_bytes(p) / p.K}
 
     def smem_bytes(self, p):
-        tiles = 2 * (self.block_M * p.D + p.S * p.D + self.block_M * p.S)
-        reductions = 24 * self.threads if self.threads > 2 * self.block_M else 0
-        return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + reductions
+        return super().smem_bytes(p) + 4 * -(-self.block_M // p.G)  # slots
 
     def splits(self, p):
         return 1  # it stores dk and dv for good
 
     def accumulators(self, p):
         return 2 * p.S * p.D + 2 * self.block_M * p.S
-
-    def refusal(self, p):
-        return gradient_refusal(self, p)
-
-    @classmethod
-    def options(cls, p):
-        every = [cls(*x) for x in product((64, 128, 32, 16), (128, 256, 64))]
-        # Less than a warpgroup is for shapes that nothing better fits.
-        return first_legal(p, [c for c in every if c.threads >= WARPGROUP], every)
-
-    @classmethod
-    def variants(cls, p):
-        return [cls(*x) for x in product((64, 128, 192, 256), (128, 256))]
 
 
 def hsa_bwd_dkdv_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdDkdvChunkConfig):

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, at_least_one, power_of_two, row_bytes
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, power_of_two, row_bytes
 
 
 def _shared_out(vectors: int, threads: int) -> bool:
@@ -27,6 +27,7 @@ class CombineConfig(AuxiliaryConfig):
     threads: int = 256
     num_stages: int = 4
     DIRECTION: ClassVar[str] = "combine"
+    ON_CPU: ClassVar[dict] = {"threads": 32, "num_stages": 2}
 
     def lanes(self, vectors: int) -> int:
         """A row's 16-byte vectors, padded to a power of two where whole rows do not share out among the threads."""
@@ -51,9 +52,6 @@ class CombineConfig(AuxiliaryConfig):
     def accumulators(self, p):
         return self.threads * self.elements(p) * (4 + self.num_stages * p.itemsize) // 4
 
-    def refusal(self, p):
-        return at_least_one("num_stages", self.num_stages)
-
     @classmethod
     def options(cls, p):
         def effort(config):
@@ -63,10 +61,6 @@ class CombineConfig(AuxiliaryConfig):
 
         best = sorted((cls(32 * warps) for warps in range(2, 9)), key=effort)[:2]
         return [replace(c, num_stages=n) for c in best for n in ((4, 8) if c.elements(p) <= 32 else (2, 1))]
-
-    @classmethod
-    def on_cpu(cls, p):
-        return cls(threads=32, num_stages=2)
 
 
 def hsa_combine(*, G, D, K, dtype, min_blocks, config: CombineConfig):

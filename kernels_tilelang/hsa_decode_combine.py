@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, at_least_one, power_of_two, row_bytes
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, power_of_two, row_bytes
 from hsa_tl.kernels_tilelang.hsa_decode_split import split_counts
 
 
@@ -30,9 +30,6 @@ class DecodeCombineConfig(AuxiliaryConfig):
 
     def accumulators(self, p):
         return (self.num_splits + 1) * power_of_two(p.D)
-
-    def refusal(self, p):
-        return at_least_one("num_splits", self.num_splits)
 
     @classmethod
     def options(cls, p):

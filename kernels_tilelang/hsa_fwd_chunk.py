@@ -6,12 +6,12 @@ reduce_add = 0 stores it in `partial` at row (t - start) * K + k, for another pr
 reduce_add = 1 adds it to token t of a zeroed float32 `partial`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, ChunkConfig, first_legal, row_bytes, warps_refusal
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, ChunkConfig, row_bytes
 from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, split_begins, store_pairs, weighted_output
 
 
@@ -26,6 +26,10 @@ class FwdChunkConfig(ChunkConfig):
     threads: int = 128
     reduce_add: int = 0
     DIRECTION: ClassVar[str] = "forward"
+    OPTIONS: ClassVar[tuple] = ((64, 128), (128, 128), (128, 256), (64, 128, 1), (128, 256, 1))
+    VARIANTS: ClassVar[tuple] = tuple(
+        (*x, add) for x in ((64, 128), (128, 128), (128, 256), (192, 128)) for add in (0, 1)
+    )
 
     def pair_bytes(self, p):
         read = row_bytes(p)
@@ -35,24 +39,11 @@ class FwdChunkConfig(ChunkConfig):
 
     def smem_bytes(self, p):
         tiles = 2 * p.S * p.D + self.block_M * p.D
-        reductions = 24 * self.threads if self.threads > 2 * self.block_M else 0
-        return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + reductions
+        return tiles * p.itemsize + 4 * -(-self.block_M // p.G) + SMEM_ALIGNMENT + self.reductions()
 
     def accumulators(self, p):
         # P, in 16 bits, stands beside the output or the scores; the other half of S is for the gather's addresses.
         return self.block_M * max(p.D + p.S, p.S + p.S // 2)
-
-    def refusal(self, p):
-        return warps_refusal(self, p)
-
-    @classmethod
-    def options(cls, p):
-        plain = [cls(*x) for x in ((64, 128), (128, 128), (128, 256))]
-        return first_legal(p, plain + [replace(c, reduce_add=1) for c in plain[::2]])
-
-    @classmethod
-    def variants(cls, p):
-        return [cls(*x, add) for x in ((64, 128), (128, 128), (128, 256), (192, 128)) for add in (0, 1)]
 
 
 def hsa_fwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkConfig):

@@ -16,13 +16,7 @@ from typing import ClassVar
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from hsa_tl.kernels_tilelang.config_base import (
-    SMEM_ALIGNMENT,
-    WARPGROUP,
-    WORKING_REGISTERS,
-    at_least_one,
-    registers_left,
-)
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, WARPGROUP, WORKING_REGISTERS, registers_left
 from hsa_tl.kernels_tilelang.hsa_fwd_chunk import FwdChunkConfig
 from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, split_begins, store_pairs, weighted_output
 
@@ -41,6 +35,8 @@ class FwdChunkSm90aConfig(FwdChunkConfig):
     moves_registers: ClassVar[bool] = True
     producer_registers: ClassVar[int] = 40  # a tile's pair ids; with 32 ptxas spilled them
     working_registers: ClassVar[int] = WORKING_REGISTERS - 4  # the producer has the gather's addresses
+    OPTIONS: ClassVar[tuple] = ((128, 256, 0, 3), (128, 256, 0, 2), (128, 256, 1, 3))
+    VARIANTS: ClassVar[tuple] = tuple((128, 256, add, n) for n in (3, 2, 4, 1) for add in (0, 1))
 
     def smem_bytes(self, p):
         tiles = 2 * p.S * p.D + self.num_stages * self.block_M * p.D
@@ -50,23 +46,12 @@ class FwdChunkSm90aConfig(FwdChunkConfig):
     def accumulators(self, p):
         return self.block_M * max(p.D + p.S // 2, p.S + p.S // 2)  # P, in 16 bits, stands beside either
 
-    def largest(self, p):
-        return self.block_M * max(p.D, p.S)
-
     def refusal(self, p):
         if p.G % 8 or p.D not in (64, 128) or p.itemsize != 2:
             return f"it needs G % 8 == 0, D 64 or 128, 16 bits, got {p.G}, {p.D}, {p.dtype_name}"
         if self.block_M < p.G or (self.block_M, self.threads) != (128, 256):
             return f"it needs block_M 128 >= G, threads 256, got {self.block_M}, {self.threads}"
-        return at_least_one("num_stages", self.num_stages)
-
-    @classmethod
-    def options(cls, p):
-        return [cls(num_stages=3), cls(num_stages=2), cls(num_stages=3, reduce_add=1)]
-
-    @classmethod
-    def variants(cls, p):
-        return [cls(num_stages=n, reduce_add=add) for n in (3, 2, 4, 1) for add in (0, 1)]
+        return None
 
 
 def hsa_fwd_chunk_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdChunkSm90aConfig):

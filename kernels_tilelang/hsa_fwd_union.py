@@ -19,8 +19,6 @@ from hsa_tl.kernels_tilelang.config_base import (
     PRODUCER_REGISTERS,
     SMEM_ALIGNMENT,
     Config,
-    at_least_one,
-    first_legal,
     registers_left,
     row_bytes,
     union_chunks,
@@ -51,6 +49,9 @@ class FwdUnionConfig(Config):
     DIRECTION: ClassVar[str] = "forward"
     producer: ClassVar[bool] = True
     moves_registers: ClassVar[bool] = True
+    OPTIONS: ClassVar[tuple] = ((192, 2), (128, 2), (64, 2), (64, 3))
+    RESERVE: ClassVar[tuple] = ((128, 1), (64, 1))
+    VARIANTS: ClassVar[tuple] = tuple(product((192, 128, 64), (2, 3, 4, 1), (0, 1), (0, 1, 2)))
 
     @property
     def threads(self):
@@ -81,22 +82,10 @@ class FwdUnionConfig(Config):
     def accumulators(self, p):
         return self.block_M * (p.D + p.S + p.D * p.itemsize // 4 * self.q_registers)
 
-    def largest(self, p):
-        return self.block_M * max(p.D, p.S)
-
     def refusal(self, p):
         if self.block_M not in (64, 128, 192) or self.block_M < p.G:
             return f"block_M must be 64, 128 or 192 and at least G = {p.G}, got {self.block_M}"
-        return at_least_one("num_stages", self.num_stages)
-
-    @classmethod
-    def options(cls, p):
-        usual = [cls(*x) for x in ((192, 2), (128, 2), (64, 2), (64, 3))]
-        return first_legal(p, usual, [cls(block_M, 1) for block_M in (128, 64)])
-
-    @classmethod
-    def variants(cls, p):
-        return [cls(*x) for x in product((192, 128, 64), (2, 3, 4, 1), (0, 1), (0, 1, 2))]
+        return None
 
     @classmethod
     def on_cpu(cls, p):

@@ -26,6 +26,8 @@ class FwdUnionSm90aConfig(FwdUnionConfig):
     """As FwdUnionConfig; a warpgroup skips the chunks that none of its own tokens chose."""
 
     sm_90a_only: ClassVar[bool] = True
+    OPTIONS: ClassVar[tuple] = tuple(product((192, 128), (2, 3)))
+    RESERVE: ClassVar[tuple] = ()
 
     def again(self, p, overlap):
         return union_chunks(p, self.pairs(p), overlap), union_chunks(p, ROWS // p.G, overlap)
@@ -37,10 +39,6 @@ class FwdUnionSm90aConfig(FwdUnionConfig):
         if ROWS % p.G or self.block_M == ROWS:
             return f"it needs whole tokens in a warpgroup's {ROWS} rows, two warpgroups, got G = {p.G}, {self}"
         return super().refusal(p)
-
-    @classmethod
-    def options(cls, p):
-        return [cls(*x) for x in product((192, 128), (2, 3))]
 
 
 def hsa_fwd_union_sm90a(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionSm90aConfig):

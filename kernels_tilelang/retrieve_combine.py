@@ -20,6 +20,7 @@ class RetrieveCombineConfig(SelectConfig):
 
     threads: int = 256
     DIRECTION: ClassVar[str] = "combine"
+    ON_CPU: ClassVar[dict] = {"threads": 32}
 
     def rows_of(self, K: int) -> int:
         """Ranges' rows that the CTA holds at a time."""
@@ -37,10 +38,6 @@ class RetrieveCombineConfig(SelectConfig):
             return reason
         threads = self.threads
         return f"threads must be a power of two, got {threads}" if threads & (threads - 1) else None
-
-    @classmethod
-    def on_cpu(cls, p):
-        return cls(threads=32)
 
 
 def retrieve_combine(*, K, min_blocks, config: RetrieveCombineConfig):

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, first_legal, power_of_two
+from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, power_of_two
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,9 @@ class RetrieveDlandmarksConfig(AuxiliaryConfig):
     block_M: int = 32
     threads: int = 128
     DIRECTION: ClassVar[str] = "index"
-
-    @staticmethod
-    def problem_of(p):
-        return p.retrieval()
+    OPTIONS: ClassVar[tuple] = ((32,), (16,))
+    ON_CPU: ClassVar[dict] = {"block_M": 8}
+    of_retrieval: ClassVar[bool] = True
 
     def pair_bytes(self, p):
         return {"l2": p.D * p.itemsize + 8, "hbm": 4 + 32}  # pair; a sector of dscores
@@ -34,14 +33,6 @@ class RetrieveDlandmarksConfig(AuxiliaryConfig):
 
     def accumulators(self, p):
         return (self.block_M + 1) * power_of_two(p.D)
-
-    @classmethod
-    def options(cls, p):
-        return first_legal(p, [cls(), cls(16)])
-
-    @classmethod
-    def on_cpu(cls, p):
-        return cls(block_M=8)
 
 
 def retrieve_dlandmarks(*, D, K, dtype, min_blocks, config: RetrieveDlandmarksConfig):

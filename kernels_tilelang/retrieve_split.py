@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import KEY_BYTES, SMEM_ALIGNMENT, SelectConfig, at_least_one
+from hsa_tl.kernels_tilelang.config_base import KEY_BYTES, SMEM_ALIGNMENT, SelectConfig
 from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, halve_rows, sort_rows
 from hsa_tl.kernels_tilelang.macros_topk import EMPTY, key_of, ordered, visible_chunks
 
@@ -51,7 +51,7 @@ class RetrieveSplitConfig(SelectConfig):
             return reason
         if self.block_N & (self.block_N - 1) or self.block_N < max(TILE, self.places(p.K)):
             return f"block_N must be a power of two of at least {max(TILE, self.places(p.K))}, got {self.block_N}"
-        return at_least_one("num_stages", self.num_stages)
+        return None
 
     @classmethod
     def options(cls, p):

@@ -14,14 +14,7 @@ from typing import ClassVar
 
 import tilelang.language as T
 
-from hsa_tl.kernels_tilelang.config_base import (
-    KEY_BYTES,
-    SMEM_ALIGNMENT,
-    WARPGROUP,
-    SelectConfig,
-    at_least_one,
-    first_legal,
-)
+from hsa_tl.kernels_tilelang.config_base import KEY_BYTES, SMEM_ALIGNMENT, WARPGROUP, SelectConfig
 from hsa_tl.kernels_tilelang.macros_sort import BARRIER, at, keep_best
 from hsa_tl.kernels_tilelang.macros_topk import EMPTY, NONE, by_chunk, key_of, ordered, score_of, slot_chunk, slot_score
 
@@ -37,6 +30,9 @@ class RetrieveTopkConfig(SelectConfig):
     DIRECTION: ClassVar[str] = "retrieve"
     producer: ClassVar[bool] = True
     working_registers: ClassVar[int] = 72  # the sort's keys; with 52 ptxas spilled
+    OPTIONS: ClassVar[tuple] = ((128, 64, 256, 2), (64, 64, 128, 2))
+    RESERVE: ClassVar[tuple] = ((128, 64, 256, 1), (64, 64, 128, 1))
+    ON_CPU: ClassVar[dict] = {"block_M": 16, "block_N": 32, "num_stages": 1}
 
     def rows(self, p):
         return self.block_M
@@ -62,18 +58,7 @@ class RetrieveTopkConfig(SelectConfig):
             return f"block_M must be 64 for each of the warpgroups, got {self.block_M} and {self.threads} threads"
         if reason := super().refusal(p):
             return reason
-        if self.block_N % 8:
-            return f"block_N must be a multiple of 8, got {self.block_N}"
-        return at_least_one("num_stages", self.num_stages)
-
-    @classmethod
-    def options(cls, p):
-        tiles = [(128, 64, 256), (64, 64, 128)]
-        return first_legal(p, [cls(*x, 2) for x in tiles], [cls(*x, 1) for x in tiles])
-
-    @classmethod
-    def on_cpu(cls, p):
-        return cls(block_M=16, block_N=32, num_stages=1)
+        return f"block_N must be a multiple of 8, got {self.block_N}" if self.block_N % 8 else None
 
     def tensor_core(self):
         return "hgmma"

@@ -27,6 +27,7 @@ class UnionIndexConfig(AuxiliaryConfig):
     block_M: int = 128
     threads: int = 128
     DIRECTION: ClassVar[str] = "index"
+    OPTIONS: ClassVar[tuple] = ((192,), (128,), (64,))
 
     def padded_keys(self, G: int, K: int) -> int:
         """Slots of the tile, up to a power of two and one for each thread: else several threads would add for one."""
@@ -43,10 +44,6 @@ class UnionIndexConfig(AuxiliaryConfig):
 
     def refusal(self, p):
         return None if self.block_M >= p.G else f"block_M must be at least G = {p.G}, got {self.block_M}"
-
-    @classmethod
-    def options(cls, p):
-        return [cls(block_M) for block_M in (192, 128, 64)]
 
     @classmethod
     def on_cpu(cls, p):
