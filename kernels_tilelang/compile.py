@@ -43,7 +43,8 @@ def _interruptible():
 def build(program: str, problem, config) -> tvm.tirx.PrimFunc:
     """The program's IR for a problem's static dims."""
     blocks = max(1, blocks_per_sm(config, problem))
-    return builder(program)(**_static_dims(program, problem), min_blocks=blocks, config=config)
+    ir = builder(program)(**_static_dims(program, problem), min_blocks=blocks, config=config)
+    return ir.with_attr("global_symbol", program)
 
 
 def _pass_configs(config) -> dict:

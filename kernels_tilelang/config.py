@@ -63,7 +63,7 @@ def tuned() -> tuple[str, ...]:
 
 
 def builder(program: str) -> Callable:
-    """The program's builder: static dims and a config give its IR."""
+    """The program's builder: static dims and a config give its IR, without the parameters whose type is None."""
     make_importable()
     return getattr(importlib.import_module(f"hsa_tl.kernels_tilelang.{program}"), program)
 

@@ -90,80 +90,10 @@ def load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P):
     T.sync_threads()
 
 
-@T.macro
-def decode_of_range(
-    q, k_pages, v_pages, weights, indices, page_table, scale, out, lse, G, D, S, K, heads_w, min_blocks, config
-):
-    """The program. selected_decode_split has no weights but one softmax over all chunks, and lse."""
-    B, tokens, H, N, P, weighs = *q.shape[:3], page_table.shape[1], k_pages.shape[0], weights is not None
+def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSplitConfig, weighs=True):
+    """weighs False: selected_decode_split has no weights but one softmax over all chunks, and lse."""
     rows, splits = padded_rows(G), config.num_splits
     slots = -(-K // splits)  # of a CTA
-    with T.Kernel(tokens * splits, H, B, threads=config.threads) as (i_x, i_h, i_b):
-        T.annotate_min_blocks_per_sm(min_blocks)
-        T.disable_warp_group_reg_alloc()
-        q_shared = T.alloc_shared([rows, D], q.dtype)
-        k_shared, v_shared = (T.alloc_shared([S, D], q.dtype) for _ in range(2))
-        p_shared = T.alloc_shared([rows, S], q.dtype)
-        o_shared = T.alloc_shared([rows, D], out.dtype)
-        page_shared = T.alloc_shared([slots], "int32")
-        weights_shared = T.alloc_shared([heads_w, slots], "float32")
-        acc_s = T.alloc_fragment([rows, S], "float32")
-        acc_o = T.alloc_fragment([rows, D], "float32")
-        row_max, row_last, row_sum, row_part = (T.alloc_fragment([rows], "float32") for _ in range(4))
-        chosen = T.alloc_fragment([rows], "int32")
-        spare = T.alloc_var("int32")
-
-        i_t = i_x // splits
-        first = i_x % splits * slots
-        load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P)
-        spare = -1
-        for i_k in T.serial(slots):
-            spare = T.max(spare, page_shared[i_k])
-        for r, d in T.Parallel(rows, D):
-            q_shared[r, d] = T.if_then_else(r < G, q[i_b, i_t, i_h, T.min(r, G - 1), d], 0)
-        if weighs:
-            for r, i_k in T.Parallel(heads_w, slots):
-                weight = weights[i_b, i_t, i_h, r, T.min(first + i_k, K - 1)]
-                weights_shared[r, i_k] = T.if_then_else(page_shared[i_k] >= 0, weight, 0.0)
-        # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
-        T.sync_threads()
-        T.clear(acc_o)
-        if not weighs:
-            T.clear(row_sum)
-            T.fill(row_max, -T.infinity("float32"))
-
-        for i_k in T.Pipelined(slots, num_stages=config.num_stages):
-            i_p = T.if_then_else(page_shared[i_k] >= 0, page_shared[i_k], T.max(spare, 0))
-            T.copy(k_pages[i_p, :, i_h, :], k_shared)
-            T.clear(acc_s)
-            T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
-            if weighs:
-                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, None)
-                for r in T.Parallel(rows):
-                    row_sum[r] = weights_shared[T.min(r, heads_w - 1), i_k] / row_sum[r]
-                for r, s in T.Parallel(rows, S):
-                    p_shared[r, s] = acc_s[r, s] * row_sum[r]
-            else:
-                for r in T.Parallel(rows):
-                    chosen[r] = T.if_then_else(page_shared[i_k] >= 0, 1, 0)
-                running_rows(acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, rows, S, scale * LOG2E, None)
-                T.copy(acc_s, p_shared)
-            T.copy(v_pages[i_p, :, i_h, :], v_shared)
-            T.gemm(p_shared, v_shared, acc_o, policy=T.GemmWarpPolicy.FullCol)  # [rows, D]
-
-        if not weighs:
-            finish_rows(acc_o, row_max, row_sum, rows)
-        T.copy(acc_o, o_shared)
-        for r, d in T.Parallel(G, D):
-            out[i_b, i_t, i_h, i_x % splits, r, d] = T.if_then_else(spare >= 0, o_shared[r, d], 0)
-        if not weighs:
-            for r in T.Parallel(rows):
-                if r < G:
-                    lse[i_b, i_t, i_h, i_x % splits, r] = row_max[r]
-
-
-def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSplitConfig):
-    splits = config.num_splits
     B, tokens, N, H, P = T.dynamic("B, tokens, N, H, P")
 
     @T.prim_func
@@ -171,14 +101,76 @@ def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSp
         q: T.Tensor((B, tokens, H, G, D), dtype),
         k_pages: T.Tensor((P, S, H, D), dtype),
         v_pages: T.Tensor((P, S, H, D), dtype),
-        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32") if weighs else None,
         indices: T.Tensor((B, tokens, H, K), "int32"),
         page_table: T.Tensor((B, N), "int32"),
         scale: T.float32,
         out: T.Tensor((B, tokens, H, splits, G, D), dtype if splits == 1 else "float32"),
+        lse: None if weighs else T.Tensor((B, tokens, H, splits, G), "float32"),
     ):
-        decode_of_range(
-            q, k_pages, v_pages, weights, indices, page_table, scale, out, None, G, D, S, K, heads_w, min_blocks, config
-        )
+        with T.Kernel(tokens * splits, H, B, threads=config.threads) as (i_x, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            T.disable_warp_group_reg_alloc()
+            q_shared = T.alloc_shared([rows, D], dtype)
+            k_shared, v_shared = (T.alloc_shared([S, D], dtype) for _ in range(2))
+            p_shared = T.alloc_shared([rows, S], dtype)
+            o_shared = T.alloc_shared([rows, D], out.dtype)
+            page_shared = T.alloc_shared([slots], "int32")
+            weights_shared = T.alloc_shared([heads_w, slots], "float32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            acc_o = T.alloc_fragment([rows, D], "float32")
+            row_max, row_last, row_sum, row_part = (T.alloc_fragment([rows], "float32") for _ in range(4))
+            chosen = T.alloc_fragment([rows], "int32")
+            spare = T.alloc_var("int32")
+
+            i_t = i_x // splits
+            first = i_x % splits * slots
+            load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P)
+            spare = -1
+            for i_k in T.serial(slots):
+                spare = T.max(spare, page_shared[i_k])
+            for r, d in T.Parallel(rows, D):
+                q_shared[r, d] = T.if_then_else(r < G, q[i_b, i_t, i_h, T.min(r, G - 1), d], 0)
+            if weighs:
+                for r, i_k in T.Parallel(heads_w, slots):
+                    weight = weights[i_b, i_t, i_h, r, T.min(first + i_k, K - 1)]
+                    weights_shared[r, i_k] = T.if_then_else(page_shared[i_k] >= 0, weight, 0.0)
+            # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
+            T.sync_threads()
+            T.clear(acc_o)
+            if not weighs:
+                T.clear(row_sum)
+                T.fill(row_max, -T.infinity("float32"))
+
+            for i_k in T.Pipelined(slots, num_stages=config.num_stages):
+                i_p = T.if_then_else(page_shared[i_k] >= 0, page_shared[i_k], T.max(spare, 0))
+                T.copy(k_pages[i_p, :, i_h, :], k_shared)
+                T.clear(acc_s)
+                T.gemm(q_shared, k_shared, acc_s, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)  # [rows, S]
+                if weighs:
+                    exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, None)
+                    for r in T.Parallel(rows):
+                        row_sum[r] = weights_shared[T.min(r, heads_w - 1), i_k] / row_sum[r]
+                    for r, s in T.Parallel(rows, S):
+                        p_shared[r, s] = acc_s[r, s] * row_sum[r]
+                else:
+                    for r in T.Parallel(rows):
+                        chosen[r] = T.if_then_else(page_shared[i_k] >= 0, 1, 0)
+                    running_rows(
+                        acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, rows, S, scale * LOG2E, None
+                    )
+                    T.copy(acc_s, p_shared)
+                T.copy(v_pages[i_p, :, i_h, :], v_shared)
+                T.gemm(p_shared, v_shared, acc_o, policy=T.GemmWarpPolicy.FullCol)  # [rows, D]
+
+            if not weighs:
+                finish_rows(acc_o, row_max, row_sum, rows)
+            T.copy(acc_o, o_shared)
+            for r, d in T.Parallel(G, D):
+                out[i_b, i_t, i_h, i_x % splits, r, d] = T.if_then_else(spare >= 0, o_shared[r, d], 0)
+            if not weighs:
+                for r in T.Parallel(rows):
+                    if r < G:
+                        lse[i_b, i_t, i_h, i_x % splits, r] = row_max[r]
 
     return hsa_decode_split

@@ -92,89 +92,10 @@ class FwdUnionConfig(Config):
         return cls(block_M=max(64, p.G))
 
 
-@T.macro
-def forward_of_union(
-    q, k, v, weights, indices, order, union_chunks, union_len, chunk_len, scale, out, lse, G, D, S, K, heads_w, masked,
-    dtype, min_blocks, config,
-):  # fmt: skip
-    """The program. selected_fwd_union has no weights but one softmax over all chunks, and lse."""
-    B, tokens, H, tiles, weighs = *q.shape[:3], union_chunks.shape[1], weights is not None
+def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionConfig, weighs=True):
+    """weighs False: selected_fwd_union has no weights but one softmax over all chunks, and lse."""
     rows = config.block_M
     tile = rows // G  # tokens; rows past tile * G are padding
-    with T.Kernel(tiles, H, B, threads=config.threads) as (i_tile, i_h, i_b):
-        T.annotate_min_blocks_per_sm(min_blocks)
-        T.annotate_producer_reg_dealloc(PRODUCER_REGISTERS)
-        T.annotate_consumer_reg_alloc(registers_left(config, min_blocks))
-        q_shared = T.alloc_shared([rows, D], dtype)
-        k_shared, v_shared = (T.alloc_shared([S, D], dtype) for _ in range(2))
-        union_shared = T.alloc_shared([tile * K], "int32")
-        chunk_shared = T.alloc_shared([tile, K], "int32")
-        weights_shared = T.alloc_shared([tile * heads_w, K], "float32")
-        acc_s = T.alloc_fragment([rows, S], "float32")
-        p = T.alloc_fragment([rows, S], dtype)
-        acc_o = T.alloc_fragment([rows, D], "float32")
-        row_max, row_last, row_sum, row_part = (T.alloc_fragment([rows], "float32") for _ in range(4))
-        chosen, cursor = (T.alloc_fragment([rows], "int32") for _ in range(2))
-
-        for r, d in T.Parallel(rows, D):
-            i_t = i_tile * tile + r // G
-            inside = (r < tile * G) & (i_t < tokens)
-            q_shared[r, d] = T.if_then_else(inside, q[i_b, T.min(i_t, tokens - 1), i_h, r % G, d], 0)
-        for i_u in T.Parallel(tile * K):
-            union_shared[i_u] = union_chunks[i_b, i_tile, i_h, i_u]
-        load_slots(
-            indices, weights, order, chunk_shared, weights_shared, i_tile * tile, tokens, tile, K, heads_w, i_h, i_b
-        )
-        # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
-        T.sync_threads()
-        if config.q_registers:
-            q_local = T.alloc_fragment([rows, D], dtype)
-            T.copy(q_shared, q_local)
-        T.clear(acc_o)
-        if not weighs:
-            T.clear(row_sum)
-            T.fill(row_max, -T.infinity("float32"))
-        T.clear(cursor)
-
-        for i_u in T.Pipelined(union_len[i_b, i_tile, i_h], num_stages=config.num_stages):
-            i_c = union_chunks[i_b, i_tile, i_h, i_u]
-            T.copy(k[i_b, i_c, :, i_h, :], k_shared)
-            T.clear(acc_s)
-            T.gemm(
-                q_local if config.q_registers else q_shared, k_shared, acc_s, transpose_B=True,
-                policy=T.GemmWarpPolicy.FullRow,
-            )  # [rows, S]  # fmt: skip
-            if weighs:
-                exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
-                union_weights(
-                    row_sum, cursor, union_shared[i_u], chunk_shared, weights_shared, 0, rows, G, tile, heads_w
-                )
-                for r, s in T.Parallel(rows, S):
-                    p[r, s] = acc_s[r, s] * row_sum[r]
-            else:
-                union_chosen(chosen, cursor, union_shared[i_u], chunk_shared, rows, G, tile)
-                running_rows(
-                    acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, rows, S, scale * LOG2E,
-                    chunk_len[i_c] if masked else None,
-                )  # fmt: skip
-                T.copy(acc_s, p)
-            T.copy(v[i_b, i_c, :, i_h, :], v_shared)
-            T.gemm(p, v_shared, acc_o, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
-
-        if not weighs:
-            finish_rows(acc_o, row_max, row_sum, rows)
-        T.copy(acc_o, q_shared)
-        for r, d in T.Parallel(tile * G, D):
-            if i_tile * tile + r // G < tokens:
-                out[i_b, i_tile * tile + r // G, i_h, r % G, d] = q_shared[r, d]
-        if not weighs:
-            for r in T.Parallel(tile * G):  # a guard r < tile * G would take TileLang's prover half a minute
-                if i_tile * tile + r // G < tokens:
-                    lse[i_b, i_tile * tile + r // G, i_h, r % G] = row_max[r]
-
-
-def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdUnionConfig):
-    tile = config.block_M // G  # tokens
     B, tokens, N, H, tiles = T.dynamic("B, tokens, N, H, tiles")
 
     @T.prim_func
@@ -182,7 +103,7 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
         q: T.Tensor((B, tokens, H, G, D), dtype),
         k: T.Tensor((B, N, S, H, D), dtype),
         v: T.Tensor((B, N, S, H, D), dtype),
-        weights: T.Tensor((B, tokens, H, heads_w, K), "float32"),
+        weights: T.Tensor((B, tokens, H, heads_w, K), "float32") if weighs else None,
         indices: T.Tensor((B, tokens, H, K), "int32"),
         order: T.Tensor((B, tokens, H, K), "int32"),
         union_chunks: T.Tensor((B, tiles, H, tile * K), "int32"),
@@ -191,10 +112,78 @@ def hsa_fwd_union(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Fwd
         chunk_len: T.Tensor((N,), "int32"),
         scale: T.float32,
         out: T.Tensor((B, tokens, H, G, D), dtype),
+        lse: None if weighs else T.Tensor((B, tokens, H, G), "float32"),
     ):
-        forward_of_union(
-            q, k, v, weights, indices, order, union_chunks, union_len, chunk_len, scale, out, None, G, D, S, K, heads_w,
-            masked, dtype, min_blocks, config,
-        )  # fmt: skip
+        with T.Kernel(tiles, H, B, threads=config.threads) as (i_tile, i_h, i_b):
+            T.annotate_min_blocks_per_sm(min_blocks)
+            T.annotate_producer_reg_dealloc(PRODUCER_REGISTERS)
+            T.annotate_consumer_reg_alloc(registers_left(config, min_blocks))
+            q_shared = T.alloc_shared([rows, D], dtype)
+            k_shared, v_shared = (T.alloc_shared([S, D], dtype) for _ in range(2))
+            union_shared = T.alloc_shared([tile * K], "int32")
+            chunk_shared = T.alloc_shared([tile, K], "int32")
+            weights_shared = T.alloc_shared([tile * heads_w, K], "float32")
+            acc_s = T.alloc_fragment([rows, S], "float32")
+            p = T.alloc_fragment([rows, S], dtype)
+            acc_o = T.alloc_fragment([rows, D], "float32")
+            row_max, row_last, row_sum, row_part = (T.alloc_fragment([rows], "float32") for _ in range(4))
+            chosen, cursor = (T.alloc_fragment([rows], "int32") for _ in range(2))
+
+            for r, d in T.Parallel(rows, D):
+                i_t = i_tile * tile + r // G
+                inside = (r < tile * G) & (i_t < tokens)
+                q_shared[r, d] = T.if_then_else(inside, q[i_b, T.min(i_t, tokens - 1), i_h, r % G, d], 0)
+            for i_u in T.Parallel(tile * K):
+                union_shared[i_u] = union_chunks[i_b, i_tile, i_h, i_u]
+            load_slots(
+                indices, weights if weighs else None, order, chunk_shared, weights_shared, i_tile * tile, tokens, tile,
+                K, heads_w, i_h, i_b,
+            )  # fmt: skip
+            # All threads fill the tiles above; automatic warp specialisation puts no barrier behind them.
+            T.sync_threads()
+            if config.q_registers:
+                q_local = T.alloc_fragment([rows, D], dtype)
+                T.copy(q_shared, q_local)
+            T.clear(acc_o)
+            if not weighs:
+                T.clear(row_sum)
+                T.fill(row_max, -T.infinity("float32"))
+            T.clear(cursor)
+
+            for i_u in T.Pipelined(union_len[i_b, i_tile, i_h], num_stages=config.num_stages):
+                i_c = union_chunks[i_b, i_tile, i_h, i_u]
+                T.copy(k[i_b, i_c, :, i_h, :], k_shared)
+                T.clear(acc_s)
+                T.gemm(
+                    q_local if config.q_registers else q_shared, k_shared, acc_s, transpose_B=True,
+                    policy=T.GemmWarpPolicy.FullRow,
+                )  # [rows, S]  # fmt: skip
+                if weighs:
+                    exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, chunk_len[i_c] if masked else None)
+                    union_weights(
+                        row_sum, cursor, union_shared[i_u], chunk_shared, weights_shared, 0, rows, G, tile, heads_w
+                    )
+                    for r, s in T.Parallel(rows, S):
+                        p[r, s] = acc_s[r, s] * row_sum[r]
+                else:
+                    union_chosen(chosen, cursor, union_shared[i_u], chunk_shared, rows, G, tile)
+                    running_rows(
+                        acc_s, acc_o, row_max, row_last, row_sum, row_part, chosen, rows, S, scale * LOG2E,
+                        chunk_len[i_c] if masked else None,
+                    )  # fmt: skip
+                    T.copy(acc_s, p)
+                T.copy(v[i_b, i_c, :, i_h, :], v_shared)
+                T.gemm(p, v_shared, acc_o, policy=T.GemmWarpPolicy.FullRow)  # [rows, D]
+
+            if not weighs:
+                finish_rows(acc_o, row_max, row_sum, rows)
+            T.copy(acc_o, q_shared)
+            for r, d in T.Parallel(tile * G, D):
+                if i_tile * tile + r // G < tokens:
+                    out[i_b, i_tile * tile + r // G, i_h, r % G, d] = q_shared[r, d]
+            if not weighs:
+                for r in T.Parallel(tile * G):  # a guard r < tile * G would take TileLang's prover half a minute
+                    if i_tile * tile + r // G < tokens:
+                        lse[i_b, i_tile * tile + r // G, i_h, r % G] = row_max[r]
 
     return hsa_fwd_union
