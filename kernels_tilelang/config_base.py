@@ -3,7 +3,7 @@
 A config stands in its program's file, above the builder; what two of them share stands here.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import ClassVar
 
@@ -26,13 +26,16 @@ MIN_PLACES = 16  # that the sort's network takes
 
 
 class Config:
-    """A program's config: its fields, and what its tile takes. One frozen subclass for each program."""
+    """A program's config: its fields, and what its tile takes. One frozen subclass for each program.
+
+    The docstring of the program's module says what a CTA owns; num_stages tiles of what streams by are in flight.
+    """
 
     DIRECTION: ClassVar[str]  # what it computes: a key of hsa_tl.problem.GEMMS
     OPTIONS: ClassVar[tuple] = ((),)  # its fields, as they may run without a table, in order of preference
     RESERVE: ClassVar[tuple] = ()  # the same, for shapes that no option fits
     VARIANTS: ClassVar[tuple] = ()  # what the tuner tries beside these
-    ON_CPU: ClassVar[dict] = {}  # on the CPU target, where only the tile's size matters
+    ON_CPU: ClassVar[tuple] = ()  # its fields on the CPU target, where only the tile's size matters
     of_retrieval: ClassVar[bool] = False  # its problem is the retrieval that chooses an attention's chunks
     sm_90a_only: ClassVar[bool] = False  # thread-level code, which the CPU target cannot run
     producer: ClassVar[bool] = False  # a warpgroup that only copies, the program's own or TileLang's
@@ -96,7 +99,7 @@ class Config:
     @classmethod
     def on_cpu(cls, p: Problem) -> "Config":
         """The config for the CPU target."""
-        return cls(**cls.ON_CPU)
+        return cls(*cls.ON_CPU)
 
     def loop_share(self, p: Problem) -> float:
         """Share of its inner loop's matrix products that a warpgroup executes; the others stand in another's branch."""
@@ -173,18 +176,19 @@ class GradientConfig(ChunkConfig):
         return None
 
 
+@dataclass(frozen=True)
 class TokenConfig(Config):
     """Of a program whose CTA owns one token and key/value head; num_stages chunks are in flight."""
 
-    threads: int
-    num_stages: int
-    TILES: ClassVar[int] = 1  # of [rows, D] in shared memory beside q
-    SCORES: ClassVar[int] = 1  # fragments [rows, S]
-    MOVED: ClassVar[int] = 2  # rows [G, D] to and from memory for a token
-    producer: ClassVar[bool] = True
-    OPTIONS: ClassVar[tuple] = ((128, 2), (128, 3), (64, 2))
-    RESERVE: ClassVar[tuple] = ((128, 1), (64, 1), (32, 2), (32, 1))  # a lone warp, an unpipelined loop
-    VARIANTS: ClassVar[tuple] = tuple(product((128, 64), (2, 3, 4, 1)))
+    threads: int = 128
+    num_stages: int = 2
+    TILES = 1  # of [rows, D] in shared memory beside q
+    SCORES = 1  # fragments [rows, S]
+    MOVED = 2  # rows [G, D] to and from memory for a token
+    producer = True
+    OPTIONS = ((128, 2), (128, 3), (64, 2))
+    RESERVE = ((128, 1), (64, 1), (32, 2), (32, 1))  # a lone warp, an unpipelined loop
+    VARIANTS = tuple(product((128, 64), (2, 3, 4, 1)))
 
     def rows(self, p):
         return padded_rows(p.G)
@@ -235,8 +239,8 @@ class AuxiliaryConfig(Config):
 class SelectConfig(AuxiliaryConfig):
     """Of a program that sorts keys in shared memory, and so places its own barriers."""
 
-    own_barriers: ClassVar[bool] = True
-    of_retrieval: ClassVar[bool] = True
+    own_barriers = True
+    of_retrieval = True
 
     @staticmethod
     def places(K: int) -> int:

@@ -10,7 +10,6 @@ are added to what is there, so that windows of tokens accumulate in a fixed orde
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -29,17 +28,12 @@ from hsa_tl.kernels_tilelang.macros import (
 
 @dataclass(frozen=True)
 class BwdChunkConfig(GradientConfig):
-    """A CTA owns a split of a chunk and key/value head: dk and dv in its registers, block_M gathered rows at a time.
-
-    reduce_add: dq by float32 atomics, else a row for each pair.
-    """
-
     block_M: int = 64
     threads: int = 128
     reduce_add: int = 0
-    DIRECTION: ClassVar[str] = "backward"
-    weighs: ClassVar[bool] = True  # each pair, and has dweights
-    VARIANTS: ClassVar[tuple] = tuple((m, t, add) for t, m, add in product((128, 256), (128, 64, 192), (0, 1)))
+    DIRECTION = "backward"
+    weighs = True  # each pair, and has dweights
+    VARIANTS = tuple((m, t, add) for t, m, add in product((128, 256), (128, 64, 192), (0, 1)))
 
     def pair_bytes(self, p):
         dq = {"reduce": 4 * p.G * p.D, "hbm": 0} if self.reduce_add else {"hbm": 2 * row_bytes(p)}

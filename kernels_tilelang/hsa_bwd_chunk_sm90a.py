@@ -12,7 +12,6 @@ thread to store; that thread's earlier stores have read it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -32,11 +31,11 @@ class BwdChunkSm90aConfig(BwdChunkConfig):
     block_M: int = 128
     threads: int = 256
     num_stages: int = 2
-    sm_90a_only: ClassVar[bool] = True
-    producer: ClassVar[bool] = True
-    moves_registers: ClassVar[bool] = True
-    producer_registers: ClassVar[int] = 56  # a tile's tokens
-    VARIANTS: ClassVar[tuple] = tuple((128, 256, add, n) for n in (1, 2, 3) for add in (0, 1))
+    sm_90a_only = True
+    producer = True
+    moves_registers = True
+    producer_registers = 56  # a tile's tokens
+    VARIANTS = tuple((128, 256, add, n) for n in (1, 2, 3) for add in (0, 1))
 
     def smem_bytes(self, p):
         tiles = 2 * (self.num_stages * self.block_M * p.D + p.S * p.D + self.block_M * p.S)

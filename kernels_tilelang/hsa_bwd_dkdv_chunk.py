@@ -8,7 +8,6 @@ no (T, N) mask: the pair index says who chose the chunk, in stable order, so the
 
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -18,14 +17,12 @@ from hsa_tl.kernels_tilelang.macros import LOG2E, gather_rows, softmax_and_delta
 
 @dataclass(frozen=True)
 class BwdDkdvChunkConfig(GradientConfig):
-    """A CTA owns one chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads."""
-
     block_M: int = 64
     threads: int = 128
-    DIRECTION: ClassVar[str] = "dkdv"
-    OPTIONS: ClassVar[tuple] = tuple(product((64, 128, 32, 16), (128, 256)))
-    RESERVE: ClassVar[tuple] = tuple(product((64, 128, 32, 16), (64,)))  # less than a warpgroup
-    VARIANTS: ClassVar[tuple] = tuple(product((64, 128, 192, 256), (128, 256)))
+    DIRECTION = "dkdv"
+    OPTIONS = tuple(product((64, 128, 32, 16), (128, 256)))
+    RESERVE = tuple(product((64, 128, 32, 16), (64,)))  # less than a warpgroup
+    VARIANTS = tuple(product((64, 128, 192, 256), (128, 256)))
 
     def pair_bytes(self, p):
         return {"l2": 2 * row_bytes(p), "hbm": 2 * row_bytes(p) / p.K}

@@ -5,25 +5,17 @@ One CTA owns a token and a key/value head: its G query heads are the rows, padde
 chunks stream through shared memory; dq and every delta stay on chip. The row statistics are recomputed.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import TokenConfig, padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, softmax_and_delta
 
 
-@dataclass(frozen=True)
 class BwdDqTokenConfig(TokenConfig):
-    """A CTA owns one token and key/value head; num_stages chunks are in flight."""
-
-    threads: int = 128
-    num_stages: int = 2
-    DIRECTION: ClassVar[str] = "dq"
-    TILES: ClassVar[int] = 2
-    SCORES: ClassVar[int] = 2
-    MOVED: ClassVar[int] = 3
+    DIRECTION = "dq"
+    TILES = 2
+    SCORES = 2
+    MOVED = 3
 
 
 def hsa_bwd_dq_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdDqTokenConfig):

@@ -7,7 +7,6 @@ empty slot was never written: it is not read. A token without a valid slot gets 
 
 from dataclasses import dataclass, replace
 from math import gcd, lcm
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -22,12 +21,10 @@ def _shared_out(vectors: int, threads: int) -> bool:
 
 @dataclass(frozen=True)
 class CombineConfig(AuxiliaryConfig):
-    """A CTA sums the partial rows of one token and key/value head, or of a few tokens; num_stages rows in flight."""
-
     threads: int = 256
     num_stages: int = 4
-    DIRECTION: ClassVar[str] = "combine"
-    ON_CPU: ClassVar[dict] = {"threads": 32, "num_stages": 2}
+    DIRECTION = "combine"
+    ON_CPU = (32, 2)
 
     def lanes(self, vectors: int) -> int:
         """A row's 16-byte vectors, padded to a power of two where whole rows do not share out among the threads."""

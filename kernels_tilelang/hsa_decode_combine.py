@@ -5,7 +5,6 @@ must be in flight at once. The sum is float32 and is cast once.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -15,11 +14,9 @@ from hsa_tl.kernels_tilelang.hsa_decode_split import split_counts
 
 @dataclass(frozen=True)
 class DecodeCombineConfig(AuxiliaryConfig):
-    """A CTA sums the num_splits partial rows of one query head of a token."""
-
     num_splits: int = 2
     threads: int = 256
-    DIRECTION: ClassVar[str] = "combine"
+    DIRECTION = "combine"
 
     def pair_bytes(self, p):
         moved = (p.G * p.D * 4 * self.num_splits + row_bytes(p)) / p.K

@@ -8,7 +8,6 @@ An empty slot reads `spare`, the page of another slot of the range, with weight 
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -36,12 +35,8 @@ def split_counts(p) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DecodeSplitConfig(TokenConfig):
-    """A CTA owns a num_splits-th of the slots of one token and key/value head; num_stages pages are in flight."""
-
-    threads: int = 128
-    num_stages: int = 2
     num_splits: int = 1
-    DIRECTION: ClassVar[str] = "decode"
+    DIRECTION = "decode"
 
     def ctas(self, p):
         return p.B * p.H * p.T * self.num_splits

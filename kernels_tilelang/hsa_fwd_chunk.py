@@ -7,7 +7,6 @@ reduce_add = 1 adds it to token t of a zeroed float32 `partial`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -17,19 +16,12 @@ from hsa_tl.kernels_tilelang.macros import LOG2E, add_pairs, split_begins, store
 
 @dataclass(frozen=True)
 class FwdChunkConfig(ChunkConfig):
-    """A CTA owns a split of a chunk and key/value head and takes block_M rows at a time: block_M // G pairs of G heads.
-
-    reduce_add: float32 reduce-add into the output, not a partial for each pair.
-    """
-
     block_M: int = 64
     threads: int = 128
     reduce_add: int = 0
-    DIRECTION: ClassVar[str] = "forward"
-    OPTIONS: ClassVar[tuple] = ((64, 128), (128, 128), (128, 256), (64, 128, 1), (128, 256, 1))
-    VARIANTS: ClassVar[tuple] = tuple(
-        (*x, add) for x in ((64, 128), (128, 128), (128, 256), (192, 128)) for add in (0, 1)
-    )
+    DIRECTION = "forward"
+    OPTIONS = ((64, 128), (128, 128), (128, 256), (64, 128, 1), (128, 256, 1))
+    VARIANTS = tuple((*x, add) for x in ((64, 128), (128, 128), (128, 256), (192, 128)) for add in (0, 1))
 
     def pair_bytes(self, p):
         read = row_bytes(p)

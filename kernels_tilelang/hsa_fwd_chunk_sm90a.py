@@ -11,7 +11,6 @@ lacks repeat the segment's last pair, so that a stage's bytes never vary, and ar
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
@@ -30,13 +29,13 @@ class FwdChunkSm90aConfig(FwdChunkConfig):
     block_M: int = 128
     threads: int = 256
     num_stages: int = 2
-    sm_90a_only: ClassVar[bool] = True
-    producer: ClassVar[bool] = True
-    moves_registers: ClassVar[bool] = True
-    producer_registers: ClassVar[int] = 40  # a tile's pair ids; with 32 ptxas spilled them
-    working_registers: ClassVar[int] = WORKING_REGISTERS - 4  # the producer has the gather's addresses
-    OPTIONS: ClassVar[tuple] = ((128, 256, 0, 3), (128, 256, 0, 2), (128, 256, 1, 3))
-    VARIANTS: ClassVar[tuple] = tuple((128, 256, add, n) for n in (3, 2, 4, 1) for add in (0, 1))
+    sm_90a_only = True
+    producer = True
+    moves_registers = True
+    producer_registers = 40  # a tile's pair ids; with 32 ptxas spilled them
+    working_registers = WORKING_REGISTERS - 4  # the producer has the gather's addresses
+    OPTIONS = ((128, 256, 0, 3), (128, 256, 0, 2), (128, 256, 1, 3))
+    VARIANTS = tuple((128, 256, add, n) for n in (3, 2, 4, 1) for add in (0, 1))
 
     def smem_bytes(self, p):
         tiles = 2 * p.S * p.D + self.num_stages * self.block_M * p.D

@@ -7,22 +7,14 @@ An empty slot reads `spare`, a chunk that the token chose elsewhere, with weight
 it synchronous.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import tilelang.language as T
 
 from hsa_tl.kernels_tilelang.config_base import TokenConfig, padded_rows
 from hsa_tl.kernels_tilelang.macros import LOG2E, chunk_or_spare, exp_rows, finish_rows, running_rows
 
 
-@dataclass(frozen=True)
 class FwdTokenConfig(TokenConfig):
-    """A CTA owns one token and key/value head; num_stages chunks are in flight."""
-
-    threads: int = 128
-    num_stages: int = 2
-    DIRECTION: ClassVar[str] = "forward"
+    DIRECTION = "forward"
 
 
 def hsa_fwd_token(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: FwdTokenConfig, weighs=True):

@@ -11,7 +11,6 @@ Keys and values must be finite: 0 * inf would reach the tokens of the tile that 
 
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -46,12 +45,12 @@ class FwdUnionConfig(Config):
     num_stages: int = 2
     q_registers: int = 0
     blocks: int = 0
-    DIRECTION: ClassVar[str] = "forward"
-    producer: ClassVar[bool] = True
-    moves_registers: ClassVar[bool] = True
-    OPTIONS: ClassVar[tuple] = ((192, 2), (128, 2), (64, 2), (64, 3))
-    RESERVE: ClassVar[tuple] = ((128, 1), (64, 1))
-    VARIANTS: ClassVar[tuple] = tuple(product((192, 128, 64), (2, 3, 4, 1), (0, 1), (0, 1, 2)))
+    DIRECTION = "forward"
+    producer = True
+    moves_registers = True
+    OPTIONS = ((192, 2), (128, 2), (64, 2), (64, 3))
+    RESERVE = ((128, 1), (64, 1))
+    VARIANTS = tuple(product((192, 128, 64), (2, 3, 4, 1), (0, 1), (0, 1, 2)))
 
     @property
     def threads(self):

@@ -8,9 +8,7 @@ read once for all block_M rows and multiplied for those alone that need it. The 
     the phase before the first, which counts as complete.
 """
 
-from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -21,13 +19,10 @@ from hsa_tl.kernels_tilelang.macros import LOG2E, exp_rows, load_slots, union_we
 ROWS = 64  # of a warpgroup
 
 
-@dataclass(frozen=True)
 class FwdUnionSm90aConfig(FwdUnionConfig):
-    """As FwdUnionConfig; a warpgroup skips the chunks that none of its own tokens chose."""
-
-    sm_90a_only: ClassVar[bool] = True
-    OPTIONS: ClassVar[tuple] = tuple(product((192, 128), (2, 3)))
-    RESERVE: ClassVar[tuple] = ()
+    sm_90a_only = True
+    OPTIONS = tuple(product((192, 128), (2, 3)))
+    RESERVE = ()
 
     def again(self, p, overlap):
         return union_chunks(p, self.pairs(p), overlap), union_chunks(p, ROWS // p.G, overlap)

@@ -7,7 +7,6 @@ shared memory: global memory serves additions to one place one after the other. 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -21,7 +20,7 @@ class PairsCountConfig(AuxiliaryConfig):
 
     block_M: int = 8
     threads: int = 256
-    DIRECTION: ClassVar[str] = "index"
+    DIRECTION = "index"
 
     def pair_bytes(self, p):
         return {"hbm": 4, "reduce": 4}

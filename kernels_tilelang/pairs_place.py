@@ -7,7 +7,6 @@ need no cursor: they are found for block_M tokens at once.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -17,11 +16,9 @@ from hsa_tl.kernels_tilelang.macros import segment_of
 
 @dataclass(frozen=True)
 class PairsPlaceConfig(AuxiliaryConfig):
-    """A CTA owns a block of tokens; it ranks the slots of block_M of them at a time."""
-
     block_M: int = 8
     threads: int = 128
-    DIRECTION: ClassVar[str] = "index"
+    DIRECTION = "index"
 
     def pair_bytes(self, p):
         return {"hbm": 4 + 4, "l2": 4 + 8 + 8 + 4}  # index, cursor read and written, pair

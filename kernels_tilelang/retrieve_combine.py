@@ -5,7 +5,6 @@ batch of `rows` after the other, and then the rows each other.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -19,8 +18,8 @@ class RetrieveCombineConfig(SelectConfig):
     """A CTA owns a token and a retrieval head; its threads hold RADIX keys each."""
 
     threads: int = 256
-    DIRECTION: ClassVar[str] = "combine"
-    ON_CPU: ClassVar[dict] = {"threads": 32}
+    DIRECTION = "combine"
+    ON_CPU = (32,)
 
     def rows_of(self, K: int) -> int:
         """Ranges' rows that the CTA holds at a time."""

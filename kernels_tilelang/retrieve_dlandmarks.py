@@ -6,7 +6,6 @@ token chose gets 0; an empty slot stands in no segment, so whatever gradient it 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -15,14 +14,12 @@ from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig,
 
 @dataclass(frozen=True)
 class RetrieveDlandmarksConfig(AuxiliaryConfig):
-    """A CTA owns a chunk of a retrieval head; it adds up block_M gathered rows of q_slc at a time."""
-
     block_M: int = 32
     threads: int = 128
-    DIRECTION: ClassVar[str] = "index"
-    OPTIONS: ClassVar[tuple] = ((32,), (16,))
-    ON_CPU: ClassVar[dict] = {"block_M": 8}
-    of_retrieval: ClassVar[bool] = True
+    DIRECTION = "index"
+    OPTIONS = ((32,), (16,))
+    ON_CPU = (8,)
+    of_retrieval = True
 
     def pair_bytes(self, p):
         return {"l2": p.D * p.itemsize + 8, "hbm": 4 + 32}  # pair; a sector of dscores

@@ -7,7 +7,6 @@ token, its keys are sorted in groups of P >= K, and halves of the groups meet un
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -23,14 +22,12 @@ FILL = 120  # CTAs that keep the most of 132 SMs busy
 
 @dataclass(frozen=True)
 class RetrieveSplitConfig(SelectConfig):
-    """A CTA owns block_N landmarks and TOKENS tokens of a retrieval head; num_stages tiles are in flight."""
-
     block_N: int = 1024
     threads: int = 128
     num_stages: int = 3
-    DIRECTION: ClassVar[str] = "scan"  # of landmarks: bytes are what it costs
-    producer: ClassVar[bool] = True
-    working_registers: ClassVar[int] = 80  # the sort's keys; with 72 ptxas spilled
+    DIRECTION = "scan"  # of landmarks: bytes are what it costs
+    producer = True
+    working_registers = 80  # the sort's keys; with 72 ptxas spilled
 
     def ctas(self, p):
         return p.B * p.R * -(-p.T // TOKENS) * -(-p.N // self.block_N)

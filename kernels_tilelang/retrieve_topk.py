@@ -10,7 +10,6 @@ tile's scores that equal the K-th best come behind it, for they are of later chu
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -21,18 +20,16 @@ from hsa_tl.kernels_tilelang.macros_topk import EMPTY, NONE, by_chunk, key_of, o
 
 @dataclass(frozen=True)
 class RetrieveTopkConfig(SelectConfig):
-    """A CTA owns block_M tokens of a retrieval head; num_stages tiles of block_N landmarks are in flight."""
-
     block_M: int = 128
     block_N: int = 128
     threads: int = 256
     num_stages: int = 2
-    DIRECTION: ClassVar[str] = "retrieve"
-    producer: ClassVar[bool] = True
-    working_registers: ClassVar[int] = 72  # the sort's keys; with 52 ptxas spilled
-    OPTIONS: ClassVar[tuple] = ((128, 64, 256, 2), (64, 64, 128, 2))
-    RESERVE: ClassVar[tuple] = ((128, 64, 256, 1), (64, 64, 128, 1))
-    ON_CPU: ClassVar[dict] = {"block_M": 16, "block_N": 32, "num_stages": 1}
+    DIRECTION = "retrieve"
+    producer = True
+    working_registers = 72  # the sort's keys; with 52 ptxas spilled
+    OPTIONS = ((128, 64, 256, 2), (64, 64, 128, 2))
+    RESERVE = ((128, 64, 256, 1), (64, 64, 128, 1))
+    ON_CPU = (16, 32, 256, 1)
 
     def rows(self, p):
         return self.block_M

@@ -4,18 +4,12 @@ P = exp(scores - lse) and dS = P * (dP - delta), dP = dout V^T, delta = rowsum(d
 pair needs nothing of the others. As hsa_bwd_chunk otherwise: dk and dv in registers, a row of dq for each pair.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from hsa_tl.kernels_tilelang.hsa_bwd_chunk import BwdChunkConfig, hsa_bwd_chunk
 
 
-@dataclass(frozen=True)
 class SelectedBwdChunkConfig(BwdChunkConfig):
-    """As BwdChunkConfig."""
-
-    DIRECTION: ClassVar[str] = "selected_backward"
-    weighs: ClassVar[bool] = False
+    DIRECTION = "selected_backward"
+    weighs = False
 
 
 def selected_bwd_chunk(*, G, D, S, K, masked, dtype, min_blocks, config: SelectedBwdChunkConfig):

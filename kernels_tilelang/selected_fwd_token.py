@@ -4,17 +4,11 @@ As hsa_fwd_token, with one softmax over all chunks: a running maximum, and the o
 Each chunk stands once in a row of indices. lse is the natural log-sum-exp.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from hsa_tl.kernels_tilelang.hsa_fwd_token import FwdTokenConfig, hsa_fwd_token
 
 
-@dataclass(frozen=True)
 class SelectedFwdTokenConfig(FwdTokenConfig):
-    """As FwdTokenConfig."""
-
-    DIRECTION: ClassVar[str] = "selected_forward"
+    DIRECTION = "selected_forward"
 
 
 def selected_fwd_token(*, G, D, S, K, masked, dtype, min_blocks, config: SelectedFwdTokenConfig):

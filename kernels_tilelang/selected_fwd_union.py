@@ -5,17 +5,11 @@ that did not choose the chunk adds nothing. Each chunk stands once in a row of i
 Keys and values must be finite, as there.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from hsa_tl.kernels_tilelang.hsa_fwd_union import FwdUnionConfig, hsa_fwd_union
 
 
-@dataclass(frozen=True)
 class SelectedFwdUnionConfig(FwdUnionConfig):
-    """As FwdUnionConfig."""
-
-    DIRECTION: ClassVar[str] = "selected_forward"
+    DIRECTION = "selected_forward"
 
 
 def selected_fwd_union(*, G, D, S, K, masked, dtype, min_blocks, config: SelectedFwdUnionConfig):

@@ -10,7 +10,6 @@ prefix sum says where.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import tilelang.language as T
 
@@ -26,8 +25,8 @@ class UnionIndexConfig(AuxiliaryConfig):
 
     block_M: int = 128
     threads: int = 128
-    DIRECTION: ClassVar[str] = "index"
-    OPTIONS: ClassVar[tuple] = ((192,), (128,), (64,))
+    DIRECTION = "index"
+    OPTIONS = ((192,), (128,), (64,))
 
     def padded_keys(self, G: int, K: int) -> int:
         """Slots of the tile, up to a power of two and one for each thread: else several threads would add for one."""
