@@ -53,7 +53,7 @@ class Config:
 
     def rows(self, p: Problem) -> int:
         """Rows of the tile that the tensor cores multiply."""
-        raise NotImplementedError
+        return self.block_M
 
     def pairs(self, p: Problem) -> int:
         """(token, chunk) pairs that one pass of the tile serves, at best."""
@@ -118,9 +118,6 @@ class ChunkConfig(Config):
     """Of a program whose CTA owns a chunk, or a split of its pairs, and a head, and takes block_M rows at a time."""
 
     block_M: int
-
-    def rows(self, p):
-        return self.block_M
 
     def pairs(self, p):
         return self.block_M // p.G

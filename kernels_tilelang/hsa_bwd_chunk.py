@@ -66,7 +66,7 @@ class BwdChunkConfig(GradientConfig):
 
 
 def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: BwdChunkConfig):
-    """weighs False: selected_bwd_chunk has lse and row_deltas in place of weights, of each row, and no dweights."""
+    """weighs False: selected_bwd_chunk has lse and delta in place of weights, of each row, and no dweights."""
     rows, weighs = config.block_M, config.weighs
     tile = rows // G  # pairs; rows past tile * G are padding
     divides = weighs and rows % G == 0
@@ -81,7 +81,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
         v: T.Tensor((B, N, S, H, D), dtype),
         weights: T.Tensor((B, tokens, H, heads_w, K), "float32") if weighs else None,
         lse: None if weighs else T.Tensor((B, tokens, H, G), "float32"),
-        row_deltas: None if weighs else T.Tensor((B, tokens, H, G), "float32"),
+        delta: None if weighs else T.Tensor((B, tokens, H, G), "float32"),
         pair: T.Tensor((pairs,), "int32"),
         begin: T.Tensor((segments,), "int64"),
         end: T.Tensor((segments,), "int64"),
@@ -108,7 +108,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
             acc_s, acc_dp = (T.alloc_fragment([rows, S], "float32") for _ in range(2))
             acc_dq = T.alloc_fragment([rows, D], "float32")
             acc_dk, acc_dv = (T.alloc_fragment([S, D], "float32") for _ in range(2))
-            row_max, row_sum, row_weight, delta = (T.alloc_fragment([rows], "float32") for _ in range(4))
+            row_max, row_sum, row_weight, acc_delta = (T.alloc_fragment([rows], "float32") for _ in range(4))
             row_lse2, row_delta = (T.alloc_fragment([rows], "float32") for _ in range(2))
             dw_sum = T.alloc_fragment([tile], "float32")
             first, last = (T.alloc_var("int64") for _ in range(2))
@@ -147,13 +147,13 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         for r in T.Parallel(rows):
                             row_lse2[r] = lse[i_b, slot_shared[r] // K, i_h, head(r)] * LOG2E
                         for r in T.Parallel(rows):
-                            row_delta[r] = row_deltas[i_b, slot_shared[r] // K, i_h, head(r)]
+                            row_delta[r] = delta[i_b, slot_shared[r] // K, i_h, head(r)]
 
                     tile_products(q_shared, k_shared, do_shared, v_shared, acc_s, acc_dp)
                     if weighs:
                         keys = chunk_len[i_c] if masked else None
                         exp_rows(acc_s, row_max, row_sum, rows, S, scale * LOG2E, keys)
-                        weigh_rows(acc_s, acc_dp, row_sum, row_weight, delta, rows, S, real, scale)
+                        weigh_rows(acc_s, acc_dp, row_sum, row_weight, acc_delta, rows, S, real, scale)
                     else:
                         for r, s in T.Parallel(rows, S):
                             acc_s[r, s] = T.if_then_else(
@@ -166,7 +166,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                     )
 
                     if weighs and heads_w == 1:
-                        T.copy(delta, delta_shared)
+                        T.copy(acc_delta, delta_shared)
                         T.clear(dw_sum)
                         for i_g in T.serial(G):
                             for m in T.Parallel(tile):
@@ -178,7 +178,7 @@ def hsa_bwd_chunk(*, G, D, S, K, heads_w, masked, dtype, min_blocks, config: Bwd
                         for r in T.Parallel(rows):
                             if r < real:
                                 slot = slot_shared[r]
-                                dweights[i_b, slot // K, i_h, head(r), slot % K] = delta[r]
+                                dweights[i_b, slot // K, i_h, head(r), slot % K] = acc_delta[r]
                     if config.reduce_add:
                         for r, d in T.Parallel(rows, D):
                             if r < real:

@@ -13,12 +13,6 @@ import tilelang.language as T
 from hsa_tl.kernels_tilelang.config_base import SMEM_ALIGNMENT, AuxiliaryConfig, power_of_two, row_bytes
 
 
-def _shared_out(vectors: int, threads: int) -> bool:
-    """Whether whole rows give each thread as much, a power of two of vectors."""
-    each = lcm(vectors, threads) // threads
-    return each == power_of_two(each)
-
-
 @dataclass(frozen=True)
 class CombineConfig(AuxiliaryConfig):
     threads: int = 256
@@ -27,8 +21,9 @@ class CombineConfig(AuxiliaryConfig):
     ON_CPU = (32, 2)
 
     def lanes(self, vectors: int) -> int:
-        """A row's 16-byte vectors, padded to a power of two where whole rows do not share out among the threads."""
-        return vectors if _shared_out(vectors, self.threads) else power_of_two(vectors)
+        """A row's 16-byte vectors, up to a power of two where whole rows would not give each thread such a number."""
+        each = lcm(vectors, self.threads) // self.threads
+        return vectors if each == power_of_two(each) else power_of_two(vectors)
 
     def tile(self, vectors: int) -> int:
         """Tokens of a CTA: the fewest that give every thread as much."""

@@ -74,17 +74,6 @@ class DecodeSplitConfig(TokenConfig):
         return cls(num_splits=2 if p.T == 1 < p.K else 1)
 
 
-@T.macro
-def load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P):
-    """The page of each slot from `first` on, -1 if it has none. Every address is clamped: nothing is out of bounds."""
-    for i in T.Parallel(page_shared.shape[0]):
-        chunk = indices[i_b, i_t, i_h, T.min(first + i, K - 1)]
-        page = page_table[i_b, T.max(T.min(chunk, N - 1), 0)]
-        valid = (first + i < K) & (chunk >= 0) & (chunk < N) & (page >= 0) & (page < P)
-        page_shared[i] = T.if_then_else(valid, page, -1)
-    T.sync_threads()
-
-
 def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSplitConfig, weighs=True):
     """weighs False: selected_decode_split has no weights but one softmax over all chunks, and lse."""
     rows, splits = padded_rows(G), config.num_splits
@@ -120,7 +109,12 @@ def hsa_decode_split(*, G, D, S, K, heads_w, dtype, min_blocks, config: DecodeSp
 
             i_t = i_x // splits
             first = i_x % splits * slots
-            load_pages(page_shared, indices, page_table, i_b, i_t, i_h, first, K, N, P)
+            for i in T.Parallel(slots):  # -1: none. Every address is clamped: nothing is out of bounds
+                chunk = indices[i_b, i_t, i_h, T.min(first + i, K - 1)]
+                page = page_table[i_b, T.max(T.min(chunk, N - 1), 0)]
+                valid = (first + i < K) & (chunk >= 0) & (chunk < N) & (page >= 0) & (page < P)
+                page_shared[i] = T.if_then_else(valid, page, -1)
+            T.sync_threads()
             spare = -1
             for i_k in T.serial(slots):
                 spare = T.max(spare, page_shared[i_k])

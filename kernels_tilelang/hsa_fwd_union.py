@@ -56,9 +56,6 @@ class FwdUnionConfig(Config):
     def threads(self):
         return 2 * self.block_M
 
-    def rows(self, p):
-        return self.block_M
-
     def ctas(self, p):
         return p.B * p.H * -(-p.T // self.pairs(p))
 

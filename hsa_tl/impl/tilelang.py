@@ -120,12 +120,11 @@ class Call:
     @classmethod
     def of(cls, q, k, v, weights, indices, pairs, chunk_len, scale, do=None, lse=None, delta=None) -> "Call":
         problem = targeted(Problem.of(q, k, weights, indices, chunk_len))
-        H = k.shape[3]
-        q, weights = (x if x is None else x.contiguous().unflatten(2, (H, -1)) for x in (q, weights))
-        lse, delta = (x if x is None else x.contiguous().unflatten(2, (H, -1)) for x in (lse, delta))
+        of_heads = (q, weights, do, lse, delta)
+        split = (k.shape[3], -1)  # heads
+        q, weights, do, lse, delta = (x if x is None else x.contiguous().unflatten(2, split) for x in of_heads)
         if chunk_len is None:
             chunk_len = torch.empty(k.shape[1], dtype=torch.int32, device=k.device)  # not read
-        do = None if do is None else do.contiguous().view_as(q)
         k, v, indices = (x.contiguous() for x in (k, v, indices))
         return cls(problem, q, k, v, weights, indices, pairs, chunk_len, scale, do, lse, delta)
 
