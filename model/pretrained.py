@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hsa_tl.files import write_together
+from hsa_tl.model import checkpoint
 from hsa_tl.model.config import ModelConfig
 from hsa_tl.model.model import Model
 from hsa_tl.model.recipe import Recipe, recipe_of
@@ -56,8 +57,6 @@ def shipped(name: str) -> Shipped:
 
 def trained(run_or_name: str | Path) -> tuple[Recipe, int, Callable[[Model], None]]:
     """The recipe of what `load` knows, how many of its steps were done, and what fills a model with the weights."""
-    from hsa_tl.model import checkpoint  # torch.distributed: only who loads needs it
-
     if isinstance(run_or_name, str) and run_or_name in shipped_names():
         about, path = shipped(run_or_name), FOLDER / f"{run_or_name}.safetensors"
         return recipe_of(about.recipe), about.steps, lambda model: model.load_state_dict(_weights(path, about))
