@@ -244,6 +244,6 @@ class SelfAttention(nn.Module):
             past = None if past is None else past + before
         return *self.over(q, k, v, past, with_lse), own_v
 
-    def over(self, q_BTAD, k_BPHD, v_BPHD, past_B: torch.Tensor | None, with_lse: bool):
+    def over(self, q_BTAD, k_BPHD, v_BPHD, past_B: torch.Tensor | None = None, with_lse: bool = False):
         """out [B, T, A, D] and log-sum-exp [B, T, A] or None of the last T tokens of P; past: see `windowed`."""
         return windowed(q_BTAD, k_BPHD, v_BPHD, self.window, past_B, with_lse)

@@ -24,7 +24,7 @@ class MixtureOfBlockAttention(SelfAttention):
         super().__init__(dim, heads, kv_heads, head_dim, **options)
         self.chunk_size, self.topk, self.impl = chunk_size, topk, impl
 
-    def over(self, q_BTAD, k_BPHD, v_BPHD, past_B, with_lse):
+    def over(self, q_BTAD, k_BPHD, v_BPHD, past_B=None, with_lse=False):
         """As SelfAttention.over, with the log-sum-exp in any case."""
         return each_whole(self._over, past_B, q_BTAD, k_BPHD, v_BPHD)
 
