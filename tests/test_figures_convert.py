@@ -137,5 +137,19 @@ def test_figures_of_far_keys():
     told.append("{:.0f} % of the time of a prompt's token at 4K, {:.0f} % of a token's behind it".format(*more))
     pair = (cost["chunks"]["2048"][x] for x in ("recency", "none"))
     told.append("64 of 2048 chunks for a token of a layer in {:.0f} µs instead of {:.0f}".format(*pair))
-    commits = {row["commit"] for row in (*found["rows"], cost, cost["positions"])}
+    again = found["again"]
+    nats = {(r["length"], r["selection"], r["chunks"]): r["nats"] for r in again["rows"] if r["recency"] != 0}
+    landmark = [nats[65536, "landmark", n] for n in (16, 256, 1024)]
+    shown = (nats[65536, "landmark", 64], nats[65536, "mass", 64], *landmark, nats[65536, None, 0])
+    told.append(
+        "have {:.3f} nats a token, by exact mass {:.3f}; with 16, 256 and 1024 chunks {:.3f}, {:.3f} and {:.3f}"
+    )
+    told[-1] = (told[-1] + ", by window and sinks alone {:.3f}.").format(*shown)
+    shown = (nats[8192, "landmark", n] for n in (16, 64, 256))
+    told.append("16, 64 and 256 have {:.3f}, {:.3f} and {:.3f}.".format(*shown))
+    usual, *others = (np.array(row["nats"]) for row in again["masses"]["rows"])
+    first, second = (others - usual).T
+    text = "in {} ways, cost the first haystack {:.3f} to {:.3f} nats at 8K and gained the second {:.3f} at best"
+    told.append(text.format(len(others), first.min(), first.max(), -second.min()))
+    commits = {row["commit"] for row in (*found["rows"], cost, cost["positions"], again)}
     assert all(x in words(page) for x in (*told, *commits))
