@@ -108,8 +108,10 @@ def call(function: Callable, *args, **kwargs):
 
     try:
         return _pool.submit(work).result()
-    except BaseException:
+    except BaseException as error:
         job.abandoned = True
+        if "cannot schedule new futures" in str(error):  # the interpreter ends, but a thread of the program goes on
+            return function(*args, **kwargs)
         raise
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -266,6 +267,33 @@ def test_after_a_fork(use):
     child.start()
     child.join(60)
     assert child.exitcode == 0 and queue.get() == (3, True)
+
+
+AT_THE_END = """
+import atexit, threading, time, torch
+from hsa_tl import build_pairs, workers
+workers.cores = lambda: 2
+torch.set_num_threads(2)
+indices = torch.zeros(1, 9, 1, 2, dtype=torch.int32)
+
+def work(i):
+    time.sleep(0.5)
+    return i
+
+def spread(n):
+    build_pairs(indices, 1)
+    workers.call(workers.each, range(n), work, found.append)
+
+found = []
+atexit.register(lambda: print(sorted(found), build_pairs(indices, 1).offsets.tolist()))
+threading.Thread(target=lambda: [spread(n) for n in (2, 3, 4)]).start()
+"""
+
+
+def test_threads_that_outlive_the_main_one():
+    """A program's own threads run on when its last line is done; a pool's take no more work then."""
+    run = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("[0, 0, 0, 1, 1, 1, 2, 2, 3] [0, 18]\n", "")
 
 
 def _write(root, files):
