@@ -174,6 +174,8 @@ class Cache:
         waits = {"hsa", "swa"}.issuperset(c.kinds[c.lower_layers :]) and self.budget is None
         self.waiting = Tail(self.counts, upper_reach + undo) if waits else None
 
+    @torch.inference_mode(False)  # what it keeps is changed in place, outside of that mode too
+    @torch.no_grad()
     def advance(
         self, model, input_ids: torch.Tensor, lengths: torch.Tensor | list[int] | None = None,
         keep: int | None = None, states: list | None = None,
@@ -279,6 +281,7 @@ class Cache:
         memory_file.write(Path(path), tensors, FORMAT, state=json.dumps(state), **spec)
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, model, path: Path | str, **options) -> "Cache":
         """The cache that `save` wrote, see `Model.load_cache`."""
         for name in ("undo", "budget"):

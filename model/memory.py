@@ -56,6 +56,7 @@ class PagedMemory:
         ValueError: a size that is not a positive int, or a directory on a GPU without offload.
     """
 
+    @torch.inference_mode(False)  # its tensors are changed in place, outside of that mode too
     def __init__(
         self, spec: MemorySpec, *, device: torch.device | str = "cpu", capacity: int = 256,
         pages: int | None = None, offload: bool = False, cache_pages: int | None = None, two_level: bool = False,
@@ -102,6 +103,7 @@ class PagedMemory:
         """Chunks of the longest sequence."""
         return max(self.held)
 
+    @torch.inference_mode(False)
     def reserve(self, pages: int, chunks: int) -> None:
         """Makes room for so many pages, and for so many chunks of each sequence."""
         B, dtype = self.spec.batch, self.spec.dtype

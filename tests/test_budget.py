@@ -52,6 +52,19 @@ def test_the_least_read_goes_and_a_pinned_chunk_stays(options):
     assert memory.pages == 2 * 5 and memory.held == [46, 46]
 
 
+@each_kind
+def test_a_memory_made_in_inference_mode_is_changed_outside(options):
+    with torch.inference_mode():
+        memory = PagedMemory(replace(SPEC, batch=BATCH), budget=2, **options)
+        step(memory, 70)
+    reads(memory, [[69, 3], [68, 2]])
+    memory.pin(0, [7])
+    step(memory, 100)
+    memory.free(0)
+    memory.fork(1, 0)
+    assert [kept(memory, b) for b in range(BATCH)] == [[*range(68, 170)]] * 2
+
+
 def test_worth_is_mass_over_age():
     """A younger chunk with less mass outlives an older one with more."""
     for times, want in ((3, [0, 5, 6]), (2, [3, 5, 6])):  # 3 / 5 > 1 / 2 > 2 / 5

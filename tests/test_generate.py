@@ -165,6 +165,20 @@ class Letters(Tokenizer):
         return ord(text[1]) - 65 if text[0] == "<" else None
 
 
+@pytest.mark.parametrize("attention", ("hsa", "swa", "selected"))
+def test_a_turn_read_in_inference_mode_is_continued_outside(attention, tmp_path):
+    """PyTorch lets nobody change a tensor of that mode in place outside of it: a cache holds none."""
+    model, (first, second) = Model(replace(SMALL, attention=attention)).eval(), prompts((70, 3))
+    want = greedy(model, torch.cat([first, second]), 20)
+    with torch.inference_mode():
+        cache = model.new_cache(1, capacity=16)
+        model(first[None], cache=cache)
+        cache.save(tmp_path / "turn")
+        loaded = model.load_cache(tmp_path / "turn")
+    for each in (cache, loaded):
+        assert torch.equal(model.generate([second], 20, cache=each)[0], want[len(first) :])
+
+
 def test_stop_strings(model):
     model.tokenizer = Letters()
     rows = prompts()
