@@ -8,7 +8,7 @@ capacity has one slab, and then neither costs anything.
 Shapes: as in hsa_tl.model.hsa; C chunks.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from hsa_tl.model import memory_file
 from hsa_tl.model.budget import count, evict, retrieve_kept
 from hsa_tl.model.chunk_memory import chunk_scores, of_slots
 from hsa_tl.model.memory_file import MemorySpec
-from hsa_tl.model.pages import PageCache, PageCounts, Slabs, mapped, parts, read, write
+from hsa_tl.model.pages import FETCHED, PageCache, PageCounts, Slabs, each_part, mapped, read, write
 from hsa_tl.validation import require
 
 BLOCK = 64  # landmarks that share a bound
@@ -321,11 +321,12 @@ class PagedMemory:
         count(self, weights, indices)
         if weights is None:
             return self._one_softmax(q, indices, scale, impl)[0]
-        found = ((k, v, weights, part, table) for k, v, part, table in parts(self, indices))
-        return reduce(torch.add, (hsa_decode(q, *x, scale=scale, impl=impl) for x in found))
+        attend = lambda k, v, *places: hsa_decode(q, k, v, weights, *places, scale=scale, impl=impl)  # noqa: E731
+        return reduce(torch.add, each_part(self, indices, attend))
 
     def _one_softmax(self, q, indices, scale: float | None, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return merge_attention(*(selected_decode(q, *x, scale=scale, impl=impl) for x in parts(self, indices)))
+        attend = partial(selected_decode, q, scale=scale, impl=impl)
+        return merge_attention(*each_part(self, indices, attend))
 
     def masses(
         self, q: torch.Tensor, indices: torch.Tensor, *, scale: float | None = None, impl: str = "auto"
@@ -350,7 +351,8 @@ class PagedMemory:
         """
         if self.cache is not None:
             pages = self.pages_of(indices).unique().tolist()
-            self.cache.fetch([p for p in pages if p >= 0][: self.cache.size], self.k_slabs, self.v_slabs)
+            with FETCHED:
+                self.cache.fetch([p for p in pages if p >= 0][: self.cache.size], self.k_slabs, self.v_slabs)
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file; `path` then holds all of it or what it held before.

@@ -2,13 +2,15 @@
 
 import math
 import tempfile
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 Slabs = list[torch.Tensor]
+FETCHED = threading.Lock()  # of whoever reads fetched pages: no other thread fetches into their place
 
 
 def placed(slabs: Slabs) -> Iterator[tuple[int, torch.Tensor]]:
@@ -53,19 +55,21 @@ def best_slots(scores: torch.Tensor, indices: torch.Tensor, topk: int) -> tuple[
     return scores.gather(-1, order), indices.gather(-1, order)
 
 
-def parts(memory, indices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Disjoint parts of a selection of a `PagedMemory`: k and v to read, the chunks of the part, their places in k."""
+def each_part(memory, indices: torch.Tensor, attend: Callable) -> list:
+    """attend(k, v, chunks, their places in k) of disjoint parts of a selection of a `PagedMemory`."""
     page = None if memory.cache is None and len(memory.k_slabs) == 1 else memory.pages_of(indices)
     if page is None:
-        yield memory.k_slabs[0], memory.v_slabs[0], indices, memory.page_table
-    elif memory.cache is None:
+        return [attend(memory.k_slabs[0], memory.v_slabs[0], indices, memory.page_table)]
+    if memory.cache is None:
+        parts = []
         for (first, k), v in zip(placed(memory.k_slabs), memory.v_slabs, strict=True):
             elsewhere = (page >= 0) & ((page < first) | (page >= first + len(k)))
-            yield k, v, torch.where(elsewhere, -1, indices), memory.page_table - first
-    else:
-        if memory.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
-            raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {memory.held}")
-        yield from memory.cache.parts(page, memory.k_slabs, memory.v_slabs)
+            parts.append(attend(k, v, torch.where(elsewhere, -1, indices), memory.page_table - first))
+        return parts
+    if memory.device.type == "cpu" and bool(((page < 0) & (indices != -1)).any()):
+        raise ValueError(f"indices must lie in [-1, chunks), the chunks that each sequence holds: {memory.held}")
+    with FETCHED:
+        return [attend(*part) for part in memory.cache.parts(page, memory.k_slabs, memory.v_slabs)]
 
 
 def mapped(directory: Path | str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from strategies import Dims, make_call
 
 from hsa_tl import hsa_attention, retrieve_chunks
+from hsa_tl.model import MemorySpec, PagedMemory
 from hsa_tl.testing import run_with_gradients
 
 S = 16
@@ -51,6 +52,25 @@ def test_retrieval():
     alone = [retrieve_chunks(*x, 2, chunk_size=S)[1] for x in inputs]
     calls = [lambda x=x: retrieve_chunks(*x, 2, chunk_size=S, impl="triton")[1] for x in inputs]
     for want, results in zip(alone, in_threads(calls), strict=True):
+        for got in results:
+            assert not isinstance(got, BaseException), got
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("cache_pages", (2, 20))
+def test_an_offloaded_memory(cache_pages):
+    """One cache of pages for all: unlocked, threads read what others had fetched into its place."""
+    memory = PagedMemory(MemorySpec(1, 1, 64, 1, 8, S), offload=True, cache_pages=cache_pages)
+    memory.append(0, *torch.randn(2, 40 * S, 1, 64), torch.randn(40, 1, 8))
+    inputs = [(torch.randn(1, 1, 2, 64), torch.rand(1, 1, 1, 8), torch.randperm(40)[:8].view(1, 1, 1, 8).int())]
+    inputs += [(q + 1, w, (i + 8 * n) % 40) for n in range(1, 6) for q, w, i in inputs[:1]]
+
+    def attend(q, weights, indices):
+        memory.prefetch(indices)
+        return torch.stack([memory.attend(q, x, indices) for x in [weights, None] * 20])
+
+    alone = [attend(*x) for x in inputs]
+    for want, results in zip(alone, in_threads([lambda x=x: attend(*x) for x in inputs]), strict=True):
         for got in results:
             assert not isinstance(got, BaseException), got
             assert torch.equal(got, want)
