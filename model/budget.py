@@ -66,7 +66,7 @@ def retrieve_kept(memory, q_slc, lengths: torch.Tensor | int, topk: int, *, impl
         raise NotImplementedError(f"impl must be auto or reference where chunks were evicted, got {impl!r}")
     (B, T, R, _), parts = q_slc.shape, []
     step = max(1, SCORES // (B * R * memory.longest))
-    for a in range(0, T, step):
+    for a in range(0, max(1, T), step):
         scores = memory.scores(q_slc[:, a : a + step], lengths + a, **options)
         scores = F.pad(scores, (0, max(0, topk - memory.longest)), value=-torch.inf)
         every = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)

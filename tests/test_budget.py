@@ -119,6 +119,8 @@ def test_empty_slots_come_last_however_many_chunks_are_asked_for():
         row = memory.retrieve(torch.randn(BATCH, 1, H, E), 6 * S, topk)[1][0, 0, 0].tolist()
         n = min(topk, 3)
         assert row == sorted(row[:n]) + [-1] * (topk - n) and set(row[:n]) <= {3, 4, 5}, topk
+    scores, indices = memory.retrieve(torch.randn(BATCH, 0, H, E), 6 * S, K)
+    assert scores.shape == indices.shape == (BATCH, 0, H, K)
 
 
 @each_kind
