@@ -216,7 +216,7 @@ class PagedMemory:
         require(self.budget is not None, "chunks", "be pinned in a memory with a budget", f"{chunks} in one without")
         held, evicted = self.held[sequence], self.evicted[sequence]
         for chunk in chunks:
-            if chunk in evicted or not 0 <= chunk < held:
+            if chunk in evicted or chunk not in range(held):
                 why = ", which it evicted" if chunk in evicted else f" of {held}"
                 raise ValueError(f"chunks must be such as sequence {sequence} holds, got {chunk}{why}")
         self.mass[sequence, chunks] = torch.inf
@@ -292,8 +292,8 @@ class PagedMemory:
         if any(self.evicted):
             return retrieve_kept(self, q_slc, lengths, topk, **options)
         lengths = torch.full_like(self.chunks, lengths) if isinstance(lengths, int) else lengths
-        options |= {"chunk_size": self.spec.chunk_size, "bounds": self.bounds if self.two_level else None}
-        return retrieve_decode(q_slc, self.marks, lengths, topk, chunks=self.chunks, **options)
+        own = {"chunk_size": self.spec.chunk_size, "bounds": self.bounds if self.two_level else None}
+        return retrieve_decode(q_slc, self.marks, lengths, topk, chunks=self.chunks, **own, **options)
 
     def scores(self, q_slc: torch.Tensor, lengths: torch.Tensor | int, **options) -> torch.Tensor:
         """[B, T, R, longest] of every chunk, see hsa_tl.model.chunk_memory.Memory; one where no sequence holds any."""

@@ -169,6 +169,7 @@ def test_who_asks_for_an_evicted_chunk_is_told_which(options):
         (lambda: reads(memory, [[2, 3], [3, 4]]), "must lie in"),
         (lambda: memory.pin(0, [2, 1]), "chunks must be such as sequence 0 holds, got 1, which it evicted"),
         (lambda: memory.pin(0, [4]), "chunks must be such as sequence 0 holds, got 4 of 4"),
+        (lambda: memory.pin(0, [2.5]), "chunks must be such as sequence 0 holds, got 2.5 of 4"),
         (lambda: memory.replace(0, *chunks(1), start=1), "start must be of chunks that the sequence holds"),
         (lambda: memory.retrieve(torch.randn(BATCH, 1, H, E), 64, K, impl="triton"), "impl must be auto or reference"),
         (

@@ -324,6 +324,8 @@ def test_bad_options():
         PagedMemory(SPEC, cache_pages=64)
     with pytest.raises(ValueError, match="heads must be a positive int, got 0"):
         dataclasses.replace(SPEC, heads=0)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'chunk_size'"):
+        PagedMemory(SPEC).retrieve(torch.zeros(3, 1, H, E), 64, K, chunk_size=64)
 
 
 @pytest.mark.parametrize("topk", (K, "all"))
