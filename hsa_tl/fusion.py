@@ -84,7 +84,8 @@ def fusion_weights(
     require(scores.ndim and scores.shape[-1], "scores", "have a last dimension of at least one slot", shape_of(scores))
     require(scores.dtype in FLOATS, "scores", "have a floating dtype", scores.dtype)
     require(isinstance(kind, str) and kind in KINDS, "kind", f"be one of {', '.join(KINDS)}", repr(kind))
-    require((swa_lse is not None) == (kind == "joint"), "swa_lse", 'be given for kind="joint" only', f"kind={kind!r}")
+    rule, given = 'be given for kind="joint", and for no other', "None" if swa_lse is None else "one"
+    require((swa_lse is not None) == (kind == "joint"), "swa_lse", rule, f"{given} with kind={kind!r}")
     if scores.dtype in (torch.bfloat16, torch.float16):
         scores = scores.float()
     if kind != "joint":
