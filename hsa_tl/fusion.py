@@ -129,6 +129,7 @@ def top_p_chunks(scores: torch.Tensor, indices: torch.Tensor, p: float) -> tuple
     require_float("scores", scores)
     require_tensor("indices", indices, 4, scores, torch.int32)
     require(scores.shape == indices.shape, "indices", f"have scores' shape {list(scores.shape)}", shape_of(indices))
+    require(scores.shape[3] > 0, "scores", "have a last dimension of at least one slot", shape_of(scores))
     require(0 < p <= 1, "p", "lie in (0, 1]", p)
     if p == 1:
         return scores, indices

@@ -252,6 +252,7 @@ def test_top_p_takes_scores_and_indices():
     for scores, indices, words in (
         (x, x, "indices must have dtype int32"),
         (x.int(), x.int(), "scores must have dtype"),
+        (x[..., :0], x[..., :0].int(), "scores must have a last dimension of at least one slot"),
     ):
         with pytest.raises(ValueError, match=words):
             top_p_chunks(scores, indices, 0.5)
