@@ -56,7 +56,7 @@ def count(memory, weights: torch.Tensor | None, indices: torch.Tensor) -> None:
     require(weights is not None, "weights", "be given to a memory with a budget, which goes by them", None)
     mass = memory.mass
     valid = (indices >= 0) & (indices < mass.shape[1])
-    weights = weights.unflatten(2, (indices.shape[2], -1)).mean(3).masked_fill(~valid, 0)
+    weights = weights.unflatten(2, (indices.shape[2], -1)).mean(3).masked_fill(~valid, 0).nan_to_num(0)
     mass.scatter_add_(1, indices.masked_fill(~valid, 0).flatten(1).long(), weights.flatten(1).to(mass.dtype))
 
 

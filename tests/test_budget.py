@@ -78,6 +78,16 @@ def test_worth_is_mass_over_age():
         assert [kept(memory, b) for b in range(BATCH)] == [want] * 2
 
 
+def test_weights_of_nan_keep_no_chunk():
+    memory = PagedMemory(replace(SPEC, batch=BATCH), budget=2)
+    step(memory, 6)
+    reads(memory, [[4], [4]])
+    indices = int32([0, 1, 2]).expand(BATCH, 1, H, 3).contiguous()
+    memory.attend(torch.randn(BATCH, 1, H * G, D), torch.full(indices.shape, torch.nan), indices)
+    step(memory)
+    assert [kept(memory, b) for b in range(BATCH)] == [[4, 5, 6]] * 2
+
+
 @each_kind
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_what_is_evicted_is_never_chosen(options, form):
