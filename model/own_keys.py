@@ -143,7 +143,7 @@ class OwnKeys:
         T = indices_BTHK.shape[1]
         real = torch.arange(tokens - T, tokens)[:, None, None] < torch.tensor(self.counts[rows])[:, None, None, None]
         weights = fusion_weights(scores_BTHK.masked_fill(indices_BTHK < 0, -torch.inf)) * real.to(scores_BTHK.device)
-        weights = (weights / indices_BTHK.shape[2]).flatten(1).to(self.mass.dtype)
+        weights = (weights / indices_BTHK.shape[2]).flatten(1).to(self.mass.dtype).nan_to_num(0)
         self.mass[rows].scatter_add_(1, indices_BTHK.clamp(min=0).flatten(1).long(), weights)
 
     @torch.no_grad()
