@@ -7,18 +7,12 @@ import warnings
 import torch
 
 from hsa_tl import workers
+from hsa_tl.validation import check_cu_seqlens
 
 BLOCK_SCORES = 1 << 19  # scores held at once: 2 MB of float32, which a CPU's cache holds
 BLOCK_TOKENS = 1 << 10  # at once: a few blocks even of a short sequence, for the workers to share
 TILE_CHUNKS = 1 << 15  # landmarks at once
 ROWS, COLUMNS = 16, 64  # of a matrix product at least; see _scores
-
-
-def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
-    """ValueError unless cu_seqlens rises from 0 to T."""
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != T or sorted(ends) != ends:
-        raise ValueError(f"cu_seqlens must rise from 0 to the token count {T}, got {ends}")
 
 
 def sequences(cu_seqlens, T, N, chunk_size):

@@ -235,6 +235,13 @@ def require_weights(weights: torch.Tensor, q: torch.Tensor, indices: torch.Tenso
         require(False, "weights", f"have dtype {weights_dtype}", weights.dtype)
 
 
+def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
+    """ValueError unless cu_seqlens rises from 0 to T."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != T or sorted(ends) != ends:
+        raise ValueError(f"cu_seqlens must rise from 0 to the token count {T}, got {ends}")
+
+
 def check_past(indices: torch.Tensor, T_kv: int, chunk_size: int, cu_seqlens: torch.Tensor | None) -> None:
     """ValueError where a token chose a chunk that is not whole and past.
 
@@ -246,6 +253,7 @@ def check_past(indices: torch.Tensor, T_kv: int, chunk_size: int, cu_seqlens: to
         position = position + max(0, T_kv - T)
     else:
         require_cu_seqlens(cu_seqlens, indices)
+        check_cu_seqlens(cu_seqlens, T)
         sequence = torch.searchsorted(cu_seqlens[1:], position.int(), right=True).clamp(max=len(cu_seqlens) - 2)
         position = position - cu_seqlens[sequence]
     whole = (position // chunk_size)[None, :, None, None]

@@ -216,8 +216,13 @@ def test_flags_are_bools(name, value):
             function(*given, chunk_size=S, **{name: value})
 
 
+OFFSETS = (
+    [0, 32], torch.tensor([[0, 32]]).int(), torch.tensor([0, 32]), int32(5, 32), int32(0, 9), int32(0, 20, 9, 32),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("validate", (None, True))
-@pytest.mark.parametrize("cu_seqlens", ([0, 32], torch.tensor([[0, 32]]).int(), torch.tensor([0, 32])))
+@pytest.mark.parametrize("cu_seqlens", OFFSETS)
 def test_offsets_are_checked_before_they_are_used(cu_seqlens, validate):
     q, k, v, weights, indices = calls(32)
     for function, given in ((hsa_attention, (weights,)), (selected_attention, ())):
