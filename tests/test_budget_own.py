@@ -64,6 +64,15 @@ def test_the_least_read_for_its_age_goes_and_a_pinned_chunk_stays(times, gone):
             cache.pin(0, [chunk])
 
 
+def test_scores_of_nan_keep_no_chunk():
+    cache = keys_of(2)
+    store(cache, SINKS + 5 * S + W)
+    for chunk in range(4):
+        reads(cache, chunk, torch.nan if chunk < 3 else 0.0)
+    store(cache)
+    assert cache.evicted == [[0, 1, 2]]
+
+
 def test_what_is_taken_back_keeps_no_mass():
     cache = keys_of(3, undo=2 * W)
     store(cache, SINKS + 5 * S + W)
