@@ -158,10 +158,11 @@ def config_json(config: object) -> str:
     if not isinstance(config, dict):
         raise TypeError(f"config must be a dict from program name to its config, got {type(config).__name__}")
     x = config.get("overlap", 0)
-    require(isinstance(x, (int, float)) and 0 <= x <= 1, "config['overlap']", "be a number in [0, 1]", repr(x))
+    require(isinstance(x, (int, float)) and 0 <= x <= 1, "config['overlap']", "be a number in [0, 1]", lambda: repr(x))
     named = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in config.items()}
     for k, v in named.items():
-        require(k == "overlap" or isinstance(v, dict), "config", "hold a dict for each program", f"{k!r}: {v!r}")
+        if k != "overlap":
+            require(isinstance(v, dict), "config", "hold a dict for each program", f"{k!r}: {v!r}")
     return _json(named)
 
 
@@ -174,7 +175,8 @@ def _json(x: object) -> str:
     if isinstance(x, bool):
         return "true" if x else "false"
     if isinstance(x, (int, float)) and abs(x) < math.inf:
-        return repr(x)
+        n, d = x.as_integer_ratio()  # torch.compile makes a constant of a float that changed only by this
+        return repr(n / d if isinstance(x, float) else n)
     require(isinstance(x, str) and x.isidentifier(), "config", "hold names and finite numbers", lambda: repr(x))
     return f'"{x}"'
 

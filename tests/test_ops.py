@@ -5,6 +5,7 @@ import sys
 import textwrap
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -207,6 +208,19 @@ def test_compile_packed_sequences(layer):
         eager, actual = (_out_and_gradients(f, inputs, do, cu_seqlens=cu_seqlens) for f in (layer, compiled))
         for a, b in zip(actual, eager, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_an_overlap_that_changes():
+    """From its second value on it is an input of the graph. A mean by NumPy is a float too."""
+    torch._dynamo.reset()
+    call = make_call(Dims(T=20, T_kv=20))[:5]
+
+    def attend(overlap):
+        return hsa_attention(*call, chunk_size=S, config={"overlap": overlap})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for overlap in (0.25, 0.5, 0.75):
+        assert torch.equal(compiled(overlap), attend(np.float64(overlap)))
 
 
 @each_layer
