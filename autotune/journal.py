@@ -42,6 +42,5 @@ class Journal:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = (b"\n" if self.torn else b"") + json.dumps(entry).encode() + b"\n"
-        self.torn = False
         with self.path.open("ab", buffering=0) as file:  # unbuffered: one write
-            file.write(line)
+            self.torn = file.write(line) < len(line)  # which a full disk cuts short

@@ -1,5 +1,6 @@
 """What the machine does to the tuner is no result: full disks and memory, a time that is up; and whose timer it has."""
 
+import resource
 import time
 from dataclasses import replace
 
@@ -43,6 +44,20 @@ def test_another_version_is_measured_anew(tmp_path, monkeypatch):
         gpu = FakeGpu()
         seen = run(gpu, rows, journal=Journal(tmp_path / name))
         assert len(gpu.checked()) == len(rows) and not any(r["error"] for r in seen)
+
+
+def test_a_record_that_a_full_disk_cut_takes_no_other_with_it(tmp_path):
+    """A write of which a part fits is no error of the system's."""
+    path, limits = tmp_path / "j.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal = Journal(path)
+    journal.add({"a": 1}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        journal.add({"a": 2}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal.add({"a": 3}, {})
+    assert [name for name, _ in Journal(path).all()] == [{"a": 1}, {"a": 3}]
 
 
 def test_a_full_disk_is_no_property_of_a_program(monkeypatch):
