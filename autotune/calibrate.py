@@ -43,7 +43,10 @@ def samples(journal: Journal, device: str) -> list[Sample]:
     found = []
     for name, entry in journal.all(kind="measured", device=device):
         problem = problem_of(name)
-        programs = [(program, configs.parse(program, config)) for program, config in name["programs"].items()]
+        try:
+            programs = [(program, configs.parse(program, config)) for program, config in name["programs"].items()]
+        except ValueError:  # of a program or a field that is no more
+            continue
         read = [journal.get({"kind": "static", **static.identity(x, problem, config)}) for x, config in programs]
         if entry.get("error") or None in read or any(x["error"] for x in read) or not entry["rounds"]:
             continue

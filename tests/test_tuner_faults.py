@@ -9,7 +9,7 @@ import torch
 from test_tuner import CASE, UNION, no_machine, ranked, run  # noqa: F401
 from tuning import FakeGpu, compile_by, fake_compiler
 
-from hsa_tl.autotune import measure, static, tuner
+from hsa_tl.autotune import calibrate, measure, static, tuner
 from hsa_tl.autotune.journal import Journal
 from hsa_tl.bench import timing
 from hsa_tl.kernels_tilelang import config as configs
@@ -44,6 +44,17 @@ def test_another_version_is_measured_anew(tmp_path, monkeypatch):
         gpu = FakeGpu()
         seen = run(gpu, rows, journal=Journal(tmp_path / name))
         assert len(gpu.checked()) == len(rows) and not any(r["error"] for r in seen)
+
+
+@pytest.mark.parametrize("programs", ({"hsa_fwd_toy": "threads=32"}, {"hsa_fwd_token": "threads=128,tiles=2"}), ids=str)
+def test_measurements_of_a_strategy_that_is_gone_are_passed_over(tmp_path, programs):
+    """The journal outlives it."""
+    journal = Journal(tmp_path / "j.jsonl")
+    run(FakeGpu(), ranked(journal=journal), journal=journal)
+    found = calibrate.samples(journal, "h200")
+    (name, record), *_ = journal.all(kind="measured")
+    journal.add(name | {"programs": programs, "source": dict.fromkeys(programs, "older")}, record)
+    assert found and calibrate.samples(journal, "h200") == found
 
 
 def test_a_record_that_a_full_disk_cut_takes_no_other_with_it(tmp_path):
