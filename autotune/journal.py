@@ -17,7 +17,7 @@ class Journal:
 
     def __init__(self, path: Path | None):
         self.path, self.records = path, {}
-        text = path.read_bytes() if path and path.is_file() else b""
+        text = path.read_bytes() if path and path.exists() else b""
         for line in text.splitlines():
             try:
                 entry = json.loads(line)

@@ -71,6 +71,12 @@ def test_a_record_that_a_full_disk_cut_takes_no_other_with_it(tmp_path):
     assert [name for name, _ in Journal(path).all()] == [{"a": 1}, {"a": 3}]
 
 
+def test_a_folder_is_no_journal(tmp_path):
+    """It is known before anything is assembled."""
+    with pytest.raises(IsADirectoryError):
+        Journal(tmp_path)
+
+
 def test_a_full_disk_is_no_property_of_a_program(monkeypatch):
     def full(*x):
         raise OSError(28, "No space left on device")
