@@ -269,21 +269,22 @@ def evaluate(
         raise ValueError(f"topk must be positive for {what} of this model, got 0")
     if topk:
         training.reconfigure(model, dataclasses.replace(model.config, topk=topk))
+    read = ruler.WINDOWS if topk == 0 else f", topk {topk}" if topk else ""
     if what in ("noise", *tradeoff.SETTINGS):
         contexts = tradeoff.contexts(model, data_file, tasks.split(","), points, samples)
-        named = {"model": Path(run).name} | record.origin(device)
+        named = {"model": Path(run).name + read} | record.origin(device)
         if what == "noise":
             noise.show_noise(console, model, named, list(contexts), out)
         else:
             show_tradeoff(model, what, named, contexts, out / f"{what}.json")
         return
     about = ruler.Run.of(run, model)
-    more = (ruler.WINDOWS if topk == 0 else "") + (f", {ranks.world} ranks" if ranks.world > 1 else "")
-    about = dataclasses.replace(about, model=about.model + more)
     if what == "selections":
         source = dataclasses.asdict(about) | record.origin(device)
         save_selections(model, data.tokens_of(data_file, model.tokenizer), points[-1], out, source)
         return
+    more = read + (f", {ranks.world} ranks" if ranks.world > 1 else "")
+    about = dataclasses.replace(about, model=about.model + more)
     group = dist.group.WORLD if ranks.world > 1 else None
     reader = LongReader(model, folder=memory, retrieve=topk != 0, group=group)
     if what == "perplexity":

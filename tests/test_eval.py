@@ -91,6 +91,9 @@ def test_ruler_in_words_and_perplexity(tmp_path):
     alone = json.loads((tmp_path / "perplexity.json").read_text())[4:]
     assert {r["model"] for r in alone} == {"toy, windows only"}
     assert alone[0]["bits"] == alone[1]["bits"] and alone[0]["bits_per_token"] != again[1]["bits_per_token"]
+    invoke("perplexity", *common, "--lengths", "1k", "--topk", 1)
+    fewer = json.loads((tmp_path / "perplexity.json").read_text())
+    assert fewer[:6] == again + alone and [r["model"] for r in fewer[6:]] == ["toy, topk 1"]
     for what in ("perplexity", "selections"):
         other = invoke(what, "--run", "needle-tiny", *common[2:], "--lengths", "512", code=2)
         assert "text.bin must be of the tokenizer needles, got bytes" in " ".join(other.split())
