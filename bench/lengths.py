@@ -23,14 +23,14 @@ from hsa_tl.bench.plot import interval
 from hsa_tl.bench.plot_eval import FEWEST, NEEDLES, plot_lengths
 from hsa_tl.bench.ruler import chance
 from hsa_tl.bench.suite import one_of
-from hsa_tl.files import write_atomic
+from hsa_tl.files import locked, write_atomic
 from hsa_tl.model import evaluate, load, needles, pretrained
 from hsa_tl.model import recipe as recipes
 from hsa_tl.model.longcontext import ONE_SHOT, LongReader
 from hsa_tl.model.recipe import Recipe, load_recipe
 from hsa_tl.model.rope import extended
 from hsa_tl.model.sources import tokenizer_of
-from hsa_tl.model.train import LOG, Step, reconfigure, train
+from hsa_tl.model.train import LOCK, LOG, Step, reconfigure, train
 from hsa_tl.terminal import plot_or_say, progress_bar, show_table
 from hsa_tl.validation import require
 
@@ -114,7 +114,8 @@ def _trained(recipe: Recipe, run: Path, on_step: Callable[[Step], None]) -> tupl
     clock = run / "seconds.json"
     start = time.perf_counter()
     if run.exists() and not clock.exists():  # a time that a stop cut in two says nothing
-        shutil.rmtree(run)
+        with locked(run / LOCK, wait=False):  # nobody else trains there
+            shutil.rmtree(run)
     model = train(recipe, run, on_step=on_step)
     if not clock.exists():
         write_atomic(clock, json.dumps(time.perf_counter() - start))
@@ -219,8 +220,11 @@ def run_lengths(
             about = {"model": name, "train_seconds": round(seconds, 1), "recipe": trained_on, "rates": rates}
             for task, T in todo:
                 row = _ask(LongReader(model), plan, task, T, samples, budget_s, haystacks, **about)
-                rows = [r for r in rows if (r.recipe, r.rates, *key(r)) != (trained_on, rates, *key(row))] + [row]
-                write_rows(path, rows)
+                out.mkdir(parents=True, exist_ok=True)
+                with locked(out):  # another process may ask other models
+                    asked = trained_on, rates, *key(row)
+                    rows = [r for r in read_rows(path) if (r.recipe, r.rates, *key(r)) != asked]
+                    write_rows(path, rows := [*rows, row])
                 bar.update(step, description=f"{name} {seed}: {task} {length_label(T)}")
     rows = [r for r in rows if (r.recipe, r.rates) == (trained_on, rates)]
     mine = [r for r in rows if (r.model, r.seed) in plans and r.task in tasks]

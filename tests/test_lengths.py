@@ -12,8 +12,10 @@ from hsa_tl.bench import contenders, lengths, paper, plot_eval
 from hsa_tl.bench.contenders import MODELS
 from hsa_tl.bench.plot import interval
 from hsa_tl.cli import app
+from hsa_tl.files import InUse, locked
 from hsa_tl.model import Model, needles, preset
 from hsa_tl.model.recipe import load_recipe
+from hsa_tl.model.train import LOCK
 
 RECIPE = """
 preset: tiny
@@ -193,6 +195,25 @@ def test_rows_of_fewer_samples_are_measured_again(recipe, tmp_path):
         return found.samples
 
     assert [ask(2), ask(3), ask(2), ask(5, 1e-9)] == [2, 3, 3, 3]
+
+
+def test_two_processes_ask_at_once(recipe, tmp_path, monkeypatch):
+    """The file keeps the rows of both, and neither takes the other's run away."""
+    console, ask, mine = Console(file=open("/dev/null", "w")), lengths._ask, row(1, 1, model="swa")  # noqa: SIM115
+    args = console, tmp_path, tmp_path / "runs", ["hsa"], [0], [128], ["s-niah"]
+
+    def meanwhile(*found, **about):
+        lengths.write_rows(tmp_path / "lengths.json", [mine])
+        return ask(*found, **about)
+
+    monkeypatch.setattr(lengths, "_ask", meanwhile)
+    assert [r.model for r in lengths.run_lengths(*args, samples=1, recipe=recipe)] == ["hsa"]
+    assert {r.model for r in lengths.read_rows(tmp_path / "lengths.json")} == {"hsa", "swa"}
+    run = lengths.run_folder(tmp_path / "runs", lengths.recipe_of("hsa", 0, recipe))
+    (run / "seconds.json").unlink()
+    with locked(run / LOCK), pytest.raises(InUse):
+        lengths.run_lengths(*args, samples=2, recipe=recipe)
+    assert list(run.glob("step-*"))
 
 
 def test_the_plot_has_intervals_and_no_point_of_few_answers(monkeypatch, tmp_path):
