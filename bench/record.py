@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hsa_tl.files import write_atomic, write_together
+from hsa_tl.files import locked, write_atomic, write_together
 
 CGROUP = Path("/sys/fs/cgroup")
 UNKNOWN = "unknown"  # commit
@@ -74,10 +74,12 @@ def merge_rows(path: Path, about: dict, rows: Iterable[dict]) -> list[dict]:
 
     ValueError: not such a file.
     """
-    kept = [row for row in read_json(path) if any(row.get(x) != about.get(x) for x in ("model", "seed"))]
-    kept += [about | row for row in rows]
-    write_atomic(path, json_list(kept))
-    return kept
+    rows = [about | row for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        kept = [row for row in read_json(path) if any(row.get(x) != about.get(x) for x in ("model", "seed"))]
+        write_atomic(path, json_list(kept + rows))
+    return kept + rows
 
 
 def csv_text(rows: Iterable[dict], columns: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from hsa_tl import cases
 from hsa_tl.bench import record, timing
 from hsa_tl.bench.suite import Suite, error_line, one_of, parse_selection, selection_label
 from hsa_tl.cases import Case
+from hsa_tl.files import locked
 from hsa_tl.problem import Problem
 from hsa_tl.validation import require
 
@@ -112,7 +113,10 @@ class Sweep:
                 self.say(f"{self.case.name} T={point.problem.T} {point.mode}")
                 self.measure(point, todo)
                 if self.out_dir is not None:
-                    record.write_rows(list(self.rows.values()), self.out_dir)
+                    with locked(self.out_dir):  # other processes' rows stay, those that came meanwhile too
+                        found = {r.key: r for r in record.read_rows(self.out_dir / "bench.csv")}
+                        found |= {k: self.rows.get(k) for k in keys}
+                        record.write_rows(list(filter(None, found.values())), self.out_dir)
         self.progress(len(self.points), len(self.points), "done")
         return [self.rows[k] for k in keys if k in self.rows]
 

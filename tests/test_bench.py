@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import subprocess
+import threading
 import time
 
 import pytest
@@ -92,6 +93,35 @@ def test_rows_of_others_stay(monkeypatch, tmp_path):
     assert {r.selection for r in second} == {"overlap=0.5"} and {r.device for r in second} == {"another machine"}
     key = functools.partial(sorted, key=lambda r: r.key)
     assert record.read_rows(tmp_path / "bench.csv") == key([*first, *second])
+
+
+def test_rows_that_another_process_measures_meanwhile_stay(tmp_path):
+    others = []
+
+    def meanwhile(*_):
+        if not others:
+            others.extend(attention(tmp_path, ("dense",), (32,)))
+
+    mine = attention(tmp_path, progress=meanwhile)
+    assert {r.key for r in record.read_folder(tmp_path)} == {r.key for r in [*mine, *others]}
+
+
+def test_rows_of_two_runs_that_end_at_once_stay(tmp_path, monkeypatch):
+    read = record.read_json
+
+    def slowly(path):
+        found = read(path)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(record, "read_json", slowly)
+    merge = functools.partial(record.merge_rows, tmp_path / "x.json", rows=[{}])
+    threads = [threading.Thread(target=merge, args=({"model": name, "seed": 0},)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {row["model"] for row in read(tmp_path / "x.json")} == {"a", "b"}
 
 
 def test_another_commit_is_measured_again(monkeypatch, tmp_path):
