@@ -64,7 +64,7 @@ def read_json(path: Path) -> list[dict]:
         rows = json.loads(path.read_text()) if path.exists() else []
         if all({"model"} <= row.keys() for row in rows):
             return rows
-    except (TypeError, AttributeError, json.JSONDecodeError):
+    except (TypeError, AttributeError, ValueError):
         pass
     raise ValueError(f"{path} must hold rows that hsa-tl wrote, each with its model")
 
@@ -105,8 +105,11 @@ def read_rows(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
-        quantiles = ("p20", "p50", "p80")
-        return [Row(**r | {q: float(r[q]) if r[q] else None for q in quantiles} | {"x": int(r["x"])}) for r in reader]
+        points = ("p20", "p50", "p80")
+        try:
+            return [Row(**r | {q: float(r[q]) if r[q] else None for q in points} | {"x": int(r["x"])}) for r in reader]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} must hold rows that hsa-tl wrote, got {error}") from None
 
 
 def read_folder(folder: Path) -> list[Row]:

@@ -106,6 +106,16 @@ def test_rows_that_another_process_measures_meanwhile_stay(tmp_path):
     assert {r.key for r in record.read_folder(tmp_path)} == {r.key for r in [*mine, *others]}
 
 
+@pytest.mark.parametrize("line", ("a,b,c", "a,b,c,d,e,f,many" + 9 * ",", 20 * "a,"), ids=("cut", "a word", "long"))
+def test_a_damaged_file_is_named(line, tmp_path):
+    (tmp_path / "bench.csv").write_text(",".join(record.COLUMNS) + f"\n{line}\n")
+    with pytest.raises(ValueError, match=r"bench.csv must hold rows that hsa-tl wrote, got"):
+        record.read_rows(tmp_path / "bench.csv")
+    (tmp_path / "x.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"x.json must hold rows that hsa-tl wrote"):
+        record.read_json(tmp_path / "x.json")
+
+
 def test_rows_of_two_runs_that_end_at_once_stay(tmp_path, monkeypatch):
     read = record.read_json
 
