@@ -36,6 +36,7 @@ class Stage:
 
     def __post_init__(self):
         require_ints(self, steps=1, length=2, batch=1, accumulate=1)
+        require(isinstance(self.model, dict), "model", "be a mapping of fields", repr(self.model))
 
     @property
     def tokens(self) -> int:
@@ -80,6 +81,9 @@ class Recipe:
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         require_rules(
             self,
+            ("name", isinstance(self.name, str), "be a text"),
+            *((x, isinstance(getattr(self, x), dict), "be a mapping of fields") for x in ("model", "reading")),
+            ("start", self.start is None or isinstance(self.start, str), "be a folder"),
             ("stages", bool(self.stages) == (self.source is None), "name at least one stage, and none beside a source"),
             ("seed", self.seed < 1 << 63, "be below 2^63"),
             ("lr", 0 < self.lr < inf, "be positive and finite"),

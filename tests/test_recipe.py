@@ -75,6 +75,14 @@ def test_the_papers_stages():
         ({"model": {"widow": 1}}, "changes of a model must have the fields vocab_size, dim, .*, got 'widow'"),
         ({"reading": {"topk": 0}}, "topk must be a positive int"),
         ({"preset": "huge"}, "preset must be one of"),
+        ({"name": 2026}, "name must be a text, got 2026"),
+        ({"model": None}, "model must be a mapping of fields, got None"),
+        ({"reading": [1]}, "reading must be a mapping of fields, got .1."),
+        ({"start": 5}, "start must be a folder, got 5"),
+        (
+            {"stages": [{"steps": 1, "length": 2, "batch": 1, "data": {}, "model": None}]},
+            "model must be a mapping of fields, got None",
+        ),
     ),
 )
 def test_a_wrong_recipe_is_named(changes, words):

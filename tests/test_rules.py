@@ -51,6 +51,10 @@ CONFIG = [  # a field, values at its edge, values beyond it, what stands beside 
 ]
 STAGES = (Stage(1, 8, 1, {"kind": "needles", "tasks": []}),)
 RECIPE = [
+    ("name", ("5",), (5, None), {}),
+    ("model", ({},), (None, [1]), {}),
+    ("reading", ({},), (None, [1]), {}),
+    ("start", (None, "a run"), (5,), {}),
     ("stages", (), ((),), {}),
     ("stages", ((),), (), {"source": "a model"}),
     ("seed", (0, (1 << 63) - 1), (1 << 63,), {}),
