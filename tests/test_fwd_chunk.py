@@ -108,6 +108,9 @@ def test_the_operator_adds_rows_up_or_keeps_them_in_windows(monkeypatch):
         out = attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_chunk": SMALL | changes})
         assert_attention({"out": out}, call, chunk_size=16)
     assert limits == [2 * 1024**3, limit]
+    monkeypatch.setenv("HSA_TL_PARTIAL_BYTES", "2g")
+    with pytest.raises(ValueError, match="HSA_TL_PARTIAL_BYTES must be a number of bytes, got '2g'"):
+        attend("tilelang")(*call[:5], chunk_size=16, config={"hsa_fwd_chunk": SMALL})
 
 
 def test_many_tiles_and_a_long_segment():

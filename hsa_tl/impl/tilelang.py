@@ -190,7 +190,10 @@ def pair_sums(call: Call, config: Config, launch: Callable[[Window, Tensor], obj
             out.copy_(total)
 
         return add, out
-    tokens = partial_window(p, int(os.environ.get("HSA_TL_PARTIAL_BYTES", 2 << 30)))
+    most = os.environ.get("HSA_TL_PARTIAL_BYTES") or str(2 << 30)
+    if not most.isdecimal():
+        raise ValueError(f"HSA_TL_PARTIAL_BYTES must be a number of bytes, got {most!r}")
+    tokens = partial_window(p, int(most))
     partial = call.q.new_empty(p.B, p.H, tokens * p.K, p.G, p.D)
     combine = compiled("hsa_combine", p)
 
