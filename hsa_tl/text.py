@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hsa_tl import api
 from hsa_tl.problem import Problem
 from hsa_tl.testing import Inputs
+from hsa_tl.validation import require
 
 RETRIEVAL_NGRAMS = (3, 4, 5, 6)  # bytes; their vectors make q_slc and landmarks
 LOCAL_NGRAMS = (1, 2, 3, 4)  # bytes; their vectors make q, k and v
@@ -159,8 +160,8 @@ def text_inputs(problem: Problem, corpus: Corpus | None = None) -> Inputs:
 def choosing(indices: torch.Tensor, S: int) -> torch.Tensor:
     """indices [1, T', H, K] of the tokens that see more than K chunks, so that they have a choice."""
     first = (indices.shape[3] + 1) * S
-    if indices.shape[1] < first + 16:
-        raise ValueError(f"indices must hold at least {first + 16} tokens for K = {indices.shape[3]}, S = {S}")
+    rule = f"hold at least {first + 16} tokens for K = {indices.shape[3]}, S = {S}"
+    require(indices.shape[1] >= first + 16, "indices", rule, indices.shape[1])
     return indices[:1, first:]
 
 

@@ -26,7 +26,7 @@ def test_unions_are_of_tokens_that_have_a_choice():
     indices[0, 3 * 16 :, 1] = torch.arange(32).view(16, 2)
     assert text.choosing(indices, 16).shape == (1, 16, 2, 2)
     assert text.union_size(indices, 16, 2) == (3 + 2 + 4 + 4) / 4
-    with pytest.raises(ValueError, match="must hold at least 64 tokens for K = 2, S = 16"):
+    with pytest.raises(ValueError, match="must hold at least 64 tokens for K = 2, S = 16, got 63"):
         text.choosing(indices[:, 1:], 16)
 
 
