@@ -50,9 +50,17 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _quietly(function, *args, **kwargs):
+    from torch.distributed.checkpoint.api import CheckpointException
+
     with warnings.catch_warnings():  # torch says that one process is not distributed, and deprecates its own calls
         warnings.simplefilter("ignore")
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except CheckpointException as error:  # a BaseException, such as of a full disk
+            why, _ = next(iter(error.failures.values()))
+            while why.__context__ is not None:  # what torch met while it closed its file
+                why = why.__context__
+            raise OSError(f"a checkpoint must be read or written whole, got {why}") from error
 
 
 def save(

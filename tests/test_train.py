@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -100,6 +101,20 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     with locked(tmp_path / training.LOCK), pytest.raises(InUse, match=r"run must be a folder that no other process"):
         training.train(toy(steps=2), tmp_path)
     assert not list(tmp_path.glob("step-*")) and training.train(toy(steps=2), tmp_path)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path):
+    """torch raises what is no Exception, and its message is a traceback."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"a checkpoint must be read or written whole, got .*File too large$"):
+            training.train(toy(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.latest(tmp_path) is None
+    training.train(toy(), tmp_path)
+    assert not list(tmp_path.glob(".step-*"))
 
 
 @pytest.mark.parametrize("damage", ("cut", "flip", "no meta", "bad meta"))
