@@ -8,6 +8,7 @@ model/weights/NAME.safetensors holds parameters, NAME.json its recipe, where it 
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,14 +97,17 @@ def load(run_or_name: str | Path, device: str | torch.device = "cpu", dtype: tor
     return model.eval()
 
 
+_BUILDING = threading.Lock()  # the default dtype is the whole process's
+
+
 def _new(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> Model:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
+    with _BUILDING, torch.device(device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
             return Model(config)
-    finally:
-        torch.set_default_dtype(default)
+        finally:
+            torch.set_default_dtype(default)
 
 
 def _weights(path: Path, about: Shipped) -> dict[str, torch.Tensor]:

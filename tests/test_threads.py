@@ -7,7 +7,7 @@ import torch
 from strategies import Dims, make_call
 
 from hsa_tl import hsa_attention, retrieve_chunks
-from hsa_tl.model import MemorySpec, PagedMemory
+from hsa_tl.model import MemorySpec, PagedMemory, load
 from hsa_tl.testing import run_with_gradients
 
 S = 16
@@ -74,3 +74,14 @@ def test_an_offloaded_memory(cache_pages):
         for got in results:
             assert not isinstance(got, BaseException), got
             assert torch.equal(got, want)
+
+
+def test_models_of_several_dtypes_load_at_once():
+    """torch has one default dtype for the process, which a model is made by."""
+    dtypes = [torch.float32, torch.bfloat16] * 2
+    calls = [lambda d=d: load("needle-tiny", dtype=d) for d in dtypes]
+    for want, results in zip(dtypes, in_threads(calls), strict=True):
+        for got in results:
+            assert not isinstance(got, BaseException), got
+            assert {p.dtype for p in got.parameters()} == {want}
+    assert torch.get_default_dtype() is torch.float32
