@@ -244,10 +244,10 @@ def evaluate(
 ) -> None:
     """RULER by length and depth, or bits per token by context length, of a trained run; JSON and a plot.
 
-    The JSON keeps the rows of other runs; the plot of perplexity shows them too. budget, topp and noise ask needles, or
-    in the text that --data names: at several shares of the chunks kept and of the weight read, or for an answer or the
-    last chunk's tokens what each chunk that was read adds. ruler and perplexity on many ranks, which share each
-    context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
+    The JSON keeps the rows of other runs and of another --topk; the plot of perplexity shows them too. budget, topp and
+    noise ask needles, or in the text that --data names: at several shares of the chunks kept and of the weight read, or
+    for an answer or the last chunk's tokens what each chunk that was read adds. ruler and perplexity on many ranks,
+    which share each context: torchrun --nproc-per-node 4 -m -- hsa_tl.cli eval ruler --threads 1.
     """
     given = {name: x for name, x in locals().items() if x != inspect.signature(evaluate).parameters[name].default}
     one_of("what to evaluate", what, TAKES)
