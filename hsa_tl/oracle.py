@@ -182,10 +182,12 @@ def expect_attention(
                 total["dweights"][b, t[token], own, slot] = x[token]
 
             ds = p * (dp - delta)
-            wds, wds2 = w * ds, most2 * (p.square() * (dp2 + delta2) + ds.square() * (s2 + row2 + eps**2)) + small2
+            ds2 = p.square() * dp2 + ds.square() * (s2 + eps**2)
             dq, dq_sum2 = _product(ds, k_c, S, sums)
             value["dq"][b, t, heads] += scale * w * dq
-            dq2 = wds2 @ k_c.square() + most2 * (dq_sum2 + (eps**2 + K * sums**2) * dq.square()) + small2
+            dq2 = (most2 * ds2 + small2) @ k_c.square() + most2 * (dq_sum2 + (eps**2 + K * sums**2) * dq.square())
+            dq2 += most2 * (row2 * dq.square() + delta2 * (p @ k_c).square()) + small2  # errors that all keys share
+            wds, wds2 = w * ds, most2 * (ds2 + ds.square() * row2 + p.square() * delta2) + small2
             unit2["dq"][b, t, heads] += scale**2 * dq2
 
             for name, x, x2, other, factor in (("dv", wp, wp2, do_t, 1.0), ("dk", wds, wds2, q_t, scale)):
