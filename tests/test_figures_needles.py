@@ -42,7 +42,7 @@ def test_figures_of_needles():
 
     for model in {model for model, *_ in fair}:
         label = MODELS[model].label
-        if model not in ("full-pi", "full-ntk", "full-nope", "hsa-one-softmax"):  # worse than YaRN, log n and HSA
+        if model not in ("full-pi", "full-ntk", "full-nope") and "hsa-" not in model:  # worse than YaRN, log n and HSA
             in_page("README.md", cells(label, *shown(model, "s-niah")))
         for task, name in NEEDLES.items():
             if any(shown(model, task)):
@@ -75,8 +75,11 @@ def test_figures_of_needles():
     )
     assert "falls to {} % by 1M ({}, {} and {} % by seed)".format(far, *keys) in text
     assert "finds {}, {}, {} and {} % of the needles at 4K by seed".format(*nsa) in text
-    one = [share("hsa-one-softmax", "s-niah", T) for T in (256, 4 * K)]
-    assert "S-NIAH in {} % at 256 tokens**, of whose 16 chunks it reads 8, and in {} % at 4K".format(*one) in text
+    parts = [share(f"hsa-{part}", "s-niah", T) for part in ("one-softmax", "uniform") for T in (256, 4 * K)]
+    told = (
+        "in {} % at 256 tokens, of whose 16 chunks it reads 8, and in {} % at 4K; with uniform weights in {} and {} %."
+    )
+    assert told.format(*parts) in text
     assert {r["lr"] for r in fair["hsa-one-softmax", "s-niah", 256]} == {lr}
     assert f"full attention answers {near} %" in text
     assert {r["commit"] for r in rows if r["commit"] not in text} == set()
