@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -89,6 +89,14 @@ _new_pool()
 os.register_at_fork(after_in_child=_new_pool)  # threads stay behind in the parent
 
 
+def _submit(work: Callable) -> Future | None:
+    """None: the interpreter ends and takes no more work into threads, but a thread of the program goes on."""
+    try:
+        return _pool.submit(work)
+    except RuntimeError:
+        return None
+
+
 def call(function: Callable, *args, **kwargs):
     """function(*args, **kwargs) where operations on the CPU are serial and `each` spreads work; in no_grad mode.
 
@@ -106,12 +114,12 @@ def call(function: Callable, *args, **kwargs):
         finally:
             _here.job = None
 
+    if (submitted := _submit(work)) is None:
+        return function(*args, **kwargs)
     try:
-        return _pool.submit(work).result()
-    except BaseException as error:
+        return submitted.result()
+    except BaseException:
         job.abandoned = True
-        if "cannot schedule new futures" in str(error):  # the interpreter ends, but a thread of the program goes on
-            return function(*args, **kwargs)
         raise
 
 
@@ -180,7 +188,8 @@ def each(
             finish(work(item))
         return
     blocks = _Blocks(items, work, finish, job)
-    helpers = [_pool.submit(blocks.run) for _ in range(min(job.workers, len(items)) - 1)]
+    submitted = [_submit(blocks.run) for _ in range(min(job.workers, len(items)) - 1)]
+    helpers = [helper for helper in submitted if helper is not None]
     try:
         blocks.run()
     finally:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 Slabs = list[torch.Tensor]
-FETCHED = threading.Lock()  # of whoever reads fetched pages: no other thread fetches into their place
+# Of whoever reads fetched pages: no other thread fetches into their place. One for all, as memories can be copied.
+FETCHED = threading.Lock()
 
 
 def placed(slabs: Slabs) -> Iterator[tuple[int, torch.Tensor]]:
