@@ -76,7 +76,6 @@ NIAH = {
     "mv-niah": Niah(4, 4, values=4),
 }
 AT_DEPTH = tuple(name for name, kind in NIAH.items() if kind.values == 1)  # others are asked for all their needles
-TASKS = (*NIAH, "vt", "fwe", "cwe", "qa", "babi-1", "babi-2", "babi-3")
 TRAINED = ("s-niah", "mk-niah-1", "mk-niah-2", "mk-niah-3", "mq-niah", "vt", "fwe")  # short enough for any length
 
 
@@ -250,6 +249,7 @@ def _biographies(rng) -> tuple[list[str], str, str]:
 
 # Of each task a function of rng: sentences in order, a question about them, and its answer.
 FACTS = {"vt": _variables, "qa": _biographies, **{f"babi-{n}": partial(_story, needed=n) for n in (1, 2, 3)}}
+TASKS = (*NIAH, "fwe", "cwe", *FACTS)
 
 
 def _words(common: bool, length: int, rng, tokenizer: Tokenizer) -> Sample:
